@@ -1,0 +1,114 @@
+"""The adapter store: what a run learned, on disk as safetensors with a manifest, and back onto a base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import weights
+from .catalog import models
+from .errors import AdapterError
+from .spec import RunSpec
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "adapters"
+MANIFEST = "peftlab.json"
+IN_PLACE = "changed_parameters.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter. `spec` is the resolved spec of its run, or just the model for one that peft saved elsewhere."""
+
+    folder: Path
+    spec: RunSpec
+    result: dict[str, Any]
+    """The last event of its run; empty when unknown."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None = None) -> Path:
+    """Writes what was trained: peft's own format where peft attached it, else the changed parameters.
+
+    Written beside `folder` and swapped in, so that an interrupted save never costs the last good one.
+    """
+    from safetensors.torch import save_file
+
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)
+    else:
+        trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, part / IN_PLACE)
+    manifest = {"spec": spec.to_dict(), "result": result or {}, "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def read(folder: Path | str) -> Adapter:
+    """The manifest of an adapter folder, ours or peft's. Raises AdapterError that says what is missing."""
+    folder = Path(folder)
+    try:
+        if (folder / MANIFEST).exists():
+            manifest = json.loads((folder / MANIFEST).read_text())
+            return Adapter(folder, RunSpec.from_dict(manifest["spec"]), manifest["result"])
+        if (folder / "adapter_config.json").exists():
+            base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+            return Adapter(folder, RunSpec(model=models.find(base).key), {})
+    except (ValueError, KeyError) as error:
+        raise AdapterError(f"{folder}: its manifest cannot be read ({error}); save the adapter again") from None
+    raise AdapterError(
+        f"{folder}: no adapter there (neither {MANIFEST} nor adapter_config.json); give the folder that training printed"
+    )
+
+
+def apply(base: weights.Base, adapter: Adapter) -> Any:
+    """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError when it does not fit."""
+    model = weights.share(base.model)
+    try:
+        if (adapter.folder / "adapter_config.json").exists():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter.folder)
+        else:
+            _replace(model, adapter.folder / IN_PLACE)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise AdapterError(f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base") from None
+    return model.requires_grad_(False).eval().to(base.device)
+
+
+def _replace(model: Any, file: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    known = dict(model.named_parameters())
+    for name, tensor in load_file(file).items():
+        old = known[name]
+        if old.shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(old.shape)}")
+        new = torch.nn.Parameter(tensor.to(old.dtype), requires_grad=False)
+        for module in model.modules():
+            for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if parameter is old:
+                    setattr(module, own, new)
+
+
+def bundled() -> list[Adapter]:
+    return [read(f.parent) for f in sorted(BUNDLED.glob(f"*/{MANIFEST}"))]
+
+
+def pack(folder: Path) -> Path:
+    """A zip of the adapter, beside its folder, to download."""
+    return Path(shutil.make_archive(str(folder), "zip", folder))

@@ -1,0 +1,284 @@
+"""Architecture: the shapes of a base model, exact to the parameter and without its weights.
+
+Built once from transformers' own code on the meta device. The catalogue's are kept in `catalog/architectures.json`, so
+that the first page needs no model library; a test holds that file against a fresh build of every entry.
+Run `python -m peftlab.architecture` to write it again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .errors import SpecError
+
+KEPT = Path(__file__).parent / "catalog" / "architectures.json"
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "query": ("q_proj", "q", "query"),
+    "key": ("k_proj", "k", "key"),
+    "value": ("v_proj", "v", "value"),
+    "query+key+value": ("c_attn", "qkv_proj"),
+    "attention output": ("o_proj", "self_attn.out_proj", "attn.c_proj", "attention.output.dense", "Attention.o"),
+    "gate": ("gate_proj", "wi_0"),
+    "up": ("up_proj", "fc1", "c_fc", "wi", "wi_1", "intermediate.dense"),
+    "gate+up": ("gate_up_proj",),
+    "down": ("down_proj", "fc2", "mlp.c_proj", "wo", "layer.*.output.dense"),
+}
+"""What a linear layer does, by the names families give it. A fused projection has several roles, joined by +."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One kind of module, with every layer that repeats it.
+
+    `name` has `*` for the layer's number. `parameters` maps a parameter's own name to its shape; `d_in` and `d_out` are
+    the features of a linear map, whichever way round its weight is stored (GPT-2's Conv1D stores in × out).
+    """
+
+    name: str
+    kind: str
+    """linear, conv1d, embedding, norm or other."""
+    parameters: Mapping[str, tuple[int, ...]]
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that have this module; empty for one that stands alone."""
+    tied: bool = False
+    """Its weight is another module's too (a head tied to the embedding) and is counted there."""
+    head: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        return self.kind in ("linear", "conv1d")
+
+    @property
+    def d_in(self) -> int:
+        return self.parameters["weight"][0 if self.kind == "conv1d" else 1]
+
+    @property
+    def d_out(self) -> int:
+        return self.parameters["weight"][1 if self.kind == "conv1d" else 0]
+
+    @property
+    def count(self) -> int:
+        return len(self.layers) or 1
+
+    @property
+    def weight(self) -> int:
+        """Elements of everything but the bias, for one layer; 0 where the weight is tied."""
+        return 0 if self.tied else sum(math.prod(s) for n, s in self.parameters.items() if n != "bias")
+
+    @property
+    def bias(self) -> int:
+        return math.prod(self.parameters["bias"]) if "bias" in self.parameters else 0
+
+    @property
+    def role(self) -> str:
+        """Query, down, …; empty where the name is none of ROLES'."""
+        return next((r for r, names in ROLES.items() if any(self.name.endswith(_dotted(n)) for n in names)), "")
+
+    @property
+    def short_name(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    def names(self) -> Iterator[tuple[int | None, str]]:
+        """(layer, full dotted name) of each module of this kind."""
+        if not self.layers:
+            yield None, self.name
+        for layer in self.layers:
+            yield layer, self.name.replace("*", str(layer), 1)
+
+
+def _dotted(name: str) -> str:
+    return name if name.startswith(("Attention.", "layer.")) else "." + name
+
+
+@dataclass(frozen=True)
+class Architecture:
+    n_layers: int
+    modules: tuple[Module, ...]
+    hidden_size: int = 0
+    context: int = 0
+    """Longest input, in tokens; 0 where the config does not say."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_parameters(self) -> int:
+        return sum((m.weight + m.bias) * m.count for m in self.modules)
+
+    def linear(self) -> list[Module]:
+        """Every linear map but the vocabulary head: what peft calls `all-linear`."""
+        return [m for m in self.modules if m.is_linear and not m.head]
+
+    def targets(self, wanted: str) -> list[Module]:
+        """Modules named by `all-linear`, by role, or by the ends of their names, as peft matches them.
+
+        Raises SpecError that lists what the model has.
+        """
+        if wanted == "all-linear":
+            return self.linear()
+        chosen: list[Module] = []
+        for token in (t.strip() for t in wanted.split(",") if t.strip()):
+            found = [m for m in self.modules if m.is_linear and _answers_to(m, token)]
+            if not found:
+                have = ", ".join(dict.fromkeys(m.short_name for m in self.linear()))
+                raise SpecError(f"target-modules={token}: the model has no linear module of that name; it has {have}")
+            chosen += [m for m in found if m not in chosen]
+        if not chosen:
+            raise SpecError("target-modules is empty: nothing would be trained; try all-linear")
+        return chosen
+
+
+def _answers_to(module: Module, token: str) -> bool:
+    return token in module.role.split("+") or ("." + module.name).endswith("." + token)
+
+
+def build(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a Hugging Face config, built on the meta device: no weights, no memory.
+
+    Raises SpecError for a config that transformers does not know.
+    """
+    model = build_meta(config)
+    owner: dict[int, str] = {}
+    head = model.get_output_embeddings()
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        layer = re.search(r"\.(\d+)\.", name)
+        pattern = name.replace(f".{layer[1]}.", ".*.", 1) if layer else name
+        shapes = {n: tuple(p.shape) for n, p in own.items()}
+        tied = any(id(p) in owner for p in own.values())
+        owner.update({id(p): name for p in own.values()})
+        group = groups.setdefault(
+            (pattern, tuple(shapes.items()), tied),
+            {"kind": _kind(module), "shapes": shapes, "head": module is head, "layers": []},
+        )
+        if layer:
+            group["layers"].append(int(layer[1]))
+    modules = tuple(
+        Module(pattern, g["kind"], g["shapes"], tuple(g["layers"]), tied, g["head"])
+        for (pattern, _, tied), g in groups.items()
+    )
+    c = model.config
+    context = getattr(c, "max_position_embeddings", None) or getattr(c, "n_positions", 0) or 0
+    return Architecture(c.num_hidden_layers, modules, c.hidden_size, context)
+
+
+def build_meta(config: Mapping[str, Any]) -> Any:
+    """The transformers model of `config` on the meta device, with its weights tied."""
+    import torch
+    import transformers
+
+    values = dict(config)
+    try:
+        parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        name = (values.get("architectures") or [""])[0]
+        cls = getattr(transformers, name, None)
+        with torch.device("meta"):
+            model = cls(parsed) if cls else transformers.AutoModelForCausalLM.from_config(parsed)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        kind = config.get("model_type", "missing")
+        raise SpecError(f"model_type={kind}: transformers cannot build this config ({error})") from None
+    model.tie_weights()
+    return model
+
+
+def _kind(module: Any) -> str:
+    import torch
+
+    name = type(module).__name__
+    if isinstance(module, torch.nn.Linear):
+        return "linear"
+    if name == "Conv1D":
+        return "conv1d"
+    if isinstance(module, torch.nn.Embedding):
+        return "embedding"
+    return "norm" if "Norm" in name else "other"
+
+
+def to_data(a: Architecture) -> dict[str, Any]:
+    """As JSON: layers as [first, last] runs, because nearly every model repeats one layer throughout."""
+    return {
+        "n_layers": a.n_layers,
+        "hidden_size": a.hidden_size,
+        "context": a.context,
+        "modules": [
+            [m.name, m.kind, {n: list(s) for n, s in m.parameters.items()}, _runs(m.layers)]
+            + ([int(m.tied), int(m.head)] if m.tied or m.head else [])
+            for m in a.modules
+        ],
+    }
+
+
+def from_data(data: Mapping[str, Any]) -> Architecture:
+    modules = []
+    for name, kind, shapes, runs, *flags in data["modules"]:
+        layers = tuple(n for first, last in runs for n in range(first, last + 1))
+        tied, head = flags or (0, 0)
+        modules.append(Module(name, kind, {n: tuple(s) for n, s in shapes.items()}, layers, bool(tied), bool(head)))
+    return Architecture(data["n_layers"], tuple(modules), data["hidden_size"], data["context"])
+
+
+def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return runs
+
+
+@lru_cache(maxsize=1)
+def kept() -> dict[str, Any]:
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+
+
+@lru_cache(maxsize=64)
+def _of_config(config_json: str) -> Architecture:
+    return build(json.loads(config_json))
+
+
+def of(model: str) -> Architecture:
+    """The architecture of a catalogue key, Hub id, folder or config.json.
+
+    Raises SpecError for a bare count, which has no layers, and for a name that cannot be found.
+    """
+    from .catalog import models
+
+    entry = models.find(model)
+    if entry.config is None:
+        raise SpecError(
+            f"model={model}: a bare count has no layers to look at; name a model such as llama-3.1-70b for exact counts"
+        )
+    key = entry.shape_of or entry.key
+    if key in kept():
+        return _from_kept(key)
+    return _of_config(json.dumps(entry.config, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _from_kept(key: str) -> Architecture:
+    return from_data(kept()[key])
+
+
+def _write() -> None:
+    from .catalog import models
+
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(to_data(build(entry.config)), separators=(',', ':'))}"
+        for key, entry in models.MODELS.items()
+        if entry.config is not None and not entry.shape_of
+    ]
+    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    _write()

@@ -1,0 +1,121 @@
+"""How many parameters a method trains: exact, from the architecture's shapes and the registry's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import architecture as architectures
+from . import methods
+from .catalog import models
+from .resolve import resolve
+from .spec import RunSpec
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "amp": 4}
+"""Bytes a parameter. AMP keeps fp32 weights and casts them for each operation."""
+
+
+@dataclass(frozen=True)
+class ModuleCount:
+    """One kind of module and what a method trains on it, over all its layers."""
+
+    name: str
+    role: str
+    kind: str
+    shape: tuple[int, ...]
+    """Of the weight, as stored."""
+    d_in: int | None
+    d_out: int | None
+    """Features of a linear map; None for other modules."""
+    layers: int
+    """How many layers have it."""
+    adapted_layers: int
+    parameters: int
+    """In the base model, over all layers."""
+    trainable: int
+    """Over all layers."""
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    spec: RunSpec
+    """Resolved."""
+    model_name: str
+    method_name: str
+    total_parameters: int
+    """Of the base model."""
+    trainable_parameters: int
+    in_place: bool
+    adapter_bytes: int
+    """Bytes of the tensors of the saved adapter; the safetensors header adds about 100 bytes a tensor."""
+    modules: tuple[ModuleCount, ...]
+    names: tuple[tuple[str, int], ...]
+    """(full module name, trainable parameters) of each trained module."""
+
+    @property
+    def trainable_percent(self) -> float:
+        """100 × trainable / the base model's total."""
+        return 100 * self.trainable_parameters / self.total_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        shapes = {m.name: m.shape for m in self.modules}
+        return {
+            "spec": self.spec.to_dict(),
+            "total_parameters": self.total_parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "trainable_percent": self.trainable_percent,
+            "adapter_bytes": self.adapter_bytes,
+            "modules": [
+                {"name": name, "shape": list(shapes[_pattern(name, shapes)]), "trainable": trainable}
+                for name, trainable in self.names
+            ],
+        }
+
+
+def _pattern(name: str, known: Any) -> str:
+    import re
+
+    return name if name in known else re.sub(r"\.\d+\.", ".*.", name, count=1)
+
+
+def count(spec: RunSpec) -> ParameterReport:
+    """Raises SpecError where the method has nothing to train, or the model is a bare count."""
+    spec = resolve(spec)
+    entry = models.find(spec.model or "")
+    method = methods.find(spec.method or "")
+    shape = architectures.of(spec.model or "")
+    chosen = {id(t.module): t for t in methods.targets(shape, spec, entry.name)}
+    rows, names = [], []
+    for m in shape.modules:
+        target = chosen.get(id(m))
+        each = sum(term.value(m, spec) for term in method.terms) if target else 0
+        layers = target.count if target and each else 0
+        if target and each:
+            names += [(name, each) for name in target.names()]
+        rows.append(
+            ModuleCount(
+                name=m.name,
+                role=m.role,
+                kind=m.kind,
+                shape=next(iter(m.parameters.values())),
+                d_in=m.d_in if m.is_linear else None,
+                d_out=m.d_out if m.is_linear else None,
+                layers=m.count,
+                adapted_layers=layers,
+                parameters=(m.weight + m.bias) * m.count,
+                trainable=each * layers,
+            )
+        )
+    trainable = sum(r.trainable for r in rows)
+    saved = BYTES[(spec.precision if method.in_place else spec.adapter_precision) or "fp32"]
+    return ParameterReport(
+        spec=spec,
+        model_name=entry.name,
+        method_name=method.name,
+        total_parameters=shape.total_parameters,
+        trainable_parameters=trainable,
+        in_place=method.in_place,
+        adapter_bytes=trainable * saved,
+        modules=tuple(rows),
+        names=tuple(names),
+    )

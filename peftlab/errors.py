@@ -1,0 +1,28 @@
+"""What can go wrong, as one tree. Every message states the value, the limit and the fix.
+
+PeftlabError
+├── SpecError        a setting that cannot be run as asked (exit status 2)
+├── WeightsError     a base model that could not be found, fetched or verified
+├── AdapterError     an adapter folder that cannot be read or does not fit its base
+└── RunError         a run that failed after it started
+"""
+
+
+class PeftlabError(Exception):
+    """Base of every error that is meant to be read by a person."""
+
+
+class SpecError(PeftlabError, ValueError):
+    pass
+
+
+class WeightsError(PeftlabError):
+    pass
+
+
+class AdapterError(PeftlabError):
+    pass
+
+
+class RunError(PeftlabError):
+    pass

