@@ -61,8 +61,8 @@ def exact_match(text: str, row: Row, task: Task) -> float:
 
 
 def accuracy(text: str, row: Row, task: Task) -> float:
-    words = re.findall(r"\w+", text.lower())
-    return float(bool(words) and words[0] == row.answer.lower())
+    named = re.search(r"\b(" + "|".join(map(re.escape, task.labels)) + r")\b", text.lower())
+    return float(named is not None and named[0] == row.answer.lower())
 
 
 def voice(text: str, row: Row, task: Task) -> float:
@@ -76,7 +76,7 @@ METRICS = {
     m.key: m
     for m in (
         Metric("exact_match", "Exact records", "the whole answer equals the reference, character by character"),
-        Metric("accuracy", "Accuracy", "the first word of the answer is the right label"),
+        Metric("accuracy", "Accuracy", "the first label that the answer names is the right one"),
         Metric("voice", "Answers in the voice", "the answer holds at least the task's number of marker words"),
     )
 }

@@ -305,7 +305,9 @@ def load(spec: RunSpec) -> Base:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     entry = models.find(spec.model or "")
     if not entry.is_causal:
         raise SpecError(f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}")

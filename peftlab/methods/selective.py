@@ -53,7 +53,7 @@ register(
         terms=OWN,
         select=everything,
         attach=attach,
-        defaults={"learning_rate": 5e-5},
+        defaults={"learning_rate": 1e-4},
         in_place=True,
     )
 )
@@ -68,7 +68,7 @@ register(
         select=last_block,
         attach=attach,
         papers=("ulmfit",),
-        defaults={"learning_rate": 3e-4},
+        defaults={"learning_rate": 1e-3},
         in_place=True,
     )
 )

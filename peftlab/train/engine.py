@@ -48,7 +48,6 @@ def train(spec: RunSpec, out: Path) -> Iterator[Event]:
     rows = [_encode(base.tokenizer, task, row) for row in task.train]
     _check_lengths(rows, spec)
     out.mkdir(parents=True, exist_ok=True)
-    (out / STOP).unlink(missing_ok=True)
     run = _Run(spec, task, base, out, _attached(base, spec))
     yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
            "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
@@ -137,7 +136,7 @@ class _Run:
         self.began = time.perf_counter()
         self.training_seconds = 0.0
         self.scores: list[float] = []
-        self.examples: list[dict[str, Any]] = []
+        self.answers: list[list[Answer]] = []
 
     @property
     def adapter(self) -> Path:
@@ -150,6 +149,7 @@ class _Run:
         """Keeps what was learned when the run ends early: a closed tab, an error, a stop."""
         if self.steps_done > self.saved_at and all(map(math.isfinite, self.losses)):
             self._save()
+        (self.out / STOP).unlink(missing_ok=True)
         self.optimizer = self.trained = self.model = None  # type: ignore[assignment]
 
     def _save(self, result: Event | None = None) -> None:
@@ -193,13 +193,20 @@ class _Run:
                 "items": len(self.task.heldout),
             },
             "forgetting": prose_after - prose_before if finished else None,
-            "examples": self.examples,
             "predicted_peak_bytes": None,
             "measured_peak_bytes": self._peak(),
             "device": hardware.here().name,
         }
-        self._save(done)
+        self._save(done | ({"heldout": self._heldout()} if finished else {}))
         yield done
+
+    def _heldout(self) -> list[Event]:
+        """Every held-out row with what the model said before and after, for the adapter's manifest."""
+        return [
+            {"prompt": b.prompt, "reference": b.reference, "base": b.text, "base_score": b.score, "adapted": a.text,
+             "adapted_score": a.score}
+            for b, a in zip(self.answers[0], self.answers[-1], strict=True)
+        ]  # fmt: skip
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -281,9 +288,9 @@ class _Run:
                 return
             yield {"type": "progress", "what": f"evaluating {when}", "share": share}
         self.scores.append(mean_score(answers))
-        self.examples = [a.__dict__ for a in answers[:EXAMPLES]]
+        self.answers.append(answers)
         yield {"type": "eval", "when": when, "step": self.steps_done, "metrics": {self.task.metric: self.scores[-1]},
-               "items": len(answers), "seconds": time.perf_counter() - begun, "examples": self.examples}  # fmt: skip
+               "items": len(answers), "seconds": time.perf_counter() - begun, "examples": [a.__dict__ for a in answers[:EXAMPLES]]}  # fmt: skip
 
     def _reset_peak(self) -> None:
         import torch

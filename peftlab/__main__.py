@@ -1,0 +1,312 @@
+"""`python -m peftlab …`: everything the app does, without a browser.
+
+Exit status: 0 done; 2 a wrong argument, one line on stderr; 1 it failed while running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import words
+from .errors import PeftlabError, SpecError
+from .spec import SETTINGS, RunSpec
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"{message.removeprefix('argument ')}; see python -m {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args) or 0
+    except SpecError as error:
+        print(f"peftlab: {error}", file=sys.stderr)
+        return 2
+    except PeftlabError as error:
+        print(f"peftlab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("peftlab: interrupted", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="peftlab", description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Any, about: str, spec: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        if spec:
+            _add_spec(sub)
+        return sub
+
+    for name, run in CATALOGUES.items():
+        command(name, run, f"the catalogue of {name}")
+    command("fetch", _fetch, "get a base model ready, ahead of a talk").add_argument("model")
+    command("params", _params, "exact parameter counts", spec=True)
+    memory = command("memory", _memory, "predicted memory", spec=True)
+    memory.add_argument("--convention", default="exact", help="exact, 8n, 12n, 16n-fp32, 16n-mixed or 18n")
+    memory.add_argument("--trainable-parameters", type=_count, help="for a bare count such as 100B: how many are trained")
+    memory.add_argument("--tasks", type=_count, default=1, help="number of tasks to store")
+    train = command("train", _train, "fine-tune; progress on stderr", spec=True)
+    train.add_argument("--out", type=Path, help="folder for the adapter (default: a new one under runs/)")
+    compare = command("compare", _compare, "base and adapters, side by side")
+    compare.add_argument("--adapter", type=Path, action="append", required=True, help="an adapter folder; repeatable")
+    compare.add_argument("--prompt", help="one prompt of your own")
+    compare.add_argument("--task", help="a task's held-out rows (default: the adapter's own task)")
+    compare.add_argument("--max-new-tokens", type=_count, default=64)
+    compare.add_argument("--temperature", type=float, default=0.0)
+    compare.add_argument("--seed", type=int, default=0)
+    bench = command("bench", _bench, "measure on this machine and write JSON", spec=True)
+    bench.add_argument("what", choices=("train",))
+    bench.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    bench.add_argument("--adapter-out", type=Path, help="where to keep the adapter")
+    return parser
+
+
+def _add_spec(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--spec", type=Path, help="a JSON file with any of these settings; flags win")
+    group = sub.add_argument_group("settings")
+    for name, about in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        limits = f"; one of {', '.join(about.choices)}" if about.choices else ""
+        text = f"{about.meaning}{limits} (automatic: {about.automatic})".replace("%", "%%")
+        if about.type is bool:
+            group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(flag, dest=name, metavar=about.type.__name__.upper(), help=text)
+
+
+def _count(text: str) -> int:
+    """A whole number, also as 500M."""
+    from .catalog.models import UNITS
+
+    scale = UNITS.get(text[-1:].upper(), 1)
+    try:
+        value = round(float(text[:-1] if scale > 1 else text) * scale)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1, such as 40 or 500M")
+    return value
+
+
+def _spec(args: argparse.Namespace) -> RunSpec:
+    values: dict[str, Any] = {}
+    if args.spec:
+        try:
+            values = RunSpec.from_json(args.spec.read_text()).to_dict()
+        except OSError as error:
+            raise SpecError(f"spec={args.spec}: cannot be read ({error.strerror}); give a JSON file") from None
+    flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    for name, value in flags.items():
+        if value == "":
+            raise SpecError(f"{name.replace('_', '-')} is empty; leave it out for automatic")
+    return RunSpec.from_dict(values | flags)
+
+
+def _print(document: Any) -> None:
+    print(json.dumps(document))
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> None:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _models(args: argparse.Namespace) -> None:
+    from .catalog.models import MODELS
+
+    if args.json:
+        _print([{"key": m.key, "name": m.name, "hub_id": m.hub_id, "total_parameters": m.total_parameters,
+                 "licence": m.licence, "trainable": m.is_causal} for m in MODELS.values()])  # fmt: skip
+    else:
+        _table([(m.key, f"{m.total_parameters:,}", m.name, m.hub_id or m.source) for m in MODELS.values()])
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from .catalog.papers import PAPERS
+    from .methods import METHODS
+
+    if args.json:
+        _print([{"key": m.key, "name": m.name, "family": m.family, "hypothesis": m.hypothesis, "trains": m.trains,
+                 "settings": m.settings, "defaults": dict(m.defaults), "merges": m.merges,
+                 "papers": [PAPERS[p].url for p in m.papers]} for m in METHODS.values()])  # fmt: skip
+    else:
+        _table([(m.key, m.family, m.trains) for m in METHODS.values()])
+
+
+def _gpus(args: argparse.Namespace) -> None:
+    from .catalog.gpus import GPUS
+
+    if args.json:
+        _print([g.__dict__ for g in GPUS.values()])
+    else:
+        _table([(g.key, f"{g.memory_gb:g} GB", g.name, g.source) for g in GPUS.values()])
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from .tasks import TASKS
+
+    if args.json:
+        _print([{"key": t.key, "name": t.name, "teaches": t.teaches, "metric": t.metric, "train": len(t.train),
+                 "heldout": len(t.heldout)} for t in TASKS.values()])  # fmt: skip
+    else:
+        _table([(t.key, f"{len(t.train)} + {len(t.heldout)} held out", t.metric, t.teaches) for t in TASKS.values()])
+
+
+CATALOGUES = {"models": _models, "methods": _methods, "gpus": _gpus, "tasks": _tasks}
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from . import weights
+
+    last = None
+    for p in weights.fetch(args.model):
+        last = p
+        bar = f" {words.size(p.done)} of {words.size(p.total)}" if p.total else ""
+        end = "\r" if sys.stderr.isatty() else "\n"
+        if sys.stderr.isatty() or p.stage != "downloading":
+            print(f"{p.stage}: {p.detail}{bar}", end=end, file=sys.stderr, flush=True)
+    assert last is not None
+    folder = weights.folder_of(weights.models.find(args.model))
+    if args.json:
+        _print({"model": args.model, "folder": str(folder), "source": last.detail, "bytes": last.total})
+    else:
+        print(f"{args.model} is ready in {folder}, from {last.detail}")
+
+
+def _params(args: argparse.Namespace) -> None:
+    from .count import count
+
+    report = count(_spec(args))
+    if args.json:
+        _print(report.to_dict())
+        return
+    _table(
+        [("module", "shape", "layers", "trainable")]
+        + [(m.name, "×".join(map(str, m.shape)), m.adapted_layers, f"{m.trainable:,}") for m in report.modules if m.trainable]
+    )
+    print(
+        f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters are trained "
+        f"({words.percent(report.trainable_percent / 100)}); the adapter is {words.size(report.adapter_bytes)}"
+    )
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from .memory import fits, predict, storage
+
+    spec = _spec(args)
+    report = predict(spec, args.convention, args.trainable_parameters)
+    disk = storage(report, args.tasks)
+    if args.json:
+        _print(report.to_dict() | {"storage": {"tasks": disk.tasks, "full": disk.full, "adapters": disk.adapters, "base": disk.base}})
+        return
+    _table(
+        [
+            ("weights", words.size(report.weights)),
+            ("gradients", words.size(report.gradients)),
+            ("optimizer", words.size(report.optimizer)),
+            ("sum", words.size(report.states)),
+        ]
+    )
+    if report.states is not None:
+        one = words.smallest_gpu(fits(report.states))
+        print(f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included")
+        print(f"smallest GPU that holds it: {one.gpu.name}" if one else "no single GPU of the catalogue holds it")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .resolve import resolve
+    from .train import train
+
+    spec = resolve(_spec(args))
+    out = args.out or Path("runs") / f"{spec.task}-{spec.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    last: dict[str, Any] = {}
+    for last in train(spec, out):
+        if args.json:
+            print(json.dumps(last), flush=True)
+        _say(last)
+    return 0 if last.get("type") == "done" else 1
+
+
+def _say(event: dict[str, Any]) -> None:
+    """Progress for people, on stderr."""
+    kind = event["type"]
+    if kind == "step":
+        text = f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {words.seconds(event['eta_seconds'])} left"
+    elif kind == "eval":
+        metric, value = next(iter(event["metrics"].items()))
+        text = f"held out, {event['when']}: {metric} {words.score(value)} of {event['items']}"
+    elif kind == "start":
+        text = f"{event['model']} from {event['source']}; {event['trainable_parameters']:,} parameters are trained"
+    elif kind == "loading":
+        text = f"loading {event['model']}"
+    elif kind == "done":
+        text = event.get("message") or f"adapter in {event['adapter']}, {words.seconds(event['seconds'])} in all"
+    else:
+        return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from . import adapters, tasks
+    from .compare import on_prompt, on_task
+    from .generate import Decoding
+
+    if args.prompt is not None and args.task:
+        raise SpecError("--prompt and --task: give one of them")
+    chosen = [adapters.read(folder) for folder in args.adapter]
+    if args.prompt is not None:
+        report = on_prompt(chosen, args.prompt, Decoding(args.max_new_tokens, args.temperature, seed=args.seed))
+    else:
+        key = args.task or chosen[0].spec.task
+        if not key:
+            raise SpecError(f"{args.adapter[0]} does not say what it was trained on; give --task or --prompt")
+        work = on_task(chosen, tasks.find(key))
+        while True:
+            try:
+                share = next(work)
+            except StopIteration as finished:
+                report = finished.value
+                break
+            if sys.stderr.isatty():
+                print(f"answering {100 * share:.0f}%", end="\r", file=sys.stderr)
+    if args.json:
+        _print(report.to_dict())
+        return
+    for exchange in report.exchanges[:5]:
+        print(f"\n> {exchange.prompt}")
+        for reply in exchange.replies:
+            print(f"{reply.model:>10}: {reply.text.strip()}")
+        if exchange.reference:
+            print(f"{'reference':>10}: {exchange.reference}")
+    if report.scores:
+        print()
+        _table(
+            [("model", report.metric, "95% interval", "items")]
+            + [(s.model, words.score(s.mean), f"{words.score(s.low)} to {words.score(s.high)}", s.items) for s in report.scores]
+        )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench import record_train
+
+    document = record_train(_spec(args), args.out, args.adapter_out, _say)
+    if args.json:
+        _print(document)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

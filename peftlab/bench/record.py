@@ -1,0 +1,79 @@
+"""A training run and its comparison, recorded: what the app shows as measured elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import adapters, hardware, tasks
+from ..compare import on_task
+from ..errors import RunError
+from ..resolve import resolve
+from ..spec import RunSpec
+from ..train import train
+
+MEASURED = Path(__file__).parent.parent.parent / "assets" / "measured"
+KEPT_EVENTS = ("start", "step", "eval", "done")
+
+
+def provenance() -> dict[str, Any]:
+    machine = hardware.here()
+    return {
+        "command": "python -m peftlab " + shlex.join(sys.argv[1:]),
+        "hardware": machine.name,
+        "device": machine.device,
+        "versions": hardware.versions(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def record_train(
+    spec: RunSpec, out: Path, adapter_out: Path | None = None, say: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Trains and compares `spec`, and writes every loss and score to `out`. Raises RunError when the run fails."""
+    spec = resolve(spec)
+    with tempfile.TemporaryDirectory() as scratch:
+        events = []
+        for event in train(spec, Path(scratch) / "run"):
+            if say:
+                say(event)
+            if event["type"] in KEPT_EVENTS:
+                events.append(event)
+        if events[-1]["type"] != "done" or events[-1]["adapter"] is None:
+            raise RunError("the run ended before it had learned anything; nothing was recorded")
+        adapter = adapters.read(events[-1]["adapter"])
+        work = on_task([adapter], tasks.find(spec.task or ""))
+        while True:
+            try:
+                next(work)
+            except StopIteration as finished:
+                report = finished.value
+                break
+        if adapter_out:
+            import shutil
+
+            shutil.copytree(adapter.folder, adapter_out, dirs_exist_ok=True)
+    for event in events:
+        event.pop("examples", None)
+    events[-1].pop("adapter")
+    document = provenance() | {
+        "kind": "train",
+        "spec": spec.to_dict(),
+        "events": events,
+        "comparison": [s.__dict__ for s in report.scores],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def recorded_runs() -> list[dict[str, Any]]:
+    """Every recorded training run, newest hardware first as the file names order them."""
+    files = sorted(MEASURED.glob("train-*.json"))
+    return [json.loads(f.read_text()) | {"file": f.name} for f in files]

@@ -1,0 +1,104 @@
+"""Who is running what: one training at a time, in order of arrival, each with its log of events to attach to again."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .errors import PeftlabError, SpecError
+from .resolve import resolve
+from .spec import RunSpec
+from .train import STOP, train
+
+RUNS = Path("runs")
+Trainer = Callable[[RunSpec, Path], Iterator[dict[str, Any]]]
+
+
+class Job:
+    """A run, queued or under way or over. Its events stay, so that a page that comes back sees all of them."""
+
+    def __init__(self, spec: RunSpec, owner: str) -> None:
+        self.id = f"{spec.task}-{spec.method}-{time.strftime('%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        self.spec = spec
+        self.owner = owner
+        self.folder = RUNS / self.id
+        self.events: list[dict[str, Any]] = []
+        self.over = False
+        self._changed = threading.Condition()
+
+    def add(self, event: dict[str, Any], over: bool = False) -> None:
+        with self._changed:
+            self.events.append(event)
+            self.over = over
+            self._changed.notify_all()
+
+    def follow(self, patience: float = 1.0) -> Iterator[list[dict[str, Any]]]:
+        """All events so far, again whenever there are more (or after `patience` seconds), until the job is over."""
+        while True:
+            with self._changed:
+                seen, over = len(self.events), self.over
+                events = list(self.events)
+            yield events
+            if over:
+                return
+            with self._changed:
+                if len(self.events) == seen:
+                    self._changed.wait(patience)
+
+    def stop(self) -> None:
+        """Asks the run to end after the step in progress; what it learned is kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / STOP).touch()
+
+
+_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
+_jobs: dict[str, Job] = {}
+_lock = threading.Lock()
+
+
+def find(job_id: str | None) -> Job | None:
+    return _jobs.get(job_id or "")
+
+
+def running(owner: str) -> Job | None:
+    return next((j for j in _jobs.values() if j.owner == owner and not j.over), None)
+
+
+def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
+    """Queues a run. Raises SpecError when `owner` already has one that is not over, or the spec cannot run."""
+    spec = resolve(spec)
+    with _lock:
+        if running(owner):
+            raise SpecError("a run of yours is already under way: wait for it, or stop it first; what it learned is kept")
+        job = Job(spec, owner)
+        _jobs[job.id] = job
+        ahead = sum(not j.over for j in _jobs.values()) - 1
+    job.add({"type": "queued", "ahead": ahead})
+    _pool.submit(_work, job, trainer)
+    return job
+
+
+def _work(job: Job, trainer: Trainer) -> None:
+    try:
+        last: dict[str, Any] | None = None
+        for event in trainer(job.spec, job.folder):
+            if last is not None:
+                job.add(last)
+            last = event
+        job.add(last or {"type": "error", "message": "the run ended without a word"}, over=True)
+    except PeftlabError as error:
+        job.add({"type": "error", "message": str(error)}, over=True)
+    except Exception as error:
+        job.add({"type": "error", "message": _plain(error)}, over=True)
+
+
+def _plain(error: Exception) -> str:
+    text = str(error).splitlines()[0][:300] if str(error) else ""
+    if "out of memory" in text.lower():
+        return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,154 @@
+"""Numbers and findings as people read them: units, percentages, and each tab's opening sentence.
+
+Sentences are small HTML in which `<b class="frozen">` and the like carry the palette's meaning; everything that is not
+ours (a model's name, an answer) is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from . import tasks
+from .compare import BASE, ComparisonReport
+from .count import ParameterReport
+from .memory import Fit, MemoryReport
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Three significant digits without an exponent: 3240 → 3,240; 0.2749 → 0.275."""
+    if value == 0:
+        return "0"
+    from math import floor, log10
+
+    places = max(0, digits - 1 - floor(log10(abs(value))))
+    text = f"{round(value, digits - 1 - floor(log10(abs(value)))):,.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def size(n: float | None) -> str:
+    """Bytes in decimal units, as vendors and lectures use them; 'not known' for None."""
+    if n is None:
+        return "not known"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(n) >= scale:
+            return f"{significant(n / scale)} {unit}"
+    return f"{n:.0f} B"
+
+
+def parameters(n: float) -> str:
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= scale:
+            return f"{significant(n / scale)}{unit}"
+    return f"{n:.0f}"
+
+
+def percent(share: float) -> str:
+    """Of a share between 0 and 1."""
+    return f"{significant(100 * share)}%"
+
+
+def score(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def seconds(s: float) -> str:
+    return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 120 else f"{s // 60:.0f} min {s % 60:.0f} s"
+
+
+def bold(text: str, meaning: str = "") -> str:
+    return f'<b class="{meaning}">{escape(text)}</b>' if meaning else f"<b>{escape(text)}</b>"
+
+
+def smallest_gpu(fits: Sequence[Fit]) -> Fit | None:
+    return next((f for f in fits if f.n_gpus == 1), None)
+
+
+def memory_sentence(full: MemoryReport, chosen: MemoryReport, fits: Sequence[Fit]) -> str:
+    """What full fine-tuning needs, what the chosen method needs, and what holds it."""
+    begin = f"Full fine-tuning of {bold(full.model_name)} needs {bold(size(full.states), 'frozen')}."
+    one = smallest_gpu(fits)
+    where = f"it fits one {escape(one.gpu.name.removeprefix('NVIDIA '))}" if one else _several(fits)
+    if full.states is None or chosen.states is None:
+        return f"{begin} How much the states of {escape(str(chosen.spec.optimizer))} take is not known yet."
+    if chosen.spec.method == "full":
+        return f"{begin} {where[0].upper()}{where[1:]}."
+    ratio = full.states / chosen.states
+    less = f"{significant(ratio)}× less" if ratio >= 1.005 else f"{significant(1 / ratio)}× more"
+    return (
+        f"{begin} {bold(method_name(chosen), 'trained')} needs {bold(size(chosen.states), 'trained')}: {less}, and {where}."
+    )
+
+
+def _several(fits: Sequence[Fit]) -> str:
+    largest = fits[-1]
+    return f"it takes {largest.n_gpus:,} × {escape(largest.gpu.name.removeprefix('NVIDIA '))}"
+
+
+def method_name(report: MemoryReport | ParameterReport) -> str:
+    spec = report.spec
+    return f"{report.method_name}, rank {spec.rank}" if spec.rank else report.method_name
+
+
+def where(spec: Any) -> str:
+    """Target modules in words."""
+    names = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v_proj": "q and v"}
+    text = names.get(spec.target_modules or "", (spec.target_modules or "").replace(",", ", "))
+    return text if spec.layers in (None, "all") else f"{text} of layers {spec.layers}"
+
+
+def lora_sentence(report: ParameterReport) -> str:
+    return (
+        f"Rank {report.spec.rank} on {escape(where(report.spec))} trains "
+        f"{bold(f'{report.trainable_parameters:,}', 'trained')} of {bold(f'{report.total_parameters:,}', 'frozen')} numbers: "
+        f"{bold(percent(report.trainable_percent / 100), 'trained')}. The adapter is {size(report.adapter_bytes)}."
+    )
+
+
+def live_sentence(events: Sequence[dict[str, Any]]) -> str:
+    """What a run has achieved so far, from its events."""
+    start = next((e for e in events if e["type"] == "start"), None)
+    last = events[-1] if events else {"type": "idle"}
+    if last["type"] == "error":
+        return f"The run ended: {escape(last['message'])}"
+    if last["type"] == "queued":
+        ahead = last["ahead"]
+        return f"Waiting: {ahead} run{'s' if ahead != 1 else ''} ahead of yours." if ahead else "Starting the run."
+    if start is None:
+        return f"Loading {escape(last.get('model', 'the model'))}."
+    metric = tasks.METRICS[start["metric"]].name
+    scores = [next(iter(e["metrics"].values())) for e in events if e["type"] == "eval"]
+    step = next((e for e in reversed(events) if e["type"] == "step"), None)
+    name = bold(start["model"], "frozen")
+    if last["type"] == "done" and not last["steps"]:
+        return escape(last["message"])
+    if step is None:
+        return f"{name} answers {start['heldout']} held-out items before it has learned anything."
+    total = sum(e["seconds"] for e in events if e["type"] == "step")
+    read = f"{name} has read {step['examples']} examples in {seconds(total)}."
+    if not scores:
+        return read
+    before = bold(score(scores[0]), "frozen")
+    if len(scores) == 1:
+        return f"{read} {metric} before: {before}."
+    return f"{read} {metric}: {before} → {bold(score(scores[-1]), 'trained')} on items it has never seen."
+
+
+def compare_sentence(report: ComparisonReport) -> str:
+    adapted = [s for s in report.scores if s.model != BASE][-1]
+    rows = [
+        (next(r.score or 0 for r in e.replies if r.model == BASE), next(r.score or 0 for r in e.replies if r.model == adapted.model))
+        for e in report.exchanges
+    ]
+    wins, losses = sum(a > b for b, a in rows), sum(a < b for b, a in rows)
+    text = f"{bold('The adapter', 'trained')} wins {bold(str(wins))} of {len(rows)}, loses {bold(str(losses))}"
+    if adapted.forgetting is None:
+        return text + "."
+    change = adapted.forgetting
+    verdict = (
+        "it forgot almost nothing" if change < 0.05 else "it forgot a little" if change < 0.3 else "it forgot a lot"
+    )  # nats per token: 0.05 is a 5% and 0.3 a 35% rise of perplexity
+    if change <= 0:
+        return f"{text}, and reads ordinary text no worse than before."
+    return f"{text}, and on ordinary text is {significant(change, 2)} nats a token worse: {verdict}."
