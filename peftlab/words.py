@@ -67,9 +67,9 @@ def smallest_gpu(fits: Sequence[Fit]) -> Fit | None:
 
 def memory_sentence(full: MemoryReport, chosen: MemoryReport, fits: Sequence[Fit]) -> str:
     """What full fine-tuning needs, what the chosen method needs, and what holds it."""
-    begin = f"Full fine-tuning of {bold(full.model_name)} needs {bold(size(full.states), 'frozen')}."
+    begin = f"Full fine-tuning of {bold(full.model_name)} needs {bold(size(full.states))}."
     one = smallest_gpu(fits)
-    where = f"it fits one {escape(one.gpu.name.removeprefix('NVIDIA '))}" if one else _several(fits)
+    where = f"these alone fit one {escape(gpu_name(one))}" if one else _several(fits)
     if full.states is None or chosen.states is None:
         return f"{begin} How much the states of {escape(str(chosen.spec.optimizer))} take is not known yet."
     if chosen.spec.method == "full":
@@ -83,7 +83,11 @@ def memory_sentence(full: MemoryReport, chosen: MemoryReport, fits: Sequence[Fit
 
 def _several(fits: Sequence[Fit]) -> str:
     largest = fits[-1]
-    return f"it takes {largest.n_gpus:,} × {escape(largest.gpu.name.removeprefix('NVIDIA '))}"
+    return f"these alone take {largest.n_gpus:,} × {escape(gpu_name(largest))}"
+
+
+def gpu_name(fit: Fit) -> str:
+    return fit.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 def method_name(report: MemoryReport | ParameterReport) -> str:

@@ -1,0 +1,114 @@
+"""peftlab: assembles the tabs and launches. `python app.py`, or the entry point of a Hugging Face Space."""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("SPACES_ZERO_GPU"):
+    import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from demos import live_finetune, lora_visualizer, memory_calculator, page, side_by_side
+from peftlab import RunSpec, SpecError, jobs, weights, words
+from peftlab.catalog.models import DEFAULT, MODELS
+
+TABS = ("memory", "lora", "live", "compare")
+preparation = jobs.Preparation(DEFAULT)
+
+
+def chip() -> str:
+    """The state of the base model, in a line."""
+    name, p = MODELS[DEFAULT].name, preparation.progress
+    if preparation.ready:
+        source = weights.source_of(MODELS[DEFAULT])
+        tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}" if source else ""
+        return f"{escape(name)} is ready {page.how('verified', tip)}"
+    if preparation.error:
+        return f'<span class="bad">{escape(preparation.error)}</span>'
+    amount = f": {words.size(p.done)} of {words.size(p.total)}" if p.total and p.stage == "downloading" else ""
+    return f"{escape(name)}: {p.stage} {escape(p.detail)}{amount}"
+
+
+def watch() -> tuple[Any, Any, Any]:
+    """The chip, whether to go on looking, and whether a second try is on offer."""
+    settled = preparation.ready or preparation.error is not None
+    return chip(), gr.Timer(active=not settled), gr.Button(visible=preparation.error is not None)
+
+
+def try_again() -> tuple[Any, Any, Any]:
+    preparation.begin()
+    return watch()
+
+
+def from_link(request: gr.Request) -> tuple[Any, Any, str]:
+    """The spec and tab that a link carries; what is wrong with it, if anything is."""
+    query = dict(request.query_params)
+    tab = query.pop("tab", TABS[0])
+    query = {k: v for k, v in query.items() if not k.startswith("__")}
+    try:
+        spec = RunSpec.from_dict(query) if query else page.OPENING
+        problem = ""
+    except SpecError as error:
+        spec, problem = page.OPENING, f"This link cannot be read: {escape(str(error))}"
+    return spec, gr.Tabs(selected=tab if tab in TABS else TABS[0]), problem
+
+
+LINK = """(spec) => {
+  const url = new URL(location.href);
+  const tab = document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase();
+  url.search = spec + (tab ? (spec ? '&' : '') + 'tab=' + tab : '');
+  history.replaceState(null, '', url);
+}"""
+
+
+with gr.Blocks(title="peftlab", fill_width=True) as demo:
+    gr.HTML(
+        "<h1>peftlab</h1><p>Fine-tune a fraction of a model, and check every number.</p>",
+        html_template='<header class="brand">${value}</header>',
+        js_on_load=None,
+    )
+    spec = gr.State(page.OPENING)
+    query = gr.Textbox(page.OPENING.to_query(), visible=False)
+    mine = gr.BrowserState([], storage_key="peftlab-adapters")
+    link_problem = page.problem()
+    with gr.Tabs(selected=TABS[0]) as tabs:
+        with gr.Tab("Memory", id="memory") as memory_tab:
+            memory = memory_calculator.build(spec)
+        with gr.Tab("LoRA", id="lora") as lora_tab:
+            lora = lora_visualizer.build(spec)
+        with gr.Tab("Live", id="live") as live_tab:
+            live = live_finetune.build(spec, mine)
+        with gr.Tab("Compare", id="compare") as compare_tab:
+            compare = side_by_side.build(mine)
+    with gr.Row(elem_classes="foot"):
+        state = gr.HTML(chip(), elem_classes="chip")
+        again = gr.Button("Try again", visible=False, size="sm", scale=0)
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    tick = gr.Timer(1.0)
+    tick.tick(watch, None, [state, tick, again], **quiet)
+    again.click(try_again, None, [state, tick, again], **quiet)
+    views = ((memory_tab, memory), (lora_tab, lora), (live_tab, live))
+    for tab, view in views:
+        tab.select(view.show, spec, view.outputs, **quiet)
+    compare_tab.select(compare.show, [spec, mine, compare.outputs[0]], compare.outputs, **quiet)
+    opened = demo.load(from_link, None, [spec, tabs, link_problem], **quiet)
+    for _, view in views:
+        opened.then(view.show, spec, view.outputs, **quiet)
+    spec.change(lambda s: s.to_query(), spec, query, **quiet).then(None, query, None, js=LINK)
+
+
+def main() -> None:
+    preparation.begin()
+    if os.environ.get("SPACES_ZERO_GPU"):
+        weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
+    demo.queue(default_concurrency_limit=8, max_size=256)
+    demo.launch(**page.launch_options())
+
+
+if __name__ == "__main__":
+    main()

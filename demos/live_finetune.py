@@ -1,0 +1,254 @@
+"""Tab 3, do it now: a small fine-tune that runs live, its loss and held-out metric moving as it learns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
+
+from demos import page
+from demos.gpu import on_gpu
+from peftlab import RunSpec, SpecError, adapters, figures, jobs, resolve, tasks, words
+from peftlab.bench import recorded_runs
+from peftlab.catalog.models import DEFAULT, MODELS
+from peftlab.methods import METHODS
+from peftlab.tasks import METRICS, TASKS
+from peftlab.train import train
+
+FIELDS = ("task", "model", "method", "rank", "learning_rate", "steps", "alpha", "target_modules", "batch_size", "dropout", "seed")
+LARGEST = 2_000_000_000
+"""Parameters of the largest model offered for a live run."""
+
+TRAIN = on_gpu(train)  # at import, because a shared GPU wants to know its functions before the page is up
+
+Events = Sequence[dict[str, Any]]
+
+
+def runnable() -> list[tuple[str, str]]:
+    """Models small enough to train while people watch."""
+    return [
+        (m.name, m.key) for m in MODELS.values() if m.is_causal and m.hub_id and m.total_parameters < LARGEST
+    ]
+
+
+def here(spec: RunSpec) -> RunSpec:
+    """`spec` as it can run live: the model of the calculators may be far too large for that."""
+    return spec if spec.model in dict(map(reversed, runnable())) else spec.but(model=DEFAULT)  # type: ignore[arg-type]
+
+
+def status(events: Events) -> str:
+    """Steps done, time left, and what is going on, with a bar."""
+    last = events[-1] if events else {"type": "idle"}
+    step = next((e for e in reversed(events) if e["type"] == "step"), None)
+    start = next((e for e in events if e["type"] == "start"), None)
+    steps = start["spec"]["steps"] if start else 1
+    share = step["step"] / steps if step else 0.0
+    what, left = "", ""
+    if last["type"] == "progress":
+        what = f"{last['what']}, {words.score(last['share'])}"
+    elif last["type"] == "step":
+        left = f"about {words.seconds(last['eta_seconds'])} of training left"
+    elif last["type"] == "done" and last["steps"]:
+        kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
+        what = f"{kept} {words.seconds(last['seconds'])} in all, {words.significant(last['tokens_per_second'])} tokens/s, on {last['device']}."
+        share = last["steps"] / steps
+    done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")
+    return (
+        f'<div class="status"><span>{done}</span><span>{escape(what)}</span><span>{left}</span></div>'
+        f'<div class="progress" role="progressbar" aria-label="training" aria-valuenow="{100 * share:.0f}"><div style="width:{100 * share:.1f}%"></div></div>'
+    )
+
+
+def answers(events: Events) -> str:
+    """What the model says to a few held-out items: before, and at the last measurement."""
+    measured = [e for e in events if e["type"] == "eval" and "examples" in e]
+    if not measured:
+        return ""
+    rows = "".join(
+        f'<tr><td>{escape(b["prompt"])}</td><td class="said">{escape(b["text"])}</td>'
+        f'<td class="said">{escape(a["text"])}<br>{_mark(a["score"])}</td></tr>'
+        for b, a in zip(measured[0]["examples"], measured[-1]["examples"], strict=True)
+    )
+    return (
+        '<div class="wide"><table class="data answers"><tr><th>never seen in training</th><th>before</th>'
+        f"<th>at step {measured[-1]['step']}</th></tr>{rows}</table></div>"
+    )
+
+
+def _mark(score: float) -> str:
+    return '<span class="good">right</span>' if score else '<span class="bad">not yet</span>'
+
+
+def card(task: str) -> str:
+    t = TASKS[task]
+    return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
+
+
+def charts(events: Events) -> tuple[dict[str, Any], dict[str, Any]]:
+    start = next((e for e in events if e["type"] == "start"), None)
+    steps = start["spec"]["steps"] if start else 40
+    name = METRICS[start["metric"]].name if start else "Score"
+    return figures.themed(figures.loss_curve, events, steps), figures.themed(figures.metric_curve, events, steps, name)
+
+
+def recording() -> tuple[Events, str, str]:
+    """The recorded run that stands here until the first live one: its events, sentence and provenance."""
+    runs = recorded_runs()
+    if not runs:
+        return [], "Press Train: the model learns while you watch.", ""
+    run = runs[-1]
+    libraries = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    note = page.how("measured", f"{run['hardware']}, {run['date']}, {libraries}. Command: {run['command']}")
+    done = run["events"][-1]
+    sentence = words.live_sentence([*run["events"]])
+    about = (
+        f"{note} Recorded on {escape(run['hardware'])}, {words.seconds(done['seconds'])} evaluations included. "
+        "Press Train to run it here."
+    )
+    return run["events"], sentence, about
+
+
+def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
+    current = gr.BrowserState("", storage_key="peftlab-run")
+    events, first_sentence, about = recording()
+    first_charts = charts(events)
+    sentence = page.sentence(first_sentence)
+    with gr.Row(elem_classes="stage"):
+        with page.controls():
+            page.drawer_handle()
+            task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
+            lesson = page.note(card(tasks.DEFAULT))
+            method = page.choice("method", page.methods_here(), "lora")
+            rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
+            steps = page.number("steps")
+            learning_rate = page.number("learning_rate")
+            with gr.Accordion("More settings", open=False):
+                model = page.choice("model", runnable(), DEFAULT)
+                alpha = page.number("alpha")
+                targets = page.choice("target_modules", page.TARGETS, "all-linear", allow_custom_value=True)
+                batch_size = page.number("batch_size")
+                dropout = page.number("dropout")
+                seed = page.number("seed")
+            note = page.note(page.settings_line(here(page.OPENING)))
+            reset = gr.Button("Reset to automatic", size="sm")
+        with gr.Column(elem_classes="main"):
+            with gr.Row(elem_classes="run-row"):
+                go = gr.Button("Train", variant="primary", scale=0, min_width=160)
+                stop = gr.Button("Stop and keep", scale=0, min_width=160, interactive=False)
+                keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=200)
+            problem = page.problem()
+            bar = gr.HTML(f'<div class="status"><span>{about}</span></div>', min_height=44)
+            with gr.Row():
+                loss = page.plot(first_charts[0], "Training loss by step")
+                metric = page.plot(first_charts[1], "Held-out metric by step")
+            said = gr.HTML(answers(events))
+    fields = [task, model, method, rank, learning_rate, steps, alpha, targets, batch_size, dropout, seed]
+    live = [problem, sentence, bar, loss, metric, said, go, stop, keep]
+
+    def update(spec: RunSpec, *values: Any) -> tuple:
+        chosen = page.edit(here(spec), FIELDS, values)
+        resolve(chosen)
+        uses = METHODS[chosen.method or "lora"].settings
+        return chosen, card(chosen.task or tasks.DEFAULT), page.settings_line(chosen), gr.update(visible="rank" in uses)
+
+    def follow(job: jobs.Job | None) -> Iterator[tuple]:
+        """A job's picture, again each time something happened."""
+        if job is None:
+            return
+        drawn = 0
+        for events in job.follow():
+            points = sum(e["type"] in ("step", "eval") for e in events)
+            lines = charts(events) if points != drawn else (gr.skip(), gr.skip())
+            over = events[-1]["type"] in ("done", "error")
+            drawn = points
+            error = events[-1]["message"] if events[-1]["type"] == "error" else ""
+            pack = _zip(job) if over else None
+            yield (
+                escape(error),
+                words.live_sentence(events),
+                status(events),
+                *lines,
+                answers(events) if points else "",
+                gr.update(interactive=over, value="Train again" if over else "Training"),
+                gr.update(interactive=not over),
+                gr.update(value=pack, visible=pack is not None),
+            )
+
+    def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
+        try:
+            chosen = page.edit(here(spec), FIELDS, values)
+            job = jobs.start(chosen, request.session_hash or "", TRAIN)
+        except SpecError as error:
+            yield (gr.skip(), gr.skip(), gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))
+            return
+        for picture in follow(job):
+            yield chosen, job.id, [*[i for i in mine if i != job.id], job.id][-8:], *picture
+
+    def again(run: str) -> Iterator[tuple]:
+        """A page that comes back finds its run where it is."""
+        yield from follow(jobs.find(run))
+
+    def halt(run: str, request: gr.Request) -> Any:
+        job = jobs.running(request.session_hash or "") or jobs.find(run)
+        if job is None or job.over:
+            return gr.skip()
+        job.stop()
+        return gr.update(interactive=False, value="Stopping")
+
+    for control in fields:
+        control.input(
+            page.refusing(update, 4),
+            [spec, *fields],
+            [problem, spec, lesson, note, rank],
+            trigger_mode="always_last",
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
+    go.click(
+        begin,
+        [spec, mine, *fields],
+        [spec, current, mine, *live],
+        show_progress="hidden",
+        concurrency_limit=None,
+        trigger_mode="multiple",
+        api_visibility="private",
+    )
+    stop.click(halt, current, stop, show_progress="hidden", concurrency_limit=None, api_visibility="private")
+    gr.on(None, again, current, live, show_progress="hidden", concurrency_limit=None, api_visibility="private")
+
+    def show(spec: RunSpec) -> tuple:
+        s = here(spec)
+        uses = METHODS[s.method or "lora"].settings
+        return (
+            s.task or tasks.DEFAULT, s.model, s.method or "lora", gr.update(value=s.rank or 8, visible="rank" in uses),
+            s.learning_rate, s.steps, s.alpha, s.target_modules or "all-linear", s.batch_size, s.dropout, s.seed,
+            card(s.task or tasks.DEFAULT), page.settings_line(s),
+        )  # fmt: skip
+
+    shown = [*fields, lesson, note]
+    reset.click(
+        lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain)),
+        spec,
+        [spec, *shown],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return page.View(show, shown)
+
+
+def _zip(job: jobs.Job) -> str | None:
+    folder = job.folder / "adapter"
+    return str(adapters.pack(folder)) if folder.exists() else None
+
+
+if __name__ == "__main__":
+    with gr.Blocks(title="Live fine-tune", fill_width=True) as demo:
+        build(gr.State(page.OPENING), gr.BrowserState([]))
+    demo.launch(**page.launch_options())

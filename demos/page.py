@@ -1,0 +1,272 @@
+"""What every tab shares: the theme, controls built from the settings' own words, charts, and how a demo is launched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from peftlab import RunSpec, SpecError, hardware, resolve, words
+from peftlab.catalog.claims import CLAIMS
+from peftlab.spec import SETTINGS
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+OPENING = RunSpec(model="llama-3.1-8b", method="lora")
+"""What the page opens with: large enough that the difference matters."""
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+DRAW = """
+const draw = () => {
+  const figure = props.value && props.value[document.body.classList.contains('dark') ? 'dark' : 'light'];
+  const place = element.querySelector('.plot');
+  if (!figure || !window.Plotly || !place) return;
+  const {title, ...layout} = figure.layout;
+  element.querySelector('h3').textContent = title.text;
+  place.style.minHeight = layout.height + 'px';
+  window.Plotly.react(place, figure.data, layout, {displayModeBar: false, responsive: true});
+};
+const wait = () => window.Plotly ? draw() : setTimeout(wait, 50);
+wait();
+watch('value', draw);
+new MutationObserver(draw).observe(document.body, {attributes: true, attributeFilter: ['class']});
+new ResizeObserver(() => {
+  const place = element.querySelector('.plot');
+  if (window.Plotly && place && place.layout && place.offsetWidth) window.Plotly.Plots.resize(place);
+}).observe(element);
+"""
+"""The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own theme picks the template; gr.Plot does neither."""
+DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
+
+
+def theme() -> gr.themes.Base:
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.gray,
+        text_size=gr.themes.sizes.text_lg,
+        radius_size=gr.themes.sizes.radius_sm,
+        font=FONT,
+        font_mono=MONO,
+    ).set(
+        body_background_fill="#FBFBFA",
+        body_background_fill_dark="#101215",
+        body_text_color="#1A1D21",
+        body_text_color_dark="#ECEEF1",
+        body_text_color_subdued="#565D66",
+        body_text_color_subdued_dark="#A6ADB7",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        block_border_width="0px",
+        block_shadow="none",
+        block_info_text_color="#565D66",
+        block_info_text_color_dark="#A6ADB7",
+        block_label_text_color="#1A1D21",
+        block_label_text_color_dark="#ECEEF1",
+        block_title_text_color="#1A1D21",
+        block_title_text_color_dark="#ECEEF1",
+        block_title_text_weight="600",
+        border_color_primary="#D9DCE0",
+        border_color_primary_dark="#3A3F47",
+        input_background_fill="#FFFFFF",
+        input_background_fill_dark="#16181C",
+        input_border_color="#B9BEC5",
+        input_border_color_dark="#555C66",
+        button_primary_background_fill="#B34E00",
+        button_primary_background_fill_hover="#8F3E00",
+        button_primary_background_fill_dark="#FF8F4A",
+        button_primary_background_fill_hover_dark="#FFA56E",
+        button_primary_text_color="#FFFFFF",
+        button_primary_text_color_dark="#16181C",
+        button_secondary_background_fill="#FFFFFF",
+        button_secondary_background_fill_dark="#1D2025",
+        button_secondary_border_color="#B9BEC5",
+        button_secondary_border_color_dark="#555C66",
+        slider_color="#0072B2",
+        slider_color_dark="#56B4E9",
+        panel_background_fill="transparent",
+        panel_background_fill_dark="transparent",
+    )
+
+
+def plotly_script() -> str:
+    """The copy of plotly.js that the plotly package ships, so that nothing is fetched from elsewhere."""
+    import plotly
+
+    folder = Path(plotly.__file__).parent / "package_data"
+    gr.set_static_paths([folder])
+    return f'<script defer src="gradio_api/file={folder / "plotly.min.js"}"></script>'
+
+
+def launch_options() -> dict[str, Any]:
+    """For `Blocks.launch`: the look, and limits on what visitors can send."""
+    return {
+        "theme": theme(),
+        "css_paths": [ASSETS / "style.css"],
+        "head": plotly_script() + '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "max_file_size": "5mb",
+        "footer_links": ["settings"],
+    }
+
+
+def plot(value: dict[str, Any] | None, label: str) -> gr.HTML:
+    """A plotly figure made by `figures.themed`; `label` is read to those who cannot see it."""
+    layout = value["light"]["layout"] if value else {}
+    height, title = layout.get("height", 300), layout.get("title", {}).get("text", "")
+    return gr.HTML(
+        value,
+        html_template=f'<h3>{escape(title)}</h3><div class="plot" role="img" aria-label="{escape(label)}" style="min-height:{height}px"></div>',
+        js_on_load=DRAW,
+        elem_classes="figure",
+    )
+
+
+def sentence(text: str) -> gr.HTML:
+    return gr.HTML(text, html_template='<h2 class="sentence" aria-live="polite">${value}</h2>', js_on_load=None)
+
+
+def note(text: str = "") -> gr.HTML:
+    return gr.HTML(text, html_template='<div class="note">${value}</div>', js_on_load=None)
+
+
+def problem() -> gr.HTML:
+    """Where a refusal appears: beside the controls that caused it, and away again when it is cured."""
+    return gr.HTML("", html_template='<div class="problem" role="alert">${value}</div>', js_on_load=None)
+
+
+def controls() -> gr.Column:
+    """The column of settings: at the left on a desktop, a drawer at the foot of a phone's screen."""
+    return gr.Column(elem_classes="controls", scale=0, min_width=320)
+
+
+def drawer_handle() -> gr.HTML:
+    return gr.HTML('<button type="button" class="handle">Settings</button>', js_on_load=DRAWER, elem_classes="drawer")
+
+
+def label(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _about(name: str) -> dict[str, Any]:
+    about = SETTINGS[name]
+    return {"label": label(name), "info": about.meaning[0].upper() + about.meaning[1:]}
+
+
+def slider(name: str, low: float, high: float, value: float, step: float = 1) -> gr.Slider:
+    return gr.Slider(low, high, value, step=step, **_about(name))
+
+
+def number(name: str, value: float | None = None) -> gr.Number:
+    about = SETTINGS[name]
+    return gr.Number(value, placeholder=about.automatic, precision=0 if about.type is int else None, **_about(name))
+
+
+def text(name: str) -> gr.Textbox:
+    return gr.Textbox(placeholder=SETTINGS[name].automatic, max_lines=1, **_about(name))
+
+
+def choice(name: str, choices: Sequence[Any] | None = None, value: Any = None, **rest: Any) -> gr.Dropdown:
+    """Registry choices as given, or the setting's own with `automatic` first."""
+    about = SETTINGS[name]
+    if choices is None:
+        choices = [(f"automatic: {about.automatic}", ""), *about.choices]
+        value = value or ""
+    return gr.Dropdown(choices, value=value, **_about(name), **rest)
+
+
+def choices_of(registry: Any) -> list[tuple[str, str]]:
+    return [(entry.name, key) for key, entry in registry.items()]
+
+
+def methods_here() -> list[tuple[str, str]]:
+    from peftlab.methods import METHODS
+
+    return choices_of(METHODS)
+
+
+TARGETS = (("every linear layer", "all-linear"), ("query and value", "query,value"), ("attention only", "query,key,value,attention output"))
+
+
+def changed(spec: RunSpec) -> str:
+    """Which settings differ from automatic, in a line."""
+    try:
+        usual = resolve(RunSpec(model=spec.model, method=spec.method, task=spec.task))
+    except SpecError:
+        return ""
+    marks = [
+        f"{escape(label(name))} <b>{escape(_short(value))}</b>"
+        for name, value in spec.to_dict().items()
+        if name not in ("model", "method", "task") and value != getattr(usual, name)
+    ]
+    return "Changed: " + ", ".join(marks) if marks else "Every setting is automatic."
+
+
+def settings_line(spec: RunSpec) -> str:
+    """What a run with these settings uses, automatic values included."""
+    r = resolve(spec)
+    parts = [
+        f"learning rate {r.learning_rate:g}",
+        f"{r.steps} steps of {r.batch_size} examples",
+        *([f"rank {r.rank}, alpha {r.alpha:g}"] if r.rank else []),
+        f"{r.precision} on {hardware.here().device.upper()}",
+    ]
+    return f"Runs with {', '.join(parts)}. {changed(spec)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def edit(spec: RunSpec, names: Sequence[str], values: Sequence[Any]) -> RunSpec:
+    """`spec` with the controls' values; empty means automatic. Raises SpecError."""
+    return RunSpec.from_dict(spec.to_dict() | dict.fromkeys(names) | {n: v for n, v in zip(names, values, strict=True) if v not in (None, "")})
+
+
+def how(kind: str, tip: str) -> str:
+    """The small mark that answers 'how do you know?': exact, estimated or measured."""
+    return f'<span class="how" tabindex="0" role="note" aria-label="{kind}: {escape(tip)}">{kind}<span class="tip">{escape(tip)}</span></span>'
+
+
+def claims_table(tab: str) -> str:
+    """What the lectures say beside what is computed here, as HTML."""
+    rows = []
+    for c in (c for c in CLAIMS if c.tab == tab):
+        show = words.size if c.unit == "bytes" else lambda n: f"{n:,.0f}"
+        verdict = '<span class="bad">differs</span>' if c.differs else '<span class="good">holds</span>'
+        rows.append(
+            f"<tr><td>{escape(c.says)}<br><small>{escape(c.source)}</small></td><td>{show(c.claimed)}</td>"
+            f"<td>{show(c.computed())}</td><td>{verdict}<br><small>{escape(c.why)}</small></td></tr>"
+        )
+    head = "<tr><th>The lecture</th><th>says</th><th>exact</th><th></th></tr>"
+    return f'<div class="wide"><table class="data claims">{head}{"".join(rows)}</table></div>'
+
+
+def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
+    """`work` with one output more, first: what was wrong, while everything else stays as it was."""
+
+    def guarded(*args: Any) -> Any:
+        try:
+            result = work(*args)
+        except SpecError as error:
+            return (escape(str(error)), *[gr.skip()] * n_outputs)
+        return ("", *result)
+
+    return guarded
+
+
+@dataclass(frozen=True)
+class View:
+    """A built tab: `show(spec)` gives the values of `outputs`, to follow a change made elsewhere."""
+
+    show: Callable[[RunSpec], tuple]
+    outputs: list[Any]
+
+
+def run_alone(title: str, build: Callable[[gr.State], View]) -> None:
+    """`python demos/this_one.py`"""
+    with gr.Blocks(title=title, fill_width=True) as demo:
+        build(gr.State(OPENING))
+    demo.launch(**launch_options(), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)

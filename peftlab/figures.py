@@ -1,0 +1,261 @@
+"""Pictures of results: plotly figures in the templates `peftlab-light` and `peftlab-dark`, and the matrices to scale.
+
+Every function is pure: a result dataclass (or a run's events) and a theme in, a figure out. `themed` makes both themes at
+once, because the page knows which one its reader uses and the server does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from . import words
+from .compare import BASE, ComparisonReport
+from .count import ModuleCount
+from .memory import MemoryReport
+
+THEMES = ("light", "dark")
+PALETTE = {
+    "light": {
+        "frozen": "#0072B2", "trained": "#D55E00", "gradients": "#E69F00", "optimizer": "#CC79A7",
+        "activations": "#009E73", "logits": "#8C7A00", "overhead": "#6B7280", "text": "#1A1D21", "muted": "#565D66",
+        "border": "#D9DCE0", "surface": "#FFFFFF",
+    },
+    "dark": {
+        "frozen": "#56B4E9", "trained": "#FF8F4A", "gradients": "#F2B84B", "optimizer": "#E3A0C5",
+        "activations": "#3CC79E", "logits": "#F0E442", "overhead": "#9CA3AF", "text": "#ECEEF1", "muted": "#A6ADB7",
+        "border": "#3A3F47", "surface": "#16181C",
+    },
+}  # fmt: skip
+"""The semantic palette: Okabe and Ito's colours, safe for colour-blind readers. The page's CSS has the same values."""
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+
+
+def themed(draw: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """`draw(*args, theme)` in both themes, as plain JSON for the page."""
+    return {theme: draw(*args, theme).to_plotly_json() for theme in THEMES}
+
+
+def _figure(theme: str, height: int, **layout: Any) -> Any:
+    import plotly.graph_objects as go
+    import plotly.io as pio
+
+    name = f"peftlab-{theme}"
+    if name not in pio.templates:
+        for each in THEMES:
+            pio.templates[f"peftlab-{each}"] = _template(each)
+    figure = go.Figure()
+    figure.update_layout(template=pio.templates[name], height=height, **layout)
+    return figure
+
+
+def _template(theme: str) -> Any:
+    import plotly.graph_objects as go
+
+    c = PALETTE[theme]
+    axis = {
+        "gridcolor": c["border"], "zerolinecolor": c["border"], "linecolor": c["border"], "automargin": True,
+        "title": {"standoff": 8}, "fixedrange": True,
+    }  # fmt: skip
+    return go.layout.Template(
+        layout={
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": FONT, "size": 16, "color": c["text"]},
+            "title": {"font": {"size": 17}, "x": 0, "xref": "container", "xanchor": "left"},
+            "margin": {"l": 8, "r": 8, "t": 12, "b": 8},
+            "uniformtext": {"minsize": 13, "mode": "hide"},
+            "xaxis": axis,
+            "yaxis": axis,
+            "showlegend": False,
+            "bargap": 0.35,
+            "hoverlabel": {"bgcolor": c["surface"], "bordercolor": c["border"], "font": {"color": c["text"], "size": 15}},
+        }
+    )
+
+
+COMPONENTS = (
+    ("frozen_weights", "frozen", "frozen weights"),
+    ("trainable_weights", "trained", "trained weights"),
+    ("gradients", "gradients", "gradients"),
+    ("optimizer", "optimizer", "optimizer states"),
+)
+
+
+def _bar_label(figure: Any, y: str, text: str) -> None:
+    """A bar's name above it, where a phone has room."""
+    figure.add_annotation(x=0, y=y, text=text, showarrow=False, xanchor="left", yanchor="bottom", yshift=34)
+
+
+def memory_bars(full: MemoryReport, chosen: MemoryReport, theme: str) -> Any:
+    """Two stacked bars to one scale: full fine-tuning, and the chosen method."""
+    c = PALETTE[theme]
+    figure = _figure(theme, 270, barmode="stack", bargap=0.5, title={"text": "Memory for weights, gradients and optimizer states, GB"})
+    reports = [chosen, full] if chosen.spec.method != "full" else [full]
+    largest = max(r.states or 0 for r in reports) or 1
+    names = [words.method_name(r) for r in reports]
+    for field, colour, label in COMPONENTS:
+        values = [getattr(r, field) or 0 for r in reports]
+        figure.add_bar(
+            y=names,
+            x=[v / 1e9 for v in values],
+            orientation="h",
+            name=label,
+            marker={"color": c[colour], "line": {"color": c["surface"], "width": 1}},
+            text=[label if v > 0.13 * largest else "" for v in values],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            textfont={"color": "#FFFFFF" if theme == "light" and colour != "gradients" else "#111417", "size": 15},
+            customdata=[[words.size(v), f"{v:,} bytes"] for v in values],
+            hovertemplate=f"{label}: %{{customdata[0]}}<br>%{{customdata[1]}}<extra></extra>",
+        )
+    for report, name in zip(reports, names, strict=True):
+        total = report.states or 0
+        figure.add_annotation(
+            x=total / 1e9, y=name, text=f"<b>{words.size(total)}</b>", showarrow=False, xanchor="left", xshift=8,
+            font={"size": 18},
+        )  # fmt: skip
+        _bar_label(figure, name, escape(name))
+    figure.update_xaxes(range=[0, 1.3 * largest / 1e9], rangemode="tozero")
+    figure.update_yaxes(showgrid=False, showticklabels=False, range=[-0.5, len(reports) - 0.2])
+    return figure
+
+
+def rank_curve(module: ModuleCount, rank: int, theme: str) -> Any:
+    """Parameters of one adapter against its rank, with the matrix itself and the break-even rank dk/(d+k)."""
+    c = PALETTE[theme]
+    d_in, d_out = module.d_in or 0, module.d_out or 0
+    even = d_in * d_out / (d_in + d_out)
+    end = max(1.25 * even, 1.15 * rank)
+    figure = _figure(theme, 300, title={"text": "Parameters of one adapter, by rank"})
+    figure.add_scatter(
+        x=[0, end],
+        y=[0, end * (d_in + d_out)],
+        mode="lines",
+        line={"color": c["trained"], "width": 3},
+        hovertemplate="rank %{x:.0f}: %{y:,.0f} parameters<extra></extra>",
+    )
+    figure.add_hline(y=d_in * d_out, line={"color": c["frozen"], "width": 3})
+    figure.add_annotation(
+        x=0, y=d_in * d_out, text=f"the matrix itself: {d_in * d_out:,}", showarrow=False, xanchor="left", yanchor="bottom",
+        font={"color": c["frozen"]},
+    )  # fmt: skip
+    figure.add_vline(x=even, line={"color": c["overhead"], "width": 2, "dash": "dot"})
+    figure.add_annotation(
+        x=even, y=0.04 * d_in * d_out, text=f"break-even {even:.0f} ", showarrow=False, xanchor="right", yanchor="bottom"
+    )
+    figure.add_scatter(
+        x=[rank],
+        y=[rank * (d_in + d_out)],
+        mode="markers",
+        marker={"color": c["trained"], "size": 14, "line": {"color": c["surface"], "width": 2}},
+        hovertemplate=f"rank {rank}: {rank * (d_in + d_out):,} parameters<extra></extra>",
+    )
+    figure.update_xaxes(range=[0, end], title_text="rank")
+    figure.update_yaxes(range=[0, 1.3 * d_in * d_out], rangemode="tozero")
+    return figure
+
+
+def loss_curve(events: Sequence[dict[str, Any]], steps: int, theme: str) -> Any:
+    """Training loss by step. Only points are added between calls, so the page keeps its reader's zoom."""
+    c = PALETTE[theme]
+    points = [(e["step"], e["loss"]) for e in events if e["type"] == "step"]
+    figure = _figure(theme, 300, title={"text": "Training loss, nats per answer token"}, uirevision="loss")
+    figure.add_scatter(
+        x=[p[0] for p in points],
+        y=[p[1] for p in points],
+        mode="lines+markers",
+        line={"color": c["trained"], "width": 3},
+        marker={"size": 5},
+        hovertemplate="step %{x}: %{y:.3f}<extra></extra>",
+    )
+    if points:
+        figure.add_annotation(
+            x=points[-1][0], y=points[-1][1], text=f"<b>{points[-1][1]:.2f}</b>", showarrow=False, yshift=16, font={"size": 17}
+        )
+    figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
+    figure.update_yaxes(range=[0, max([p[1] for p in points], default=4) * 1.12])
+    return figure
+
+
+def metric_curve(events: Sequence[dict[str, Any]], steps: int, name: str, theme: str) -> Any:
+    """The held-out metric each time it was measured."""
+    c = PALETTE[theme]
+    points = [(e["step"], 100 * next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
+    figure = _figure(theme, 300, title={"text": f"{name} on held-out items, %"}, uirevision="metric")
+    colours = [c["frozen"]] + [c["trained"]] * (len(points) - 1)
+    figure.add_scatter(
+        x=[p[0] for p in points],
+        y=[p[1] for p in points],
+        mode="lines+markers+text",
+        text=[f"<b>{p[1]:.0f}%</b>" for p in points],
+        textposition=["top right" if i == 0 else "top center" for i in range(len(points))],
+        textfont={"size": 18, "color": colours},
+        line={"color": c["trained"], "width": 3},
+        marker={"size": 13, "color": colours},
+        cliponaxis=False,
+        hovertemplate="step %{x}: %{y:.1f}%<extra></extra>",
+    )
+    figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
+    figure.update_yaxes(range=[0, 112], tickvals=[0, 25, 50, 75, 100])
+    return figure
+
+
+def score_bars(report: ComparisonReport, name: str, theme: str) -> Any:
+    """The metric of base and adapters with 95% intervals."""
+    c = PALETTE[theme]
+    figure = _figure(theme, 60 + 80 * len(report.scores), bargap=0.55, title={"text": f"{name} on {len(report.exchanges)} held-out items, %"})
+    scores = list(reversed(report.scores))
+    labels = ["base model" if s.model == BASE else escape(s.model) for s in scores]
+    figure.add_bar(
+        y=labels,
+        x=[100 * s.mean for s in scores],
+        orientation="h",
+        marker={"color": [c["frozen"] if s.model == BASE else c["trained"] for s in scores]},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [100 * (s.high - s.mean) for s in scores],
+            "arrayminus": [100 * (s.mean - s.low) for s in scores],
+            "color": c["muted"],
+        },
+        hovertemplate="%{y}: %{x:.1f}%<extra></extra>",
+    )
+    for s, label in zip(scores, labels, strict=True):
+        figure.add_annotation(
+            x=100 * s.high, y=label, text=f"<b>{words.score(s.mean)}</b>", showarrow=False, xanchor="left", xshift=8,
+            font={"size": 18},
+        )  # fmt: skip
+        _bar_label(figure, label, label)
+    figure.update_xaxes(range=[0, 115], tickvals=[0, 25, 50, 75, 100])
+    figure.update_yaxes(showgrid=False, showticklabels=False, range=[-0.5, len(scores) - 0.2])
+    return figure
+
+
+def matrices(module: ModuleCount, rank: int) -> str:
+    """W, B and A to one scale, as HTML whose proportions the page's CSS draws: h = Wx + (alpha/r)·BAx."""
+    d_in, d_out = module.d_in or 1, module.d_out or 1
+    unit = max(d_in, d_out)
+
+    def box(name: str, height: int, width: int, meaning: str, note: str) -> str:
+        return (
+            f'<figure class="matrix {meaning}"><div style="--h:{height / unit:.5f};--w:{width / unit:.5f}"></div>'
+            f"<figcaption><b>{name}</b> {height:,} × {width:,}<br>{note}</figcaption></figure>"
+        )
+
+    adapter = rank * (d_in + d_out)
+    return (
+        '<div class="matrices" role="img" aria-label="'
+        f"W is {d_out} by {d_in} and frozen; B is {d_out} by {rank} and A is {rank} by {d_in}, both trained. "
+        'Drawn to one scale.">'
+        + box("W", d_out, d_in, "frozen", f"{d_in * d_out:,} frozen")
+        + '<span class="sign">+</span>'
+        + box("B", d_out, rank, "trained", f"{d_out * rank:,}")
+        + '<span class="sign">×</span>'
+        + box("A", rank, d_in, "trained", f"{d_in * rank:,} trained")
+        + "</div>"
+        f'<p class="note">{escape(module.name)}, drawn to scale. One adapter has {adapter:,} numbers against '
+        f"{d_in * d_out:,}: {words.percent(adapter / (d_in * d_out))}.</p>"
+    )
