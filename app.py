@@ -99,6 +99,8 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     opened = demo.load(from_link, None, [spec, tabs, link_problem], **quiet)
     for _, view in views:
         opened.then(view.show, spec, view.outputs, **quiet)
+    assert live.resume is not None
+    opened.then(live.resume.work, live.resume.state, live.resume.outputs, **quiet)
     spec.change(lambda s: s.to_query(), spec, query, **quiet).then(None, query, None, js=LINK)
 
 

@@ -144,7 +144,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                 keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=200)
             problem = page.problem()
             bar = gr.HTML(f'<div class="status"><span>{about}</span></div>', min_height=44)
-            with gr.Row():
+            with gr.Row(elem_classes="panes"):
                 loss = page.plot(first_charts[0], "Training loss by step")
                 metric = page.plot(first_charts[1], "Held-out metric by step")
             said = gr.HTML(answers(events))
@@ -160,6 +160,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
     def follow(job: jobs.Job | None) -> Iterator[tuple]:
         """A job's picture, again each time something happened."""
         if job is None:
+            yield (gr.skip(),) * len(live)
             return
         drawn = 0
         for events in job.follow():
@@ -221,7 +222,6 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         api_visibility="private",
     )
     stop.click(halt, current, stop, show_progress="hidden", concurrency_limit=None, api_visibility="private")
-    gr.on(None, again, current, live, show_progress="hidden", concurrency_limit=None, api_visibility="private")
 
     def show(spec: RunSpec) -> tuple:
         s = here(spec)
@@ -240,7 +240,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         show_progress="hidden",
         api_visibility="private",
     )
-    return page.View(show, shown)
+    return page.View(show, shown, page.Resume(again, current, live))
 
 
 def _zip(job: jobs.Job) -> str | None:
@@ -250,5 +250,6 @@ def _zip(job: jobs.Job) -> str | None:
 
 if __name__ == "__main__":
     with gr.Blocks(title="Live fine-tune", fill_width=True) as demo:
-        build(gr.State(page.OPENING), gr.BrowserState([]))
+        view = build(gr.State(page.OPENING), gr.BrowserState([]))
+        demo.load(view.resume.work, view.resume.state, view.resume.outputs)
     demo.launch(**page.launch_options())

@@ -73,6 +73,7 @@ def theme() -> gr.themes.Base:
         border_color_primary_dark="#3A3F47",
         input_background_fill="#FFFFFF",
         input_background_fill_dark="#16181C",
+        input_border_width="1px",
         input_border_color="#B9BEC5",
         input_border_color_dark="#555C66",
         button_primary_background_fill="#B34E00",
@@ -81,6 +82,12 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover_dark="#FFA56E",
         button_primary_text_color="#FFFFFF",
         button_primary_text_color_dark="#16181C",
+        button_primary_border_color="transparent",
+        button_primary_border_color_dark="transparent",
+        checkbox_background_color_selected="#0072B2",
+        checkbox_background_color_selected_dark="#0072B2",
+        checkbox_border_color_selected="#0072B2",
+        checkbox_border_color_selected_dark="#0072B2",
         button_secondary_background_fill="#FFFFFF",
         button_secondary_background_fill_dark="#1D2025",
         button_secondary_border_color="#B9BEC5",
@@ -258,11 +265,21 @@ def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """What a page that comes back does with the run it had: `work(state)` streams the values of `outputs`."""
+
+    work: Callable[..., Any]
+    state: gr.BrowserState
+    outputs: list[Any]
+
+
+@dataclass(frozen=True)
 class View:
     """A built tab: `show(spec)` gives the values of `outputs`, to follow a change made elsewhere."""
 
-    show: Callable[[RunSpec], tuple]
+    show: Callable[..., tuple]
     outputs: list[Any]
+    resume: Resume | None = None
 
 
 def run_alone(title: str, build: Callable[[gr.State], View]) -> None:

@@ -97,7 +97,7 @@ def build(mine: gr.BrowserState) -> page.View:
             gr.update(choices=prompts, value=prompts[0]),
             base,
             adapted,
-            reference(task, prompts[0], "recorded when the adapter was made"),
+            reference(task, prompts[0], "Recorded when the adapter was made"),
             *scores(report, task),
         )
 
@@ -110,7 +110,7 @@ def build(mine: gr.BrowserState) -> page.View:
     def reference(task: tasks.Task, prompt: str, source: str) -> str:
         row = next((r for r in task.heldout if r.prompt == prompt), None)
         said = f"Reference: <code>{escape(row.answer)}</code>. " if row else ""
-        return f"{said}Instruction to both: “{escape(task.instruction)}” {escape(source)}."
+        return f"{escape(source)}. {said}Instruction to both: “{escape(task.instruction)}”"
 
     start = about(first)
     sentence = page.sentence(start[0])
@@ -130,12 +130,13 @@ def build(mine: gr.BrowserState) -> page.View:
             prompt = gr.Textbox(start[1]["value"], label="Prompt", lines=2, max_lines=6, max_length=40_000)
             with gr.Row(elem_classes="run-row"):
                 ask = gr.Button("Ask both", variant="primary", scale=0, min_width=160)
-                measure = gr.Button(f"Score all {len(TASKS[tasks.DEFAULT].heldout)} held-out items", scale=0, min_width=280)
-            with gr.Row():
+            with gr.Row(elem_classes="panes"):
                 left = gr.Textbox(start[3], label="Base model", lines=4, max_lines=12, interactive=False, elem_classes="pane base")
                 right = gr.Textbox(start[4], label="With the adapter", lines=4, max_lines=12, interactive=False, elem_classes="pane adapted")
             said = page.note(start[5])
             chart = page.plot(start[6], "The task's metric for base and adapter, with 95% intervals")
+            with gr.Row(elem_classes="lessons"):
+                measure = gr.Button(f"Score all {len(TASKS[tasks.DEFAULT].heldout)} held-out items here", size="sm")
             with gr.Accordion("Every held-out answer", open=False):
                 every = gr.HTML(start[7])
     picture = [sentence, prompt, examples, left, right, said, chart, every]
@@ -145,7 +146,7 @@ def build(mine: gr.BrowserState) -> page.View:
         a = of(key)
         pair = recorded_pair(compare.recorded(a), text)
         base, adapted = pair or ("", "")
-        return text, base, adapted, reference(task_of(a), text, "recorded when the adapter was made" if pair else "press Ask both")
+        return text, base, adapted, reference(task_of(a), text, "Recorded when the adapter was made" if pair else "Press Ask both")
 
     def talk(key: str, text: str, tokens: int, temperature: float, seed: float) -> Iterator[tuple]:
         yield "", "", "", "Loading the model.", gr.update(interactive=False)
@@ -153,7 +154,7 @@ def build(mine: gr.BrowserState) -> page.View:
             last = ("", "", 0.0, 0.0)
             for last in GENERATE(key, text, tokens, temperature, int(seed or 0)):
                 yield gr.skip(), last[0], last[1], gr.skip(), gr.skip()
-            seconds = f"base {words.seconds(last[2])}, adapter {words.seconds(last[3])}, just now"
+            seconds = f"Base {words.seconds(last[2])}, adapter {words.seconds(last[3])}, just now"
             yield "", last[0].strip(), last[1].strip(), reference(task_of(of(key)), text, seconds), gr.update(interactive=True)
         except PeftlabError as error:
             yield escape(str(error)), gr.skip(), gr.skip(), "", gr.update(interactive=True)
@@ -165,7 +166,7 @@ def build(mine: gr.BrowserState) -> page.View:
                 if report is None:
                     yield "", gr.skip(), gr.skip(), gr.skip(), gr.update(value=f"Scoring, {words.score(share)}", interactive=False)
                     continue
-                done = gr.update(value=f"Score all {len(task.heldout)} held-out items", interactive=True)
+                done = gr.update(value=f"Score all {len(task.heldout)} held-out items here", interactive=True)
                 yield "", words.compare_sentence(report), *scores(report, task), done
         except PeftlabError as error:
             yield escape(str(error)), gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=True)

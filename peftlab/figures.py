@@ -118,7 +118,7 @@ def memory_bars(full: MemoryReport, chosen: MemoryReport, theme: str) -> Any:
             font={"size": 18},
         )  # fmt: skip
         _bar_label(figure, name, escape(name))
-    figure.update_xaxes(range=[0, 1.3 * largest / 1e9], rangemode="tozero")
+    figure.update_xaxes(range=[0, 1.4 * largest / 1e9], rangemode="tozero")
     figure.update_yaxes(showgrid=False, showticklabels=False, range=[-0.5, len(reports) - 0.2])
     return figure
 
@@ -191,15 +191,15 @@ def metric_curve(events: Sequence[dict[str, Any]], steps: int, name: str, theme:
         y=[p[1] for p in points],
         mode="lines+markers+text",
         text=[f"<b>{p[1]:.0f}%</b>" for p in points],
-        textposition=["top right" if i == 0 else "top center" for i in range(len(points))],
+        textposition="top center",
         textfont={"size": 18, "color": colours},
         line={"color": c["trained"], "width": 3},
         marker={"size": 13, "color": colours},
         cliponaxis=False,
         hovertemplate="step %{x}: %{y:.1f}%<extra></extra>",
     )
-    figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
-    figure.update_yaxes(range=[0, 112], tickvals=[0, 25, 50, 75, 100])
+    figure.update_xaxes(range=[-0.06 * steps, steps * 1.08], title_text="step", zeroline=False)
+    figure.update_yaxes(range=[0, 118], tickvals=[0, 25, 50, 75, 100])
     return figure
 
 

@@ -105,7 +105,9 @@ def read(file: Path) -> Task:
     return task
 
 
-TASKS: dict[str, Task] = {file.stem: read(file) for file in sorted(FOLDER.glob("*.json"))}
+TASKS: dict[str, Task] = {
+    file.stem: read(file) for file in sorted(FOLDER.glob("*.json"), key=lambda f: (f.stem != DEFAULT, f.stem))
+}
 
 
 def find(key: str) -> Task:

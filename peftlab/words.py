@@ -87,7 +87,8 @@ def _several(fits: Sequence[Fit]) -> str:
 
 
 def gpu_name(fit: Fit) -> str:
-    return fit.gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    """Without the vendor and the socket: V100 16 GB, RTX 4090."""
+    return " ".join(w for w in fit.gpu.name.split() if w not in ("NVIDIA", "GeForce") and not w.startswith("SXM"))
 
 
 def method_name(report: MemoryReport | ParameterReport) -> str:

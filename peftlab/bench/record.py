@@ -59,8 +59,6 @@ def record_train(
             import shutil
 
             shutil.copytree(adapter.folder, adapter_out, dirs_exist_ok=True)
-    for event in events:
-        event.pop("examples", None)
     events[-1].pop("adapter")
     document = provenance() | {
         "kind": "train",
