@@ -8,6 +8,7 @@ if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
 
 from html import escape
+from itertools import chain
 from typing import Any
 
 import gradio as gr
@@ -44,17 +45,15 @@ def try_again() -> tuple[Any, Any, Any]:
     return watch()
 
 
-def from_link(request: gr.Request) -> tuple[Any, Any, str]:
-    """The spec and tab that a link carries; what is wrong with it, if anything is."""
-    query = dict(request.query_params)
-    tab = query.pop("tab", TABS[0])
-    query = {k: v for k, v in query.items() if not k.startswith("__")}
+def from_link(request: gr.Request) -> tuple[RunSpec | None, str | None, str]:
+    """The spec and the tab that a link carries, None where it has none, and what is wrong with it."""
+    query = {k: v for k, v in request.query_params.items() if not k.startswith("__")}
+    tab = query.pop("tab", None)
     try:
-        spec = RunSpec.from_dict(query) if query else page.OPENING
-        problem = ""
+        asked = RunSpec.from_dict(page.OPENING.to_dict() | query) if query else None
+        return asked, tab if tab in TABS else None, ""
     except SpecError as error:
-        spec, problem = page.OPENING, f"This link cannot be read: {escape(str(error))}"
-    return spec, gr.Tabs(selected=tab if tab in TABS else TABS[0]), problem
+        return None, None, f"This link cannot be read: {escape(str(error))}"
 
 
 LINK = """(spec) => {
@@ -85,7 +84,7 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         with gr.Tab("Compare", id="compare") as compare_tab:
             compare = side_by_side.build(mine)
     with gr.Row(elem_classes="foot"):
-        state = gr.HTML(chip(), elem_classes="chip")
+        state = gr.HTML(chip(), html_template='<div class="chip">${value}</div>', js_on_load=None)
         again = gr.Button("Try again", visible=False, size="sm", scale=0)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -96,9 +95,15 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     for tab, view in views:
         tab.select(view.show, spec, view.outputs, **quiet)
     compare_tab.select(compare.show, [spec, mine, compare.outputs[0]], compare.outputs, **quiet)
-    opened = demo.load(from_link, None, [spec, tabs, link_problem], **quiet)
-    for _, view in views:
-        opened.then(view.show, spec, view.outputs, **quiet)
+
+    def open_link(request: gr.Request) -> tuple[Any, ...]:
+        """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
+        asked, tab, problem = from_link(request)
+        shown = [view.show(asked) if asked else (gr.skip(),) * len(view.outputs) for _, view in views]
+        return (asked or gr.skip(), gr.Tabs(selected=tab) if tab else gr.skip(), problem, *chain(*shown))
+
+    every_output = [output for _, view in views for output in view.outputs]
+    opened = demo.load(open_link, None, [spec, tabs, link_problem, *every_output], **quiet)
     assert live.resume is not None
     opened.then(live.resume.work, live.resume.state, live.resume.outputs, **quiet)
     spec.change(lambda s: s.to_query(), spec, query, **quiet).then(None, query, None, js=LINK)

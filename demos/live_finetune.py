@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import page
 from demos.gpu import on_gpu
-from peftlab import RunSpec, SpecError, adapters, figures, jobs, resolve, tasks, words
+from peftlab import RunSpec, SpecError, adapters, count, figures, jobs, tasks, words
 from peftlab.bench import recorded_runs
 from peftlab.catalog.models import DEFAULT, MODELS
 from peftlab.methods import METHODS
@@ -153,7 +153,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     def update(spec: RunSpec, *values: Any) -> tuple:
         chosen = page.edit(here(spec), FIELDS, values)
-        resolve(chosen)
+        count(chosen)  # refuses what has nothing to train
         uses = METHODS[chosen.method or "lora"].settings
         return chosen, card(chosen.task or tasks.DEFAULT), page.settings_line(chosen), gr.update(visible="rank" in uses)
 
@@ -184,6 +184,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
     def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
         try:
             chosen = page.edit(here(spec), FIELDS, values)
+            count(chosen)
             job = jobs.start(chosen, request.session_hash or "", TRAIN)
         except SpecError as error:
             yield (gr.skip(), gr.skip(), gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))

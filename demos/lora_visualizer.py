@@ -119,12 +119,9 @@ def build(spec: gr.State) -> page.View:
         spec = page.edit(spec.but(method="lora"), FIELDS, (model, rank, alpha, wanted, layers))
         return (spec, values(spec)[3], *picture(spec, matrix))
 
-    def show(spec: RunSpec, matrix: str = "") -> tuple:
-        try:
-            return ("", *values(spec), *picture(spec, matrix))
-        except SpecError as error:  # a bare count from another tab has nothing to draw
-            return (escape(str(error)), *[gr.skip()] * (len(FIELDS) + len(drawn)))
-
+    show = page.refusing(  # a bare count from another tab has nothing to draw
+        lambda spec, matrix="": (*values(spec), *picture(spec, matrix)), len(FIELDS) + len(drawn)
+    )
     fields = [model, rank, alpha, targets, layers]
     refresh = [problem, spec, targets, *drawn]
     for control in (*fields, matrix):

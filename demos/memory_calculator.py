@@ -168,14 +168,15 @@ def build(spec: gr.State) -> page.View:
     def values(spec: RunSpec) -> tuple:
         return tuple(getattr(spec, name) or _blank(name) for name in FIELDS)
 
-    def show(spec: RunSpec, convention: str = "12n", share: float = 0.5, tasks: float = 50) -> tuple:
-        body = update(spec, convention, share, tasks, *[getattr(spec, n) for n in FIELDS])
-        rank_shown, targets_shown, share_shown = body[1:4]
+    def body(spec: RunSpec, convention: str = "12n", share: float = 0.5, tasks: float = 50) -> tuple:
+        drawing = update(spec, convention, share, tasks, *[getattr(spec, n) for n in FIELDS])
+        rank_shown, targets_shown, share_shown = drawing[1:4]
         field_values = list(values(spec))
         field_values[2] = gr.update(value=field_values[2], **{"visible": rank_shown["visible"]})
         field_values[3] = gr.update(value=field_values[3], **{"visible": targets_shown["visible"]})
-        return ("", *field_values, share_shown, *body[4:])
+        return (*field_values, share_shown, *drawing[4:])
 
+    show = page.refusing(body, len(FIELDS) + 1 + len(drawn))
     refresh = [problem, spec, rank, targets, share, *drawn]
     for control in (*fields, *view):
         control.input(

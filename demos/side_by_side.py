@@ -127,7 +127,7 @@ def build(mine: gr.BrowserState) -> page.View:
                 seed = gr.Number(0, precision=0, label="Seed")
         with gr.Column(elem_classes="main"):
             problem = page.problem()
-            prompt = gr.Textbox(start[1]["value"], label="Prompt", lines=2, max_lines=6, max_length=40_000)
+            prompt = gr.Textbox(start[1]["value"], label="Prompt", lines=2, max_lines=6)
             with gr.Row(elem_classes="run-row"):
                 ask = gr.Button("Ask both", variant="primary", scale=0, min_width=160)
             with gr.Row(elem_classes="panes"):

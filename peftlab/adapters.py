@@ -65,8 +65,10 @@ def read(folder: Path | str) -> Adapter:
             return Adapter(folder, RunSpec.from_dict(manifest["spec"]), manifest["result"])
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+            if not base:
+                raise ValueError("adapter_config.json names no base model")
             return Adapter(folder, RunSpec(model=models.find(base).key), {})
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{folder}: its manifest cannot be read ({error}); save the adapter again") from None
     raise AdapterError(
         f"{folder}: no adapter there (neither {MANIFEST} nor adapter_config.json); give the folder that training printed"
@@ -80,13 +82,29 @@ def apply(base: weights.Base, adapter: Adapter) -> Any:
         if (adapter.folder / "adapter_config.json").exists():
             from peft import PeftModel
 
+            file = adapter.folder / "adapter_model.safetensors"
+            if not file.exists():  # peft would read a pickle, or ask the Hub
+                raise ValueError("it has no adapter_model.safetensors")
             model = PeftModel.from_pretrained(model, adapter.folder)
+            _check_complete(model, file)
         else:
             _replace(model, adapter.folder / IN_PLACE)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise AdapterError(f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base") from None
     return model.requires_grad_(False).eval().to(base.device)
+
+
+def _check_complete(model: Any, file: Path) -> None:
+    """peft leaves out, with no more than a warning, what only the file or only the model has."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as saved:
+        names = set(saved.keys())
+    odd = (names ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))) - set(model.state_dict())
+    if odd:
+        raise ValueError(f"{min(odd)} is in the {'adapter' if min(odd) in names else 'model'} only")
 
 
 def _replace(model: Any, file: Path) -> None:

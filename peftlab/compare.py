@@ -83,7 +83,11 @@ def models_of(chosen: list[Adapter]) -> tuple[weights.Base, dict[str, Any]]:
     if len(bases) != 1:
         raise SpecError(f"these adapters have different bases ({', '.join(map(str, sorted(bases, key=str)))}); compare one base's")
     base = weights.load(resolve(chosen[0].spec.but(precision=None, gpu=None)))
-    return base, {BASE: base.model} | {_name(a): adapters.apply(base, a) for a in chosen}
+    models = {BASE: base.model}
+    for a in chosen:
+        name = _name(a)
+        models[str(a.folder) if name in models else name] = adapters.apply(base, a)
+    return base, models
 
 
 def _name(adapter: Adapter) -> str:
@@ -97,6 +101,11 @@ def prompt_tokens(base: weights.Base, instruction: str, prompt: str, decoding: D
     ids = tasks.prompt_ids(base.tokenizer, instruction, prompt)
     context = getattr(base.model.config, "max_position_embeddings", None) or 1024
     room = context - decoding.max_new_tokens
+    if room < 1:
+        raise SpecError(
+            f"max-new-tokens={decoding.max_new_tokens}: {base.entry.name} reads {context:,} tokens, prompt and answer "
+            f"together; set it to {context // 2:,} or less"
+        )
     if len(ids) > room:
         raise SpecError(
             f"the prompt has {len(ids):,} tokens; {base.entry.name} reads {context:,} and the answer takes up to "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tasks
+from .errors import SpecError
 from .tasks import Row, Task
 
 PUBLIC_DOMAIN = Path(__file__).parent.parent / "assets" / "text" / "public-domain.txt"
@@ -23,6 +24,14 @@ class Decoding:
     """0 takes the likeliest token every time."""
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise SpecError(f"max-new-tokens={self.max_new_tokens}: an answer takes at least 1 token; try 64")
+        if not 0 <= self.temperature < math.inf:
+            raise SpecError(f"temperature={self.temperature:g}: it must be at least 0; try 0 for the likeliest token, or 0.7")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"top-p={self.top_p:g}: it must be more than 0 and at most 1; try 1")
 
 
 def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decoding) -> Iterator[list[int | None]]:
@@ -53,12 +62,13 @@ def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decodin
             cache = out.past_key_values
             token = _pick(out.logits[:, -1].float(), decoding, draw)
             ended |= token == eos
-            yield [None if end else t for end, t in zip(ended.tolist(), token.tolist(), strict=True)]
-            if ended.all():
-                return
             ids = token[:, None]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             positions = positions[:, -1:] + 1
+            column = [None if end else t for end, t in zip(ended.tolist(), token.tolist(), strict=True)]
+        yield column  # outside inference_mode, which would hold for the caller too, and for good where streams interleave
+        if all(token is None for token in column):
+            return
 
 
 def _pick(logits: Any, decoding: Decoding, draw: Any) -> Any:
@@ -117,6 +127,7 @@ def nats_per_token(model: Any, tokenizer: Any, text: str | None = None, window: 
 
     ids = tokenizer(text or PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     total, count = 0.0, 0
+    window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
     device = next(model.parameters()).device
     for start in range(0, len(ids) - 1, window):
         piece = torch.tensor([ids[start : start + window + 1]], device=device)

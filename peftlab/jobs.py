@@ -87,12 +87,10 @@ def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
 
 def _work(job: Job, trainer: Trainer) -> None:
     try:
-        last: dict[str, Any] | None = None
         for event in trainer(job.spec, job.folder):
-            if last is not None:
-                job.add(last)
-            last = event
-        job.add(last or {"type": "error", "message": "the run ended without a word"}, over=True)
+            job.add(event, over=event["type"] == "done")
+        if not job.over:
+            job.add({"type": "error", "message": "the run ended without a word"}, over=True)
     except PeftlabError as error:
         job.add({"type": "error", "message": str(error)}, over=True)
     except Exception as error:

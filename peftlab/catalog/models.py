@@ -81,9 +81,15 @@ def find(model: str) -> BaseModel:
     count = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT])", model.strip(), re.IGNORECASE)
     if count:
         total = round(float(count[1]) * UNITS[count[2].upper()])
+        if total < 1:
+            raise SpecError(f"model={model}: a count is at least 1 parameter; write one such as 7B")
         return BaseModel(model, f"{model.upper()} parameters", total, source="a bare count")
-    path = Path(model).expanduser()
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError):  # no path can have this name
+        exists = False
+    if exists:
         return _from_file(model, path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return _from_hub(model)

@@ -7,8 +7,10 @@ model, are computed for the answers' positions alone.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +89,27 @@ def _check_lengths(rows: Sequence[tuple[list[int], list[int]]], spec: RunSpec) -
 
 def _attached(base: weights.Base, spec: RunSpec) -> Any:
     """A private copy of the base with the method attached; only the method's own parameters require gradients."""
-    import torch
-
     shape = architectures.of(spec.model or "")
     targets = methods.targets(shape, spec, base.entry.name)
-    with torch.random.fork_rng(devices=_cuda()):
-        torch.manual_seed(spec.seed or 0)
+    with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+_drawing = threading.Lock()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed`, then on as before. One run at a time, for torch has one generator for all threads."""
+    import torch
+
+    with _drawing, torch.random.fork_rng(devices=_cuda()):
+        torch.manual_seed(seed)
+        yield
 
 
 def _cuda() -> list[int]:
@@ -222,13 +234,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = 0.0
-        with torch.random.fork_rng(devices=_cuda()):
-            torch.manual_seed((self.spec.seed or 0) * 1_000_003 + self.steps_done)
-            for piece in pieces:
+        lengths = [sum(len(tasks.answer_ids(self.base.tokenizer, row.answer)) for row in piece) for piece in pieces]
+        with _seeded((self.spec.seed or 0) * 1_000_003 + self.steps_done):
+            for piece, length in zip(pieces, lengths, strict=True):
+                share = length / sum(lengths)  # of the step's answer tokens: accumulation is one batch in pieces
                 loss, held = self._loss(piece)
-                (loss / len(pieces)).backward()
+                (loss * share).backward()
                 del held
-                total += loss.item() / len(pieces)
+                total += loss.item() * share
         if not math.isfinite(total):
             raise RunError(
                 f"the loss is {total} at step {self.steps_done + 1}: training diverged at a learning rate of "

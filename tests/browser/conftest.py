@@ -1,0 +1,104 @@
+"""Starts the app as a person would, `python app.py`, and opens it in Debian's Chromium."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+REAL_CACHE = os.environ.get("PEFTLAB_CACHE")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(item.fspath).is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.browser)
+
+
+class App:
+    """A running app: its address and how long it took to answer."""
+
+    def __init__(self, cache: str | None, folder: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        environment = {k: v for k, v in os.environ.items() if k not in ("PEFTLAB_CACHE", "HF_HUB_OFFLINE")}
+        environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT)}
+        if cache:
+            environment["PEFTLAB_CACHE"] = cache
+        self.url = f"http://127.0.0.1:{port}/"
+        self.log = folder / "app.log"
+        begun = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py")], cwd=folder, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+        )
+        while time.monotonic() - begun < 90:
+            try:
+                if urllib.request.urlopen(self.url, timeout=2).status == 200:
+                    break
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+                time.sleep(0.1)
+        self.seconds_to_answer = time.monotonic() - begun
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if CHROMIUM is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("Chromium is missing and CI must run the browser tests: apt-get install chromium")
+        pytest.skip("Chromium is missing: apt-get install chromium to run the browser tests")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def app(chromium, tmp_path_factory) -> Iterator[App]:
+    running = App(REAL_CACHE, tmp_path_factory.mktemp("app"))
+    yield running
+    running.end()
+
+
+@pytest.fixture(params=[(1440, 900), (390, 844)], ids=["desktop", "phone"])
+def size(request):
+    return request.param
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens an address at a size and theme; at the end of the test, any console error fails it."""
+    contexts, errors = [], []
+
+    def go(url: str, size=(1440, 900), theme="light"):
+        context = chromium.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=theme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto(url)
+        page.wait_for_selector(".sentence >> visible=true")
+        page.wait_for_timeout(1500)  # the first tab's own refresh
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert not errors

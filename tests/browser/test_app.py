@@ -1,0 +1,151 @@
+"""Each tab used as a person would, at desktop and phone width."""
+
+import json
+import re
+
+from conftest import App  # noqa: F401  pytest puts this folder on the path
+from playwright.sync_api import Page, expect
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def sentence(page: Page):
+    return page.locator(".sentence:visible")
+
+
+def drawer(page: Page) -> None:
+    """On a phone the settings are in a drawer; on a desktop this does nothing."""
+    handle = page.locator(".handle:visible")
+    if handle.count():
+        handle.click()
+        page.wait_for_timeout(400)
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    box = page.get_by_label(label, exact=True).locator("visible=true")
+    box.click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def test_page_answers_fast_and_calculates_while_the_model_is_fetched(chromium, open_page, tmp_path):
+    app = App(str(tmp_path / "empty"), tmp_path)
+    try:
+        assert app.seconds_to_answer < 10
+        page = open_page(app.url)
+        expect(page.locator(".chip")).to_contain_text(re.compile("looking|downloading|verifying|converting"))
+        choose(page, "Model", "Llama 2 7B")
+        expect(sentence(page)).to_contain_text("Llama 2 7B needs 80.9 GB")
+        tab(page, "LoRA")
+        expect(sentence(page)).to_contain_text("of 6,738,415,616")
+        expect(page.locator(".chip")).not_to_contain_text("is ready")
+        page.close()
+    finally:
+        app.end()
+
+
+def test_memory_reproduces_the_lectures_in_one_click(app, open_page, size):
+    page = open_page(app.url, size)
+    expect(sentence(page)).to_contain_text("Full fine-tuning of Llama 3.1 8B needs 96.4 GB")
+    page.get_by_role("button", name="100B (KIIT tutorial)").click()
+    expect(sentence(page)).to_contain_text("needs 800 GB")
+    page.get_by_role("button", name="Gemma 3 270M (lecture 11.2)").click()
+    expect(sentence(page)).to_contain_text("Gemma 3 270M needs 3.22 GB")
+    drawer(page)
+    choose(page, "Method", "BitFit")
+    expect(page.locator(".problem:visible")).to_contain_text("has no bias to train")
+    choose(page, "Method", "Full fine-tuning")
+    expect(page.locator(".problem:visible")).to_have_count(0)
+    expect(sentence(page)).to_have_text(re.compile(r"^Full fine-tuning of Gemma 3 270M needs 3\.22 GB\. These alone fit"))
+
+
+def test_charts_are_drawn_in_the_readers_theme(app, open_page):
+    for theme, colour in (("light", "rgb(0, 114, 178)"), ("dark", "rgb(86, 180, 233)")):
+        page = open_page(app.url + f"?__theme={theme}", theme=theme)
+        page.wait_for_selector(".js-plotly-plot .bars path")
+        fills = page.eval_on_selector_all(".js-plotly-plot .bars path", "all => all.map(e => getComputedStyle(e).fill)")
+        assert colour in fills
+
+
+def test_unknown_model_and_impossible_rank_are_refused_in_words(app, open_page):
+    page = open_page(app.url)
+    box = page.get_by_label("Model", exact=True).locator("visible=true")
+    box.fill("nosuch-model")
+    box.press("Enter")
+    expect(page.locator(".problem:visible")).to_contain_text("no such model")
+    expect(sentence(page)).to_contain_text("Llama 3.1 8B")
+
+
+def test_lora_counts_and_refuses(app, open_page, size):
+    page = open_page(app.url + "?tab=lora", size)
+    expect(sentence(page)).to_contain_text("trains 20,971,520 of 8,030,261,248 numbers: 0.261%")
+    page.get_by_role("button", name="Lecture 11.2: Gemma 3 270M, q and v").click()
+    expect(sentence(page)).to_contain_text("Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%")
+    drawer(page)
+    for name in ("q_proj", "v_proj"):
+        page.get_by_label(name, exact=True).locator("visible=true").click()
+    expect(page.locator(".problem:visible")).to_contain_text("no target module is ticked")
+    page.get_by_label("down_proj", exact=True).locator("visible=true").click()
+    expect(page.locator(".problem:visible")).to_have_count(0)
+    expect(sentence(page)).to_contain_text("Rank 16 on down_proj")
+
+
+def test_a_link_carries_the_settings(app, open_page):
+    page = open_page(app.url + "?tab=lora")
+    rank = page.get_by_label("number input for Rank", exact=True).locator("visible=true")
+    rank.fill("32")
+    rank.press("Tab")
+    expect(sentence(page)).to_contain_text("Rank 32")
+    page.wait_for_url(re.compile("rank=32"))
+    again = open_page(page.url)
+    expect(sentence(again)).to_contain_text("Rank 32")
+    broken = open_page(app.url + "?rank=0")
+    expect(broken.locator(".problem:visible")).to_contain_text("rank=0")
+
+
+def test_train_stop_train_and_compare(app, open_page):
+    page = open_page(app.url + "?tab=live&steps=30")
+    expect(sentence(page)).to_contain_text("Exact records: 0% →")
+    train = page.get_by_role("button", name="Train", exact=True)
+    train.click()
+    expect(page.get_by_role("button", name="Training")).to_be_disabled()
+    expect(page.locator(".status:visible")).to_contain_text(re.compile("step [2-9] of 30"), timeout=120_000)
+    back = page.context.new_page()  # a second look at the run, as after a closed tab
+    back.goto(page.url)
+    expect(back.locator(".status:visible")).to_contain_text(re.compile(r"step \d+ of 30"), timeout=20_000)
+    page.get_by_role("button", name="Stop and keep").click()
+    expect(page.locator(".status:visible")).to_contain_text("Stopped early; what it learned is kept", timeout=120_000)
+    expect(sentence(page)).to_contain_text("on items it has never seen")
+    expect(page.get_by_role("button", name="Download adapter")).to_be_visible()
+    tab(page, "Compare")
+    expect(page.get_by_label("Adapter", exact=True).locator("visible=true")).to_have_value(re.compile("^yours: ticket-lora"))
+    expect(sentence(page)).to_contain_text("of 40, loses")
+
+
+def test_compare_streams_both(app, open_page, size):
+    page = open_page(app.url + "?tab=compare", size)
+    expect(sentence(page)).to_contain_text("The adapter wins")
+    base, adapted = page.locator(".pane.base textarea"), page.locator(".pane.adapted textarea")
+    assert json.loads(adapted.input_value())["name"]
+    prompt = page.get_by_label("Prompt", exact=True).locator("visible=true")
+    prompt.fill("")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.locator(".problem:visible")).to_contain_text("the prompt is empty", timeout=90_000)
+    prompt.fill("Good day, the garden hose I paid for leaks at the tap end. Regards, Ingrid Solberg")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.locator(".note:visible", has_text="just now")).to_be_visible(timeout=120_000)
+    assert "Ingrid Solberg" in json.loads(adapted.input_value())["name"]
+    assert base.input_value() != adapted.input_value()
+    prompt.fill("word " * 9000)
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.locator(".problem:visible")).to_contain_text("shorten it to", timeout=60_000)
+
+
+def test_nothing_is_wider_than_a_phone(app, open_page):
+    page = open_page(app.url, (390, 844))
+    for name in ("Memory", "LoRA", "Live", "Compare"):
+        tab(page, name)
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert sentence(page).bounding_box()["width"] <= 390

@@ -1,0 +1,93 @@
+"""Fixtures that every test may use: tiny models on disk, a tiny task, and a cache of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `pytest` alone does not put the repository on the path
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model  # noqa: E402
+
+from peftlab import RunSpec, tasks  # noqa: E402
+from peftlab.tasks import Task  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(models_dir) -> Path:
+    """Untied Llama with grouped-query attention and no chat template."""
+    return make_model(models_dir / "tiny-llama", LLAMA)
+
+
+@pytest.fixture(scope="session")
+def tied_model(models_dir) -> Path:
+    """The same with a tied head and a chat template."""
+    return make_model(models_dir / "tiny-tied", TIED, chat=True)
+
+
+@pytest.fixture(scope="session")
+def gpt2_model(models_dir) -> Path:
+    """GPT-2: Conv1D, biases, a tied head."""
+    return make_model(models_dir / "tiny-gpt2", GPT2)
+
+
+@pytest.fixture(scope="session")
+def config_files(models_dir) -> dict[str, str]:
+    """Family → a config.json, which is enough to count by."""
+    paths = {}
+    for name, config in CONFIGS.items():
+        folder = models_dir / f"config-{name}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        paths[name] = str(folder / "config.json")
+    return paths
+
+
+@pytest.fixture
+def toy_task(monkeypatch) -> Task:
+    monkeypatch.setitem(tasks.TASKS, "toy", TOY)
+    return TOY
+
+
+@pytest.fixture
+def toy_file(tmp_path) -> Path:
+    """The same task as a file."""
+    keys = ("name", "teaches", "instruction", "metric", "steps", "batch_size", "sequence_length", "max_new_tokens")
+    data = {k: getattr(TOY, k) for k in keys} | {
+        split: [row.__dict__ for row in getattr(TOY, split)] for split in ("train", "heldout")
+    }
+    file = tmp_path / "toy.json"
+    file.write_text(json.dumps(data))
+    return file
+
+
+@pytest.fixture
+def toy_spec(tiny_model, toy_task) -> RunSpec:
+    return RunSpec(model=str(tiny_model), task="toy", learning_rate=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def apart(request, monkeypatch, tmp_path_factory):
+    """No Hub, and a cache of the test's own; tests marked `real` or `browser` keep the machine's."""
+    if request.node.get_closest_marker("real") or request.node.get_closest_marker("browser"):
+        return
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)

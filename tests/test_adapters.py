@@ -1,0 +1,174 @@
+import json
+
+import pytest
+from tiny import digest
+
+from peftlab import AdapterError, RunSpec, adapters, architecture, compare, count, methods, resolve, tasks, weights
+from peftlab.adapters import MANIFEST
+
+CASES = [("tiny_model", "lora"), ("tiny_model", "full"), ("tiny_model", "last-block"), ("tied_model", "lora"),
+         ("tied_model", "full"), ("gpt2_model", "lora"), ("gpt2_model", "bitfit"), ("gpt2_model", "full")]  # fmt: skip
+IDS = [[5, 6, 7, 8, 9, 10]]
+
+
+def logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(IDS)).logits
+
+
+def trained(folder, method, **settings):
+    """A base, its resolved spec, and a model whose trained parameters have all been moved."""
+    import torch
+
+    spec = resolve(RunSpec(model=str(folder), method=method, **settings))
+    base = weights.load(spec)
+    targets = methods.targets(architecture.of(str(folder)), spec)
+    model = methods.find(method).attach(weights.share(base.model), targets, spec).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    return base, spec, model
+
+
+@pytest.mark.parametrize("model, method", CASES)
+def test_saved_read_and_applied_it_is_the_same_model(model, method, request, tmp_path):
+    base, spec, made = trained(request.getfixturevalue(model), method)
+    before = digest(base.model)
+    folder = adapters.save(made, spec, tmp_path / "adapter", {"type": "done"})
+    again = adapters.read(folder)
+    assert again.spec == spec and again.result == {"type": "done"}
+    applied = adapters.apply(base, again)
+    assert logits(applied).equal(logits(made)) and not logits(applied).equal(logits(base.model))
+    assert digest(base.model) == before
+    assert not any(p.requires_grad for p in applied.parameters())
+
+
+@pytest.mark.parametrize("model, method", CASES)
+def test_only_what_was_trained_is_saved_as_safetensors(model, method, request, tmp_path):
+    from safetensors.torch import load_file
+
+    _, spec, made = trained(request.getfixturevalue(model), method)
+    folder = adapters.save(made, spec, tmp_path / "adapter")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file).values()
+    assert sum(t.numel() for t in tensors) == count(spec).trainable_parameters
+    assert sum(t.nbytes for t in tensors) == count(spec).adapter_bytes
+    assert {f.suffix for f in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_peft_loads_our_lora_with_no_help(tiny_model, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, spec, made = trained(tiny_model, "lora", rank=4, layers="last:2", target_modules="query,down")
+    adapters.save(made, spec, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter").eval()
+    assert logits(theirs).allclose(logits(made), atol=1e-5)
+
+
+def test_an_adapter_that_peft_saved_is_read(tiny_model, tmp_path):
+    _, spec, made = trained(tiny_model, "lora")
+    (adapters.save(made, spec, tmp_path / "a") / MANIFEST).unlink()
+    found = adapters.read(tmp_path / "a")
+    assert found.spec == RunSpec(model=str(tiny_model)) and found.result == {}
+
+
+THIN, SHALLOW, DEEP = {"hidden_size": 32}, {"num_hidden_layers": 2}, {"num_hidden_layers": 4}
+MISFITS = [(m, c) for m in ("lora", "full", "last-block") for c in (THIN, SHALLOW)] + [("lora", DEEP)]
+
+
+@pytest.mark.parametrize("method, change", MISFITS, ids=str)
+def test_the_wrong_base_is_refused(method, change, tiny_model, tmp_path):
+    from tiny import LLAMA, make_model
+
+    _, spec, made = trained(tiny_model, method)
+    adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
+    other = weights.load(resolve(RunSpec(model=str(make_model(tmp_path / "other", LLAMA | change)))))
+    with pytest.raises(AdapterError, match="does not fit other.*choose its own base"):
+        adapters.apply(other, adapter)
+
+
+def test_a_folder_without_an_adapter_says_what_is_missing(tmp_path):
+    with pytest.raises(AdapterError, match="no adapter there"):
+        adapters.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"spec": {"rank": 0}, "result": {}}', '{"spec": 3, "result": {}}'])
+def test_a_manifest_that_cannot_be_read_is_refused(text, tmp_path):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(AdapterError, match="manifest cannot be read"):
+        adapters.read(tmp_path)
+
+
+def test_a_peft_folder_that_names_no_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(AdapterError, match="manifest cannot be read"):
+        adapters.read(tmp_path)
+
+
+def test_a_pickled_adapter_is_refused(tiny_model, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    base, spec, made = trained(tiny_model, "lora")
+    folder = adapters.save(made, spec, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="safetensors"):
+        adapters.apply(base, adapters.read(folder))
+
+
+def test_saving_again_replaces_the_whole_folder(tiny_model, tmp_path):
+    _, spec, made = trained(tiny_model, "lora")
+    folder = adapters.save(made, spec, tmp_path / "adapter")
+    (folder / "old").touch()
+    adapters.save(made, spec, folder)
+    assert not (folder / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_pack_holds_the_folder(tiny_model, tmp_path):
+    import zipfile
+
+    _, spec, made = trained(tiny_model, "lora")
+    folder = adapters.save(made, spec, tmp_path / "adapter")
+    names = {n for n in zipfile.ZipFile(adapters.pack(folder)).namelist() if not n.endswith("/")}
+    assert names == {f.name for f in folder.iterdir()}
+
+
+BUNDLED = pytest.mark.parametrize("adapter", adapters.bundled(), ids=lambda a: a.name)
+
+
+def test_there_are_bundled_adapters():
+    assert len(adapters.bundled()) >= 2
+
+
+@BUNDLED
+def test_a_bundled_adapter_is_whole(adapter):
+    from safetensors.torch import load_file
+
+    assert resolve(adapter.spec) == adapter.spec or resolve(adapter.spec).but(gpu=None) == adapter.spec.but(gpu=None)
+    tensors = load_file(adapter.folder / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == count(adapter.spec).trainable_parameters
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    assert config["r"] == adapter.spec.rank
+
+
+@BUNDLED
+def test_a_bundled_adapters_record_is_what_its_scorer_says(adapter):
+    report = compare.recorded(adapter)
+    task = tasks.find(adapter.spec.task)
+    assert len(report.exchanges) == 40 == len(task.heldout)
+    for exchange, row in zip(report.exchanges, task.heldout, strict=True):
+        assert (exchange.prompt, exchange.reference) == (row.prompt, row.answer)
+        for reply in exchange.replies:
+            assert reply.score == tasks.score(reply.text, row, task)
+    base, adapted = report.scores
+    measured = adapter.result["eval"]
+    assert measured["before"][task.metric] == pytest.approx(base.mean)
+    assert measured["after"][task.metric] == pytest.approx(adapted.mean) and measured["items"] == 40
+    assert adapted.mean > base.mean and adapted.forgetting == adapter.result["forgetting"]

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+from tiny import drain
+
+from peftlab import AdapterError, RunSpec, SpecError, adapters
+from peftlab.compare import BASE, on_prompt, on_task, score_of, wilson
+from peftlab.generate import Decoding
+from peftlab.train import train
+
+
+@pytest.mark.parametrize(
+    "right, items, low, high",
+    [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (5, 10, 0.2366, 0.7634), (1, 1, 0.2065, 1), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_against_published_values(right, items, low, high):
+    assert wilson(right, items) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+def test_no_items_tell_nothing():
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_a_score_is_the_mean_in_its_interval():
+    score = score_of("x", [1, 1, 0, 0], 0.5)
+    assert (score.mean, score.items, score.forgetting) == (0.5, 4, 0.5) and score.low < 0.5 < score.high
+
+
+@pytest.fixture
+def adapter(toy_spec, tmp_path):
+    for _ in train(toy_spec.but(steps=8), tmp_path / "colours"):
+        pass
+    return adapters.read(tmp_path / "colours" / "adapter")
+
+
+def test_a_prompt_is_answered_by_both(adapter):
+    report = on_prompt([adapter], "what colour is the cat?", Decoding(5))
+    (exchange,) = report.exchanges
+    assert [r.model for r in exchange.replies] == [BASE, "colours"]
+    assert exchange.reference is None and report.scores == () and report.task is None
+    assert all(r.score is None and r.seconds > 0 for r in exchange.replies)
+
+
+def test_the_same_decoding_gives_the_same_answers(adapter):
+    def texts():
+        return [r.text for r in on_prompt([adapter], "the cat", Decoding(8, 1.0, seed=3)).exchanges[0].replies]
+
+    assert texts() == texts()
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(adapter, prompt):
+    with pytest.raises(SpecError, match="the prompt is empty: write"):
+        on_prompt([adapter], prompt, Decoding(5))
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_limit(adapter):
+    with pytest.raises(SpecError, match=r"the prompt has \d.* tokens; .* reads 256 .* shorten it to 251 tokens"):
+        on_prompt([adapter], "the cat sat " * 200, Decoding(5))
+
+
+def test_an_answer_longer_than_the_context_is_refused(adapter):
+    with pytest.raises(SpecError, match="max-new-tokens=300.*256"):
+        on_prompt([adapter], "the cat", Decoding(300))
+
+
+def test_a_task_is_scored_for_every_model(adapter, toy_task):
+    shares, report = drain(on_task([adapter], toy_task))
+    assert shares == sorted(shares) and 0 < shares[0] <= shares[-1] <= 1
+    assert (report.task, report.metric, len(report.exchanges)) == ("toy", "exact_match", 3)
+    for exchange, row in zip(report.exchanges, toy_task.heldout, strict=True):
+        assert (exchange.prompt, exchange.reference) == (row.prompt, row.answer)
+        assert [r.model for r in exchange.replies] == [BASE, "colours"]
+        assert all(r.score == float(r.text.strip() == row.answer) for r in exchange.replies)
+    base, adapted = report.scores
+    assert base.forgetting is None and isinstance(adapted.forgetting, float)
+    assert adapted.mean == sum(e.replies[1].score for e in report.exchanges) / 3
+    assert json.loads(json.dumps(report.to_dict()))["scores"][1]["model"] == "colours"
+
+
+def test_two_adapters_of_one_name_are_both_compared(adapter, toy_task, tmp_path):
+    import shutil
+
+    twin = adapters.read(shutil.copytree(adapter.folder.parent, tmp_path / "other" / "colours") / "adapter")
+    report = on_prompt([adapter, twin], "the cat", Decoding(3))
+    replies = report.exchanges[0].replies
+    assert len({r.model for r in replies}) == 3 and replies[1].text == replies[2].text
+
+
+def test_adapters_of_different_bases_are_not_compared(adapter, tied_model):
+    other = adapters.Adapter(adapter.folder, RunSpec(model=str(tied_model)), {})
+    with pytest.raises(SpecError, match="different bases"):
+        on_prompt([adapter, other], "the cat", Decoding(3))
+
+
+def test_an_adapter_whose_files_are_gone_is_refused(adapter, toy_task):
+    (adapter.folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError):
+        drain(on_task([adapter], toy_task))

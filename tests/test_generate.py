@@ -1,0 +1,119 @@
+import pytest
+from tiny import drain
+
+from peftlab import RunSpec, SpecError, generate, resolve, weights
+from peftlab.generate import Decoding, answer, decode, nats_per_token, stream
+
+PROMPTS = [[5, 9, 200, 31], [7], [42, 43, 44, 45, 46, 47, 48, 300, 301], [11, 12, 13]]
+
+
+@pytest.fixture(params=["tiny_model", "tied_model", "gpt2_model"])
+def base(request):
+    return weights.load(resolve(RunSpec(model=str(request.getfixturevalue(request.param)))))
+
+
+def said(model, prompts, decoding, eos=-1):
+    rows = [[] for _ in prompts]
+    for column in decode(model, prompts, eos if eos >= 0 else 0, decoding):
+        for row, token in zip(rows, column, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def test_greedy_equals_transformers(base):
+    import torch
+
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    out = base.model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)
+    theirs = [row[width:].tolist() for row in out]
+    theirs = [row[: row.index(0)] if 0 in row else row for row in theirs]
+    assert said(base.model, PROMPTS, Decoding(12)) == theirs
+
+
+def test_a_batch_equals_each_alone(base):
+    together = said(base.model, PROMPTS, Decoding(10))
+    assert together == [said(base.model, [p], Decoding(10))[0] for p in PROMPTS]
+
+
+def test_decoding_stops_when_every_row_has_ended(base):
+    first = said(base.model, [PROMPTS[0]], Decoding(6))[0]
+    columns = list(decode(base.model, [PROMPTS[0]], first[2], Decoding(50)))
+    ends = first.index(first[2])
+    assert len(columns) == ends + 1 and columns[-1] == [None]
+
+
+def test_sampling_hangs_on_its_seed_alone(base):
+    def draw(seed):
+        return said(base.model, [PROMPTS[0]], Decoding(20, temperature=1.5, seed=seed))
+
+    assert draw(1) == draw(1)
+    assert len({str(draw(s)) for s in range(4)}) > 1
+
+
+def test_a_tiny_top_p_is_greedy(base):
+    assert said(base.model, PROMPTS, Decoding(8, temperature=1.0, top_p=1e-6)) == said(base.model, PROMPTS, Decoding(8))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1}, {"temperature": float("nan")}, {"max_new_tokens": 0}, {"top_p": 0}, {"top_p": 2}])
+def test_decoding_refuses_nonsense(settings):
+    (name,) = settings
+    with pytest.raises(SpecError, match=name.replace("_", "-") + "="):
+        Decoding(**settings)
+
+
+def test_a_stream_grows_to_the_answer(base):
+    texts = list(stream(base.model, base.tokenizer, PROMPTS[0], Decoding(6)))
+    ids = said(base.model, [PROMPTS[0]], Decoding(6), base.tokenizer.eos_token_id)[0]
+    assert len(texts) == len(ids) and texts[-1] == base.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_answers_are_scored_and_progress_is_told(base, toy_task):
+    shares, answers = drain(answer(base.model, base.tokenizer, toy_task, toy_task.heldout))
+    assert shares == [pytest.approx((i + 1) / toy_task.max_new_tokens) for i in range(len(shares))]
+    assert [a.prompt for a in answers] == [r.prompt for r in toy_task.heldout]
+    assert [a.score for a in answers] == [float(a.text.strip() == a.reference) for a in answers]
+    assert generate.mean_score(answers) == sum(a.score for a in answers) / 3
+
+
+def test_nats_per_token_is_cross_entropy(base):
+    import torch
+
+    text = "the cat sat on the mat and what colour is the sky"
+    ids = torch.tensor([base.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        direct = base.model(input_ids=ids, labels=ids).loss.item()
+    assert nats_per_token(base.model, base.tokenizer, text) == pytest.approx(direct, rel=1e-5)
+
+
+def test_nats_per_token_reads_every_token_once_in_windows(base):
+    import torch
+
+    text = "the cat sat on the mat and what colour is the sky"
+    ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    total = 0.0
+    for start in range(0, len(ids) - 1, 7):
+        piece = torch.tensor([ids[start : start + 8]])
+        with torch.no_grad():
+            total += base.model(input_ids=piece, labels=piece).loss.item() * (piece.shape[1] - 1)
+    assert nats_per_token(base.model, base.tokenizer, text, window=7) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_the_bundled_prose_is_read_by_models_of_any_context(base):
+    assert 5 < nats_per_token(base.model, base.tokenizer) < 8  # an untrained model knows nothing: ln(512) = 6.2
+
+
+def test_interleaved_streams_leave_gradients_on(base):
+    """inference_mode must not outlive a token: streams that take turns would switch it on for the caller's thread."""
+    import torch
+
+    streams = [stream(base.model, base.tokenizer, PROMPTS[0], Decoding(4)) for _ in range(2)]
+    for _ in range(3):
+        for each in streams:
+            next(each, None)
+            assert not torch.is_inference_mode_enabled()
+    for each in streams:
+        each.close()
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()

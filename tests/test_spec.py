@@ -1,0 +1,178 @@
+import json
+import random
+
+import pytest
+
+from peftlab import RunSpec, SpecError, resolve
+from peftlab.catalog.gpus import GPUS
+from peftlab.hardware import Machine
+from peftlab.methods import METHODS
+from peftlab.resolve import METHOD_SETTINGS
+from peftlab.spec import SETTINGS, parse_layers
+
+CPU = Machine("cpu", "a CPU", None, 2, None)
+GPU = Machine("cuda", "NVIDIA H100", "h100-80gb", 16, None)
+DESIGN = """model method rank alpha dropout target_modules layers virtual_tokens bottleneck block_size lr_ratio precision
+adapter_precision quantization double_quantization optimizer optimizer_precision batch_size accumulation sequence_length
+gradient_checkpointing attention hold_outputs learning_rate steps task seed gpu n_gpus sharding offload""".split()
+NAMES = {"model": ["llama-3.1-8b", "100B", "a/b c&d=e"], "method": list(METHODS), "target_modules": ["all-linear", "q_proj,v_proj"],
+         "layers": ["all", "first:2", "last:4", "0-3,7"], "task": ["ticket"], "gpu": list(GPUS)}  # fmt: skip
+
+
+def draw(rng: random.Random) -> RunSpec:
+    values = {}
+    for name, about in SETTINGS.items():
+        if rng.random() < 0.4:
+            continue
+        low = about.low if about.low is not None else (about.above or 0) + 1e-6
+        if about.type is bool:
+            values[name] = rng.random() < 0.5
+        elif about.type is str:
+            values[name] = rng.choice(about.choices or NAMES[name])
+        elif about.type is int:
+            values[name] = rng.randint(int(low), int(about.high))
+        else:
+            values[name] = rng.choice([rng.uniform(low, about.high), low, float(about.high)])
+    return RunSpec(**values)
+
+
+def test_json_and_link_round_trip():
+    rng = random.Random(0)
+    for _ in range(200):
+        spec = draw(rng)
+        assert RunSpec.from_json(spec.to_json()) == spec
+        assert RunSpec.from_query(spec.to_query()) == spec
+        assert RunSpec.from_query("?" + spec.to_query()) == spec
+
+
+def test_the_draws_cover_every_field():
+    rng = random.Random(0)
+    seen = {name for _ in range(200) for name in draw(rng).to_dict()}
+    assert seen == set(SETTINGS)
+
+
+def test_an_empty_spec_is_an_empty_link():
+    assert RunSpec().to_query() == "" and RunSpec().to_dict() == {}
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"rank": 0}, ["rank=0", "at least 1", "try 8"]),
+        ({"rank": "x"}, ["rank=x", "whole number", "try 8"]),
+        ({"rank": 2.5}, ["rank=2.5", "whole number"]),
+        ({"rank": True}, ["rank=True", "whole number"]),
+        ({"rank": float("nan")}, ["rank=nan", "whole number"]),
+        ({"rank": float("inf")}, ["rank=inf", "whole number"]),
+        ({"alpha": -1}, ["alpha=-1", "more than 0", "try 16"]),
+        ({"dropout": 2}, ["dropout=2", "at most 0.9", "try 0.05"]),
+        ({"learning_rate": 0}, ["learning-rate=0", "more than 0", "try 0.002"]),
+        ({"batch_size": 0}, ["batch-size=0", "at least 1", "try 4"]),
+        ({"precision": "bf17"}, ["precision=bf17", "did you mean bf16"]),
+        ({"quantization": "zzz"}, ["quantization=zzz", "none, nf4, int8"]),
+        ({"gradient_checkpointing": "maybe"}, ["gradient-checkpointing=maybe", "yes or no", "true or false"]),
+        ({"layers": "frist:2"}, ["layers=frist:2", "first:4"]),
+        ({"layers": "first:0"}, ["layers=first:0", "first:4"]),
+        ({"layers": "5-2"}, ["layers=5-2", "first:4"]),
+        ({"layers": "0-99999999999"}, ["layers=0-99999999999"]),
+        ({"rnak": 8}, ["rnak", "did you mean rank"]),
+        ({"model": 5}, ["model=5", "name"]),
+        ({"method": " "}, ["method= ", "name"]),
+    ],
+)
+def test_a_refusal_says_value_limit_and_fix(values, said):
+    with pytest.raises(SpecError) as refused:
+        RunSpec.from_dict(values)
+    message = str(refused.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("text, said", [("rank: 8", "not JSON"), ("[1]", "not a list"), ("8", "not a int"), ("null", "JSON object")])
+def test_what_is_no_json_object_is_refused(text, said):
+    with pytest.raises(SpecError, match=said):
+        RunSpec.from_json(text)
+
+
+@pytest.mark.parametrize("name", ["model", "method", "task", "gpu"])
+def test_a_misspelt_registry_name_gets_a_suggestion(name):
+    near = {"model": "lama-3.1-8b", "method": "lorra", "task": "tickets", "gpu": "h100-80g"}[name]
+    with pytest.raises(SpecError, match=f"{name}={near}.*did you mean") as refused:
+        resolve(RunSpec(**{name: near}))
+    assert {"model": "llama-3.1-8b", "method": "lora", "task": "ticket", "gpu": "h100-80gb"}[name] in str(refused.value)
+
+
+def test_every_field_of_the_design_has_its_words():
+    assert list(SETTINGS) == DESIGN
+    for about in SETTINGS.values():
+        assert about.meaning and about.automatic
+
+
+def test_strings_become_the_fields_type():
+    spec = RunSpec.from_dict({"rank": "16", "alpha": "32", "gradient_checkpointing": "yes", "model": " gpt2 "})
+    assert (spec.rank, spec.alpha, spec.gradient_checkpointing, spec.model) == (16, 32.0, True, "gpt2")
+    assert isinstance(spec.rank, int) and isinstance(spec.alpha, float)
+
+
+@pytest.mark.parametrize(
+    "text, n, layers",
+    [
+        ("all", 3, (0, 1, 2)),
+        ("first:2", 4, (0, 1)),
+        ("last:2", 4, (2, 3)),
+        ("0-2,5", 6, (0, 1, 2, 5)),
+        ("3,1,1", 4, (1, 3)),
+        ("last:4", 4, (0, 1, 2, 3)),
+    ],
+)
+def test_layers(text, n, layers):
+    assert parse_layers(text, n) == layers
+
+
+@pytest.mark.parametrize("text", ["first:5", "last:0", "4", "0-4", "2-1", "-1", "", "1.5"])
+def test_layers_the_model_lacks_are_refused(text):
+    with pytest.raises(SpecError, match="layers="):
+        parse_layers(text, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+def test_resolve_fills_what_is_read_and_empties_the_rest(method, machine):
+    spec = resolve(RunSpec(method=method), machine)
+    read = METHODS[method].settings
+    for name in SETTINGS:
+        value = getattr(spec, name)
+        if name in METHOD_SETTINGS:
+            assert (value is not None) == (name in read), name
+        elif name == "double_quantization":
+            assert value is None
+        elif name == "gpu":
+            assert value == machine.gpu
+        else:
+            assert value is not None, name
+    assert resolve(spec, machine) == spec
+
+
+def test_resolve_keeps_what_was_asked():
+    spec = resolve(RunSpec(rank=64, learning_rate=1e-5, steps=3, precision="fp16", quantization="nf4"), CPU)
+    assert (spec.rank, spec.alpha, spec.learning_rate, spec.steps, spec.precision) == (64, 128.0, 1e-5, 3, "fp16")
+    assert spec.double_quantization is True
+
+
+def test_automatic_precision():
+    assert resolve(RunSpec(method="lora"), CPU).precision == "fp32"
+    assert resolve(RunSpec(method="full"), CPU).precision == "fp32"
+    assert resolve(RunSpec(method="lora"), GPU).precision == "bf16"
+    assert resolve(RunSpec(method="full"), GPU).precision == "amp"
+    assert resolve(RunSpec(method="lora", gpu="h100-80gb"), CPU).precision == "bf16"
+
+
+def test_defaults_are_the_designs():
+    spec = resolve(RunSpec(), CPU).to_dict()
+    want = {"model": "smollm2-135m-instruct", "method": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "layers": "all",
+            "quantization": "none", "optimizer": "adamw", "accumulation": 1, "gradient_checkpointing": False,
+            "attention": "sdpa", "hold_outputs": False, "task": "ticket", "seed": 0, "n_gpus": 1, "sharding": "none",
+            "offload": "none"}  # fmt: skip
+    assert {k: spec[k] for k in want} == want
+    assert json.loads(RunSpec(**spec).to_json()) == spec

