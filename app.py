@@ -110,11 +110,12 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
 
 
 def main() -> None:
-    preparation.begin()
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
-    demo.launch(**page.launch_options())
+    demo.launch(**page.launch_options(), prevent_thread_lock=True)
+    preparation.begin()  # once the page answers: loading a model library would hold it up
+    demo.block_thread()
 
 
 if __name__ == "__main__":

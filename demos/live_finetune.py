@@ -21,7 +21,19 @@ from peftlab.methods import METHODS
 from peftlab.tasks import METRICS, TASKS
 from peftlab.train import train
 
-FIELDS = ("task", "model", "method", "rank", "learning_rate", "steps", "alpha", "target_modules", "batch_size", "dropout", "seed")
+FIELDS = (
+    "task",
+    "model",
+    "method",
+    "rank",
+    "learning_rate",
+    "steps",
+    "alpha",
+    "target_modules",
+    "batch_size",
+    "dropout",
+    "seed",
+)
 LARGEST = 2_000_000_000
 """Parameters of the largest model offered for a live run."""
 
@@ -32,9 +44,7 @@ Events = Sequence[dict[str, Any]]
 
 def runnable() -> list[tuple[str, str]]:
     """Models small enough to train while people watch."""
-    return [
-        (m.name, m.key) for m in MODELS.values() if m.is_causal and m.hub_id and m.total_parameters < LARGEST
-    ]
+    return [(m.name, m.key) for m in MODELS.values() if m.is_causal and m.hub_id and m.total_parameters < LARGEST]
 
 
 def here(spec: RunSpec) -> RunSpec:
@@ -56,12 +66,14 @@ def status(events: Events) -> str:
         left = f"about {words.seconds(last['eta_seconds'])} of training left"
     elif last["type"] == "done" and last["steps"]:
         kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
-        what = f"{kept} {words.seconds(last['seconds'])} in all, {words.significant(last['tokens_per_second'])} tokens/s, on {last['device']}."
+        speed = f"{words.significant(last['tokens_per_second'])} tokens/s"
+        what = f"{kept} {words.seconds(last['seconds'])} in all, {speed}, on {last['device']}."
         share = last["steps"] / steps
     done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")
     return (
         f'<div class="status"><span>{done}</span><span>{escape(what)}</span><span>{left}</span></div>'
-        f'<div class="progress" role="progressbar" aria-label="training" aria-valuenow="{100 * share:.0f}"><div style="width:{100 * share:.1f}%"></div></div>'
+        f'<div class="progress" role="progressbar" aria-label="training" aria-valuenow="{100 * share:.0f}">'
+        f'<div style="width:{100 * share:.1f}%"></div></div>'
     )
 
 

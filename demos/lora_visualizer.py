@@ -38,7 +38,9 @@ def module_table(report: ParameterReport) -> str:
         for m in report.modules
         if m.d_in is not None
     )
-    tip = "Shapes from transformers' own code on the meta device; the count is rank × (inputs + outputs) for each matrix."
+    tip = (
+        "Shapes from transformers' own code on the meta device; the count is rank × (inputs + outputs) for each matrix."
+    )
     return (
         f'<div class="wide"><table class="data"><tr><th>matrix {page.how("exact", tip)}</th><th>outputs × inputs</th>'
         f"<th>one adapter</th><th>layers</th><th>trained</th></tr>{rows}"
@@ -49,10 +51,12 @@ def module_table(report: ParameterReport) -> str:
 def finding(report: ParameterReport, shown: Any) -> str:
     """What the rank means for the matrix on screen."""
     rank, even = report.spec.rank or 0, shown.d_in * shown.d_out / (shown.d_in + shown.d_out)
-    scale = f"ΔW is scaled by alpha / rank = {report.spec.alpha:g} / {rank} = {words.significant((report.spec.alpha or 0) / rank)}."
+    alpha = report.spec.alpha or 0
+    scale = f"ΔW is scaled by alpha / rank = {alpha:g} / {rank} = {words.significant(alpha / rank)}."
     if rank >= even:
-        return f"Rank {rank} is past break-even ({even:.0f}): the adapter of this matrix is larger than the matrix itself. {scale}"
-    return f"This matrix breaks even at rank {even:.0f} = dk / (d + k): {words.significant(even / rank)}× more than rank {rank}. {scale}"
+        return f"Rank {rank} is past break-even, {even:.0f}: this adapter is larger than the matrix itself. {scale}"
+    times = words.significant(even / rank)
+    return f"This matrix breaks even at rank {even:.0f} = dk / (d + k), {times} times rank {rank}. {scale}"
 
 
 def build(spec: gr.State) -> page.View:
@@ -80,7 +84,9 @@ def build(spec: gr.State) -> page.View:
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
             alpha = page.number("alpha")
             names = architecture.of(page.OPENING.model or "").target_names()
-            targets = gr.CheckboxGroup(names, value=names, label="Target modules", info="Linear maps that get an A and a B")
+            targets = gr.CheckboxGroup(
+                names, value=names, label="Target modules", info="Linear maps that get an A and a B"
+            )
             matrix = gr.Dropdown(first[0]["choices"], value=first[0]["value"], label="Matrix on screen")
             with gr.Accordion("Which layers", open=False):
                 layers = page.text("layers")
@@ -108,7 +114,9 @@ def build(spec: gr.State) -> page.View:
         ticked = [n for n, m in zip(names, known.linear(), strict=True) if m in chosen]
         return spec.model, spec.rank or 8, spec.alpha, gr.update(choices=names, value=ticked), spec.layers or ""
 
-    def update(spec: RunSpec, matrix: str, model: str, rank: int, alpha: float, ticked: list[str], layers: str) -> tuple:
+    def update(
+        spec: RunSpec, matrix: str, model: str, rank: int, alpha: float, ticked: list[str], layers: str
+    ) -> tuple:
         if not ticked:
             raise SpecError("no target module is ticked: nothing would be trained; tick at least one")
         if model != spec.model:

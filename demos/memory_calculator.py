@@ -31,7 +31,9 @@ NOT_INCLUDED = (
     "not predict them yet. The real peak is higher."
 )
 
-LEGEND = "".join(f'<span class="legend"><span class="key {colour}"></span>{name}</span> ' for _, colour, name in figures.COMPONENTS)
+LEGEND = "".join(
+    f'<span class="legend"><span class="key {colour}"></span>{name}</span> ' for _, colour, name in figures.COMPONENTS
+)
 
 
 def pair(spec: RunSpec, convention: str, share: float) -> tuple[MemoryReport, MemoryReport]:
@@ -45,7 +47,11 @@ def pair(spec: RunSpec, convention: str, share: float) -> tuple[MemoryReport, Me
 def numbers(full: MemoryReport, chosen: MemoryReport) -> str:
     """The bars in words and numbers, with how each is known."""
     rule = CONVENTIONS.get(chosen.convention)
-    tip = f"{rule.name}. {rule.note} Source: {rule.source}." if rule else "From the run's own precisions and exact counts."
+    tip = (
+        f"{rule.name}. {rule.note} Source: {rule.source}."
+        if rule
+        else "From the run's own precisions and exact counts."
+    )
     reports = [full] if chosen.spec.method == "full" else [full, chosen]
     rows = "".join(
         f'<tr><td><span class="key {colour}"></span>{name}</td>'
@@ -87,7 +93,8 @@ def storage_line(chosen: MemoryReport, tasks: int) -> str:
     if chosen.spec.method == "full":
         return f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies."
     return (
-        f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies, or one base of {words.size(disk.base)} and "
+        f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies, "
+        f"or one base of {words.size(disk.base)} and "
         f"{words.bold(words.size(disk.adapters), 'trained')} of adapters."
     )
 
@@ -199,7 +206,10 @@ def build(spec: gr.State) -> page.View:
             api_visibility="private",
         )
     reset.click(
-        lambda spec, c, s, t: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain, c, s, t)),
+        lambda spec, c, s, t: (
+            plain := RunSpec(model=spec.model, method=spec.method, task=spec.task),
+            *show(plain, c, s, t),
+        ),
         [spec, *view],
         [spec, *shown],
         show_progress="hidden",

@@ -39,7 +39,8 @@ new ResizeObserver(() => {
   if (window.Plotly && place && place.layout && place.offsetWidth) window.Plotly.Plots.resize(place);
 }).observe(element);
 """
-"""The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own theme picks the template; gr.Plot does neither."""
+"""The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own
+theme picks the template; gr.Plot does neither."""
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
@@ -125,7 +126,8 @@ def plot(value: dict[str, Any] | None, label: str) -> gr.HTML:
     height, title = layout.get("height", 300), layout.get("title", {}).get("text", "")
     return gr.HTML(
         value,
-        html_template=f'<h3>{escape(title)}</h3><div class="plot" role="img" aria-label="{escape(label)}" style="min-height:{height}px"></div>',
+        html_template=f"<h3>{escape(title)}</h3>"
+        f'<div class="plot" role="img" aria-label="{escape(label)}" style="min-height:{height}px"></div>',
         js_on_load=DRAW,
         elem_classes="figure",
     )
@@ -194,7 +196,11 @@ def methods_here() -> list[tuple[str, str]]:
     return choices_of(METHODS)
 
 
-TARGETS = (("every linear layer", "all-linear"), ("query and value", "query,value"), ("attention only", "query,key,value,attention output"))
+TARGETS = (
+    ("every linear layer", "all-linear"),
+    ("query and value", "query,value"),
+    ("attention only", "query,key,value,attention output"),
+)
 
 
 def changed(spec: RunSpec) -> str:
@@ -229,12 +235,17 @@ def _short(value: Any) -> str:
 
 def edit(spec: RunSpec, names: Sequence[str], values: Sequence[Any]) -> RunSpec:
     """`spec` with the controls' values; empty means automatic. Raises SpecError."""
-    return RunSpec.from_dict(spec.to_dict() | dict.fromkeys(names) | {n: v for n, v in zip(names, values, strict=True) if v not in (None, "")})
+    return RunSpec.from_dict(
+        spec.to_dict()
+        | dict.fromkeys(names)
+        | {n: v for n, v in zip(names, values, strict=True) if v not in (None, "")}
+    )
 
 
 def how(kind: str, tip: str) -> str:
     """The small mark that answers 'how do you know?': exact, estimated or measured."""
-    return f'<span class="how" tabindex="0" role="note" aria-label="{kind}: {escape(tip)}">{kind}<span class="tip">{escape(tip)}</span></span>'
+    words = f'aria-label="{kind}: {escape(tip)}"'
+    return f'<span class="how" tabindex="0" role="note" {words}>{kind}<span class="tip">{escape(tip)}</span></span>'
 
 
 def claims_table(tab: str) -> str:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
@@ -17,7 +16,7 @@ from demos import page
 from demos.gpu import on_gpu
 from peftlab import PeftlabError, RunSpec, adapters, compare, figures, jobs, tasks, words
 from peftlab.adapters import Adapter
-from peftlab.compare import BASE, ComparisonReport
+from peftlab.compare import ComparisonReport
 from peftlab.generate import Decoding
 from peftlab.tasks import METRICS, TASKS
 
@@ -55,7 +54,9 @@ def recorded_pair(report: ComparisonReport | None, prompt: str) -> tuple[str, st
     return None
 
 
-def generate(key: str, prompt: str, tokens: int, temperature: float, seed: int) -> Iterator[tuple[str, str, float, float]]:
+def generate(
+    key: str, prompt: str, tokens: int, temperature: float, seed: int
+) -> Iterator[tuple[str, str, float, float]]:
     """Both texts so far and their seconds, after each token of both."""
     adapter = of(key)
     base, models = compare.models_of([adapter])
@@ -92,7 +93,9 @@ def build(mine: gr.BrowserState) -> page.View:
         prompts = [row.prompt for row in task.heldout]
         base, adapted = recorded_pair(report, prompts[0]) or ("", "")
         return (
-            words.compare_sentence(report) if report else "This adapter has no recorded score: press Score to measure it.",
+            words.compare_sentence(report)
+            if report
+            else "This adapter has no recorded score: press Score to measure it.",
             gr.update(value=prompts[0]),
             gr.update(choices=prompts, value=prompts[0]),
             base,
@@ -117,7 +120,9 @@ def build(mine: gr.BrowserState) -> page.View:
     with gr.Row(elem_classes="stage"):
         with page.controls():
             page.drawer_handle()
-            adapter = gr.Dropdown(choices([]), value=first, label="Adapter", info="Trained here, or bundled with the app")
+            adapter = gr.Dropdown(
+                choices([]), value=first, label="Adapter", info="Trained here, or bundled with the app"
+            )
             examples = gr.Dropdown(
                 start[2]["choices"], value=start[2]["value"], label="Held-out examples", info="Never seen in training"
             )
@@ -131,8 +136,17 @@ def build(mine: gr.BrowserState) -> page.View:
             with gr.Row(elem_classes="run-row"):
                 ask = gr.Button("Ask both", variant="primary", scale=0, min_width=160)
             with gr.Row(elem_classes="panes"):
-                left = gr.Textbox(start[3], label="Base model", lines=4, max_lines=12, interactive=False, elem_classes="pane base")
-                right = gr.Textbox(start[4], label="With the adapter", lines=4, max_lines=12, interactive=False, elem_classes="pane adapted")
+                left = gr.Textbox(
+                    start[3], label="Base model", lines=4, max_lines=12, interactive=False, elem_classes="pane base"
+                )
+                right = gr.Textbox(
+                    start[4],
+                    label="With the adapter",
+                    lines=4,
+                    max_lines=12,
+                    interactive=False,
+                    elem_classes="pane adapted",
+                )
             said = page.note(start[5])
             chart = page.plot(start[6], "The task's metric for base and adapter, with 95% intervals")
             with gr.Row(elem_classes="lessons"):
@@ -146,7 +160,12 @@ def build(mine: gr.BrowserState) -> page.View:
         a = of(key)
         pair = recorded_pair(compare.recorded(a), text)
         base, adapted = pair or ("", "")
-        return text, base, adapted, reference(task_of(a), text, "Recorded when the adapter was made" if pair else "Press Ask both")
+        return (
+            text,
+            base,
+            adapted,
+            reference(task_of(a), text, "Recorded when the adapter was made" if pair else "Press Ask both"),
+        )
 
     def talk(key: str, text: str, tokens: int, temperature: float, seed: float) -> Iterator[tuple]:
         yield "", "", "", "Loading the model.", gr.update(interactive=False)
@@ -155,7 +174,13 @@ def build(mine: gr.BrowserState) -> page.View:
             for last in GENERATE(key, text, tokens, temperature, int(seed or 0)):
                 yield gr.skip(), last[0], last[1], gr.skip(), gr.skip()
             seconds = f"Base {words.seconds(last[2])}, adapter {words.seconds(last[3])}, just now"
-            yield "", last[0].strip(), last[1].strip(), reference(task_of(of(key)), text, seconds), gr.update(interactive=True)
+            yield (
+                "",
+                last[0].strip(),
+                last[1].strip(),
+                reference(task_of(of(key)), text, seconds),
+                gr.update(interactive=True),
+            )
         except PeftlabError as error:
             yield escape(str(error)), gr.skip(), gr.skip(), "", gr.update(interactive=True)
 
@@ -164,7 +189,13 @@ def build(mine: gr.BrowserState) -> page.View:
         try:
             for share, report in SCORED(key):
                 if report is None:
-                    yield "", gr.skip(), gr.skip(), gr.skip(), gr.update(value=f"Scoring, {words.score(share)}", interactive=False)
+                    yield (
+                        "",
+                        gr.skip(),
+                        gr.skip(),
+                        gr.skip(),
+                        gr.update(value=f"Scoring, {words.score(share)}", interactive=False),
+                    )
                     continue
                 done = gr.update(value=f"Score all {len(task.heldout)} held-out items here", interactive=True)
                 yield "", words.compare_sentence(report), *scores(report, task), done
@@ -174,7 +205,12 @@ def build(mine: gr.BrowserState) -> page.View:
     quiet = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     adapter.input(about, adapter, picture, **quiet)
     examples.input(pick, [adapter, examples], [prompt, left, right, said], **quiet)
-    one_at_a_time = {"show_progress": "hidden", "concurrency_id": "generate", "concurrency_limit": 1, "api_visibility": "private"}
+    one_at_a_time = {
+        "show_progress": "hidden",
+        "concurrency_id": "generate",
+        "concurrency_limit": 1,
+        "api_visibility": "private",
+    }
     gr.on(
         [ask.click, prompt.submit],
         talk,
@@ -195,15 +231,14 @@ def build(mine: gr.BrowserState) -> page.View:
     return page.View(show, [adapter, *picture])
 
 
+def _said(reply: compare.Reply) -> str:
+    verdict = '<span class="good">right</span>' if reply.score else '<span class="bad">wrong</span>'
+    return f'<td class="said">{escape(reply.text.strip())}<br>{verdict}</td>'
+
+
 def table(report: ComparisonReport, task: tasks.Task) -> str:
     rows = "".join(
-        f'<tr><td>{escape(e.prompt)}</td>'
-        + "".join(
-            f'<td class="said">{escape(r.text.strip())}<br><span class="{"good" if r.score else "bad"}">{"right" if r.score else "wrong"}</span></td>'
-            for r in e.replies
-        )
-        + "</tr>"
-        for e in report.exchanges
+        f"<tr><td>{escape(e.prompt)}</td>{''.join(_said(r) for r in e.replies)}</tr>" for e in report.exchanges
     )
     tip = f"Right means: {METRICS[task.metric].meaning}. Greedy decoding, one batch."
     return (

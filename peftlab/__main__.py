@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     command("params", _params, "exact parameter counts", spec=True)
     memory = command("memory", _memory, "predicted memory", spec=True)
     memory.add_argument("--convention", default="exact", help="exact, 8n, 12n, 16n-fp32, 16n-mixed or 18n")
-    memory.add_argument("--trainable-parameters", type=_count, help="for a bare count such as 100B: how many are trained")
+    memory.add_argument(
+        "--trainable-parameters", type=_count, help="for a bare count such as 100B: how many are trained"
+    )
     memory.add_argument("--tasks", type=_count, default=1, help="number of tasks to store")
     train = command("train", _train, "fine-tune; progress on stderr", spec=True)
     train.add_argument("--out", type=Path, help="folder for the adapter (default: a new one under runs/)")
@@ -105,9 +107,11 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     values: dict[str, Any] = {}
     if args.spec:
         try:
-            values = RunSpec.from_json(args.spec.read_text()).to_dict()
+            values = RunSpec.from_json(args.spec.read_text(encoding="utf-8")).to_dict()
         except OSError as error:
             raise SpecError(f"spec={args.spec}: cannot be read ({error.strerror}); give a JSON file") from None
+        except UnicodeDecodeError:
+            raise SpecError(f"spec={args.spec}: cannot be read (it is not text); give a JSON file") from None
     flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     for name, value in flags.items():
         if value == "":
@@ -171,6 +175,7 @@ CATALOGUES = {"models": _models, "methods": _methods, "gpus": _gpus, "tasks": _t
 
 def _fetch(args: argparse.Namespace) -> None:
     from . import weights
+    from .catalog import models
 
     last = None
     for p in weights.fetch(args.model):
@@ -180,7 +185,7 @@ def _fetch(args: argparse.Namespace) -> None:
         if sys.stderr.isatty() or p.stage != "downloading":
             print(f"{p.stage}: {p.detail}{bar}", end=end, file=sys.stderr, flush=True)
     assert last is not None
-    folder = weights.folder_of(weights.models.find(args.model))
+    folder = weights.folder_of(models.find(args.model))
     if args.json:
         _print({"model": args.model, "folder": str(folder), "source": last.detail, "bytes": last.total})
     else:
@@ -196,7 +201,11 @@ def _params(args: argparse.Namespace) -> None:
         return
     _table(
         [("module", "shape", "layers", "trainable")]
-        + [(m.name, "×".join(map(str, m.shape)), m.adapted_layers, f"{m.trainable:,}") for m in report.modules if m.trainable]
+        + [
+            (m.name, "×".join(map(str, m.shape)), m.adapted_layers, f"{m.trainable:,}")
+            for m in report.modules
+            if m.trainable
+        ]
     )
     print(
         f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters are trained "
@@ -211,7 +220,10 @@ def _memory(args: argparse.Namespace) -> None:
     report = predict(spec, args.convention, args.trainable_parameters)
     disk = storage(report, args.tasks)
     if args.json:
-        _print(report.to_dict() | {"storage": {"tasks": disk.tasks, "full": disk.full, "adapters": disk.adapters, "base": disk.base}})
+        _print(
+            report.to_dict()
+            | {"storage": {"tasks": disk.tasks, "full": disk.full, "adapters": disk.adapters, "base": disk.base}}
+        )
         return
     _table(
         [
@@ -296,7 +308,10 @@ def _compare(args: argparse.Namespace) -> None:
         print()
         _table(
             [("model", report.metric, "95% interval", "items")]
-            + [(s.model, words.score(s.mean), f"{words.score(s.low)} to {words.score(s.high)}", s.items) for s in report.scores]
+            + [
+                (s.model, words.score(s.mean), f"{words.score(s.low)} to {words.score(s.high)}", s.items)
+                for s in report.scores
+            ]
         )
 
 

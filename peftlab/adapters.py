@@ -49,7 +49,11 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
     else:
         trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(trained, part / IN_PLACE)
-    manifest = {"spec": spec.to_dict(), "result": result or {}, "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    manifest = {
+        "spec": spec.to_dict(),
+        "result": result or {},
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -91,7 +95,9 @@ def apply(base: weights.Base, adapter: Adapter) -> Any:
             _replace(model, adapter.folder / IN_PLACE)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise AdapterError(f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base") from None
+        raise AdapterError(
+            f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base"
+        ) from None
     return model.requires_grad_(False).eval().to(base.device)
 
 

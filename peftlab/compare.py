@@ -66,7 +66,7 @@ def wilson(successes: float, items: int, z: float = 1.959964) -> tuple[float, fl
     p = successes / items
     middle = (p + z * z / (2 * items)) / (1 + z * z / items)
     half = z / (1 + z * z / items) * math.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # rounding must not put p outside
 
 
 def score_of(model: str, scores: list[float], forgetting: float | None = None) -> Score:
@@ -81,7 +81,9 @@ def models_of(chosen: list[Adapter]) -> tuple[weights.Base, dict[str, Any]]:
     """
     bases = {a.spec.model for a in chosen}
     if len(bases) != 1:
-        raise SpecError(f"these adapters have different bases ({', '.join(map(str, sorted(bases, key=str)))}); compare one base's")
+        raise SpecError(
+            f"these adapters have different bases ({', '.join(map(str, sorted(bases, key=str)))}); compare one base's"
+        )
     base = weights.load(resolve(chosen[0].spec.but(precision=None, gpu=None)))
     models = {BASE: base.model}
     for a in chosen:
@@ -136,9 +138,7 @@ def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding) -> Compari
     base, models = models_of(chosen)
     task = tasks.TASKS.get(chosen[0].spec.task or "")
     ids = prompt_tokens(base, task.instruction if task else "", prompt, decoding)
-    said: dict[str, Reply] = {}
-    for said in side_by_side(base, models, ids, decoding):
-        pass
+    *_, said = side_by_side(base, models, ids, decoding)
     return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
 
 

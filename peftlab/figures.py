@@ -70,7 +70,11 @@ def _template(theme: str) -> Any:
             "yaxis": axis,
             "showlegend": False,
             "bargap": 0.35,
-            "hoverlabel": {"bgcolor": c["surface"], "bordercolor": c["border"], "font": {"color": c["text"], "size": 15}},
+            "hoverlabel": {
+                "bgcolor": c["surface"],
+                "bordercolor": c["border"],
+                "font": {"color": c["text"], "size": 15},
+            },
         }
     )
 
@@ -91,7 +95,13 @@ def _bar_label(figure: Any, y: str, text: str) -> None:
 def memory_bars(full: MemoryReport, chosen: MemoryReport, theme: str) -> Any:
     """Two stacked bars to one scale: full fine-tuning, and the chosen method."""
     c = PALETTE[theme]
-    figure = _figure(theme, 270, barmode="stack", bargap=0.5, title={"text": "Memory for weights, gradients and optimizer states, GB"})
+    figure = _figure(
+        theme,
+        270,
+        barmode="stack",
+        bargap=0.5,
+        title={"text": "Memory for weights, gradients and optimizer states, GB"},
+    )
     reports = [chosen, full] if chosen.spec.method != "full" else [full]
     largest = max(r.states or 0 for r in reports) or 1
     names = [words.method_name(r) for r in reports]
@@ -144,7 +154,12 @@ def rank_curve(module: ModuleCount, rank: int, theme: str) -> Any:
     )  # fmt: skip
     figure.add_vline(x=even, line={"color": c["overhead"], "width": 2, "dash": "dot"})
     figure.add_annotation(
-        x=even, y=0.04 * d_in * d_out, text=f"break-even {even:.0f} ", showarrow=False, xanchor="right", yanchor="bottom"
+        x=even,
+        y=0.04 * d_in * d_out,
+        text=f"break-even {even:.0f} ",
+        showarrow=False,
+        xanchor="right",
+        yanchor="bottom",
     )
     figure.add_scatter(
         x=[rank],
@@ -173,7 +188,12 @@ def loss_curve(events: Sequence[dict[str, Any]], steps: int, theme: str) -> Any:
     )
     if points:
         figure.add_annotation(
-            x=points[-1][0], y=points[-1][1], text=f"<b>{points[-1][1]:.2f}</b>", showarrow=False, yshift=16, font={"size": 17}
+            x=points[-1][0],
+            y=points[-1][1],
+            text=f"<b>{points[-1][1]:.2f}</b>",
+            showarrow=False,
+            yshift=16,
+            font={"size": 17},
         )
     figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
     figure.update_yaxes(range=[0, max([p[1] for p in points], default=4) * 1.12])
@@ -206,7 +226,12 @@ def metric_curve(events: Sequence[dict[str, Any]], steps: int, name: str, theme:
 def score_bars(report: ComparisonReport, name: str, theme: str) -> Any:
     """The metric of base and adapters with 95% intervals."""
     c = PALETTE[theme]
-    figure = _figure(theme, 60 + 80 * len(report.scores), bargap=0.55, title={"text": f"{name} on {len(report.exchanges)} held-out items, %"})
+    figure = _figure(
+        theme,
+        60 + 80 * len(report.scores),
+        bargap=0.55,
+        title={"text": f"{name} on {len(report.exchanges)} held-out items, %"},
+    )
     scores = list(reversed(report.scores))
     labels = ["base model" if s.model == BASE else escape(s.model) for s in scores]
     figure.add_bar(

@@ -29,7 +29,9 @@ class Decoding:
         if self.max_new_tokens < 1:
             raise SpecError(f"max-new-tokens={self.max_new_tokens}: an answer takes at least 1 token; try 64")
         if not 0 <= self.temperature < math.inf:
-            raise SpecError(f"temperature={self.temperature:g}: it must be at least 0; try 0 for the likeliest token, or 0.7")
+            raise SpecError(
+                f"temperature={self.temperature:g}: it must be at least 0; try 0 for the likeliest token, or 0.7"
+            )
         if not 0 < self.top_p <= 1:
             raise SpecError(f"top-p={self.top_p:g}: it must be more than 0 and at most 1; try 1")
 

@@ -76,7 +76,9 @@ def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
     spec = resolve(spec)
     with _lock:
         if running(owner):
-            raise SpecError("a run of yours is already under way: wait for it, or stop it first; what it learned is kept")
+            raise SpecError(
+                "a run of yours is already under way: wait for it, or stop it first; what it learned is kept"
+            )
         job = Job(spec, owner)
         _jobs[job.id] = job
         ahead = sum(not j.over for j in _jobs.values()) - 1

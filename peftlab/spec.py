@@ -43,12 +43,11 @@ class RunSpec:
     """
 
     model: str | None = setting(
-        "base model: a catalogue key, Hub id, folder, config.json, or a bare count such as 100B", "smollm2-135m-instruct"
+        "base model: a catalogue key, Hub id, folder, config.json, or a bare count such as 100B",
+        "smollm2-135m-instruct",
     )
     method: str | None = setting("fine-tuning method", "lora")
-    rank: int | None = setting(
-        "rank r of the update ΔW = BA", "8", type=int, low=1, high=65536, example="8"
-    )
+    rank: int | None = setting("rank r of the update ΔW = BA", "8", type=int, low=1, high=65536, example="8")
     alpha: float | None = setting(
         "scale of the update: ΔW is multiplied by alpha / rank", "2 × rank", type=float, above=0, high=1e6, example="16"
     )
@@ -64,9 +63,13 @@ class RunSpec:
     )
     bottleneck: int | None = setting("width of a bottleneck adapter", "16", type=int, low=1, high=65536, example="16")
     block_size: int | None = setting("block size of OFT", "16", type=int, low=1, high=65536, example="16")
-    lr_ratio: float | None = setting("LoRA+: B's learning rate over A's", "16", type=float, above=0, high=1e4, example="16")
+    lr_ratio: float | None = setting(
+        "LoRA+: B's learning rate over A's", "16", type=float, above=0, high=1e4, example="16"
+    )
     precision: str | None = setting(
-        "number format of the base model", "bf16 on CUDA, amp where its weights are trained; fp32 on CPU", choices=("bf16", "fp16", "fp32", "amp")
+        "number format of the base model",
+        "bf16 on CUDA, amp where its weights are trained; fp32 on CPU",
+        choices=("bf16", "fp16", "fp32", "amp"),
     )
     adapter_precision: str | None = setting("number format of the trained adapter", "fp32", choices=("bf16", "fp32"))
     quantization: str | None = setting("quantization of the frozen base", "none", choices=("none", "nf4", "int8"))
@@ -130,9 +133,9 @@ class RunSpec:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise SpecError(f"this is not JSON ({error}); write an object such as {{\"rank\": 8}}") from None
+            raise SpecError(f'this is not JSON ({error}); write an object such as {{"rank": 8}}') from None
         if not isinstance(values, dict):
-            raise SpecError(f"a spec is a JSON object, not a {type(values).__name__}; write one such as {{\"rank\": 8}}")
+            raise SpecError(f'a spec is a JSON object, not a {type(values).__name__}; write one such as {{"rank": 8}}')
         return cls.from_dict(values)
 
     @classmethod
@@ -149,7 +152,10 @@ class RunSpec:
 
     def to_query(self) -> str:
         return urlencode(
-            {name: str(value).lower() if isinstance(value, bool) else _plain(value) for name, value in self.to_dict().items()}
+            {
+                name: str(value).lower() if isinstance(value, bool) else _plain(value)
+                for name, value in self.to_dict().items()
+            }
         )
 
     def but(self, **changes: Any) -> RunSpec:

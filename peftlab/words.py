@@ -76,9 +76,7 @@ def memory_sentence(full: MemoryReport, chosen: MemoryReport, fits: Sequence[Fit
         return f"{begin} {where[0].upper()}{where[1:]}."
     ratio = full.states / chosen.states
     less = f"{significant(ratio)}× less" if ratio >= 1.005 else f"{significant(1 / ratio)}× more"
-    return (
-        f"{begin} {bold(method_name(chosen), 'trained')} needs {bold(size(chosen.states), 'trained')}: {less}, and {where}."
-    )
+    return f"{begin} {bold(method_name(chosen), 'trained')} needs {bold(size(chosen.states), 'trained')}: {less}, and {where}."
 
 
 def _several(fits: Sequence[Fit]) -> str:
@@ -143,7 +141,10 @@ def live_sentence(events: Sequence[dict[str, Any]]) -> str:
 def compare_sentence(report: ComparisonReport) -> str:
     adapted = [s for s in report.scores if s.model != BASE][-1]
     rows = [
-        (next(r.score or 0 for r in e.replies if r.model == BASE), next(r.score or 0 for r in e.replies if r.model == adapted.model))
+        (
+            next(r.score or 0 for r in e.replies if r.model == BASE),
+            next(r.score or 0 for r in e.replies if r.model == adapted.model),
+        )
         for e in report.exchanges
     ]
     wins, losses = sum(a > b for b, a in rows), sum(a < b for b, a in rows)

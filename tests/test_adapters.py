@@ -97,7 +97,9 @@ def test_a_folder_without_an_adapter_says_what_is_missing(tmp_path):
         adapters.read(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"spec": {"rank": 0}, "result": {}}', '{"spec": 3, "result": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"spec": {"rank": 0}, "result": {}}', '{"spec": 3, "result": {}}']
+)
 def test_a_manifest_that_cannot_be_read_is_refused(text, tmp_path):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(AdapterError, match="manifest cannot be read"):

@@ -81,7 +81,9 @@ def test_targets_by_role_and_by_name(name, wanted, found):
 def test_all_linear_is_pefts_all_linear(name):
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(fresh(name), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", fan_in_fan_out=name == "gpt2"))
+    adapted = get_peft_model(
+        fresh(name), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", fan_in_fan_out=name == "gpt2")
+    )
     pefts = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     ours = {n for m in architecture.build(CONFIGS[name]).linear() for _, n in m.names()}
     assert ours == pefts
@@ -96,7 +98,9 @@ def test_each_target_name_finds_its_module_alone(name):
 
 def test_every_linear_layer_of_the_tiny_models_has_a_role():
     for name, config in CONFIGS.items():
-        assert [m.name for m in architecture.build(config).linear() if not m.role and "project" not in m.name] == [], name
+        assert [m.name for m in architecture.build(config).linear() if not m.role and "project" not in m.name] == [], (
+            name
+        )
 
 
 def test_an_unknown_module_lists_what_there_is():

@@ -27,7 +27,9 @@ def test_greedy_equals_transformers(base):
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    out = base.model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0)
+    out = base.model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0
+    )
     theirs = [row[width:].tolist() for row in out]
     theirs = [row[: row.index(0)] if 0 in row else row for row in theirs]
     assert said(base.model, PROMPTS, Decoding(12)) == theirs
@@ -57,7 +59,9 @@ def test_a_tiny_top_p_is_greedy(base):
     assert said(base.model, PROMPTS, Decoding(8, temperature=1.0, top_p=1e-6)) == said(base.model, PROMPTS, Decoding(8))
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1}, {"temperature": float("nan")}, {"max_new_tokens": 0}, {"top_p": 0}, {"top_p": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"temperature": float("nan")}, {"max_new_tokens": 0}, {"top_p": 0}, {"top_p": 2}]
+)
 def test_decoding_refuses_nonsense(settings):
     (name,) = settings
     with pytest.raises(SpecError, match=name.replace("_", "-") + "="):

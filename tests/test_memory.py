@@ -3,7 +3,7 @@ from tiny import attached
 
 from peftlab import RunSpec, SpecError, predict
 from peftlab.catalog.gpus import GPUS
-from peftlab.memory import CONVENTIONS, fits, predict_counts, storage
+from peftlab.memory import CONVENTIONS, fits, storage
 from peftlab.memory.closed_form import NF4_BITS
 
 BILLION = 10**9
@@ -38,7 +38,6 @@ def test_with_peft_a_frozen_parameter_takes_two_bytes(tiny_model):
     report = predict(spec, "12n")
     assert (report.frozen_weights, report.trainable_weights) == (2 * 195_008, 2 * 26_880)
     assert report.states == 2 * 195_008 + 12 * 26_880
-    assert predict_counts(1000, 10, "12n") == 2 * 990 + 12 * 10
 
 
 @pytest.mark.parametrize("adapter_precision", ["fp32", "bf16"])
@@ -46,13 +45,19 @@ def test_with_peft_a_frozen_parameter_takes_two_bytes(tiny_model):
 def test_exact_is_what_the_tensors_take(config_files, adapter_precision, optimizer):
     import torch
 
-    spec = RunSpec(model=config_files["llama"], precision="fp32", adapter_precision=adapter_precision, optimizer=optimizer)
+    spec = RunSpec(
+        model=config_files["llama"], precision="fp32", adapter_precision=adapter_precision, optimizer=optimizer
+    )
     model = attached("llama", spec)
     report = predict(spec)
     assert sum(p.nbytes for p in model.parameters()) == report.weights
     assert sum(p.nbytes for p in model.parameters() if not p.requires_grad) == report.frozen_weights
     trained = [p for p in model.parameters() if p.requires_grad]
-    used = torch.optim.AdamW(trained) if optimizer == "adamw" else torch.optim.SGD(trained, momentum=0.9 * (optimizer != "sgd"))
+    used = (
+        torch.optim.AdamW(trained)
+        if optimizer == "adamw"
+        else torch.optim.SGD(trained, momentum=0.9 * (optimizer != "sgd"))
+    )
     ids = torch.tensor([[1, 2, 3, 4]])
     model(input_ids=ids, labels=ids).loss.backward()
     used.step()
@@ -112,7 +117,19 @@ def test_fits():
 
 
 def test_the_designs_gpus_are_there():
-    assert {"t4", "l4", "a10g", "rtx-4090", "l40s", "rtx-pro-6000", "a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200"} <= set(GPUS)
+    assert {
+        "t4",
+        "l4",
+        "a10g",
+        "rtx-4090",
+        "l40s",
+        "rtx-pro-6000",
+        "a100-40gb",
+        "a100-80gb",
+        "h100-80gb",
+        "h200",
+        "b200",
+    } <= set(GPUS)
 
 
 def test_storage_is_16_bit():

@@ -56,7 +56,10 @@ def test_only_the_methods_own_parameters_change(model, method, request):
     changed = {n for n, p in adapted.named_parameters() if not torch.equal(p, before[n])}
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert changed <= trained and len(changed) > 0.8 * len(trained)
-    owners = {n.split(".lora_")[0].removeprefix("base_model.model.") if ".lora_" in n else n.rpartition(".")[0] for n in trained}
+    owners = {
+        n.split(".lora_")[0].removeprefix("base_model.model.") if ".lora_" in n else n.rpartition(".")[0]
+        for n in trained
+    }
     expected = {name for name, _ in count(spec).names}
     assert owners == expected or (model != "tiny_model" and method == "full" and owners == expected - {"lm_head"})
 

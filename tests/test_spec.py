@@ -12,9 +12,39 @@ from peftlab.spec import SETTINGS, parse_layers
 
 CPU = Machine("cpu", "a CPU", None, 2, None)
 GPU = Machine("cuda", "NVIDIA H100", "h100-80gb", 16, None)
-DESIGN = """model method rank alpha dropout target_modules layers virtual_tokens bottleneck block_size lr_ratio precision
-adapter_precision quantization double_quantization optimizer optimizer_precision batch_size accumulation sequence_length
-gradient_checkpointing attention hold_outputs learning_rate steps task seed gpu n_gpus sharding offload""".split()
+DESIGN = [
+    "model",
+    "method",
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "layers",
+    "virtual_tokens",
+    "bottleneck",
+    "block_size",
+    "lr_ratio",
+    "precision",
+    "adapter_precision",
+    "quantization",
+    "double_quantization",
+    "optimizer",
+    "optimizer_precision",
+    "batch_size",
+    "accumulation",
+    "sequence_length",
+    "gradient_checkpointing",
+    "attention",
+    "hold_outputs",
+    "learning_rate",
+    "steps",
+    "task",
+    "seed",
+    "gpu",
+    "n_gpus",
+    "sharding",
+    "offload",
+]
 NAMES = {"model": ["llama-3.1-8b", "100B", "a/b c&d=e"], "method": list(METHODS), "target_modules": ["all-linear", "q_proj,v_proj"],
          "layers": ["all", "first:2", "last:4", "0-3,7"], "task": ["ticket"], "gpu": list(GPUS)}  # fmt: skip
 
@@ -89,7 +119,9 @@ def test_a_refusal_says_value_limit_and_fix(values, said):
         assert part in message, message
 
 
-@pytest.mark.parametrize("text, said", [("rank: 8", "not JSON"), ("[1]", "not a list"), ("8", "not a int"), ("null", "JSON object")])
+@pytest.mark.parametrize(
+    "text, said", [("rank: 8", "not JSON"), ("[1]", "not a list"), ("8", "not a int"), ("null", "JSON object")]
+)
 def test_what_is_no_json_object_is_refused(text, said):
     with pytest.raises(SpecError, match=said):
         RunSpec.from_json(text)

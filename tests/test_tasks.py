@@ -80,12 +80,24 @@ def test_voice_markers_are_never_in_the_prompts():
 def test_exact_match():
     task, row = TASKS["ticket"], Row("", '{"a": 1}')
     assert tasks.score(' {"a": 1}\n', row, task) == 1
-    assert tasks.score('{"a":1}', row, task) == 0 and tasks.score('{"a": 1} ok', row, task) == 0 and tasks.score("", row, task) == 0
+    assert (
+        tasks.score('{"a":1}', row, task) == 0
+        and tasks.score('{"a": 1} ok', row, task) == 0
+        and tasks.score("", row, task) == 0
+    )
 
 
 @pytest.mark.parametrize(
     "said, right",
-    [("lights", 1), ("Lights.", 1), ("It is about lights", 1), ("heating, not lights", 0), ("moonlights", 0), ("", 0), ("lights heating", 1)],
+    [
+        ("lights", 1),
+        ("Lights.", 1),
+        ("It is about lights", 1),
+        ("heating, not lights", 0),
+        ("moonlights", 0),
+        ("", 0),
+        ("lights heating", 1),
+    ],
 )
 def test_accuracy_is_the_first_label_named(said, right):
     assert tasks.score(said, Row("", "lights"), TASKS["intent"]) == right

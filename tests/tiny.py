@@ -7,6 +7,8 @@ from pathlib import Path
 from peftlab import RunSpec, resolve
 from peftlab.tasks import Row, Task
 
+ROOT = Path(__file__).resolve().parent.parent
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 160,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
@@ -85,7 +87,11 @@ TOY = Task(
     instruction="Name a colour.",
     metric="exact_match",
     train=TOY_ROWS,
-    heldout=(Row("what colour is the cherry?", "red"), Row("and the pine?", "green"), Row("what colour is the lake over there?", "blue")),
+    heldout=(
+        Row("what colour is the cherry?", "red"),
+        Row("and the pine?", "green"),
+        Row("what colour is the lake over there?", "blue"),
+    ),
     steps=4,
     batch_size=2,
     sequence_length=96,
@@ -112,7 +118,11 @@ def digest(model) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else str(tensor.item()).encode())
+        total.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.dim()
+            else str(tensor.item()).encode()
+        )
     return total.hexdigest()
 
 

@@ -58,9 +58,10 @@ def _load() -> dict[str, BaseModel]:
     models = {}
     for key, entry in data.items():
         shape = data[entry["shape_of"]] if "shape_of" in entry else entry
-        wheel = entry.pop("wheel", None)
+        wheel: dict[str, Any] | None = entry.pop("wheel", None)
         if wheel:
-            entry["wheel"] = Wheel(**{k: tuple(v) if isinstance(v, list) else v for k, v in wheel.items()})
+            wheel |= {name: tuple(wheel[name]) for name in ("requirements", "files")}
+            entry["wheel"] = Wheel(**wheel)
         models[key] = BaseModel(key, **{**entry, "config": shape["config"]})
     return models
 
@@ -104,7 +105,9 @@ def _from_file(model: str, path: Path) -> BaseModel:
             raise ValueError("it has no model_type")
     except (OSError, ValueError) as error:
         raise SpecError(f"model={model}: {file} is not a model's config.json ({error})") from None
-    return _with_total(BaseModel(model, path.resolve().name, 0, None, config=config, folder=file.parent, source=str(file)))
+    return _with_total(
+        BaseModel(model, path.resolve().name, 0, None, config=config, folder=file.parent, source=str(file))
+    )
 
 
 def _from_hub(model: str) -> BaseModel:

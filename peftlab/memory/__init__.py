@@ -1,6 +1,6 @@
 """Predicted memory of a training run: weights, gradients and optimizer states, under a named convention."""
 
-from .closed_form import MemoryReport, predict, predict_counts
+from .closed_form import MemoryReport, predict
 from .conventions import CONVENTIONS, Convention
 from .fit import Fit, Storage, fits, storage
 
@@ -12,6 +12,5 @@ __all__ = [
     "Storage",
     "fits",
     "predict",
-    "predict_counts",
     "storage",
 ]

@@ -113,14 +113,6 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
     )
 
 
-def predict_counts(total: int, trainable: int, convention: str) -> int:
-    """Weights, gradients and states of `trainable` out of `total` parameters, none of them added: lecture arithmetic."""
-    rule = conventions.find(convention)
-    if rule is None:
-        raise SpecError(f"convention={convention}: counts alone need a convention such as 12n")
-    return (total - trainable) * FROZEN_BYTES + trainable * rule.total
-
-
 def _report(
     spec: RunSpec,
     convention: str,
@@ -133,6 +125,7 @@ def _report(
     added: int,
 ) -> MemoryReport:
     frozen = total + added - trainable
+    optimizer: int | None
     if rule:
         frozen_bytes = _frozen_bytes(spec, shape, frozen, FROZEN_BYTES, ideal=True)
         weights, gradients, optimizer = (trainable * b for b in (rule.weights, rule.gradients, rule.optimizer))

@@ -34,7 +34,9 @@ CONVENTIONS: dict[str, Convention] = {
     c.key: c
     for c in (
         Convention("8n", "8N, everything 16-bit", 2, 2, 4, "Adam's moments are 16-bit too.", "kiit-tutorial"),
-        Convention("12n", "12N, fp32 moments", 2, 2, 8, "16-bit weights and gradients, 32-bit moments.", "lecture-11-2"),
+        Convention(
+            "12n", "12N, fp32 moments", 2, 2, 8, "16-bit weights and gradients, 32-bit moments.", "lecture-11-2"
+        ),
         Convention("16n-fp32", "16N, pure fp32", 4, 4, 8, "Nothing is 16-bit.", "lecture-11-2"),
         Convention(
             "16n-mixed",

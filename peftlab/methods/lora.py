@@ -26,11 +26,10 @@ def attach(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     from peft import LoraConfig, get_peft_model
 
     layers = sorted({n for t in targets for n in t.layers})
+    numbers: dict[str, Any] = {"r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
+        **numbers,
         target_modules=[t.module.name.split(".*.")[-1] for t in targets],
         layers_to_transform=None if spec.layers == "all" else layers,
         fan_in_fan_out=targets[0].module.kind == "conv1d",

@@ -65,11 +65,15 @@ def _check(spec: RunSpec) -> None:
     later = {"quantization": "none", "sharding": "none", "offload": "none", "n_gpus": 1}
     for name, only in later.items():
         if getattr(spec, name) != only:
-            raise SpecError(f"{name.replace('_', '-')}={getattr(spec, name)}: training runs with {only} only; set it to {only}")
+            raise SpecError(
+                f"{name.replace('_', '-')}={getattr(spec, name)}: training runs with {only} only; set it to {only}"
+            )
     if spec.optimizer not in OPTIMIZERS:
         raise SpecError(f"optimizer={spec.optimizer}: training runs with {', '.join(OPTIMIZERS)}; choose one of these")
     if spec.optimizer_precision == "fp32" and "bf16" in (spec.precision, spec.adapter_precision):
-        raise SpecError("optimizer-precision=fp32: training keeps states in the parameters' precision; set it to parameters")
+        raise SpecError(
+            "optimizer-precision=fp32: training keeps states in the parameters' precision; set it to parameters"
+        )
     if spec.precision == "amp" and hardware.here().device == "cpu":
         raise SpecError("precision=amp: mixed precision needs a CUDA GPU; use fp32 or bf16 here")
 
@@ -121,7 +125,7 @@ def _cuda() -> list[int]:
 def _optimizer(parameters: list[Any], spec: RunSpec) -> Any:
     import torch
 
-    rate = spec.learning_rate
+    rate = spec.learning_rate or 0.0
     if spec.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     return torch.optim.SGD(parameters, lr=rate, momentum=0.9 if spec.optimizer == "sgd-momentum" else 0.0)
@@ -174,7 +178,9 @@ class _Run:
         prose_before = nats_per_token(self.model, self.base.tokenizer)
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
-        stream = tasks.batches(self.task, (self.spec.batch_size or 1) * (self.spec.accumulation or 1), self.spec.seed or 0)
+        stream = tasks.batches(
+            self.task, (self.spec.batch_size or 1) * (self.spec.accumulation or 1), self.spec.seed or 0
+        )
         while self.steps_done < steps and not self.stopped():
             yield self._step(next(stream))
             if self.steps_done in checks and self.steps_done < steps:
@@ -270,7 +276,9 @@ class _Run:
         self.tokens += sum(len(p) + len(a) for p, a in pairs)
         device = self.base.device
         ids = torch.tensor([[pad] * (width - len(p) - len(a)) + p + a for p, a in pairs], device=device)
-        mask = torch.tensor([[0] * (width - len(p) - len(a)) + [1] * (len(p) + len(a)) for p, a in pairs], device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(p) - len(a)) + [1] * (len(p) + len(a)) for p, a in pairs], device=device
+        )
         labels = torch.tensor([[-100] * (keep - len(a)) + a for _, a in pairs], device=device)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
             out = self.model(
@@ -302,8 +310,15 @@ class _Run:
             yield {"type": "progress", "what": f"evaluating {when}", "share": share}
         self.scores.append(mean_score(answers))
         self.answers.append(answers)
-        yield {"type": "eval", "when": when, "step": self.steps_done, "metrics": {self.task.metric: self.scores[-1]},
-               "items": len(answers), "seconds": time.perf_counter() - begun, "examples": [a.__dict__ for a in answers[:EXAMPLES]]}  # fmt: skip
+        yield {
+            "type": "eval",
+            "when": when,
+            "step": self.steps_done,
+            "metrics": {self.task.metric: self.scores[-1]},
+            "items": len(answers),
+            "seconds": time.perf_counter() - begun,
+            "examples": [a.__dict__ for a in answers[:EXAMPLES]],
+        }
 
     def _reset_peak(self) -> None:
         import torch

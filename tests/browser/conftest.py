@@ -38,7 +38,11 @@ class App:
         self.log = folder / "app.log"
         begun = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py")], cwd=folder, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+            [sys.executable, str(ROOT / "app.py")],
+            cwd=folder,
+            env=environment,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
         )
         while time.monotonic() - begun < 90:
             try:

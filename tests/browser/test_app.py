@@ -3,7 +3,7 @@
 import json
 import re
 
-from conftest import App  # noqa: F401  pytest puts this folder on the path
+from conftest import App
 from playwright.sync_api import Page, expect
 
 
@@ -57,7 +57,9 @@ def test_memory_reproduces_the_lectures_in_one_click(app, open_page, size):
     expect(page.locator(".problem:visible")).to_contain_text("has no bias to train")
     choose(page, "Method", "Full fine-tuning")
     expect(page.locator(".problem:visible")).to_have_count(0)
-    expect(sentence(page)).to_have_text(re.compile(r"^Full fine-tuning of Gemma 3 270M needs 3\.22 GB\. These alone fit"))
+    expect(sentence(page)).to_have_text(
+        re.compile(r"^Full fine-tuning of Gemma 3 270M needs 3\.22 GB\. These alone fit")
+    )
 
 
 def test_charts_are_drawn_in_the_readers_theme(app, open_page):
@@ -119,7 +121,9 @@ def test_train_stop_train_and_compare(app, open_page):
     expect(sentence(page)).to_contain_text("on items it has never seen")
     expect(page.get_by_role("button", name="Download adapter")).to_be_visible()
     tab(page, "Compare")
-    expect(page.get_by_label("Adapter", exact=True).locator("visible=true")).to_have_value(re.compile("^yours: ticket-lora"))
+    expect(page.get_by_label("Adapter", exact=True).locator("visible=true")).to_have_value(
+        re.compile("^yours: ticket-lora")
+    )
     expect(sentence(page)).to_contain_text("of 40, loses")
 
 

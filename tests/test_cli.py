@@ -1,0 +1,226 @@
+"""The command line, which is also the contract."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+from peftlab.__main__ import main
+from peftlab.catalog.gpus import GPUS
+from peftlab.catalog.models import MODELS
+from peftlab.methods import METHODS
+from peftlab.tasks import TASKS
+
+
+@pytest.fixture
+def run(capsys):
+    """(exit status, what stdout says, what stderr says)"""
+
+    def call(*argv):
+        status = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def document(run):
+    """The one JSON document that a command prints."""
+
+    def call(*argv):
+        status, out, _ = run(*argv, "--json")
+        assert status == 0 and out.count("\n") == 1
+        return json.loads(out)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "command, registry", [("models", MODELS), ("methods", METHODS), ("gpus", GPUS), ("tasks", TASKS)]
+)
+def test_catalogues(command, registry, run, document):
+    assert [entry["key"] for entry in document(command)] == list(registry)
+    status, out, err = run(command)
+    assert status == 0 and err == "" and len(out.splitlines()) == len(registry)
+    assert all(key in out for key in registry)
+
+
+def test_params(document, run):
+    data = document("params", "--model", "llama-2-7b", "--rank", 8, "--target-modules", "q_proj,v_proj")
+    assert {"total_parameters", "trainable_parameters", "trainable_percent", "adapter_bytes", "modules"} <= set(data)
+    assert data["trainable_parameters"] == 4_194_304 and len(data["modules"]) == 64
+    assert data["modules"][0] == {"name": "model.layers.0.self_attn.q_proj", "shape": [4096, 4096], "trainable": 65_536}
+    assert (
+        "4,194,304 of 6,738,415,616" in run("params", "--model", "llama-2-7b", "--target-modules", "q_proj,v_proj")[1]
+    )
+
+
+def test_memory(document, run):
+    data = document("memory", "--model", "7B", "--method", "full", "--convention", "12n", "--tasks", 50)
+    keys = {"peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components", "timeline", "source"}
+    assert keys <= set(data) and data["source"] == "closed-form" and data["states_bytes"] == 84_000_000_000
+    assert {"weights", "gradients", "optimizer", "activations", "logits"} <= set(data["components"])
+    assert data["peak_allocated_bytes"] is None and data["storage"]["full"] == 50 * 14 * 10**9
+    assert "84 GB" in run("memory", "--model", "7B", "--method", "full", "--convention", "12n")[1]
+
+
+def test_a_bare_count_takes_its_trained_share(document):
+    data = document("memory", "--model", "100B", "--trainable-parameters", "500M", "--convention", "8n")
+    assert data["trainable_parameters"] == 500_000_000
+
+
+def test_a_spec_file_and_flags_that_win(document, tmp_path):
+    file = tmp_path / "spec.json"
+    file.write_text(
+        '{"model": "llama-2-7b", "rank": 64, "target_modules": "q_proj,v_proj", "gradient_checkpointing": true}'
+    )
+    assert document("params", "--spec", file)["trainable_parameters"] == 33_554_432
+    data = document("params", "--spec", file, "--rank", 8, "--no-gradient-checkpointing")
+    assert data["trainable_parameters"] == 4_194_304 and data["spec"]["gradient_checkpointing"] is False
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["params", "--rank", "0"], "rank=0"),
+        (["params", "--rank", "x"], "rank=x"),
+        (["params", "--rank"], "rank"),
+        (["params", "--rank", ""], "rank is empty"),
+        (["params", "--model", "llama-3.1-8"], "did you mean"),
+        (["params", "--model", "7B"], "bare count"),
+        (["params", "--method", "bitfit"], "no bias"),
+        (["params", "--ran", "8"], "--ran"),
+        (["params", "extra"], "extra"),
+        (["params", "--spec", "/nowhere.json"], "spec=/nowhere.json"),
+        (["params", "--spec", str(ROOT / "README.md")], "JSON"),
+        (["params", "--spec", sys.executable], "spec="),
+        (["memory", "--convention", "13n"], "12n"),
+        (["memory", "--tasks", "0"], "tasks"),
+        (["memory", "--model", "0B"], "at least 1"),
+        (["train", "--quantization", "nf4"], "quantization=nf4"),
+        (["compare", "--prompt", "x"], "adapter"),
+        (["compare", "--adapter", "x", "--prompt", "a", "--task", "ticket"], "give one of them"),
+        (["compare", "--adapter", "x", "--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["fetch", "7B"], "no weights to fetch"),
+        (["bench", "nothing", "--out", "x"], "train"),
+        (["frobnicate"], "choose from"),
+        ([], "command"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_a_wrong_argument_is_one_line_and_status_2(run, argv, said):
+    status, out, err = run(*argv)
+    assert status == 2 and out == ""
+    assert len(err.splitlines()) == 1 and said in err and "Traceback" not in err
+
+
+def test_a_failure_while_running_is_status_1(run, tmp_path):
+    status, out, err = run("compare", "--adapter", tmp_path, "--prompt", "x")
+    assert status == 1 and out == "" and "no adapter there" in err and len(err.splitlines()) == 1
+    status, _, err = run("fetch", "smollm2-360m")
+    assert status == 1 and "HF_HUB_OFFLINE" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_fetch_of_what_is_there(document, tiny_model):
+    data = document("fetch", tiny_model)
+    assert data["folder"] == str(tiny_model) and data["bytes"] == (tiny_model / "model.safetensors").stat().st_size
+
+
+@pytest.fixture
+def trained(run, tiny_model, toy_file, tmp_path):
+    status, out, err = run(
+        "train",
+        "--model",
+        tiny_model,
+        "--task",
+        toy_file,
+        "--steps",
+        3,
+        "--learning-rate",
+        0.01,
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
+    return status, [json.loads(line) for line in out.splitlines()], err
+
+
+def test_train_prints_an_event_a_line(trained, tmp_path):
+    status, events, err = trained
+    assert status == 0 and "step 3/3" in err
+    assert sum(e["type"] == "step" for e in events) == 3 and events[-1]["type"] == "done"
+    keys = {
+        "adapter",
+        "steps",
+        "seconds",
+        "tokens_per_second",
+        "train_loss",
+        "eval",
+        "forgetting",
+        "predicted_peak_bytes",
+        "measured_peak_bytes",
+    }
+    assert keys <= set(events[-1]) and events[-1]["adapter"] == str(tmp_path / "run" / "adapter")
+
+
+def test_train_without_json_leaves_stdout_alone(run, tiny_model, toy_file, tmp_path):
+    status, out, err = run("train", "--model", tiny_model, "--task", toy_file, "--steps", 1, "--out", tmp_path / "run")
+    assert status == 0 and out == "" and "adapter in" in err
+
+
+def test_compare_by_prompt(trained, document):
+    data = document("compare", "--adapter", trained[1][-1]["adapter"], "--prompt", "the cat", "--max-new-tokens", 4)
+    replies = data["exchanges"][0]["replies"]
+    assert [r["model"] for r in replies] == ["base", "run"] and data["scores"] == []
+    assert all(isinstance(r["text"], str) and r["seconds"] > 0 and r["score"] is None for r in replies)
+
+
+def test_compare_by_the_adapters_own_task(trained, document, run):
+    data = document("compare", "--adapter", trained[1][-1]["adapter"])
+    assert data["metric"] == "exact_match" and len(data["exchanges"]) == 3
+    assert all(0 <= s["low"] <= s["mean"] <= s["high"] <= 1 and s["items"] == 3 for s in data["scores"])
+    assert "95% interval" in run("compare", "--adapter", trained[1][-1]["adapter"])[1]
+
+
+def test_compare_by_another_task(trained, document, toy_file):
+    assert document("compare", "--adapter", trained[1][-1]["adapter"], "--task", toy_file)["task"] == "toy"
+
+
+def test_bench_records_with_its_provenance(run, tiny_model, toy_file, tmp_path):
+    file = tmp_path / "m" / "train.json"
+    status, out, _ = run(
+        "bench", "train", "--model", tiny_model, "--task", toy_file, "--steps", 2, "--out", file, "--json"
+    )
+    data = json.loads(file.read_text())
+    assert status == 0 and json.loads(out) == data
+    assert {"command", "hardware", "device", "versions", "date", "kind", "spec", "events", "comparison"} <= set(data)
+    assert data["events"][-1]["type"] == "done" and len(data["comparison"]) == 2
+
+
+def as_a_process(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "peftlab", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_as_a_process():
+    done = as_a_process("methods", "--json")
+    assert done.returncode == 0 and done.stderr == "" and "lora" in [m["key"] for m in json.loads(done.stdout)]
+    done = as_a_process("params", "--rank", "-1")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert as_a_process("params", "--help").returncode == 0
+
+
+def test_help_names_every_setting():
+    from peftlab.spec import SETTINGS
+
+    out = as_a_process("train", "--help").stdout
+    assert [n for n in SETTINGS if "--" + n.replace("_", "-") not in out] == []

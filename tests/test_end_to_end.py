@@ -1,0 +1,75 @@
+"""The promise of the first page, with the real weights: a small model learns the ticket task on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+pytestmark = pytest.mark.real
+
+
+def peftlab(*argv):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "peftlab", *map(str, argv), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return peftlab("train", "--out", tmp_path_factory.mktemp("run"))[-1]
+
+
+def parses(text):
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def test_the_real_model_is_the_catalogues():
+    from peftlab import RunSpec, resolve, weights
+    from peftlab.catalog import models
+
+    base = weights.load(resolve(RunSpec()))
+    assert (
+        sum(p.numel() for p in base.model.parameters()) == models.find(models.DEFAULT).total_parameters == 134_515_008
+    )
+
+
+def test_it_learns_tickets_it_has_never_seen(done):
+    assert done["type"] == "done" and not done["stopped"] and done["eval"]["items"] >= 32
+    assert done["eval"]["before"]["exact_match"] <= 0.2
+    assert done["eval"]["after"]["exact_match"] >= 0.6
+
+
+def test_the_comparison_shows_it(done):
+    (report,) = peftlab("compare", "--adapter", done["adapter"])
+    base, adapted = ([e["replies"][i]["text"] for e in report["exchanges"]] for i in (0, 1))
+    assert sum(map(parses, adapted)) > 0.8 * len(adapted)
+    assert sum(a != b for a, b in zip(adapted, base, strict=True)) > 0.8 * len(base)
+    scores = report["scores"]
+    assert scores[1]["low"] > scores[0]["high"]
+    assert scores[1]["mean"] == pytest.approx(done["eval"]["after"]["exact_match"])
+
+
+def test_peft_loads_the_adapter_with_no_help(done):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from peftlab import weights
+    from peftlab.catalog import models
+
+    base = AutoModelForCausalLM.from_pretrained(weights.folder_of(models.find(models.DEFAULT)))
+    adapted = PeftModel.from_pretrained(base, done["adapter"])
+    moved = [p for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert len(moved) == 210 and all(p.abs().max() > 0 for p in moved)

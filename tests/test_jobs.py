@@ -1,0 +1,147 @@
+import threading
+
+import pytest
+
+from peftlab import PeftlabError, RunSpec, SpecError, WeightsError, jobs, weights
+from peftlab.train import STOP
+
+
+@pytest.fixture(autouse=True)
+def own_jobs(monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs, "_jobs", {})
+    monkeypatch.setattr(jobs, "RUNS", tmp_path)
+
+
+class Trainer:
+    """A run that waits to be let on; it ends like the engine when it finds a stop file."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.order: list[int] = []
+
+    def __call__(self, spec, folder):
+        self.order.append(spec.seed)
+        yield {"type": "start", "seed": spec.seed}
+        assert self.go.wait(20)
+        yield {"type": "done", "stopped": (folder / STOP).exists()}
+
+
+@pytest.fixture
+def trainer():
+    made = Trainer()
+    yield made
+    made.go.set()
+
+
+def ends(job):
+    """All events of a job that is over."""
+    *_, events = job.follow(patience=0.05)
+    return events
+
+
+def test_a_second_run_of_the_same_owner_is_refused_while_one_is_on(trainer):
+    job = jobs.start(RunSpec(seed=1), "ann", trainer)
+    with pytest.raises(SpecError, match="already under way: wait for it, or stop it"):
+        jobs.start(RunSpec(seed=2), "ann", trainer)
+    trainer.go.set()
+    ends(job)
+    assert ends(jobs.start(RunSpec(seed=3), "ann", trainer))[-1]["type"] == "done"
+    assert trainer.order == [1, 3]
+
+
+def test_two_owners_wait_in_line(trainer):
+    first, second = jobs.start(RunSpec(seed=1), "ann", trainer), jobs.start(RunSpec(seed=2), "bob", trainer)
+    assert first.events[0] == {"type": "queued", "ahead": 0}
+    assert second.events == [{"type": "queued", "ahead": 1}]
+    trainer.go.set()
+    assert [e["type"] for e in ends(second)] == ["queued", "start", "done"] and first.over
+    assert trainer.order == [1, 2]
+
+
+def test_a_queued_run_can_be_stopped(trainer):
+    first, second = jobs.start(RunSpec(), "ann", trainer), jobs.start(RunSpec(), "bob", trainer)
+    second.stop()
+    trainer.go.set()
+    assert ends(second)[-1] == {"type": "done", "stopped": True}
+    assert ends(first)[-1] == {"type": "done", "stopped": False}
+
+
+def test_an_event_is_seen_as_soon_as_it_happens(trainer):
+    job = jobs.start(RunSpec(), "ann", trainer)
+    for events in job.follow(patience=5):
+        if events[-1]["type"] == "start":
+            break
+    assert not job.over and jobs.running("ann") is job
+    trainer.go.set()
+    ends(job)
+    assert jobs.running("ann") is None and jobs.find(job.id) is job and jobs.find(None) is None
+
+
+def test_who_comes_late_sees_everything(trainer):
+    trainer.go.set()
+    job = jobs.start(RunSpec(), "ann", trainer)
+    first = ends(job)
+    assert list(job.follow()) == [first] and [e["type"] for e in first] == ["queued", "start", "done"]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (SpecError("rank=0: no"), "rank=0: no"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (
+            RuntimeError("CUDA out of memory. Tried\nto allocate"),
+            "out of memory (CUDA out of memory. Tried): lower batch-size",
+        ),
+    ],
+)
+def test_an_error_becomes_the_last_event(error, said):
+    def trainer(spec, folder):
+        yield {"type": "start"}
+        raise error
+
+    last = ends(jobs.start(RunSpec(), "ann", trainer))[-1]
+    assert last["type"] == "error" and last["message"].startswith(said)
+    assert jobs.running("ann") is None
+
+
+def test_a_run_without_a_word_is_an_error():
+    assert ends(jobs.start(RunSpec(), "ann", lambda spec, folder: iter(())))[-1]["type"] == "error"
+
+
+def test_a_spec_that_cannot_run_takes_no_place(trainer):
+    with pytest.raises(SpecError):
+        jobs.start(RunSpec(method="nonsense"), "ann", trainer)
+    assert jobs.running("ann") is None
+
+
+def test_a_real_run(toy_spec, tmp_path):
+    job = jobs.start(toy_spec, "ann")
+    assert ends(job)[-1]["type"] == "done" and (tmp_path / job.id / "adapter").exists()
+
+
+def test_a_preparation_loads_the_model(tiny_model):
+    preparation = jobs.Preparation(str(tiny_model))
+    preparation.begin()
+    preparation._thread.join(30)
+    assert preparation.ready and preparation.error is None
+
+
+def test_a_preparation_that_failed_can_begin_again(tiny_model, monkeypatch):
+    def fails(model):
+        raise WeightsError("no network; do this")
+        yield
+
+    preparation = jobs.Preparation(str(tiny_model))
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "fetch", fails)
+        preparation.begin()
+        preparation._thread.join(30)
+        assert preparation.error == "no network; do this" and not preparation.ready
+    preparation.begin()
+    preparation._thread.join(30)
+    assert preparation.ready and preparation.error is None
+
+
+def test_all_our_errors_are_for_people():
+    assert issubclass(SpecError, PeftlabError) and issubclass(WeightsError, PeftlabError)

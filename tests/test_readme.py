@@ -1,0 +1,54 @@
+"""The README tells the truth: its commands, its tree and its numbers."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftlab import words
+from peftlab.bench import recorded_runs
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_front_matter_is_a_gradio_space():
+    front = yaml.safe_load(README.split("---")[1])
+    assert front["sdk"] == "gradio" and front["app_file"] == "app.py"
+    assert (ROOT / front["app_file"]).exists()
+    required = re.search(r"gradio>=([\d.]+)", (ROOT / "requirements.txt").read_text())[1]
+    assert front["sdk_version"].startswith(required)
+    assert len(front["short_description"]) <= 60  # the Hub's limit
+    assert front["license"] == "apache-2.0"
+
+
+def test_every_path_of_the_tree_exists():
+    tree = README.split("## The tree")[1].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT / name if name.endswith("/") else ROOT
+            path = ROOT / name
+        else:
+            path = folder / name
+        assert path.exists(), line
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("run", recorded_runs(), ids=lambda r: r["file"])
+def test_measured_numbers_are_those_of_the_recordings(run):
+    done = run["events"][-1]
+    row = next(line for line in README.splitlines() if run["file"] in line)
+    for value in (
+        words.score(done["eval"]["before"]["exact_match"]),
+        words.score(done["eval"]["after"]["exact_match"]),
+        words.seconds(done["seconds"]),
+        words.seconds(done["training_seconds"]),
+    ):
+        assert value in row, (value, row)
