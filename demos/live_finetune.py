@@ -109,28 +109,28 @@ def charts(events: Events) -> tuple[dict[str, Any], dict[str, Any]]:
     return figures.themed(figures.loss_curve, events, steps), figures.themed(figures.metric_curve, events, steps, name)
 
 
-def recording() -> tuple[Events, str, str]:
-    """The recorded run that stands here until the first live one: its events, sentence and provenance."""
-    runs = recorded_runs()
-    if not runs:
-        return [], "Press Train: the model learns while you watch.", ""
-    run = runs[-1]
-    libraries = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    note = page.how("measured", f"{run['hardware']}, {run['date']}, {libraries}. Command: {run['command']}")
-    done = run["events"][-1]
-    sentence = words.live_sentence([*run["events"]])
+def recording(task: str) -> tuple[str, str, Any, Any, str]:
+    """What stands here until the first live run: a recorded one of this task, fastest hardware first.
+
+    Sentence, provenance, loss, metric and answers.
+    """
+    run = next((r for r in recorded_runs() if r["spec"]["task"] == task), None)
+    if run is None:
+        return "Press Train: the model learns while you watch.", "", *charts([]), ""
+    events = run["events"]
+    libraries = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    mark = page.how("measured", f"{run['hardware']}, {run['date']}, {libraries}. Command: {run['command']}")
     about = (
-        f"{note} Recorded on {escape(run['hardware'])}, {words.seconds(done['seconds'])} evaluations included. "
-        "Press Train to run it here."
+        f'<div class="status"><span>{mark} Recorded on {escape(run["hardware"])}: '
+        f"{words.seconds(events[-1]['seconds'])}, evaluations included. Press Train to run it here.</span></div>"
     )
-    return run["events"], sentence, about
+    return words.live_sentence(events), about, *charts(events), answers(events)
 
 
 def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
     current = gr.BrowserState("", storage_key="peftlab-run")
-    events, first_sentence, about = recording()
-    first_charts = charts(events)
-    sentence = page.sentence(first_sentence)
+    first = recording(tasks.DEFAULT)
+    sentence = page.sentence(first[0])
     with gr.Row(elem_classes="stage"):
         with page.controls():
             page.drawer_handle()
@@ -155,11 +155,11 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                 stop = gr.Button("Stop and keep", scale=0, min_width=160, interactive=False)
                 keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=200)
             problem = page.problem()
-            bar = gr.HTML(f'<div class="status"><span>{about}</span></div>', min_height=44)
+            bar = gr.HTML(first[1], min_height=44)
             with gr.Row(elem_classes="panes"):
-                loss = page.plot(first_charts[0], "Training loss by step")
-                metric = page.plot(first_charts[1], "Held-out metric by step")
-            said = gr.HTML(answers(events))
+                loss = page.plot(first[2], "Training loss by step")
+                metric = page.plot(first[3], "Held-out metric by step")
+            said = gr.HTML(first[4])
     fields = [task, model, method, rank, learning_rate, steps, alpha, targets, batch_size, dropout, seed]
     live = [problem, sentence, bar, loss, metric, said, go, stop, keep]
 
@@ -225,6 +225,14 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             concurrency_limit=None,
             api_visibility="private",
         )
+    task.input(
+        lambda task, run: (gr.skip(),) * 5 if run else recording(task),
+        [task, current],
+        [sentence, bar, loss, metric, said],
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
     go.click(
         begin,
         [spec, mine, *fields],

@@ -13,6 +13,7 @@ import gradio as gr
 
 from peftlab import RunSpec, SpecError, hardware, resolve, words
 from peftlab.catalog.claims import CLAIMS
+from peftlab.resolve import resolve_here
 from peftlab.spec import SETTINGS
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -156,7 +157,7 @@ def drawer_handle() -> gr.HTML:
 
 
 def label(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    return name.replace("_", " ").capitalize().replace("gpu", "GPU").replace("Gpu", "GPU")
 
 
 def _about(name: str) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def changed(spec: RunSpec) -> str:
 
 def settings_line(spec: RunSpec) -> str:
     """What a run with these settings uses, automatic values included."""
-    r = resolve(spec)
+    r = resolve_here(spec)
     parts = [
         f"learning rate {r.learning_rate:g}",
         f"{r.steps} steps of {r.batch_size} examples",

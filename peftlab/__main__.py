@@ -240,10 +240,10 @@ def _memory(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .resolve import resolve
+    from .resolve import resolve_here
     from .train import train
 
-    spec = resolve(_spec(args))
+    spec = resolve_here(_spec(args))
     out = args.out or Path("runs") / f"{spec.task}-{spec.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     last: dict[str, Any] = {}
     for last in train(spec, out):

@@ -91,6 +91,8 @@ def apply(base: weights.Base, adapter: Adapter) -> Any:
                 raise ValueError("it has no adapter_model.safetensors")
             model = PeftModel.from_pretrained(model, adapter.folder)
             _check_complete(model, file)
+        elif adapter.spec.model != base.entry.key:  # another model of the same shapes would take it without a word
+            raise ValueError(f"its base is {adapter.spec.model}")
         else:
             _replace(model, adapter.folder / IN_PLACE)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 from . import words
 from .compare import BASE, ComparisonReport
 from .count import ModuleCount
-from .memory import MemoryReport
+from .memory import CONVENTIONS, MemoryReport
 
 THEMES = ("light", "dark")
 PALETTE = {
@@ -95,13 +95,9 @@ def _bar_label(figure: Any, y: str, text: str) -> None:
 def memory_bars(full: MemoryReport, chosen: MemoryReport, theme: str) -> Any:
     """Two stacked bars to one scale: full fine-tuning, and the chosen method."""
     c = PALETTE[theme]
-    figure = _figure(
-        theme,
-        270,
-        barmode="stack",
-        bargap=0.5,
-        title={"text": "Memory for weights, gradients and optimizer states, GB"},
-    )
+    rule = CONVENTIONS[full.convention].name if full.convention in CONVENTIONS else "as the run allocates them"
+    title = f"Weights, gradients and optimizer states, GB ({rule})"
+    figure = _figure(theme, 270, barmode="stack", bargap=0.5, title={"text": title})
     reports = [chosen, full] if chosen.spec.method != "full" else [full]
     largest = max(r.states or 0 for r in reports) or 1
     names = [words.method_name(r) for r in reports]
@@ -117,7 +113,10 @@ def memory_bars(full: MemoryReport, chosen: MemoryReport, theme: str) -> Any:
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
-            textfont={"color": "#FFFFFF" if theme == "light" and colour != "gradients" else "#111417", "size": 15},
+            textfont={
+                "color": "#FFFFFF" if theme == "light" and colour in ("frozen", "trained") else "#111417",
+                "size": 15,
+            },
             customdata=[[words.size(v), f"{v:,} bytes"] for v in values],
             hovertemplate=f"{label}: %{{customdata[0]}}<br>%{{customdata[1]}}<extra></extra>",
         )

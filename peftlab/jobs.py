@@ -13,7 +13,7 @@ from typing import Any
 
 from . import weights
 from .errors import PeftlabError, SpecError
-from .resolve import resolve
+from .resolve import resolve_here
 from .spec import RunSpec
 from .train import STOP, train
 
@@ -73,7 +73,7 @@ def running(owner: str) -> Job | None:
 
 def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
     """Queues a run. Raises SpecError when `owner` already has one that is not over, or the spec cannot run."""
-    spec = resolve(spec)
+    spec = resolve_here(spec)
     with _lock:
         if running(owner):
             raise SpecError(
@@ -110,7 +110,7 @@ class Preparation:
     """A base model being fetched and loaded in the background, so that the page need not wait for it."""
 
     def __init__(self, model: str) -> None:
-        self.spec = resolve(RunSpec(model=model))
+        self.spec = resolve_here(RunSpec(model=model))
         self.progress = weights.Progress("looking", "")
         self.error: str | None = None
         self.ready = False

