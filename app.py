@@ -7,6 +7,7 @@ import os
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
 
+from collections.abc import Mapping
 from html import escape
 from itertools import chain
 from typing import Any
@@ -16,6 +17,7 @@ import gradio as gr
 from demos import live_finetune, lora_visualizer, memory_calculator, page, side_by_side
 from peftlab import RunSpec, SpecError, jobs, weights, words
 from peftlab.catalog.models import DEFAULT, MODELS
+from peftlab.memory import conventions
 
 TABS = ("memory", "lora", "live", "compare")
 preparation = jobs.Preparation(DEFAULT)
@@ -45,23 +47,33 @@ def try_again() -> tuple[Any, Any, Any]:
     return watch()
 
 
-def from_link(request: gr.Request) -> tuple[RunSpec | None, str | None, str]:
-    """The spec and the tab that a link carries, None where it has none, and what is wrong with it."""
-    query = {k: v for k, v in request.query_params.items() if not k.startswith("__")}
-    tab = query.pop("tab", None)
+def from_link(params: Mapping[str, str]) -> tuple[RunSpec | None, str, str | None, str]:
+    """The spec, convention and tab that a link carries, None where it has none, and what is wrong with it."""
+    query = {k: v for k, v in params.items() if not k.startswith("__")}
+    tab, convention = query.pop("tab", None), query.pop("convention", page.CONVENTION)
     try:
-        asked = RunSpec.from_dict(page.OPENING.to_dict() | query) if query else None
-        return asked, tab if tab in TABS else None, ""
+        conventions.find(convention)
+        asked = RunSpec.from_dict(page.OPENING.to_dict() | query) if query or convention != page.CONVENTION else None
+        return asked, convention, tab if tab in TABS else None, ""
     except SpecError as error:
-        return None, None, f"This link cannot be read: {escape(str(error))}"
+        return None, page.CONVENTION, None, f"This link cannot be read: {escape(str(error))}"
 
 
-LINK = """(spec) => {
-  const url = new URL(location.href);
+def to_link(spec: RunSpec, convention: str) -> str:
+    """The query of a link to what is on screen; empty for what the page opens with."""
+    counted = "" if convention == page.CONVENTION else f"convention={convention}"
+    return "&".join(filter(None, ("" if spec == page.OPENING else spec.to_query(), counted)))
+
+
+LINK = """(query) => {
+  const url = new URL(location.href), search = new URLSearchParams(query);
   const tab = document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase();
-  url.search = spec + (tab ? (spec ? '&' : '') + 'tab=' + tab : '');
+  if (tab && tab !== 'memory') search.set('tab', tab);
+  url.searchParams.forEach((value, name) => { if (name.startsWith('__')) search.set(name, value); });
+  url.search = search;
   history.replaceState(null, '', url);
 }"""
+"""The address bar follows the settings and the tab; the reader's theme stays."""
 
 
 with gr.Blocks(title="peftlab", fill_width=True) as demo:
@@ -71,7 +83,7 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         js_on_load=None,
     )
     spec = gr.State(page.OPENING)
-    query = gr.Textbox(page.OPENING.to_query(), visible=False)
+    query = gr.Textbox("", visible=False)
     mine = gr.BrowserState([], storage_key="peftlab-adapters")
     link_problem = page.problem()
     with gr.Tabs(selected=TABS[0]) as tabs:
@@ -93,20 +105,27 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     again.click(try_again, None, [state, tick, again], **quiet)
     views = ((memory_tab, memory), (lora_tab, lora), (live_tab, live))
     for tab, view in views:
-        tab.select(view.show, spec, view.outputs, **quiet)
-    compare_tab.select(compare.show, [spec, mine, compare.outputs[0]], compare.outputs, **quiet)
+        tab.select(view.show, [spec, *view.inputs], view.outputs, **quiet)
+    compare_tab.select(compare.show, [spec, *compare.inputs], compare.outputs, **quiet)
 
     def open_link(request: gr.Request) -> tuple[Any, ...]:
         """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
-        asked, tab, problem = from_link(request)
-        shown = [view.show(asked) if asked else (gr.skip(),) * len(view.outputs) for _, view in views]
-        return (asked or gr.skip(), gr.Tabs(selected=tab) if tab else gr.skip(), problem, *chain(*shown))
+        asked, convention, tab, problem = from_link(request.query_params)
+        opening = gr.Tabs(selected=tab) if tab else gr.skip()
+        if asked is None:
+            return (gr.skip(), opening, problem, *[gr.skip()] * len(every_output))
+        shown = (memory.show(asked, convention), lora.show(asked), live.show(asked))
+        return (asked, opening, problem, *chain(*shown))
 
     every_output = [output for _, view in views for output in view.outputs]
     opened = demo.load(open_link, None, [spec, tabs, link_problem, *every_output], **quiet)
     assert live.resume is not None
     opened.then(live.resume.work, live.resume.state, live.resume.outputs, **quiet)
-    spec.change(lambda s: s.to_query(), spec, query, **quiet).then(None, query, None, js=LINK)
+    convention = memory.inputs[0]
+    gr.on([spec.change, convention.change], to_link, [spec, convention], query, **quiet).then(
+        None, query, None, js=LINK
+    )
+    gr.on([t.select for t in (memory_tab, lora_tab, live_tab, compare_tab)], None, query, None, js=LINK)
 
 
 def main() -> None:

@@ -44,7 +44,11 @@ Events = Sequence[dict[str, Any]]
 
 def runnable() -> list[tuple[str, str]]:
     """Models small enough to train while people watch."""
-    return [(m.name, m.key) for m in MODELS.values() if m.is_causal and m.hub_id and m.total_parameters < LARGEST]
+    return [
+        (m.name, m.key)
+        for m in MODELS.values()
+        if m.is_causal and m.hub_id and (m.total_parameters or LARGEST) < LARGEST
+    ]
 
 
 def here(spec: RunSpec) -> RunSpec:
@@ -174,16 +178,17 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         if job is None:
             yield (gr.skip(),) * len(live)
             return
-        drawn = 0
+        drawn = -1
         for events in job.follow():
             points = sum(e["type"] in ("step", "eval") for e in events)
             lines = charts(events) if points != drawn else (gr.skip(), gr.skip())
             over = events[-1]["type"] in ("done", "error")
+            error = escape(events[-1]["message"]) if events[-1]["type"] == "error" else ""
+            said_before = not over and drawn >= 0  # a refused second press stays readable while the first goes on
             drawn = points
-            error = events[-1]["message"] if events[-1]["type"] == "error" else ""
             pack = _zip(job) if over else None
             yield (
-                escape(error),
+                gr.skip() if said_before else error,
                 words.live_sentence(events),
                 status(events),
                 *lines,
@@ -261,7 +266,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         show_progress="hidden",
         api_visibility="private",
     )
-    return page.View(show, shown, page.Resume(again, current, live))
+    return page.View(show, shown, resume=page.Resume(again, current, live))
 
 
 def _zip(job: jobs.Job) -> str | None:

@@ -159,7 +159,7 @@ def build(spec: gr.State) -> page.View:
         show_progress="hidden",
         api_visibility="private",
     )
-    return page.View(show, shown)
+    return page.View(show, shown, [matrix])
 
 
 def _models() -> list[tuple[str, str]]:

@@ -112,7 +112,7 @@ def build(spec: gr.State) -> page.View:
             page.changed(spec),
         )
 
-    first = picture(page.OPENING, "12n", 0.5, 50)
+    first = picture(page.OPENING, page.CONVENTION, 0.5, 50)
     sentence = page.sentence(first[0])
     with gr.Row(elem_classes="stage"):
         with page.controls():
@@ -127,7 +127,7 @@ def build(spec: gr.State) -> page.View:
             )  # fmt: skip
             convention = gr.Dropdown(
                 [(c.name, c.key) for c in CONVENTIONS.values()] + [("exact: the run's own precisions", EXACT)],
-                value="12n",
+                value=page.CONVENTION,
                 label="Count as",
                 info="Bytes a parameter: each lecture's convention, or what the run allocates",
             )
@@ -175,15 +175,15 @@ def build(spec: gr.State) -> page.View:
     def values(spec: RunSpec) -> tuple:
         return tuple(getattr(spec, name) or _blank(name) for name in FIELDS)
 
-    def body(spec: RunSpec, convention: str = "12n", share: float = 0.5, tasks: float = 50) -> tuple:
+    def body(spec: RunSpec, convention: str = page.CONVENTION, share: float = 0.5, tasks: float = 50) -> tuple:
         drawing = update(spec, convention, share, tasks, *[getattr(spec, n) for n in FIELDS])
         rank_shown, targets_shown, share_shown = drawing[1:4]
         field_values = list(values(spec))
         field_values[2] = gr.update(value=field_values[2], **{"visible": rank_shown["visible"]})
         field_values[3] = gr.update(value=field_values[3], **{"visible": targets_shown["visible"]})
-        return (*field_values, share_shown, *drawing[4:])
+        return (*field_values, share_shown, convention, *drawing[4:])
 
-    show = page.refusing(body, len(FIELDS) + 1 + len(drawn))
+    show = page.refusing(body, len(FIELDS) + 2 + len(drawn))
     refresh = [problem, spec, rank, targets, share, *drawn]
     for control in (*fields, *view):
         control.input(
@@ -195,12 +195,12 @@ def build(spec: gr.State) -> page.View:
             concurrency_limit=None,
             api_visibility="private",
         )
-    shown = [problem, *fields, share, *drawn]
+    shown = [problem, *fields, share, convention, *drawn]
     for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
         button.click(
-            lambda tasks, share, lesson=lesson, rule=rule: (lesson, rule, *show(lesson, rule, share, tasks)),
+            lambda tasks, share, lesson=lesson, rule=rule: (lesson, *show(lesson, rule, share, tasks)),
             [tasks, share],
-            [spec, convention, *shown],
+            [spec, *shown],
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
@@ -215,7 +215,7 @@ def build(spec: gr.State) -> page.View:
         show_progress="hidden",
         api_visibility="private",
     )
-    return page.View(show, shown)
+    return page.View(show, shown, view)
 
 
 def _gpus() -> Any:

@@ -19,6 +19,8 @@ from peftlab.spec import SETTINGS
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
+CONVENTION = "12n"
+"""How the page counts at first: lecture 11.2's."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 DRAW = """
@@ -287,10 +289,11 @@ class Resume:
 
 @dataclass(frozen=True)
 class View:
-    """A built tab: `show(spec)` gives the values of `outputs`, to follow a change made elsewhere."""
+    """A built tab: `show(spec, *inputs)` gives the values of `outputs`, to follow a change made elsewhere."""
 
     show: Callable[..., tuple]
     outputs: list[Any]
+    inputs: Sequence[Any] = ()
     resume: Resume | None = None
 
 

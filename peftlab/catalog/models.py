@@ -35,7 +35,8 @@ class Wheel:
 class BaseModel:
     key: str
     name: str
-    total_parameters: int
+    total_parameters: int | None
+    """None outside the catalogue, until its architecture is built."""
     hub_id: str | None = None
     licence: str = ""
     config: Mapping[str, Any] | None = None
@@ -105,9 +106,7 @@ def _from_file(model: str, path: Path) -> BaseModel:
             raise ValueError("it has no model_type")
     except (OSError, ValueError) as error:
         raise SpecError(f"model={model}: {file} is not a model's config.json ({error})") from None
-    return _with_total(
-        BaseModel(model, path.resolve().name, 0, None, config=config, folder=file.parent, source=str(file))
-    )
+    return BaseModel(model, path.resolve().name, None, None, config=config, folder=file.parent, source=str(file))
 
 
 def _from_hub(model: str) -> BaseModel:
@@ -120,13 +119,4 @@ def _from_hub(model: str) -> BaseModel:
             f"model={model}: its config could not be read from the Hugging Face Hub ({type(error).__name__}); check the "
             f"name, log in if it is gated, or use a folder or one of {', '.join(list(MODELS)[:4])} …"
         ) from None
-    return _with_total(BaseModel(model, model, 0, model, config=config, source=f"https://huggingface.co/{model}"))
-
-
-def _with_total(entry: BaseModel) -> BaseModel:
-    from dataclasses import replace
-
-    from .. import architecture
-
-    total = architecture._of_config(json.dumps(entry.config, sort_keys=True)).total_parameters
-    return replace(entry, total_parameters=total)
+    return BaseModel(model, model, None, model, config=config, source=f"https://huggingface.co/{model}")

@@ -89,28 +89,20 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
     entry = models.find(spec.model or "")
     method = methods.find(spec.method or "")
     if entry.config is None:
-        trainable = entry.total_parameters if method.key == "full" else trainable_parameters
+        total = entry.total_parameters or 0
+        trainable = total if method.key == "full" else trainable_parameters
         if trainable is None:
             raise SpecError(
                 f"model={spec.model}: a bare count has no layers for {method.key} to adapt; give the number of trained "
-                f"parameters (--trainable-parameters {entry.total_parameters // 200}), or name a model"
+                f"parameters (--trainable-parameters {total // 200}), or name a model"
             )
-        added = 0 if method.in_place else trainable
-        return _report(spec, convention, rule, entry.name, method.name, None, entry.total_parameters, trainable, added)
-    report = count(spec)
-    added = 0 if method.in_place else report.trainable_parameters
-    shape = architectures.of(spec.model or "")
-    return _report(
-        spec,
-        convention,
-        rule,
-        entry.name,
-        method.name,
-        shape,
-        report.total_parameters,
-        report.trainable_parameters,
-        added,
-    )
+        shape, name = None, entry.name
+    else:
+        report = count(spec)
+        total, trainable, name = report.total_parameters, report.trainable_parameters, report.model_name
+        shape = architectures.of(spec.model or "")
+    added = 0 if method.in_place else trainable
+    return _report(spec, convention, rule, name, method.name, shape, total, trainable, added)
 
 
 def _report(
