@@ -86,14 +86,18 @@ def answers(events: Events) -> str:
     measured = [e for e in events if e["type"] == "eval" and "examples" in e]
     if not measured:
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(b["prompt"])}</td><td class="said">{escape(b["text"])}</td>'
-        f'<td class="said">{escape(a["text"])}<br>{_mark(a["score"])}</td></tr>'
-        for b, a in zip(measured[0]["examples"], measured[-1]["examples"], strict=True)
-    )
+    first, last = measured[0], measured[-1]
+    learned = last["step"] > 0
+
+    def row(before: dict[str, Any], now: dict[str, Any]) -> str:
+        said = f'<td class="said">{escape(now["text"])}<br>{_mark(now["score"])}</td>' if learned else ""
+        return f'<tr><td>{escape(before["prompt"])}</td><td class="said">{escape(before["text"])}</td>{said}</tr>'
+
+    rows = "".join(map(row, first["examples"], last["examples"]))
+    after = f"<th>at step {last['step']}</th>" if learned else ""
     return (
         '<div class="wide"><table class="data answers"><tr><th>never seen in training</th><th>before</th>'
-        f"<th>at step {measured[-1]['step']}</th></tr>{rows}</table></div>"
+        f"{after}</tr>{rows}</table></div>"
     )
 
 
@@ -156,8 +160,8 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         with gr.Column(elem_classes="main"):
             with gr.Row(elem_classes="run-row"):
                 go = gr.Button("Train", variant="primary", scale=0, min_width=160)
-                stop = gr.Button("Stop and keep", scale=0, min_width=160, interactive=False)
-                keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=200)
+                stop = gr.Button("Stop and keep", scale=0, min_width=190, interactive=False)
+                keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
             problem = page.problem()
             bar = gr.HTML(first[1], min_height=44)
             with gr.Row(elem_classes="panes"):
@@ -178,25 +182,26 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         if job is None:
             yield (gr.skip(),) * len(live)
             return
-        drawn = -1
+        drawn, first = -1, True
         for events in job.follow():
             points = sum(e["type"] in ("step", "eval") for e in events)
-            lines = charts(events) if points != drawn else (gr.skip(), gr.skip())
+            begun = any(e["type"] == "start" for e in events)  # until then, the recorded run stays on screen
+            lines = charts(events) if begun and points != drawn else (gr.skip(), gr.skip())
             over = events[-1]["type"] in ("done", "error")
             error = escape(events[-1]["message"]) if events[-1]["type"] == "error" else ""
-            said_before = not over and drawn >= 0  # a refused second press stays readable while the first goes on
-            drawn = points
+            drawn = points if begun else drawn
             pack = _zip(job) if over else None
             yield (
-                gr.skip() if said_before else error,
+                error if first or over else gr.skip(),  # a refused second press stays readable meanwhile
                 words.live_sentence(events),
                 status(events),
                 *lines,
-                answers(events) if points else "",
+                answers(events) if begun else gr.skip(),
                 gr.update(interactive=over, value="Train again" if over else "Training"),
                 gr.update(interactive=not over),
                 gr.update(value=pack, visible=pack is not None),
             )
+            first = False
 
     def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
         try:

@@ -13,6 +13,7 @@ import gradio as gr
 
 from peftlab import RunSpec, SpecError, hardware, resolve, words
 from peftlab.catalog.claims import CLAIMS
+from peftlab.catalog.models import MODELS
 from peftlab.resolve import resolve_here
 from peftlab.spec import SETTINGS
 
@@ -229,7 +230,9 @@ def settings_line(spec: RunSpec) -> str:
         *([f"rank {r.rank}, alpha {r.alpha:g}"] if r.rank else []),
         f"{r.precision} on {hardware.here().device.upper()}",
     ]
-    return f"Runs with {', '.join(parts)}. {changed(spec)}"
+    model = MODELS.get(r.model or "")
+    terms = f" {escape(model.name)} is under: {escape(model.licence)}." if model else ""
+    return f"Runs with {', '.join(parts)}.{terms} {changed(spec)}"
 
 
 def _short(value: Any) -> str:

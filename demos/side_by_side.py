@@ -38,7 +38,11 @@ def of(key: str) -> Adapter:
 def choices(mine: list[str]) -> list[tuple[str, str]]:
     """Own adapters first, the newest at the top, then the bundled ones."""
     own = [i for i in reversed(mine) if re.fullmatch(r"[\w-]+", i) and (jobs.RUNS / i / "adapter").exists()]
-    return [(f"yours: {i}", i) for i in own] + [(f"bundled: {task_of(a).name}", k) for k, a in bundled().items()]
+    return [(f"yours: {_label(of(i))}", i) for i in own] + [(f"bundled: {_label(a)}", k) for k, a in bundled().items()]
+
+
+def _label(adapter: Adapter) -> str:
+    return f"{task_of(adapter).name}, {adapter.spec.method}, {adapter.saved[:16].replace('T', ' ')} UTC"
 
 
 def task_of(adapter: Adapter) -> tasks.Task:

@@ -27,6 +27,8 @@ class Adapter:
     spec: RunSpec
     result: dict[str, Any]
     """The last event of its run; empty when unknown."""
+    saved: str = ""
+    """When, in UTC; empty when unknown."""
 
     @property
     def name(self) -> str:
@@ -66,7 +68,8 @@ def read(folder: Path | str) -> Adapter:
     try:
         if (folder / MANIFEST).exists():
             manifest = json.loads((folder / MANIFEST).read_text())
-            return Adapter(folder, RunSpec.from_dict(manifest["spec"]), manifest["result"])
+            spec = RunSpec.from_dict(manifest["spec"])
+            return Adapter(folder, spec, manifest["result"], manifest.get("saved", ""))
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
             if not base:

@@ -255,7 +255,7 @@ def _run(command: list[str], stop: threading.Event, **environment: str) -> None:
     if process.returncode:
         lines = [line for line in stderr.splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
-        raise WeightsError(f"{' '.join(command[1:4])} failed: {said[:200]}")
+        raise WeightsError(f"{' '.join(command[2:4])} failed: {said[:200]}")
 
 
 def _watch(work: Callable[[threading.Event], None], folder: Path, where: str, total: int) -> Iterator[Progress]:

@@ -114,7 +114,8 @@ def live_sentence(events: Sequence[dict[str, Any]]) -> str:
     start = next((e for e in events if e["type"] == "start"), None)
     last = events[-1] if events else {"type": "idle"}
     if last["type"] == "error":
-        return f"The run ended: {escape(last['message'])}"
+        steps = sum(e["type"] == "step" for e in events)
+        return f"The run ended after {steps} steps." if steps else "The run ended before it had learned anything."
     if last["type"] == "queued":
         ahead = last["ahead"]
         return f"Waiting: {ahead} run{'s' if ahead != 1 else ''} ahead of yours." if ahead else "Starting the run."

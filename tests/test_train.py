@@ -180,6 +180,7 @@ def test_divergence_is_an_error_that_names_the_learning_rate(toy_spec, tmp_path,
     )
     with pytest.raises(RunError, match=r"loss is inf at step 2: .*learning rate of 0\.01; try 0\.0025"):
         list(train(toy_spec, tmp_path))
+    assert not (tmp_path / "adapter").exists()  # what diverged is not kept
 
 
 def test_the_highest_rate_stays_finite_or_says_so(toy_spec, tmp_path):

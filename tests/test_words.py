@@ -95,7 +95,9 @@ def test_the_live_sentence_follows_the_run(toy_spec, tmp_path):
 
 
 def test_the_live_sentence_of_a_run_that_ended():
-    assert words.live_sentence([{"type": "error", "message": "<b>"}]) == "The run ended: &lt;b&gt;"
+    error = {"type": "error", "message": "<b>"}
+    assert words.live_sentence([error]) == "The run ended before it had learned anything."
+    assert words.live_sentence([{"type": "step"}, {"type": "step"}, error]) == "The run ended after 2 steps."
     assert words.live_sentence([{"type": "queued", "ahead": 1}]) == "Waiting: 1 run ahead of yours."
 
 

@@ -167,7 +167,7 @@ class _Run:
 
     def close(self) -> None:
         """Keeps what was learned when the run ends early: a closed tab, an error, a stop."""
-        if self.steps_done > self.saved_at and all(map(math.isfinite, self.losses)):
+        if self.steps_done > self.saved_at:
             self._save()
         (self.out / STOP).unlink(missing_ok=True)
         self.optimizer = self.trained = self.model = None  # type: ignore[assignment]
@@ -253,6 +253,7 @@ class _Run:
                 del held
                 total += loss.item() * share
         if not math.isfinite(total):
+            self.saved_at = self.steps_done  # these parameters are no good; the last saved ones stay
             raise RunError(
                 f"the loss is {total} at step {self.steps_done + 1}: training diverged at a learning rate of "
                 f"{self.spec.learning_rate:g}; try {(self.spec.learning_rate or 0) / 4:g}"
@@ -306,7 +307,7 @@ class _Run:
             if self.stopped():
                 work.close()
                 return
-            yield {"type": "progress", "what": f"evaluating {when}", "share": share}
+            yield {"type": "progress", "what": "measuring the held-out score", "share": share}
         self.scores.append(mean_score(answers))
         self.answers.append(answers)
         yield {
