@@ -53,7 +53,7 @@ def from_link(params: Mapping[str, str]) -> tuple[RunSpec | None, str, str | Non
     tab, convention = query.pop("tab", None), query.pop("convention", page.CONVENTION)
     try:
         conventions.find(convention)
-        asked = RunSpec.from_dict(page.OPENING.to_dict() | query) if query or convention != page.CONVENTION else None
+        asked = page.public(page.OPENING.to_dict() | query) if query or convention != page.CONVENTION else None
         return asked, convention, tab if tab in TABS else None, ""
     except SpecError as error:
         return None, page.CONVENTION, None, f"This link cannot be read: {escape(str(error))}"

@@ -225,16 +225,16 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         job.stop()
         return gr.update(interactive=False, value="Stopping")
 
-    for control in fields:
-        control.input(
-            page.refusing(update, 4),
-            [spec, *fields],
-            [problem, spec, lesson, note, rank],
-            trigger_mode="always_last",
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
+    gr.on(
+        [control.input for control in fields],
+        page.refusing(update, 4),
+        [spec, *fields],
+        [problem, spec, lesson, note, rank],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
     task.input(
         lambda task, run: (gr.skip(),) * 5 if run else recording(task),
         [task, current],

@@ -119,29 +119,30 @@ def build(spec: gr.State) -> page.View:
     ) -> tuple:
         if not ticked:
             raise SpecError("no target module is ticked: nothing would be trained; tick at least one")
+        page.public({"model": model})
+        names, boxes = architecture.of(model).target_names(), gr.skip()  # boxes come back only when they must change
         if model != spec.model:
             spec = spec.but(model=model, target_modules=None, layers=None)
-            ticked, layers = architecture.of(model).target_names(), ""
-        names = architecture.of(model).target_names()
+            ticked, layers, boxes = names, "", gr.update(choices=names, value=names)
         wanted = "all-linear" if len(ticked) == len(names) else ",".join(n for n in names if n in ticked)
         spec = page.edit(spec.but(method="lora"), FIELDS, (model, rank, alpha, wanted, layers))
-        return (spec, values(spec)[3], *picture(spec, matrix))
+        return (spec, boxes, *picture(spec, matrix))
 
     show = page.refusing(  # a bare count from another tab has nothing to draw
         lambda spec, matrix="": (*values(spec), *picture(spec, matrix)), len(FIELDS) + len(drawn)
     )
     fields = [model, rank, alpha, targets, layers]
     refresh = [problem, spec, targets, *drawn]
-    for control in (*fields, matrix):
-        control.input(
-            page.refusing(update, len(refresh) - 1),
-            [spec, matrix, *fields],
-            refresh,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
+    gr.on(
+        [control.input for control in (*fields, matrix)],
+        page.refusing(update, len(refresh) - 1),
+        [spec, matrix, *fields],
+        refresh,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
     shown = [problem, *fields, *drawn]
     for button, lesson in zip(lessons, LESSONS.values(), strict=True):
         button.click(

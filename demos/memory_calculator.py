@@ -185,16 +185,16 @@ def build(spec: gr.State) -> page.View:
 
     show = page.refusing(body, len(FIELDS) + 2 + len(drawn))
     refresh = [problem, spec, rank, targets, share, *drawn]
-    for control in (*fields, *view):
-        control.input(
-            page.refusing(update, len(refresh) - 1),
-            [spec, *view, *fields],
-            refresh,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
+    gr.on(
+        [control.input for control in (*fields, *view)],
+        page.refusing(update, len(refresh) - 1),
+        [spec, *view, *fields],
+        refresh,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
     shown = [problem, *fields, share, convention, *drawn]
     for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
         button.click(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 
 import gradio as gr
 
-from peftlab import RunSpec, SpecError, hardware, resolve, words
+from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
 from peftlab.catalog.models import MODELS
 from peftlab.resolve import resolve_here
-from peftlab.spec import SETTINGS
+from peftlab.spec import SETTINGS, closest
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
+NAME_OR_COUNT = re.compile(r"[\w.-]+/[\w.-]+|[\d.]+[KMBTkmbt]")
 CONVENTION = "12n"
 """How the page counts at first: lecture 11.2's."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -239,9 +241,21 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def public(values: Mapping[str, Any]) -> RunSpec:
+    """A spec from a visitor's settings. Raises SpecError; files of this machine are for its own command line."""
+    model, task = values.get("model") or "", values.get("task") or tasks.DEFAULT
+    if model and model not in MODELS and (Path(model).exists() or not NAME_OR_COUNT.fullmatch(model)):
+        raise SpecError(
+            f"model={model}: no such model; {closest(model, MODELS)} A Hub id or a count such as 7B works too"
+        )
+    if task not in tasks.TASKS:
+        raise SpecError(f"task={task}: no such task; {closest(task, tasks.TASKS)}")
+    return RunSpec.from_dict(values)
+
+
 def edit(spec: RunSpec, names: Sequence[str], values: Sequence[Any]) -> RunSpec:
     """`spec` with the controls' values; empty means automatic. Raises SpecError."""
-    return RunSpec.from_dict(
+    return public(
         spec.to_dict()
         | dict.fromkeys(names)
         | {n: v for n, v in zip(names, values, strict=True) if v not in (None, "")}

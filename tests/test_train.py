@@ -149,7 +149,7 @@ def test_a_second_stop_ends_the_last_evaluation(toy_spec, tmp_path):
     events = train(toy_spec.but(steps=50), tmp_path)
     advance(events, "step")
     (tmp_path / STOP).touch()
-    assert advance(events, "progress")["what"] == "evaluating after"
+    assert advance(events, "progress")["what"] == "measuring the held-out score"
     (tmp_path / STOP).touch()
     (*_, done) = events
     assert done["eval"]["after"] is None and done["forgetting"] is None and adapters.read(done["adapter"])

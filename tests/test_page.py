@@ -1,0 +1,48 @@
+"""What the page takes from visitors: links that round-trip, and no way to this machine's files."""
+
+import random
+
+import pytest
+
+import app
+from demos import page
+from peftlab import RunSpec, SpecError
+from peftlab.memory import CONVENTIONS
+
+
+def test_links_round_trip():
+    draw = random.Random(0)
+    for _ in range(50):
+        spec = page.OPENING.but(
+            model=draw.choice(["gpt2", "llama-2-7b", "100B"]),
+            rank=draw.randint(1, 300),
+            alpha=draw.choice([None, 0.5, 16.0]),
+            task=draw.choice([None, "voice"]),
+            layers=draw.choice([None, "first:4", "0-3,7"]),
+        )
+        convention = draw.choice([*CONVENTIONS, "exact"])
+        params = dict(pair.split("=") for pair in app.to_link(spec, convention).split("&"))
+        params = {name: value.replace("%3A", ":").replace("%2C", ",") for name, value in params.items()}
+        assert app.from_link(params | {"tab": "lora", "__theme": "dark"}) == (spec, convention, "lora", "")
+
+
+def test_the_opening_needs_no_query():
+    assert app.to_link(page.OPENING, page.CONVENTION) == ""
+    assert app.from_link({}) == (None, page.CONVENTION, None, "")
+
+
+@pytest.mark.parametrize("params", [{"rank": "0"}, {"nosuch": "1"}, {"convention": "3n"}, {"task": "/etc/hosts"}])
+def test_a_bad_link_says_what_is_wrong(params):
+    spec, convention, _, problem = app.from_link(params)
+    assert spec is None and convention == page.CONVENTION and problem.startswith("This link cannot be read: ")
+
+
+@pytest.mark.parametrize("model", ["/etc/passwd", "../shared", "assets/tasks", "app.py", "~/.bashrc"])
+def test_no_visitor_names_a_file(model):
+    with pytest.raises(SpecError, match="no such model"):
+        page.public({"model": model})
+
+
+def test_hub_ids_and_counts_pass():
+    for model in ("HuggingFaceTB/SmolLM2-135M", "1.5b", "gpt2"):
+        assert page.public({"model": model}) == RunSpec(model=model)
