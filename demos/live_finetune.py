@@ -71,7 +71,7 @@ def status(events: Events) -> str:
     elif last["type"] == "done" and last["steps"]:
         kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
         speed = f"{words.significant(last['tokens_per_second'])} tokens/s"
-        what = f"{kept} {words.seconds(last['seconds'])} in all, {speed}, on {last['device']}."
+        what = f"{kept} {words.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
         share = last["steps"] / steps
     done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")
     return (
@@ -101,6 +101,12 @@ def answers(events: Events) -> str:
     )
 
 
+def _peak(done: dict[str, Any]) -> str:
+    """Measured on a GPU; on a CPU nobody counts it."""
+    peak = done["measured_peak_bytes"]
+    return f", peak memory {words.size(peak)}" if peak else ""
+
+
 def _mark(score: float) -> str:
     return '<span class="good">right</span>' if score else '<span class="bad">not yet</span>'
 
@@ -108,6 +114,11 @@ def _mark(score: float) -> str:
 def card(task: str) -> str:
     t = TASKS[task]
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
+
+
+def explained(spec: RunSpec) -> tuple[str, str, str]:
+    """In words: the task, the method, and the settings a run would have."""
+    return card(spec.task or tasks.DEFAULT), page.method_card(spec.method or "lora"), page.settings_line(spec)
 
 
 def charts(events: Events) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -130,7 +141,8 @@ def recording(task: str) -> tuple[str, str, Any, Any, str]:
     mark = page.how("measured", f"{run['hardware']}, {run['date']}, {libraries}. Command: {run['command']}")
     about = (
         f'<div class="status"><span>{mark} Recorded on {escape(run["hardware"])}: '
-        f"{words.seconds(events[-1]['seconds'])}, evaluations included. Press Train to run it here.</span></div>"
+        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}. "
+        "Press Train to run it here.</span></div>"
     )
     return words.live_sentence(events), about, *charts(events), answers(events)
 
@@ -145,6 +157,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
             lesson = page.note(card(tasks.DEFAULT))
             method = page.choice("method", page.methods_here(), "lora")
+            about = page.note(page.method_card("lora"))
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
             steps = page.number("steps")
             learning_rate = page.number("learning_rate")
@@ -175,7 +188,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         chosen = page.edit(here(spec), FIELDS, values)
         count(chosen)  # refuses what has nothing to train
         uses = METHODS[chosen.method or "lora"].settings
-        return chosen, card(chosen.task or tasks.DEFAULT), page.settings_line(chosen), gr.update(visible="rank" in uses)
+        return (chosen, *explained(chosen), gr.update(visible="rank" in uses))
 
     def follow(job: jobs.Job | None) -> Iterator[tuple]:
         """A job's picture, again each time something happened."""
@@ -227,9 +240,9 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     gr.on(
         [control.input for control in fields],
-        page.refusing(update, 4),
+        page.refusing(update, 5),
         [spec, *fields],
-        [problem, spec, lesson, note, rank],
+        [problem, spec, lesson, about, note, rank],
         trigger_mode="always_last",
         show_progress="hidden",
         concurrency_limit=None,
@@ -260,10 +273,10 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         return (
             s.task or tasks.DEFAULT, s.model, s.method or "lora", gr.update(value=s.rank or 8, visible="rank" in uses),
             s.learning_rate, s.steps, s.alpha, s.target_modules or "all-linear", s.batch_size, s.dropout, s.seed,
-            card(s.task or tasks.DEFAULT), page.settings_line(s),
+            *explained(s),
         )  # fmt: skip
 
-    shown = [*fields, lesson, note]
+    shown = [*fields, lesson, about, note]
     reset.click(
         lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain)),
         spec,

@@ -15,6 +15,8 @@ import gradio as gr
 from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
 from peftlab.catalog.models import MODELS
+from peftlab.catalog.papers import PAPERS
+from peftlab.methods import METHODS
 from peftlab.resolve import resolve_here
 from peftlab.spec import SETTINGS, closest
 
@@ -197,9 +199,14 @@ def choices_of(registry: Any) -> list[tuple[str, str]]:
 
 
 def methods_here() -> list[tuple[str, str]]:
-    from peftlab.methods import METHODS
-
     return choices_of(METHODS)
+
+
+def method_card(key: str) -> str:
+    """What a method trains, why that should do, and where it comes from."""
+    method = METHODS[key]
+    sources = "; ".join(f'<a href="{PAPERS[p].url}">{escape(PAPERS[p].citation)}</a>' for p in method.papers)
+    return f"{escape(method.trains)} {escape(method.hypothesis)} {sources}"
 
 
 TARGETS = (

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,6 @@ class Architecture:
     hidden_size: int = 0
     context: int = 0
     """Longest input, in tokens; 0 where the config does not say."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total_parameters(self) -> int:

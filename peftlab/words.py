@@ -37,13 +37,6 @@ def size(n: float | None) -> str:
     return f"{n:.0f} B"
 
 
-def parameters(n: float) -> str:
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if n >= scale:
-            return f"{significant(n / scale)}{unit}"
-    return f"{n:.0f}"
-
-
 def percent(share: float) -> str:
     """Of a share between 0 and 1."""
     return f"{significant(100 * share)}%"

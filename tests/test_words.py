@@ -32,13 +32,6 @@ def test_three_significant_digits(value, text):
     assert words.significant(value) == text
 
 
-@pytest.mark.parametrize(
-    "value, text", [(268_098_176, "268M"), (7e9, "7B"), (1e12, "1T"), (500, "500"), (368_640, "369K")]
-)
-def test_parameters(value, text):
-    assert words.parameters(value) == text
-
-
 @pytest.mark.parametrize("value, text", [(0.44, "0.4 s"), (41.2, "41 s"), (150, "2 min 30 s")])
 def test_seconds(value, text):
     assert words.seconds(value) == text

@@ -38,8 +38,6 @@ class MemoryReport:
     method_name: str
     total_parameters: int
     trainable_parameters: int
-    added_parameters: int
-    """Trainable ones that the base model does not have."""
     frozen_weights: int
     trainable_weights: int
     gradients: int
@@ -136,7 +134,6 @@ def _report(
         method_name=method_name,
         total_parameters=total,
         trainable_parameters=trainable,
-        added_parameters=added,
         frozen_weights=frozen_bytes,
         trainable_weights=weights,
         gradients=gradients,
