@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import page
 from peftlab import ParameterReport, RunSpec, SpecError, architecture, count, figures, words
-from peftlab.catalog.models import MODELS
 
 FIELDS = ("model", "rank", "alpha", "target_modules", "layers")
 LESSONS = {
@@ -80,7 +79,7 @@ def build(spec: gr.State) -> page.View:
     with gr.Row(elem_classes="stage"):
         with page.controls():
             page.drawer_handle()
-            model = page.choice("model", _models(), page.OPENING.model, allow_custom_value=True)
+            model = page.model_choice(page.OPENING.model)
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
             alpha = page.number("alpha")
             names = architecture.of(page.OPENING.model or "").target_names()
@@ -161,10 +160,6 @@ def build(spec: gr.State) -> page.View:
         api_visibility="private",
     )
     return page.View(show, shown, [matrix])
-
-
-def _models() -> list[tuple[str, str]]:
-    return page.choices_of(MODELS)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import page
 from peftlab import MemoryReport, RunSpec, figures, predict, words
-from peftlab.catalog.models import MODELS, find
+from peftlab.catalog.models import find
 from peftlab.memory import CONVENTIONS, Fit, fits, storage
 from peftlab.memory.conventions import EXACT
 from peftlab.methods import METHODS
@@ -117,7 +117,7 @@ def build(spec: gr.State) -> page.View:
     with gr.Row(elem_classes="stage"):
         with page.controls():
             page.drawer_handle()
-            model = page.choice("model", page.choices_of(MODELS), page.OPENING.model, allow_custom_value=True)
+            model = page.model_choice(page.OPENING.model)
             method = page.choice("method", page.methods_here(), page.OPENING.method)
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
             targets = page.choice("target_modules", page.TARGETS, "all-linear", allow_custom_value=True)

@@ -191,7 +191,13 @@ def choice(name: str, choices: Sequence[Any] | None = None, value: Any = None, *
     if choices is None:
         choices = [(f"automatic: {about.automatic}", ""), *about.choices]
         value = value or ""
-    return gr.Dropdown(choices, value=value, **_about(name), **rest)
+    return gr.Dropdown(choices, value=value, **(_about(name) | rest))
+
+
+def model_choice(value: str | None) -> gr.Dropdown:
+    """Any model that can be counted; what `public` lets through may be typed in."""
+    info = "From the catalogue, a Hub id, or a bare count such as 100B"
+    return choice("model", choices_of(MODELS), value, allow_custom_value=True, info=info)
 
 
 def choices_of(registry: Any) -> list[tuple[str, str]]:
