@@ -1,5 +1,6 @@
 """The README tells the truth: its commands, its tree and its numbers."""
 
+import json
 import re
 from pathlib import Path
 
@@ -52,3 +53,10 @@ def test_measured_numbers_are_those_of_the_recordings(run):
         words.seconds(done["training_seconds"]),
     ):
         assert value in row, (value, row)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "amp"])
+def test_the_reason_for_amp_is_measured(precision):
+    done = json.loads((ROOT / f"assets/measured/precision-full-{precision}-h100.json").read_text())["events"][-1]
+    source = (ROOT / "peftlab/resolve.py").read_text(encoding="utf-8")
+    assert f"{words.score(done['eval']['after']['exact_match'])} in {precision}" in source
