@@ -1,8 +1,8 @@
 """One training loop for every method. It yields small dicts, saves to disk, and cleans up after itself.
 
-Batches are padded on the right, where causal attention needs no mask; a masked batch took bf16 to NaN on an H100, whose
-fused kernel has no answer for rows that see nothing. The vocabulary logits, the costliest part of a small model, are
-computed from the first answer on.
+Batches are padded on the right, where causal attention needs no mask. Padded on the left and masked, the same bf16 run went
+to NaN on an H100 twice at the same step. The vocabulary logits, the costliest part of a small model, are computed from the
+first answer on.
 """
 
 from __future__ import annotations
