@@ -162,6 +162,9 @@ def test_nothing_is_wider_than_a_phone(app, open_page):
         page.wait_for_timeout(500)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert sentence(page).bounding_box()["width"] <= 390
+        for part in page.locator(".figure:visible, .run-row:visible, .panes:visible, .wide:visible").all():
+            box = part.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390, (name, box)
 
 
 def test_the_drawer_opens_on_a_phone_and_holds_the_controls(app, open_page):
