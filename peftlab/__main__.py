@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--adapter", type=Path, action="append", required=True, help="an adapter folder; repeatable")
     compare.add_argument("--prompt", help="one prompt of your own")
     compare.add_argument("--task", help="a task's held-out rows (default: the adapter's own task)")
+    compare.add_argument("--merged", action="store_true", help="fold each adapter into the base's weights first")
     compare.add_argument("--max-new-tokens", type=_count, default=64)
     compare.add_argument("--temperature", type=float, default=0.0)
     compare.add_argument("--seed", type=int, default=0)
@@ -140,15 +141,16 @@ def _models(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
     from .catalog.papers import PAPERS
     from .methods import METHODS
 
     if args.json:
-        _print([{"key": m.key, "name": m.name, "family": m.family, "hypothesis": m.hypothesis, "trains": m.trains,
-                 "settings": m.settings, "defaults": dict(m.defaults), "merges": m.merges,
-                 "papers": [PAPERS[p].url for p in m.papers]} for m in METHODS.values()])  # fmt: skip
+        _print([{"key": m.key, **asdict(m.about), "papers": [PAPERS[p].url for p in m.about.papers],
+                 "settings": m.settings, "merges": m.merge is not None} for m in METHODS.values()])  # fmt: skip
     else:
-        _table([(m.key, m.family, m.trains) for m in METHODS.values()])
+        _table([(m.key, m.about.family, m.about.trains) for m in METHODS.values()])
 
 
 def _gpus(args: argparse.Namespace) -> None:
@@ -281,12 +283,14 @@ def _compare(args: argparse.Namespace) -> None:
         raise SpecError("--prompt and --task: give one of them")
     chosen = [adapters.read(folder) for folder in args.adapter]
     if args.prompt is not None:
-        report = on_prompt(chosen, args.prompt, Decoding(args.max_new_tokens, args.temperature, seed=args.seed))
+        report = on_prompt(
+            chosen, args.prompt, Decoding(args.max_new_tokens, args.temperature, seed=args.seed), args.merged
+        )
     else:
         key = args.task or chosen[0].spec.task
         if not key:
             raise SpecError(f"{args.adapter[0]} does not say what it was trained on; give --task or --prompt")
-        work = on_task(chosen, tasks.find(key))
+        work = on_task(chosen, tasks.find(key), args.merged)
         while True:
             try:
                 share = next(work)

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import weights
+from . import architecture as architectures
+from . import methods, weights
 from .catalog import models
-from .errors import AdapterError
+from .errors import AdapterError, SpecError
+from .methods import through_peft
 from .spec import RunSpec
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "adapters"
 MANIFEST = "peftlab.json"
-IN_PLACE = "changed_parameters.safetensors"
+TENSORS = "adapter_model.safetensors"
+"""peft's name for it, with an adapter_config.json beside it where the format is peft's. Without one, the manifest's spec says
+how to attach, and the tensors have the model's own names."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Adapter:
 
 
 def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None = None) -> Path:
-    """Writes what was trained: peft's own format where peft attached it, else the changed parameters.
+    """Writes what was trained: in peft's own format where peft attached it.
 
     Written beside `folder` and swapped in, so that an interrupted save never costs the last good one.
     """
@@ -50,7 +54,7 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
         (part / "README.md").unlink(missing_ok=True)
     else:
         trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, part / IN_PLACE)
+        save_file(trained, part / TENSORS)
     manifest = {
         "spec": spec.to_dict(),
         "result": result or {},
@@ -85,25 +89,23 @@ def read(folder: Path | str) -> Adapter:
 def apply(base: weights.Base, adapter: Adapter) -> Any:
     """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError when it does not fit."""
     model = weights.share(base.model)
+    file = adapter.folder / TENSORS
     try:
+        if not file.exists():  # peft would read a pickle, or ask the Hub
+            raise ValueError(f"it has no {TENSORS}")
         if (adapter.folder / "adapter_config.json").exists():
-            from peft import PeftModel
-
-            file = adapter.folder / "adapter_model.safetensors"
-            if not file.exists():  # peft would read a pickle, or ask the Hub
-                raise ValueError("it has no adapter_model.safetensors")
-            model = PeftModel.from_pretrained(model, adapter.folder)
+            model = through_peft.load(model, adapter.folder)
             _check_complete(model, file)
         elif adapter.spec.model != base.entry.key:  # another model of the same shapes would take it without a word
             raise ValueError(f"its base is {adapter.spec.model}")
         else:
-            _replace(model, adapter.folder / IN_PLACE)
+            model = _attached(model, adapter.spec, file)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise AdapterError(
             f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base"
         ) from None
-    return model.requires_grad_(False).eval().to(base.device)
+    return model.requires_grad_(False).eval()
 
 
 def _check_complete(model: Any, file: Path) -> None:
@@ -118,20 +120,40 @@ def _check_complete(model: Any, file: Path) -> None:
         raise ValueError(f"{min(odd)} is in the {'adapter' if min(odd) in names else 'model'} only")
 
 
-def _replace(model: Any, file: Path) -> None:
+def _attached(model: Any, spec: RunSpec, file: Path) -> Any:
+    """The spec's method on `model`, with the file's numbers in it."""
     import torch
     from safetensors.torch import load_file
 
-    known = dict(model.named_parameters())
-    for name, tensor in load_file(file).items():
-        old = known[name]
-        if old.shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(old.shape)}")
-        new = torch.nn.Parameter(tensor.to(old.dtype), requires_grad=False)
-        for module in model.modules():
-            for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                if parameter is old:
-                    setattr(module, own, new)
+    targets = methods.targets(architectures.of(spec.model or ""), spec)
+    model = methods.find(spec.method or "").attach(model, targets, spec)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = load_file(file)
+    for name in sorted(set(saved) ^ set(trained)):
+        raise ValueError(f"{name} is in the {'adapter' if name in saved else 'model'} only")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            if trained[name].shape != tensor.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(trained[name].shape)}")
+            trained[name].copy_(tensor)
+    return model
+
+
+def merge(base: weights.Base, adapter: Adapter) -> Any:
+    """A model of the base's own modules with the adapter in its weights; the base stays as it was.
+
+    Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where it does not fit.
+    """
+    method = methods.METHODS.get(adapter.spec.method or "")
+    if method and method.merge is None:
+        raise SpecError(f"method={method.key}: it cannot be merged. {method.about.merging}")
+    if getattr(base.model, "is_quantized", False):
+        raise SpecError(
+            "merging into a quantized base would round the sum to few bits and lose the update; "
+            "load the base with quantization none"
+        )
+    work = method.merge if method and method.merge else through_peft.merge
+    return work(apply(base, adapter)).requires_grad_(False).eval()
 
 
 def bundled() -> list[Adapter]:

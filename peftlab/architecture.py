@@ -39,12 +39,13 @@ class Module:
     """One kind of module, with every layer that repeats it.
 
     `name` has `*` for the layer's number. `parameters` maps a parameter's own name to its shape; `d_in` and `d_out` are
-    the features of a linear map, whichever way round its weight is stored (GPT-2's Conv1D stores in × out).
+    the features of a linear map, whichever way round its weight is stored (GPT-2's Conv1D stores in × out, and so does
+    an embedding, which maps a vocabulary to features).
     """
 
     name: str
     kind: str
-    """linear, conv1d, embedding, norm or other."""
+    """linear, conv1d, embedding (of the tokens), norm or other."""
     parameters: Mapping[str, tuple[int, ...]]
     layers: tuple[int, ...] = ()
     """Numbers of the layers that have this module; empty for one that stands alone."""
@@ -58,11 +59,11 @@ class Module:
 
     @property
     def d_in(self) -> int:
-        return self.parameters["weight"][0 if self.kind == "conv1d" else 1]
+        return self.parameters["weight"][0 if self.kind in ("conv1d", "embedding") else 1]
 
     @property
     def d_out(self) -> int:
-        return self.parameters["weight"][1 if self.kind == "conv1d" else 0]
+        return self.parameters["weight"][1 if self.kind in ("conv1d", "embedding") else 0]
 
     @property
     def count(self) -> int:
@@ -79,7 +80,11 @@ class Module:
 
     @property
     def role(self) -> str:
-        """Query, down, …; empty where the name is none of ROLES'."""
+        """Query, down, head, embedding, norm, …; empty where the name is none of ROLES'."""
+        if self.head:
+            return "head"
+        if self.kind in ("embedding", "norm"):
+            return self.kind
         return next((r for r, names in ROLES.items() if any(self.name.endswith(_dotted(n)) for n in names)), "")
 
     @property
@@ -113,6 +118,10 @@ class Architecture:
     def linear(self) -> list[Module]:
         """Every linear map but the vocabulary head: what peft calls `all-linear`."""
         return [m for m in self.modules if m.is_linear and not m.head]
+
+    def with_role(self, *roles: str) -> list[Module]:
+        """Modules that play one of `roles`, a fused projection for each of its own."""
+        return [m for m in self.modules if set(m.role.split("+")) & set(roles)]
 
     def target_names(self) -> list[str]:
         """Names that `target_modules` takes, one a kind of linear map: as short as tells them apart."""
@@ -150,7 +159,7 @@ def build(config: Mapping[str, Any]) -> Architecture:
     """
     model = build_meta(config)
     owner: dict[int, str] = {}
-    head = model.get_output_embeddings()
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     groups: dict[tuple, dict[str, Any]] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -163,7 +172,12 @@ def build(config: Mapping[str, Any]) -> Architecture:
         owner.update({id(p): name for p in own.values()})
         group = groups.setdefault(
             (pattern, tuple(shapes.items()), tied),
-            {"kind": _kind(module), "shapes": shapes, "head": module is head, "layers": []},
+            {
+                "kind": "embedding" if module is tokens else _kind(module),
+                "shapes": shapes,
+                "head": module is head,
+                "layers": [],
+            },
         )
         if layer:
             group["layers"].append(int(layer[1]))
@@ -203,8 +217,6 @@ def _kind(module: Any) -> str:
         return "linear"
     if name == "Conv1D":
         return "conv1d"
-    if isinstance(module, torch.nn.Embedding):
-        return "embedding"
     return "norm" if "Norm" in name else "other"
 
 

@@ -74,21 +74,22 @@ def score_of(model: str, scores: list[float], forgetting: float | None = None) -
     return Score(model, sum(scores) / len(scores), low, high, len(scores), forgetting)
 
 
-def models_of(chosen: list[Adapter]) -> tuple[weights.Base, dict[str, Any]]:
+def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base, dict[str, Any]]:
     """The base that `chosen` share, and name → model ready to generate, the base first.
 
-    Raises AdapterError for one that does not fit, SpecError when they were trained on different bases.
+    Raises AdapterError for one that does not fit, SpecError when they were trained on different bases or, `merged`, for
+    one that cannot be folded into the base's weights.
     """
-    bases = {a.spec.model for a in chosen}
+    bases = {f"{a.spec.model} {a.spec.quantization or 'none'}".removesuffix(" none") for a in chosen}
     if len(bases) != 1:
-        raise SpecError(
-            f"these adapters have different bases ({', '.join(map(str, sorted(bases, key=str)))}); compare one base's"
-        )
-    base = weights.load(resolve(chosen[0].spec.but(precision=None, gpu=None)))
+        raise SpecError(f"these adapters have different bases ({', '.join(sorted(bases))}); compare one base's")
+    put = adapters.merge if merged else adapters.apply
+    whole = {"quantization": "none"} if merged else {}
+    base = weights.load(resolve(chosen[0].spec.but(precision=None, gpu=None, **whole)))
     models = {BASE: base.model}
     for a in chosen:
         name = _name(a)
-        models[str(a.folder) if name in models else name] = adapters.apply(base, a)
+        models[str(a.folder) if name in models else name] = put(base, a)
     return base, models
 
 
@@ -134,17 +135,17 @@ def side_by_side(
         yield dict(said)
 
 
-def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding) -> ComparisonReport:
-    base, models = models_of(chosen)
+def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding, merged: bool = False) -> ComparisonReport:
+    base, models = models_of(chosen, merged)
     task = tasks.TASKS.get(chosen[0].spec.task or "")
     ids = prompt_tokens(base, task.instruction if task else "", prompt, decoding)
     *_, said = side_by_side(base, models, ids, decoding)
     return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
 
 
-def on_task(chosen: list[Adapter], task: Task) -> Generator[float, None, ComparisonReport]:
+def on_task(chosen: list[Adapter], task: Task, merged: bool = False) -> Generator[float, None, ComparisonReport]:
     """Every held-out row to every model. Yields the share done; returns the report."""
-    base, models = models_of(chosen)
+    base, models = models_of(chosen, merged)
     answers, seconds, prose = {}, {}, {}
     for number, (name, model) in enumerate(models.items()):
         begun = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +46,11 @@ class ParameterReport:
     total_parameters: int
     """Of the base model."""
     trainable_parameters: int
-    in_place: bool
+    added_parameters: int
+    """Of the trainable ones, those that the base model does not have."""
     adapter_bytes: int
-    """Bytes of the tensors of the saved adapter; the safetensors header adds about 100 bytes a tensor."""
+    """Bytes of the tensors of the saved adapter; the safetensors header adds about 100 bytes a tensor. AdaLoRA saves less:
+    what its pruning left."""
     modules: tuple[ModuleCount, ...]
     names: tuple[tuple[str, int], ...]
     """(full module name, trainable parameters) of each trained module."""
@@ -86,10 +89,13 @@ def count(spec: RunSpec) -> ParameterReport:
     shape = architectures.of(spec.model or "")
     chosen = {id(t.module): t for t in methods.targets(shape, spec, entry.name)}
     rows, names = [], []
+    kept = borrowed = 0
     for m in shape.modules:
         target = chosen.get(id(m))
-        each = sum(term.value(m, spec) for term in method.terms) if target else 0
+        each = method.trained(m, spec) if target else 0
         layers = target.count if target and each else 0
+        kept += layers * method.kept(m, spec) if layers else 0
+        borrowed += layers * each if method.in_place and not m.tied else 0
         if target and each:
             names += [(name, each) for name in target.names()]
         rows.append(
@@ -106,6 +112,11 @@ def count(spec: RunSpec) -> ParameterReport:
                 trainable=each * layers,
             )
         )
+    for name, sizes in method.shared.items():
+        n = math.prod(sizes)
+        rows.append(ModuleCount(name, "shared", "other", sizes, None, None, 1, 1, 0, n))
+        names.append((name, n))
+        kept += n
     trainable = sum(r.trainable for r in rows)
     saved = BYTES[(spec.precision if method.in_place else spec.adapter_precision) or "fp32"]
     return ParameterReport(
@@ -114,8 +125,8 @@ def count(spec: RunSpec) -> ParameterReport:
         method_name=method.name,
         total_parameters=shape.total_parameters,
         trainable_parameters=trainable,
-        in_place=method.in_place,
-        adapter_bytes=trainable * saved,
+        added_parameters=trainable - borrowed,
+        adapter_bytes=kept * saved,
         modules=tuple(rows),
         names=tuple(names),
     )

@@ -10,7 +10,7 @@ from .spec import SETTINGS, RunSpec
 
 METHOD_SETTINGS = (
     "rank", "alpha", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size", "lr_ratio",
-    "adapter_precision",
+    "train_norms", "adapter_precision",
 )  # fmt: skip
 """Fields that only some methods read. In a resolved spec they are None where the method does not."""
 
@@ -38,6 +38,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "bottleneck": 16,
         "block_size": 16,
         "lr_ratio": 16.0,
+        "train_norms": False,
         "precision": _precision(method, on_gpu),
         "adapter_precision": "fp32",
         "quantization": "none",
@@ -57,7 +58,8 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "n_gpus": 1,
         "sharding": "none",
         "offload": "none",
-    } | dict(method.defaults)
+    } | {**method.defaults, "rank": rank}
+    automatic = {name: value(automatic) if callable(value) else value for name, value in automatic.items()}
     filled = {name: automatic.get(name) if getattr(spec, name) is None else getattr(spec, name) for name in SETTINGS}
     filled["model"] = model.key
     for name in METHOD_SETTINGS:

@@ -66,6 +66,7 @@ class RunSpec:
     lr_ratio: float | None = setting(
         "LoRA+: B's learning rate over A's", "16", type=float, above=0, high=1e4, example="16"
     )
+    train_norms: bool | None = setting("BitFit: train the norms' parameters too", "no", type=bool)
     precision: str | None = setting(
         "number format of the base model",
         "bf16 on CUDA, amp where its weights are trained; fp32 on CPU",

@@ -337,12 +337,12 @@ class Base:
     device: str
 
 
-_loaded: dict[tuple[str, str, str, str], Base] = {}
+_loaded: dict[tuple[str, ...], Base] = {}
 _loading = threading.Lock()
 
 
 def load(spec: RunSpec) -> Base:
-    """The base model of a resolved spec, in its precision, on this machine's device; loaded once and kept.
+    """The base model of a resolved spec, in its precision or quantized, on this machine's device; loaded once and kept.
 
     Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
     """
@@ -357,7 +357,10 @@ def load(spec: RunSpec) -> Base:
             f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}"
         )
     device = hardware.here().device
-    key = (str(folder_of(entry)), spec.precision or "fp32", spec.attention or "sdpa", device)
+    key = tuple(
+        str(k)
+        for k in (folder_of(entry), spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
+    )
     with _loading:
         if key not in _loaded:
             for _ in fetch(spec.model or ""):
@@ -366,16 +369,51 @@ def load(spec: RunSpec) -> Base:
             assert source is not None
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder_of(entry), dtype=dtype, attn_implementation=spec.attention or "sdpa"
+                folder_of(entry),
+                dtype=dtype,
+                attn_implementation=spec.attention or "sdpa",
+                **_quantized(spec, dtype, device),
             )
             model.config._name_or_path = entry.hub_id or str(entry.folder)
             model.requires_grad_(False).eval()
-            model.to(device)
+            if spec.quantization in (None, "none"):
+                model.to(device)
+            for (
+                module
+            ) in model.modules():  # else bitsandbytes repacks a CPU's weights, in bf16, when they are first used
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
             tokenizer = AutoTokenizer.from_pretrained(folder_of(entry))
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             _loaded[key] = Base(entry, model, tokenizer, source, device)
         return _loaded[key]
+
+
+def _quantized(spec: RunSpec, dtype: Any, device: str) -> dict[str, Any]:
+    """How transformers loads the base of a QLoRA run: linear maps quantized by bitsandbytes, the rest in `dtype`."""
+    if spec.quantization in (None, "none"):
+        return {}
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise SpecError(
+            f"quantization={spec.quantization}: it needs the package bitsandbytes, which is not installed; "
+            "pip install bitsandbytes, or set it to none"
+        )
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if spec.quantization == "int8"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=bool(spec.double_quantization),
+            bnb_4bit_compute_dtype=dtype,
+        )
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def share(model: Any) -> Any:
@@ -385,14 +423,32 @@ def share(model: Any) -> Any:
     hooked and have parameters replaced, while the base keeps its modules, its flags and, as long as nobody writes in
     place, its numbers. Whoever trains a parameter in place clones it first.
     """
-    import torch
-
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+        memo[id(parameter)] = _twin(parameter)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
+    for module in model.modules():  # what bitsandbytes keeps beside its parameters
+        state = getattr(module, "state", None)
+        for held in (getattr(module, "quant_state", None), *(vars(state).values() if state else ())):
+            if hasattr(held, "data_ptr") or hasattr(held, "absmax"):
+                memo[id(held)] = held
     return copy.deepcopy(model, memo)
+
+
+def _twin(parameter: Any) -> Any:
+    """A Parameter over the storage of `parameter`; a quantized one keeps its scales and what it is."""
+    import torch
+
+    if type(parameter) is torch.nn.Parameter:
+        return torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    if hasattr(parameter, "SCB"):
+        return type(parameter)(
+            parameter.data, requires_grad=False, has_fp16_weights=False, CB=parameter.CB, SCB=parameter.SCB
+        )
+    twin = copy.copy(parameter)
+    twin.module = None
+    return twin
 
 
 if __name__ == "__main__":

@@ -94,12 +94,11 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
                 f"model={spec.model}: a bare count has no layers for {method.key} to adapt; give the number of trained "
                 f"parameters (--trainable-parameters {total // 200}), or name a model"
             )
-        shape, name = None, entry.name
+        shape, name, added = None, entry.name, 0 if method.in_place else trainable
     else:
         report = count(spec)
         total, trainable, name = report.total_parameters, report.trainable_parameters, report.model_name
-        shape = architectures.of(spec.model or "")
-    added = 0 if method.in_place else trainable
+        shape, added = architectures.of(spec.model or ""), report.added_parameters
     return _report(spec, convention, rule, name, method.name, shape, total, trainable, added)
 
 
@@ -121,7 +120,9 @@ def _report(
         weights, gradients, optimizer = (trainable * b for b in (rule.weights, rule.gradients, rule.optimizer))
     else:
         base = BYTES[spec.precision or "fp32"]
-        each = BYTES[spec.adapter_precision or "fp32"] if added else base
+        each = (
+            BYTES[spec.adapter_precision] if spec.adapter_precision else base
+        )  # none where the base's own are trained
         frozen_bytes = _frozen_bytes(spec, shape, frozen, base, ideal=False)
         weights = gradients = trainable * each
         state = 4 if spec.optimizer_precision == "fp32" else each

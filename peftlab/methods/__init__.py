@@ -1,4 +1,4 @@
-"""Fine-tuning methods: one registry. To add one, write an entry and list its file in `_FILES`.
+"""Fine-tuning methods: one registry. To add one, write an entry in a file here, and its words in `catalog/methods.json`.
 
 An entry counts by data: for each adapted module, its trainable parameters are a sum of terms, each the product of a
 coefficient, sizes of the module (`d_in`, `d_out`, `weight`, `bias`) and settings of the run (`rank`, …). Python
@@ -10,21 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from ..architecture import Architecture, Module
+from ..catalog.methods import ABOUT, About
 from ..errors import SpecError
 from ..spec import RunSpec, closest, parse_layers
-
-_FILES = ("lora", "selective")
 
 
 @dataclass(frozen=True)
 class Term:
     factors: tuple[str, ...]
-    coefficient: int = 1
+    coefficient: float = 1
+    roles: tuple[str, ...] = ()
+    """Holds only for modules of these roles; for all when empty."""
 
-    def value(self, module: Module, spec: RunSpec) -> int:
+    def value(self, module: Module, spec: RunSpec) -> float:
+        if self.roles and module.role not in self.roles:
+            return 0
         product = self.coefficient
         for name in self.factors:
             product *= getattr(module, name) if name in SIZES else getattr(spec, name)
@@ -50,30 +54,70 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """The path of the data through one adapted place, left to right. A box whose text starts with `*` is trained.
+
+    Gaps are numbered: 0 before the first box of `main`, 1 after it, and so on.
+    """
+
+    main: tuple[str, ...]
+    branch: tuple[str, ...] = ()
+    """Boxes of a second line; with none it is a plain line, a skip connection."""
+    leaves: int | None = None
+    """Gap where the second line starts; None where it starts from nothing, as learned vectors do."""
+    joins: int | None = None
+    """Gap where it joins; None where there is no second line."""
+    how: str = "+"
+
+
+@dataclass(frozen=True)
 class Method:
     key: str
-    name: str
-    family: str
-    """full, additive, selective or prompt-based: the lectures' three families and their yardstick."""
-    hypothesis: str
-    """Why it should work, in one sentence."""
-    trains: str
-    """What is trained and where."""
     terms: tuple[Term, ...]
+    """Trained parameters of one target module."""
     select: Callable[[Architecture, RunSpec], list[Target]]
-    """The modules it trains or adapts. Raises SpecError for names the model lacks."""
+    """The modules it trains or adapts. Raises SpecError for names the model lacks and for models it does not suit."""
     attach: Callable[[Any, list[Target], RunSpec], Any]
     """Changes a private copy of the model so that just these parameters require gradients; returns the model to train."""
-    papers: tuple[str, ...] = ()
+    drawing: Drawing
+    merge: Callable[[Any], Any] | None = None
+    """The model with the method folded into its weights; None where that cannot be."""
     settings: tuple[str, ...] = ()
     """The RunSpec fields that this method reads, besides those that every run has."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of automatic fields; a function of the others' values where it depends on them."""
     in_place: bool = False
     """Trains the base model's own parameters instead of new ones."""
-    merges: bool = False
-    """Whether the result can be folded into the base's weights."""
+    starts_as_base: bool = True
+    """Before the first step, the model with it computes what the base does."""
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name and shape of trained parameters that all targets share."""
+    saved: tuple[Term, ...] | None = None
+    """Parameters a module in the saved adapter, where they are not those that were trained."""
+    rate: Callable[[str, RunSpec], float] = lambda name, spec: 1.0
+    """Learning rate of a parameter, by name, over the run's."""
+    penalty: Callable[[Any], Any] | None = None
+    """A term to add to the loss, from the model."""
+    after_step: Callable[[Any, int], None] | None = None
+    """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""
     if_nothing: str = ""
     """Why there may be nothing to train, and what to do about it."""
+
+    @property
+    def about(self) -> About:
+        return ABOUT[self.key]
+
+    @property
+    def name(self) -> str:
+        return self.about.name
+
+    def trained(self, module: Module, spec: RunSpec) -> int:
+        """Trainable parameters in one of `module`."""
+        return round(sum(term.value(module, spec) for term in self.terms))
+
+    def kept(self, module: Module, spec: RunSpec) -> int:
+        """Parameters for one of `module` in the saved adapter."""
+        return round(sum(term.value(module, spec) for term in self.saved or self.terms))
 
 
 METHODS: dict[str, Method] = {}
@@ -91,12 +135,24 @@ def find(key: str) -> Method:
 
 
 def targets(architecture: Architecture, spec: RunSpec, model_name: str = "the model") -> list[Target]:
-    """What `spec.method` trains. Raises SpecError where that is nothing, in the words of the method's entry."""
+    """What `spec.method` trains. Raises SpecError that says why where it does not suit the model or the settings."""
     method = find(spec.method or "")
-    chosen = method.select(architecture, spec)
-    if not any(term.value(t.module, spec) for t in chosen for term in method.terms):
+    if method.in_place and spec.quantization not in (None, "none"):
+        raise SpecError(
+            f"quantization={spec.quantization}: {method.name} trains the base's own parameters, and those of a quantized "
+            "base cannot be trained; set it to none, or use qlora"
+        )
+    try:
+        chosen = method.select(architecture, spec)
+    except Unsuited as error:
+        raise SpecError(f"method={method.key}: {model_name} {error}") from None
+    if not any(method.trained(t.module, spec) for t in chosen):
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
     return chosen
+
+
+class Unsuited(SpecError):
+    """Raised by `select`: what the model has or lacks, and the fix, to be read after the model's name."""
 
 
 def in_layers(modules: list[Module], architecture: Architecture, layers: str | None) -> list[Target]:
@@ -107,5 +163,31 @@ def in_layers(modules: list[Module], architecture: Architecture, layers: str | N
     return [t for t in found if t.layers or not t.module.layers]
 
 
-for _name in _FILES:
-    import_module(f".{_name}", __name__)
+def linear_targets(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    """The linear maps named by the spec, in its layers."""
+    return in_layers(architecture.targets(spec.target_modules or "all-linear"), architecture, spec.layers)
+
+
+def once_a_layer(architecture: Architecture, *roles: str) -> list[Module]:
+    """The modules that play `roles`, each once in every layer. Raises Unsuited where one is missing, or not alone."""
+    for role in roles:
+        layers = sorted(n for m in architecture.with_role(role) for n in m.layers)
+        if layers != list(range(architecture.n_layers)):
+            number = "more than one module" if len(layers) > architecture.n_layers else "no module"
+            raise Unsuited(f"has {number} known as the {role} of a layer; use lora, which takes any linear map")
+    return architecture.with_role(*roles)
+
+
+def _discover() -> None:
+    """Every file of this folder, then the catalogue's order."""
+    for file in iter_modules(__path__):
+        import_module(f".{file.name}", __name__)
+    if odd := set(METHODS) ^ set(ABOUT):
+        raise LookupError(
+            f"{min(odd)} needs both an entry in a file of peftlab/methods and one in catalog/methods.json"
+        )
+    for key in ABOUT:
+        METHODS[key] = METHODS.pop(key)
+
+
+_discover()

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside frozen linear maps, through peft."""
+"""The low-rank family, through peft: a product of thin matrices beside frozen linear maps."""
 
 from __future__ import annotations
 
@@ -7,54 +7,186 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
-from . import Method, Target, Term, in_layers, register
+from . import Drawing, Method, Target, Term, linear_targets, register, through_peft
+
+SETTINGS = ("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision")
+BA = (Term(("rank", "d_in")), Term(("rank", "d_out")))
+PARALLEL = Drawing(("W",), ("*A", "*B", "× α/r"), leaves=0, joins=1)
 
 
 def select(architecture: Architecture, spec: RunSpec) -> list[Target]:
-    chosen = in_layers(architecture.targets(spec.target_modules or "all-linear"), architecture, spec.layers)
-    largest = max((min(t.module.d_in, t.module.d_out) for t in chosen), default=0)
-    if chosen and (spec.rank or 0) > largest:
+    return _within(linear_targets(architecture, spec), spec, max)
+
+
+def quantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    if spec.quantization == "none":
+        raise SpecError("quantization=none: QLoRA is LoRA on a quantized base; set it to nf4 or int8, or use lora")
+    return select(architecture, spec)
+
+
+def unquantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    if spec.quantization != "none":
         raise SpecError(
-            f"rank={spec.rank}: no adapted matrix has a rank above {largest}, so a larger update is wasted; "
-            f"try {min(largest, 8)}, or {largest} at most"
+            f"quantization={spec.quantization}: PiSSA takes W apart by its singular values, for which W must be whole; "
+            "set it to none, or use qlora"
+        )
+    return _within(linear_targets(architecture, spec), spec, min)
+
+
+def _within(chosen: list[Target], spec: RunSpec, extreme: Any) -> list[Target]:
+    """Refuses a rank above that of the largest (`max`) or smallest (`min`) adapted matrix."""
+    limit = extreme((min(t.module.d_in, t.module.d_out) for t in chosen), default=0)
+    if chosen and (spec.rank or 0) > limit:
+        which = "no adapted matrix has a rank above" if extreme is max else "the smallest adapted matrix has rank"
+        raise SpecError(
+            f"rank={spec.rank}: {which} {limit}, so a larger update is wasted; try {min(limit, 8)}, or {limit} at most"
         )
     return chosen
 
 
-def attach(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach(model: Any, targets: list[Target], spec: RunSpec, **variant: Any) -> Any:
+    from peft import LoraConfig
+
+    config = LoraConfig(**_config(targets), r=spec.rank or 1, **_scale(spec), **variant)
+    return through_peft.attach(model, config, spec)
+
+
+def _config(targets: list[Target]) -> dict[str, Any]:
+    return {
+        "task_type": "CAUSAL_LM",
+        "target_modules": through_peft.names(targets),
+        "fan_in_fan_out": targets[0].module.kind == "conv1d",
+    }
+
+
+def _scale(spec: RunSpec) -> dict[str, Any]:
+    return {"lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
+
+
+def rank_stabilized(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    return attach(model, targets, spec, use_rslora=True)
+
+
+def decomposed(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    return attach(model, targets, spec, use_dora=True)
+
+
+def principal(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    return attach(model, targets, spec, init_lora_weights="pissa")
+
+
+def faster_b(name: str, spec: RunSpec) -> float:
+    """LoRA+, section 4: B learns `lr_ratio` times as fast as A."""
+    return (spec.lr_ratio or 1.0) if "lora_B" in name else 1.0
+
+
+def adaptive(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    """AdaLoRA over the run's steps: a tenth to warm up, three tenths at the final budget, the cuts in between."""
+    from peft import AdaLoraConfig
+
+    rank, steps = spec.rank or 1, spec.steps or 1
+    config = AdaLoraConfig(
+        **_config(targets),
+        **_scale(spec),
+        init_r=rank,
+        target_r=max(1, round(rank * SURVIVING)),
+        total_step=steps,
+        tinit=steps // 10,
+        tfinal=3 * steps // 10,
+    )
+    return through_peft.attach(model, config, spec)
+
+
+SURVIVING = 2 / 3
+"""Share of AdaLoRA's initial ranks that its final budget pays for: peft's 8 of 12."""
+ORTHOGONALITY = 0.5
+"""Weight of AdaLoRA's penalty on A and B that are not orthogonal: peft's default."""
+
+
+def orthogonality(model: Any) -> Any:
+    """AdaLoRA, equation 4: the mean of ‖PPᵀ − I‖ over all A and B."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
-    layers = sorted({n for t in targets for n in t.layers})
-    numbers: dict[str, Any] = {"r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        **numbers,
-        target_modules=[t.module.name.split(".*.")[-1] for t in targets],
-        layers_to_transform=None if spec.layers == "all" else layers,
-        fan_in_fan_out=targets[0].module.kind == "conv1d",
+    off = []
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            square = p @ p.T if "lora_A" in name else p.T @ p
+            off.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=p.device, dtype=p.dtype)))
+    return ORTHOGONALITY * torch.stack(off).mean()
+
+
+def cut_ranks(model: Any, step: int) -> None:
+    model.base_model.update_and_allocate(step)
+
+
+def vectors(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    from peft import VeraConfig
+
+    config = VeraConfig(
+        **_config(targets),
+        r=spec.rank or 1,
+        vera_dropout=spec.dropout or 0.0,
+        projection_prng_key=spec.seed or 0,
+        save_projection=False,  # the seed makes them again
     )
-    adapted = get_peft_model(model, config)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    return adapted
+    return through_peft.attach(model, config, spec)
 
 
-register(
-    Method(
-        key="lora",
-        name="LoRA",
-        family="additive",
-        hypothesis="The change that adaptation makes to a weight matrix has a low rank.",
-        trains="Two thin matrices beside each chosen linear map: A (rank × d_in) reads, B (d_out × rank) writes.",
-        terms=(Term(("rank", "d_in")), Term(("rank", "d_out"))),
-        select=select,
-        attach=attach,
-        papers=("lora", "intrinsic-dimension"),
-        settings=("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision"),
-        defaults={"target_modules": "all-linear", "learning_rate": 2e-3},
-        merges=True,
-    )
+def _register(key: str, **rest: Any) -> None:
+    usual: dict[str, Any] = {
+        "terms": BA,
+        "select": select,
+        "attach": attach,
+        "merge": through_peft.merge,
+        "drawing": PARALLEL,
+        "settings": SETTINGS,
+    }
+    register(Method(key, **{**usual, **rest}))
+
+
+_register("lora", defaults={"learning_rate": 2e-3})
+_register(
+    "qlora",
+    select=quantized,
+    drawing=Drawing(("W in NF4",), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    defaults={"learning_rate": 2e-3, "quantization": "nf4"},
+)
+_register(
+    "rslora",
+    attach=rank_stabilized,
+    drawing=Drawing(("W",), ("*A", "*B", "× α/√r"), leaves=0, joins=1),
+    defaults={"learning_rate": 1e-3, "alpha": 8.0},
+)
+_register(
+    "dora",
+    terms=(*BA, Term(("d_out",))),
+    attach=decomposed,
+    drawing=Drawing(("W", "÷ norm", "× *m"), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    defaults={"learning_rate": 2e-3},
+)
+_register("lora-plus", rate=faster_b, settings=(*SETTINGS, "lr_ratio"), defaults={"learning_rate": 5e-4})
+_register(
+    "pissa",
+    select=unquantized,
+    attach=principal,
+    drawing=Drawing(("W − BA at the start",), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    defaults={"learning_rate": 5e-4, "alpha": lambda spec: float(spec["rank"])},
+)
+_register(
+    "adalora",
+    terms=(*BA, Term(("rank",))),
+    attach=adaptive,
+    drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "× α/r"), leaves=0, joins=1),
+    defaults={"learning_rate": 5e-3, "rank": 12},
+    penalty=orthogonality,
+    after_step=cut_ranks,
+)
+_register(
+    "vera",
+    terms=(Term(("rank",)), Term(("d_out",))),
+    select=linear_targets,
+    attach=vectors,
+    drawing=Drawing(("W",), ("A, random", "× *d", "B, random", "× *b"), leaves=0, joins=1),
+    settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
+    defaults={"learning_rate": 2e-2, "rank": 256},
 )

@@ -1,4 +1,4 @@
-"""Methods that train some of the model's own parameters: all of them, the last block, the biases."""
+"""Methods that train some of the model's own parameters: all of them, the head, the last block, the biases, the norms."""
 
 from __future__ import annotations
 
@@ -6,26 +6,41 @@ from typing import Any
 
 from ..architecture import Architecture
 from ..spec import RunSpec
-from . import METHODS, Method, Target, Term, in_layers, register
+from . import METHODS, Drawing, Method, Target, Term, in_layers, register, through_peft
 
 
 def attach(model: Any, targets: list[Target], spec: RunSpec) -> Any:
-    """Unfreezes clones of the targets' parameters; the storage shared with the base model stays as it is."""
+    """Unfreezes clones of the targets' parameters; the storage shared with the base model stays as it was.
+
+    A parameter that several modules share stays shared where all of them are meant. A head tied to the embedding, trained
+    alone, gets a weight of its own.
+    """
     import torch
 
-    trained = {factor for term in METHODS[spec.method or ""].terms for factor in term.factors}
-    wanted = {name for t in targets for name in t.names()}
+    terms = METHODS[spec.method or ""].terms
+    wanted = {
+        name: {f for term in terms if term.value(t.module, spec) for f in term.factors}
+        for t in targets
+        for name in t.names()
+    }
+    alone = len(wanted) == 1
     memo: dict[int, torch.nn.Parameter] = {}
     for name, module in model.named_modules():
-        if name not in wanted:
-            continue
         for own, parameter in list(module.named_parameters(recurse=False)):
-            if ("bias" if own == "bias" else "weight") in trained:
-                memo.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().clone()))
-    for module in model.modules():  # tied modules hold the same parameter: every holder gets the one clone
-        for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(parameter) in memo:
-                setattr(module, own, memo[id(parameter)])
+            if name in wanted and wanted[name] & ({"bias"} if own == "bias" else {"weight", "d_in"}):
+                new = memo.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().clone()))
+                if alone:
+                    setattr(module, own, new)
+    if not alone:
+        for module in model.modules():  # tied modules hold the same parameter: every holder gets the one clone
+            for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if id(parameter) in memo:
+                    setattr(module, own, memo[id(parameter)])
+    return model
+
+
+def as_it_is(model: Any) -> Any:
+    """What was trained are the model's weights: there is nothing to fold."""
     return model
 
 
@@ -33,58 +48,80 @@ def everything(architecture: Architecture, spec: RunSpec) -> list[Target]:
     return in_layers(list(architecture.modules), architecture, "all")
 
 
+def head(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    return in_layers([m for m in architecture.modules if m.head], architecture, "all")
+
+
 def last_block(architecture: Architecture, spec: RunSpec) -> list[Target]:
     return in_layers(list(architecture.modules), architecture, "last:1")
 
 
 def biases(architecture: Architecture, spec: RunSpec) -> list[Target]:
-    return in_layers([m for m in architecture.modules if m.bias], architecture, "all")
+    chosen = [m for m in architecture.modules if m.bias or (spec.train_norms and m.kind == "norm")]
+    return in_layers(chosen, architecture, "all")
 
 
-OWN = (Term(("weight",)), Term(("bias",)))
+def norms(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    return in_layers(architecture.with_role("norm"), architecture, spec.layers)
 
-register(
-    Method(
-        key="full",
-        name="Full fine-tuning",
-        family="full",
-        hypothesis="Every parameter may need to move; this is what the others are measured against.",
-        trains="Every parameter of the model.",
-        terms=OWN,
-        select=everything,
-        attach=attach,
-        defaults={"learning_rate": 1e-4},
-        in_place=True,
+
+def attach_norms(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    from peft import LNTuningConfig
+
+    return through_peft.attach(
+        model, LNTuningConfig(task_type="CAUSAL_LM", target_modules=through_peft.names(targets)), spec
     )
+
+
+def _register(key: str, **rest: Any) -> None:
+    usual: dict[str, Any] = {
+        "terms": (Term(("weight",)), Term(("bias",))),
+        "attach": attach,
+        "merge": as_it_is,
+        "in_place": True,
+    }
+    register(Method(key, **{**usual, **rest}))
+
+
+_register(
+    "full",
+    select=everything,
+    drawing=Drawing(("*embedding", "*every block", "*head")),
+    defaults={"learning_rate": 1e-4},
 )
-register(
-    Method(
-        key="last-block",
-        name="Last block",
-        family="selective",
-        hypothesis="Lower layers hold general features; the last one is enough to redirect them.",
-        trains="Every parameter of the last transformer block; gradients stop below it.",
-        terms=OWN,
-        select=last_block,
-        attach=attach,
-        papers=("ulmfit",),
-        defaults={"learning_rate": 1e-3},
-        in_place=True,
-    )
+_register(
+    "head",
+    terms=(Term(("d_in", "d_out")), Term(("bias",))),  # a tied head's `weight` counts as the embedding's
+    select=head,
+    drawing=Drawing(("embedding", "every block", "*head")),
+    defaults={"learning_rate": 1e-3},
+    if_nothing="has no vocabulary head of its own; use last-block, or a model that writes text",
 )
-register(
-    Method(
-        key="bitfit",
-        name="BitFit",
-        family="selective",
-        hypothesis="Fine-tuning exposes what the model already knows; its biases are knobs enough for that.",
-        trains="The bias vectors, and nothing else.",
-        terms=(Term(("bias",)),),
-        select=biases,
-        attach=attach,
-        papers=("bitfit",),
-        defaults={"learning_rate": 1e-2},
-        in_place=True,
-        if_nothing="has no bias to train, as most models since 2022; use lora, or a model with biases: gpt2, opt-125m",
-    )
+_register(
+    "last-block",
+    select=last_block,
+    drawing=Drawing(("embedding", "blocks", "*last block", "head")),
+    defaults={"learning_rate": 1e-3},
+)
+_register(
+    "bitfit",
+    terms=(Term(("bias",)), Term(("weight", "train_norms"), roles=("norm",))),
+    select=biases,
+    drawing=Drawing(("W", "+ *b")),
+    settings=("train_norms",),
+    defaults={"learning_rate": 1e-2},
+    if_nothing="has no bias to train, as most models since 2022; set train-norms to train its norms' scales, "
+    "use lora, or a model with biases: gpt2, opt-125m",
+)
+_register(
+    "ln",
+    terms=(Term(("weight",)), Term(("bias",))),
+    select=norms,
+    attach=attach_norms,
+    merge=through_peft.merge,
+    in_place=False,
+    drawing=Drawing(("÷ deviation", "× *scale", "W")),
+    settings=("layers", "adapter_precision"),
+    defaults={"learning_rate": 1e-2},
+    if_nothing="has no norm with parameters of its own; use lora",
 )

@@ -32,6 +32,12 @@ EVALUATIONS = 3
 EXAMPLES = 3
 WARMUP = 0.1
 CLIP = 1.0
+HOPELESS = 1.5
+"""A loss this many times that of guessing tokens at random is no longer learning."""
+PATIENCE = 3
+"""Hopeless steps in a row that end a run."""
+SNAPSHOTS = 10
+"""Times in a run that its parameters are put by, should it diverge."""
 
 Event = dict[str, Any]
 
@@ -66,7 +72,7 @@ def train(spec: RunSpec, out: Path) -> Iterator[Event]:
 
 def _check(spec: RunSpec) -> None:
     """What this engine cannot run, refused before anything is loaded."""
-    later = {"quantization": "none", "sharding": "none", "offload": "none", "n_gpus": 1}
+    later = {"sharding": "none", "offload": "none", "n_gpus": 1}
     for name, only in later.items():
         if getattr(spec, name) != only:
             raise SpecError(
@@ -126,10 +132,16 @@ def _cuda() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
-def _optimizer(parameters: list[Any], spec: RunSpec) -> Any:
+def _optimizer(model: Any, spec: RunSpec) -> Any:
+    """Over the model's trained parameters, a group for each learning rate that the method gives them."""
     import torch
 
-    rate = spec.learning_rate or 0.0
+    rate, method = spec.learning_rate or 0.0, methods.find(spec.method or "")
+    groups: dict[float, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(method.rate(name, spec), []).append(parameter)
+    parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
     if spec.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     return torch.optim.SGD(parameters, lr=rate, momentum=0.9 if spec.optimizer == "sgd-momentum" else 0.0)
@@ -149,8 +161,11 @@ class _Run:
 
     def __init__(self, spec: RunSpec, task: Task, base: weights.Base, out: Path, model: Any) -> None:
         self.spec, self.task, self.base, self.out, self.model = spec, task, base, out, model
+        self.method = methods.find(spec.method or "")
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.trained, spec)
+        self.optimizer = _optimizer(model, spec)
+        self.good: tuple[int, list[Any]] = (0, [])
+        self.hopeless = 0
         self.steps_done = self.saved_at = self.tokens = 0
         self.losses: list[float] = []
         self.began = time.perf_counter()
@@ -242,24 +257,22 @@ class _Run:
         pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
         rate = (self.spec.learning_rate or 0) * _rate(self.steps_done, self.spec.steps or 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         total = 0.0
         lengths = [sum(len(tasks.answer_ids(self.base.tokenizer, row.answer)) for row in piece) for piece in pieces]
         with _seeded((self.spec.seed or 0) * 1_000_003 + self.steps_done):
             for piece, length in zip(pieces, lengths, strict=True):
                 share = length / sum(lengths)  # of the step's answer tokens: accumulation is one batch in pieces
                 loss, held = self._loss(piece)
-                (loss * share).backward()
+                penalty = self.method.penalty(self.model) if self.method.penalty else 0.0
+                ((loss + penalty) * share).backward()
                 del held
                 total += loss.item() * share
-        if not math.isfinite(total):
-            self.saved_at = self.steps_done  # these parameters are no good; the last saved ones stay
-            raise RunError(
-                f"the loss is {total} at step {self.steps_done + 1}: training diverged at a learning rate of "
-                f"{self.spec.learning_rate:g}; try {(self.spec.learning_rate or 0) / 4:g}"
-            )
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP).item()
+        self._check_sane(total, norm)
         self.optimizer.step()
+        if self.method.after_step:
+            self.method.after_step(self.model, self.steps_done + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         self.losses.append(total)
@@ -267,8 +280,36 @@ class _Run:
         self.training_seconds += seconds
         left = ((self.spec.steps or 1) - self.steps_done) * self.training_seconds / self.steps_done
         return {"type": "step", "step": self.steps_done, "steps": self.spec.steps, "loss": total, "seconds": seconds,
-                "learning_rate": rate, "gradient_norm": norm.item(), "examples": self.steps_done * len(rows),
+                "learning_rate": rate, "gradient_norm": norm, "examples": self.steps_done * len(rows),
                 "eta_seconds": left}  # fmt: skip
+
+    def _check_sane(self, loss: float, norm: float) -> None:
+        """Ends a run whose loss or gradient is not finite, or whose loss stays far above that of guessing at random.
+
+        What it had learned when the loss was last seen to be sound is put back and saved. Raises RunError.
+        """
+        import torch
+
+        guessing = math.log(self.model.config.vocab_size)
+        self.hopeless = self.hopeless + 1 if loss > HOPELESS * max([guessing, *self.losses[:1]]) else 0
+        if math.isfinite(loss) and math.isfinite(norm) and self.hopeless < PATIENCE:
+            if not self.hopeless and self.steps_done % max(1, (self.spec.steps or 1) // SNAPSHOTS) == 0:
+                self.good = (self.steps_done, [p.detach().to("cpu", copy=True) for p in self.trained])
+            return
+        what = f"loss is {loss:.3g}" if not math.isfinite(loss) or self.hopeless else f"gradient's norm is {norm:.3g}"
+        failed, (self.steps_done, tensors) = self.steps_done + 1, self.good
+        self.saved_at = self.steps_done
+        kept = "Nothing had been learned before that"
+        if self.steps_done:
+            with torch.no_grad():
+                for parameter, tensor in zip(self.trained, tensors, strict=True):
+                    parameter.copy_(tensor)
+            self._save()
+            kept = f"The adapter as it was after step {self.steps_done} is kept"
+        rate = self.spec.learning_rate or 0
+        raise RunError(
+            f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {rate / 4:g}. {kept}."
+        )
 
     def _loss(self, rows: list[Row]) -> tuple[Any, Any]:
         """Mean cross-entropy over the answers' tokens, and the logits where the spec holds them through backward."""

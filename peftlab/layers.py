@@ -1,0 +1,46 @@
+"""Layers of our own that methods attach. Importing this imports torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Kronecker(nn.Module):
+    """x (…, d_in) → (…, d_out) by W = Σᵢ Aᵢ ⊗ sᵢtᵢᵀ with shared Aᵢ (n, n, n): Compacter, arXiv 2106.04647, section 4.
+
+    n must divide d_in and d_out.
+    """
+
+    def __init__(self, rules: Tensor, d_in: int, d_out: int) -> None:
+        super().__init__()
+        n = len(rules)
+        self._rules = (rules,)  # in a tuple: the model owns them, not each layer
+        self.s = nn.Parameter(torch.randn(n, d_in // n) * (3 * d_in) ** -0.5)
+        self.t = nn.Parameter(torch.randn(n, d_out // n))
+        self.bias = nn.Parameter(torch.zeros(d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.einsum("nab,nc,nd->acbd", self._rules[0], self.s, self.t)
+        return x @ weight.flatten(2).flatten(0, 1) + self.bias
+
+
+class Bottleneck(nn.Module):
+    """What an adapter adds to x (…, width): up(gelu(down(x))), zero at the start, computed in its own precision."""
+
+    def __init__(self, width: int, bottleneck: int, rules: Tensor | None = None) -> None:
+        super().__init__()
+        self.down: nn.Linear | Kronecker
+        self.up: nn.Linear | Kronecker
+        if rules is None:
+            self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+            nn.init.zeros_(self.up.weight)
+        else:
+            self.down, self.up = Kronecker(rules, width, bottleneck), Kronecker(rules, bottleneck, width)
+            nn.init.zeros_(self.up.t)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x.to(self.down.bias.dtype)
+        return self.up(nn.functional.gelu(self.down(inner))).to(x.dtype)

@@ -1,0 +1,85 @@
+"""Methods that multiply what the frozen weights see or give: scaling (IA³) and rotation (OFT), through peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..architecture import Architecture
+from ..errors import SpecError
+from ..spec import RunSpec
+from . import Drawing, Method, Target, Term, Unsuited, in_layers, linear_targets, once_a_layer, register, through_peft
+
+FUSED = "query+key+value"
+
+
+def scaled(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    """Keys, values and the down projections' inputs. Raises Unsuited where a layer has not one of each."""
+    return in_layers(once_a_layer(architecture, "key", "value", "down"), architecture, spec.layers)
+
+
+def scale(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    from peft import IA3Config
+
+    down = [t for t in targets if t.module.role == "down"]
+    config = IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=through_peft.names(targets),
+        feedforward_modules=through_peft.names(down),
+        fan_in_fan_out=targets[0].module.kind == "conv1d",
+    )
+    return through_peft.attach(model, config, spec)
+
+
+def rotated(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    chosen = linear_targets(architecture, spec)
+    if any(t.module.kind == "conv1d" for t in chosen):
+        raise Unsuited("stores its linear maps as Conv1D, which OFT in peft does not take; use lora, or another model")
+    for t in chosen:
+        size = spec.block_size or 1
+        if t.module.d_in % size:
+            fits = [n for n in range(2, t.module.d_in + 1) if all(c.module.d_in % n == 0 for c in chosen)]
+            near = min(fits, key=lambda n: abs(n - size), default=1)
+            raise SpecError(
+                f"block-size={size}: {t.module.short_name} has {t.module.d_in} inputs, which blocks of {size} do not "
+                f"fill; try {near}"
+            )
+    return chosen
+
+
+def rotate(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    from peft import OFTConfig
+
+    config = OFTConfig(
+        task_type="CAUSAL_LM",
+        r=0,
+        oft_block_size=spec.block_size or 1,
+        module_dropout=spec.dropout or 0.0,
+        target_modules=through_peft.names(targets),
+    )
+    return through_peft.attach(model, config, spec)
+
+
+register(
+    Method(
+        "ia3",
+        terms=(Term(("d_out",), roles=("key", "value", FUSED)), Term(("d_in",), roles=("down",))),
+        select=scaled,
+        attach=scale,
+        merge=through_peft.merge,
+        drawing=Drawing(("W of keys, values", "× *l")),
+        settings=("layers", "adapter_precision"),
+        defaults={"learning_rate": 2e-2},
+    )
+)
+register(
+    Method(
+        "oft",
+        terms=(Term(("d_in", "block_size"), 0.5), Term(("d_in",), -0.5)),  # b(b − 1)/2 for each of d_in/b blocks
+        select=rotated,
+        attach=rotate,
+        merge=through_peft.merge,
+        drawing=Drawing(("*rotation", "W")),
+        settings=("block_size", "dropout", "target_modules", "layers", "adapter_precision"),
+        defaults={"learning_rate": 2e-3},
+    )
+)

@@ -1,0 +1,119 @@
+"""Prompt-based methods, through peft: learned vectors where tokens would be, the model frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..architecture import Architecture
+from ..errors import SpecError
+from ..spec import RunSpec
+from . import Drawing, Method, Target, Term, in_layers, once_a_layer, register, through_peft
+
+SETTINGS = ("virtual_tokens", "adapter_precision")
+VECTORS = Term(("virtual_tokens", "d_out"))
+FUSED = ("query+key+value",)
+
+
+def embedding(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    _leave_room(architecture, spec)
+    return in_layers(architecture.with_role("embedding")[:1], architecture, "all")
+
+
+def keys_and_values(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    _leave_room(architecture, spec)
+    if spec.gradient_checkpointing:
+        raise SpecError(
+            "gradient-checkpointing=true: it drops the cache, which is where the prefix is; turn it off, or use prompt"
+        )
+    return in_layers(once_a_layer(architecture, "key", "value"), architecture, "all")
+
+
+def _leave_room(architecture: Architecture, spec: RunSpec) -> None:
+    left = architecture.context - (spec.sequence_length or 0)
+    if architecture.context and (spec.virtual_tokens or 0) > left:
+        raise SpecError(
+            f"virtual-tokens={spec.virtual_tokens}: the model reads {architecture.context:,} tokens and the task's "
+            f"examples take {spec.sequence_length:,}; try {max(1, min(left, 20))}"
+        )
+
+
+def prompt(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    from peft import PromptTuningConfig
+
+    return through_peft.attach(
+        model, PromptTuningConfig(**_config(targets, spec), prompt_tuning_init="SAMPLE_VOCAB"), spec
+    )
+
+
+def encoded(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    from peft import PromptEncoderConfig
+
+    width = targets[0].module.d_out
+    return through_peft.attach(model, PromptEncoderConfig(**_config(targets, spec), encoder_hidden_size=width), spec)
+
+
+def _config(targets: list[Target], spec: RunSpec) -> dict[str, Any]:
+    """Width and number of the vectors; a model that projects its embedding takes them before the projection."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": spec.virtual_tokens,
+        "token_dim": targets[0].module.d_out,
+    }
+
+
+def prefix(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+    """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
+    import torch
+    from peft import PrefixTuningConfig
+
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens or 1)
+    adapted = through_peft.attach(model, config, spec)
+    weight = adapted.prompt_encoder["default"].embedding.weight
+    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, spec.virtual_tokens or 1))
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids.to(weight.device), use_cache=True).past_key_values
+        flat = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
+        weight.copy_(torch.cat(flat, 1))
+    return adapted
+
+
+register(
+    Method(
+        "prompt",
+        terms=(VECTORS,),
+        select=embedding,
+        attach=prompt,
+        drawing=Drawing(("embedding", "all layers"), ("*vectors",), joins=1, how="before"),
+        settings=SETTINGS,
+        defaults={"learning_rate": 5e-2},
+        starts_as_base=False,
+    )
+)
+register(
+    Method(
+        "p-tuning",
+        terms=(VECTORS, Term(("d_out", "d_out"), 3), Term(("d_out",), 3)),  # the encoder: three square linear maps
+        saved=(VECTORS,),
+        select=embedding,
+        attach=encoded,
+        drawing=Drawing(("embedding", "all layers"), ("*vectors", "*MLP"), joins=1, how="before"),
+        settings=SETTINGS,
+        defaults={"learning_rate": 1e-3},
+        starts_as_base=False,
+    )
+)
+register(
+    Method(
+        "prefix",
+        terms=(
+            Term(("virtual_tokens", "d_out"), roles=("key", "value", *FUSED)),
+            Term(("virtual_tokens", "d_in"), -1, roles=FUSED),  # the query's share, as wide as the input
+        ),
+        select=keys_and_values,
+        attach=prefix,
+        drawing=Drawing(("keys, values", "attention"), ("*prefix",), joins=1, how="before"),
+        settings=SETTINGS,
+        defaults={"learning_rate": 1e-2},
+        starts_as_base=False,
+    )
+)

@@ -1,0 +1,105 @@
+"""Attaching, loading and merging by peft, the same way for every method that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from ..spec import RunSpec
+from . import Target
+
+
+def names(targets: list[Target]) -> list[str]:
+    """What peft calls `target_modules`: the ends of names that a whole kind of module shares, else full names."""
+    whole = [t for t in targets if len(t.layers) == len(t.module.layers)]
+    return [t.module.name.split(".*.")[-1] for t in whole] + [n for t in targets if t not in whole for n in t.names()]
+
+
+def attach(model: Any, config: Any, spec: RunSpec) -> Any:
+    """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`."""
+    import torch
+    from peft import get_peft_model
+
+    device = next(model.parameters()).device
+    old = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
+    adapted = get_peft_model(model, config)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
+    for tensor in (*adapted.parameters(), *adapted.buffers()):
+        if id(tensor) not in old and tensor.is_floating_point() and (tensor.requires_grad or not _is_parameter(tensor)):
+            tensor.data = tensor.data.to(device, dtype)
+    return _settled(adapted)
+
+
+def _is_parameter(tensor: Any) -> bool:
+    import torch
+
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def load(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    device = next(model.parameters()).device
+    return _settled(PeftModel.from_pretrained(model, folder).to(device))
+
+
+def merge(model: Any) -> Any:
+    """The base with the adapter in its weights. `safe_merge` writes new weights: the old ones' storage is shared."""
+    return model.merge_and_unload(safe_merge=True)
+
+
+def _settled(model: Any) -> Any:
+    """What peft leaves to the caller: norms that keep the data's type, and virtual tokens that decoding can step over."""
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):
+            module.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
+    if model.active_peft_config.is_prompt_learning:
+        model.forward = MethodType(_steered, model)
+    return model
+
+
+def _steered(
+    self: Any,
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: Any = None,
+    logits_to_keep: int = 0,
+    **rest: Any,
+) -> Any:
+    """The forward pass after virtual tokens, which count as the first positions; logits for the real tokens only.
+
+    peft's own prepends them at every call and drops position ids, so that a batch padded on the left, or decoded token by
+    token, would see other distances than in training.
+    """
+    import torch
+
+    config, base, batch = self.active_peft_config, self.get_base_model(), len(input_ids)
+    virtual, first, device = config.num_virtual_tokens, past_key_values is None, input_ids.device
+    in_cache = config.peft_type == "PREFIX_TUNING"
+    if attention_mask is not None:
+        attention_mask = torch.cat([attention_mask.new_ones(batch, virtual), attention_mask], 1)
+    if position_ids is not None:
+        position_ids = position_ids + virtual
+    inputs = {"input_ids": input_ids}
+    if first and in_cache:
+        past_key_values = self.get_prompt(batch)
+    elif first:
+        embedded = base.get_input_embeddings()(input_ids)
+        inputs = {"inputs_embeds": torch.cat([self.get_prompt(batch).to(embedded.dtype), embedded], 1)}
+        if position_ids is not None:
+            position_ids = torch.cat([torch.arange(virtual, device=device).expand(batch, -1), position_ids], 1)
+    out = base(
+        **inputs,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        logits_to_keep=logits_to_keep,
+        **rest,
+    )
+    if first and not in_cache and not logits_to_keep:
+        out.logits = out.logits[:, virtual:]
+    return out

@@ -1,0 +1,147 @@
+"""Every method on every family: attached, counted, trained, saved, loaded, merged, and two at once, with the base untouched."""
+
+import threading
+
+import pytest
+from tiny import CONFIGS, digest, make_model
+
+from peftlab import RunSpec, SpecError, adapters, count, resolve, tasks, weights
+from peftlab.methods import METHODS
+from peftlab.train import engine
+
+FAMILIES = ("llama-tied", "gemma3", "qwen2", "gpt2", "opt")
+SMALL = {"rank": 4, "virtual_tokens": 5, "bottleneck": 8, "block_size": 16}
+REFUSED = {
+    ("bitfit", "llama-tied"): "has no bias to train.*set train-norms",
+    ("bitfit", "gemma3"): "has no bias to train.*set train-norms",
+    ("oft", "gpt2"): "Conv1D, which OFT in peft does not take",
+}
+CASES = [(m, f) for m in METHODS for f in FAMILIES if (m, f) not in REFUSED]
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {name: str(make_model(root / name, CONFIGS[name])) for name in FAMILIES}
+
+
+def spec_of(families, method, family, **rest):
+    used = {k: v for k, v in SMALL.items() if k in METHODS[method].settings}
+    return resolve(RunSpec(model=families[family], method=method, task="toy", steps=5, **used, **rest))
+
+
+def run_of(spec, out):
+    base = weights.load(spec)
+    return engine._Run(spec, tasks.find(spec.task), base, out, engine._attached(base, spec))
+
+
+def logits(model):
+    """Of two rows; in evaluation mode, as adapters are used."""
+    import torch
+
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def steps(run, n=5):
+    stream = tasks.batches(run.task, run.spec.batch_size, run.spec.seed)
+    return [run._step(next(stream))["loss"] for _ in range(n)]
+
+
+def stored(folder):
+    from safetensors.torch import load_file
+
+    return sum(t.numel() for t in load_file(folder / adapters.TENSORS).values())
+
+
+@pytest.mark.parametrize("method, family", list(REFUSED))
+def test_what_does_not_suit_is_refused_with_its_reason(method, family, families, toy_task):
+    with pytest.raises(SpecError, match=REFUSED[method, family]):
+        count(RunSpec(model=families[family], method=method))
+
+
+@pytest.mark.parametrize("method, family", CASES)
+def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path):
+    import torch
+
+    spec = spec_of(families, method, family)
+    entry = METHODS[method]
+    base = weights.load(spec)
+    before, flags = digest(base.model), [p.requires_grad for p in base.model.parameters()]
+    at_base = logits(base.model)
+    run = run_of(spec, tmp_path)
+
+    trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    report = count(spec)
+    assert sum(p.numel() for p in trained.values()) == report.trainable_parameters > 0
+    if hasattr(run.model, "get_nb_trainable_parameters"):
+        assert run.model.get_nb_trainable_parameters()[0] == report.trainable_parameters
+    assert sum(m["trainable"] for m in report.to_dict()["modules"]) == report.trainable_parameters
+    saved = adapters.save(run.model, spec, tmp_path / "start")
+    assert 4 * stored(saved) == report.adapter_bytes
+
+    if entry.starts_as_base:
+        assert (logits(run.model) - at_base).abs().max() < 1e-5
+    start = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    seen = steps(run)
+    changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, start[n])}
+    assert changed <= set(trained) and len(changed) > 0.8 * len(trained), set(trained) - changed
+    assert all(torch.isfinite(torch.tensor(seen)))
+
+    learned = logits(run.model)
+    assert not torch.equal(learned, at_base)
+    folder = adapters.save(run.model, spec, tmp_path / "adapter")
+    again = adapters.apply(base, adapters.read(folder))
+    assert torch.allclose(logits(again), learned, atol=1e-5)
+    if entry.merge:
+        whole = weights.load(spec.but(quantization="none"))
+        merged = adapters.merge(whole, adapters.read(folder))
+        apart = adapters.apply(whole, adapters.read(folder))
+        assert torch.allclose(logits(merged), logits(apart), atol=1e-5)
+        assert not [m for m in merged.modules() if "peft" in type(m).__module__ or "adapter" in dir(m)]
+    else:
+        with pytest.raises(SpecError, match=f"method={method}: it cannot be merged"):
+            adapters.merge(base, adapters.read(folder))
+    assert digest(base.model) == before
+    assert [p.requires_grad for p in base.model.parameters()] == flags and not any(flags)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_at_once_equal_the_same_alone(method, family, families, toy_task, tmp_path):
+    """Each method beside the next of the registry, on one base."""
+    import torch
+
+    keys = [m for m in METHODS if (m, family) not in REFUSED]
+    if method not in keys:
+        return
+    pair = [method, keys[(keys.index(method) + 1) % len(keys)]]
+    specs = [spec_of(families, m, family, seed=i) for i, m in enumerate(pair)]
+
+    def losses(*numbers):
+        """Of runs of `specs`, each in a thread of its own, all at once."""
+        seen = {}
+
+        def work(i):
+            run = run_of(specs[i], tmp_path / str(i))
+            seen[i] = steps(run, 3), {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in numbers]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        return seen
+
+    alone, both = losses(0) | losses(1), losses(0, 1)
+    for i in range(2):
+        assert both[i][0] == alone[i][0]
+        assert all(torch.equal(p, alone[i][1][n]) for n, p in both[i][1].items())
+
+
+def test_nothing_is_merged_into_a_quantized_base(families, toy_task, tmp_path):
+    spec = spec_of(families, "qlora", "llama-tied")
+    folder = adapters.save(run_of(spec, tmp_path).model, spec, tmp_path / "adapter")
+    with pytest.raises(SpecError, match="quantized base would round.*quantization none"):
+        adapters.merge(weights.load(spec), adapters.read(folder))
