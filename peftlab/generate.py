@@ -129,7 +129,8 @@ def nats_per_token(model: Any, tokenizer: Any, text: str | None = None, window: 
 
     ids = tokenizer(text or PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     total, count = 0.0, 0
-    window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    window = max(1, min(window, (getattr(model.config, "max_position_embeddings", None) or window) - virtual))
     device = next(model.parameters()).device
     for start in range(0, len(ids) - 1, window):
         piece = torch.tensor([ids[start : start + window + 1]], device=device)

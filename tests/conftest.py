@@ -43,6 +43,12 @@ def gpt2_model(models_dir) -> Path:
 
 
 @pytest.fixture(scope="session")
+def families(models_dir) -> dict[str, str]:
+    """Family → a model of it on disk."""
+    return {name: str(make_model(models_dir / f"family-{name}", config)) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="session")
 def config_files(models_dir) -> dict[str, str]:
     """Family → a config.json, which is enough to count by."""
     paths = {}

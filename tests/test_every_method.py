@@ -3,50 +3,18 @@
 import threading
 
 import pytest
-from tiny import CONFIGS, digest, make_model
+from tiny import digest, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, adapters, count, resolve, tasks, weights
+from peftlab import RunSpec, SpecError, adapters, count, weights
 from peftlab.methods import METHODS
-from peftlab.train import engine
 
 FAMILIES = ("llama-tied", "gemma3", "qwen2", "gpt2", "opt")
-SMALL = {"rank": 4, "virtual_tokens": 5, "bottleneck": 8, "block_size": 16}
 REFUSED = {
     ("bitfit", "llama-tied"): "has no bias to train.*set train-norms",
     ("bitfit", "gemma3"): "has no bias to train.*set train-norms",
     ("oft", "gpt2"): "Conv1D, which OFT in peft does not take",
 }
 CASES = [(m, f) for m in METHODS for f in FAMILIES if (m, f) not in REFUSED]
-
-
-@pytest.fixture(scope="session")
-def families(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {name: str(make_model(root / name, CONFIGS[name])) for name in FAMILIES}
-
-
-def spec_of(families, method, family, **rest):
-    used = {k: v for k, v in SMALL.items() if k in METHODS[method].settings}
-    return resolve(RunSpec(model=families[family], method=method, task="toy", steps=5, **used, **rest))
-
-
-def run_of(spec, out):
-    base = weights.load(spec)
-    return engine._Run(spec, tasks.find(spec.task), base, out, engine._attached(base, spec))
-
-
-def logits(model):
-    """Of two rows; in evaluation mode, as adapters are used."""
-    import torch
-
-    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
-
-
-def steps(run, n=5):
-    stream = tasks.batches(run.task, run.spec.batch_size, run.spec.seed)
-    return [run._step(next(stream))["loss"] for _ in range(n)]
 
 
 def stored(folder):
@@ -65,7 +33,7 @@ def test_what_does_not_suit_is_refused_with_its_reason(method, family, families,
 def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path):
     import torch
 
-    spec = spec_of(families, method, family)
+    spec = small(families[family], method)
     entry = METHODS[method]
     base = weights.load(spec)
     before, flags = digest(base.model), [p.requires_grad for p in base.model.parameters()]
@@ -84,7 +52,7 @@ def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path)
     if entry.starts_as_base:
         assert (logits(run.model) - at_base).abs().max() < 1e-5
     start = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    seen = steps(run)
+    seen = steps(run, 5)
     changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, start[n])}
     assert changed <= set(trained) and len(changed) > 0.8 * len(trained), set(trained) - changed
     assert all(torch.isfinite(torch.tensor(seen)))
@@ -117,7 +85,7 @@ def test_two_at_once_equal_the_same_alone(method, family, families, toy_task, tm
     if method not in keys:
         return
     pair = [method, keys[(keys.index(method) + 1) % len(keys)]]
-    specs = [spec_of(families, m, family, seed=i) for i, m in enumerate(pair)]
+    specs = [small(families[family], m, seed=i) for i, m in enumerate(pair)]
 
     def losses(*numbers):
         """Of runs of `specs`, each in a thread of its own, all at once."""
@@ -141,7 +109,7 @@ def test_two_at_once_equal_the_same_alone(method, family, families, toy_task, tm
 
 
 def test_nothing_is_merged_into_a_quantized_base(families, toy_task, tmp_path):
-    spec = spec_of(families, "qlora", "llama-tied")
+    spec = small(families["llama-tied"], "qlora")
     folder = adapters.save(run_of(spec, tmp_path).model, spec, tmp_path / "adapter")
     with pytest.raises(SpecError, match="quantized base would round.*quantization none"):
         adapters.merge(weights.load(spec), adapters.read(folder))

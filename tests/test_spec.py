@@ -24,6 +24,7 @@ DESIGN = [
     "bottleneck",
     "block_size",
     "lr_ratio",
+    "train_norms",  # FACTS.md, section 1: lectures differ on what BitFit trains, so both are offered
     "precision",
     "adapter_precision",
     "quantization",
@@ -178,7 +179,7 @@ def test_resolve_fills_what_is_read_and_empties_the_rest(method, machine):
         if name in METHOD_SETTINGS:
             assert (value is not None) == (name in read), name
         elif name == "double_quantization":
-            assert value is None
+            assert value == (True if spec.quantization == "nf4" else None)
         elif name == "gpu":
             assert value == machine.gpu
         else:

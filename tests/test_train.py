@@ -199,7 +199,9 @@ def test_the_highest_rate_stays_finite_or_says_so(toy_spec, tmp_path):
     "settings, said",
     [
         ({"sequence_length": 8}, "sequence-length=8: the longest example of toy has .* set it to"),
-        ({"quantization": "nf4"}, "quantization=nf4.*set it to none"),
+        ({"method": "full", "quantization": "nf4"}, "quantization=nf4.*set it to none"),
+        ({"method": "pissa", "quantization": "int8"}, "quantization=int8.*set it to none"),
+        ({"method": "prefix", "gradient_checkpointing": True}, "gradient-checkpointing=true.*turn it off"),
         ({"sharding": "fsdp"}, "sharding=fsdp.*set it to none"),
         ({"offload": "optimizer"}, "offload=optimizer.*set it to none"),
         ({"n_gpus": 2}, "n-gpus=2.*set it to 1"),

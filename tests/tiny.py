@@ -144,3 +144,40 @@ def attached(name: str, spec: RunSpec):
     targets = methods.targets(architecture.of(spec.model), spec)
     base = fresh(name).requires_grad_(False)
     return methods.find(spec.method).attach(weights.share(base), targets, spec)
+
+
+def run_of(spec: RunSpec, out: Path):
+    """A run of a resolved spec, as `train` starts it, but for the evaluations."""
+    from peftlab import tasks, weights
+    from peftlab.train import engine
+
+    base = weights.load(spec)
+    return engine._Run(spec, tasks.find(spec.task), base, out, engine._attached(base, spec))
+
+
+def steps(run, n: int) -> list[float]:
+    """The losses of n steps over the task's own stream of batches."""
+    from peftlab import tasks
+
+    stream = tasks.batches(run.task, run.spec.batch_size, run.spec.seed)
+    return [run._step(next(stream))["loss"] for _ in range(n)]
+
+
+def logits(model):
+    """Of two rows; in evaluation mode, as adapters are used."""
+    import torch
+
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+SMALL = {"rank": 4, "virtual_tokens": 5, "bottleneck": 8, "block_size": 16}
+
+
+def small(model, method: str, **rest) -> RunSpec:
+    """The resolved spec of a short run with a small adapter."""
+    from peftlab.methods import METHODS
+
+    used = {k: v for k, v in SMALL.items() if k in METHODS[method].settings}
+    return resolve(RunSpec(model=str(model), method=method, task="toy", **{"steps": 5, **used, **rest}))

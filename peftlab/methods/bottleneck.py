@@ -153,6 +153,7 @@ _register(
     select=beside_feed_forward,
     attach=attach_parallel,
     drawing=Drawing(("feed-forward",), ("*down", "GELU", "*up"), leaves=0, joins=1),
+    defaults={"learning_rate": 1.5e-2},
 )
 _register(
     "post-attention",
@@ -172,6 +173,7 @@ _register(
     attach=attach_ends,
     drawing=Drawing(("embedding", "*adapter", "every block", "*adapter", "head")),
     settings=("bottleneck", "adapter_precision"),
+    defaults={"learning_rate": 8e-3},
 )
 _register(
     "compacter",
@@ -180,4 +182,5 @@ _register(
     select=divided,
     attach=attach_compacter,
     drawing=Drawing(("sub-layer", "*Σ A⊗B", "GELU", "*Σ A⊗B"), leaves=1, joins=4),
+    defaults={"learning_rate": 8e-3},
 )

@@ -72,7 +72,10 @@ def decomposed(model: Any, targets: list[Target], spec: RunSpec) -> Any:
 
 
 def principal(model: Any, targets: list[Target], spec: RunSpec) -> Any:
-    return attach(model, targets, spec, init_lora_weights="pissa")
+    adapted = attach(model, targets, spec)
+    adapted.peft_config["default"].init_lora_weights = "pissa"
+    through_peft.leave_residual(adapted, start=True)
+    return adapted
 
 
 def faster_b(name: str, spec: RunSpec) -> float:
@@ -161,7 +164,7 @@ _register(
     "dora",
     terms=(*BA, Term(("d_out",))),
     attach=decomposed,
-    drawing=Drawing(("W", "÷ norm", "× *m"), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    drawing=Drawing(("W", "÷ norm", "*× m"), ("*A", "*B", "× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 2e-3},
 )
 _register("lora-plus", rate=faster_b, settings=(*SETTINGS, "lr_ratio"), defaults={"learning_rate": 5e-4})
@@ -177,7 +180,7 @@ _register(
     terms=(*BA, Term(("rank",))),
     attach=adaptive,
     drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 5e-3, "rank": 12},
+    defaults={"learning_rate": 2e-2, "rank": 12},
     penalty=orthogonality,
     after_step=cut_ranks,
 )
@@ -186,7 +189,7 @@ _register(
     terms=(Term(("rank",)), Term(("d_out",))),
     select=linear_targets,
     attach=vectors,
-    drawing=Drawing(("W",), ("A, random", "× *d", "B, random", "× *b"), leaves=0, joins=1),
+    drawing=Drawing(("W",), ("A, random", "*× d", "B, random", "*× b"), leaves=0, joins=1),
     settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
-    defaults={"learning_rate": 2e-2, "rank": 256},
+    defaults={"learning_rate": 8e-2, "rank": 256},
 )

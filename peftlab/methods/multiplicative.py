@@ -66,7 +66,7 @@ register(
         select=scaled,
         attach=scale,
         merge=through_peft.merge,
-        drawing=Drawing(("W of keys, values", "× *l")),
+        drawing=Drawing(("W of keys, values", "*× l")),
         settings=("layers", "adapter_precision"),
         defaults={"learning_rate": 2e-2},
     )
@@ -80,6 +80,6 @@ register(
         merge=through_peft.merge,
         drawing=Drawing(("*rotation", "W")),
         settings=("block_size", "dropout", "target_modules", "layers", "adapter_precision"),
-        defaults={"learning_rate": 2e-3},
+        defaults={"learning_rate": 5e-4},
     )
 )

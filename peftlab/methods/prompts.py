@@ -98,7 +98,7 @@ register(
         attach=encoded,
         drawing=Drawing(("embedding", "all layers"), ("*vectors", "*MLP"), joins=1, how="before"),
         settings=SETTINGS,
-        defaults={"learning_rate": 1e-3},
+        defaults={"learning_rate": 4e-3},
         starts_as_base=False,
     )
 )
@@ -113,7 +113,7 @@ register(
         attach=prefix,
         drawing=Drawing(("keys, values", "attention"), ("*prefix",), joins=1, how="before"),
         settings=SETTINGS,
-        defaults={"learning_rate": 1e-2},
+        defaults={"learning_rate": 4e-2},
         starts_as_base=False,
     )
 )

@@ -107,9 +107,9 @@ _register(
     "bitfit",
     terms=(Term(("bias",)), Term(("weight", "train_norms"), roles=("norm",))),
     select=biases,
-    drawing=Drawing(("W", "+ *b")),
+    drawing=Drawing(("W", "*+ b")),
     settings=("train_norms",),
-    defaults={"learning_rate": 1e-2},
+    defaults={"learning_rate": 5e-3},
     if_nothing="has no bias to train, as most models since 2022; set train-norms to train its norms' scales, "
     "use lora, or a model with biases: gpt2, opt-125m",
 )
@@ -120,8 +120,8 @@ _register(
     attach=attach_norms,
     merge=through_peft.merge,
     in_place=False,
-    drawing=Drawing(("÷ deviation", "× *scale", "W")),
+    drawing=Drawing(("÷ deviation", "*× scale", "W")),
     settings=("layers", "adapter_precision"),
-    defaults={"learning_rate": 1e-2},
+    defaults={"learning_rate": 2.5e-3},
     if_nothing="has no norm with parameters of its own; use lora",
 )

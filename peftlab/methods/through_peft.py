@@ -38,10 +38,43 @@ def _is_parameter(tensor: Any) -> bool:
 
 
 def load(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    device = next(model.parameters()).device
-    return _settled(PeftModel.from_pretrained(model, folder).to(device))
+    device, config = next(model.parameters()).device, PeftConfig.from_pretrained(folder)
+    relative = str(getattr(config, "init_lora_weights", "")) == "pissa"
+    if relative:
+        config.init_lora_weights = True
+    adapted = PeftModel.from_pretrained(model, folder, config=config).to(device)
+    if relative:
+        leave_residual(adapted)
+    return _settled(adapted)
+
+
+def leave_residual(model: Any, start: bool = False) -> None:
+    """PiSSA: each adapted W keeps what its best rank-r approximation leaves, which is where A and B `start`.
+
+    W is d_out × d_in. The top singular vectors come from the smaller of WWᵀ and WᵀW, in fp64: many times faster on a GPU
+    than the whole decomposition that peft makes.
+    """
+    import torch
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base, rank, scaling = module.get_base_layer(), module.r["default"], module.scaling["default"]
+        stored = base.weight.data
+        w = (stored.T if module.fan_in_fan_out else stored).double()
+        wide = w.shape[0] <= w.shape[1]
+        values, vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w)
+        top, root = vectors[:, -rank:], values[-rank:].clamp(min=1e-30).pow(0.25)  # √σ
+        b, a = (top * root, (top.T @ w) / root[:, None]) if wide else ((w @ top) / root, top.T * root[:, None])
+        left = w - b @ a
+        base.weight.data = (left.T if module.fan_in_fan_out else left).to(stored.dtype).contiguous()
+        if start:
+            for side, values in ((module.lora_A, a), (module.lora_B, b)):
+                weight = side["default"].weight
+                weight.data = (values / scaling**0.5).to(weight.dtype)
 
 
 def merge(model: Any) -> Any:

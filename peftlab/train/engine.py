@@ -194,7 +194,7 @@ class _Run:
     def events(self) -> Iterator[Event]:
         steps = self.spec.steps or 1
         self._reset_peak()
-        prose_before = nats_per_token(self.model, self.base.tokenizer)
+        prose_before = nats_per_token(self.base.model, self.base.tokenizer)
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
         stream = tasks.batches(
@@ -333,12 +333,13 @@ class _Run:
         return loss, out.logits if self.spec.hold_outputs else None
 
     def _evaluate(self, when: str) -> Iterator[Event]:
-        """The held-out metric. A stop during it leaves it unmeasured."""
-        self.model.eval()
+        """The held-out metric; before, that of the base itself, since untrained virtual tokens already change what it says.
+
+        A stop during it leaves it unmeasured.
+        """
+        model = self.base.model if when == "before" else self.model.eval()
         begun = time.perf_counter()
-        work: Generator[float, None, list[Answer]] = answer(
-            self.model, self.base.tokenizer, self.task, self.task.heldout
-        )
+        work: Generator[float, None, list[Answer]] = answer(model, self.base.tokenizer, self.task, self.task.heldout)
         while True:
             try:
                 share = next(work)
