@@ -23,6 +23,11 @@ def stored(folder):
     return sum(t.numel() for t in load_file(folder / adapters.TENSORS).values())
 
 
+def inside(model):
+    """Every module's name, class and numbers of hooks."""
+    return [(n, type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+
+
 @pytest.mark.parametrize("method, family", list(REFUSED))
 def test_what_does_not_suit_is_refused_with_its_reason(method, family, families, toy_task):
     with pytest.raises(SpecError, match=REFUSED[method, family]):
@@ -36,7 +41,7 @@ def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path)
     spec = small(families[family], method)
     entry = METHODS[method]
     base = weights.load(spec)
-    before, flags = digest(base.model), [p.requires_grad for p in base.model.parameters()]
+    before, flags, modules = digest(base.model), [p.requires_grad for p in base.model.parameters()], inside(base.model)
     at_base = logits(base.model)
     run = run_of(spec, tmp_path)
 
@@ -71,7 +76,7 @@ def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path)
     else:
         with pytest.raises(SpecError, match=f"method={method}: it cannot be merged"):
             adapters.merge(base, adapters.read(folder))
-    assert digest(base.model) == before
+    assert digest(base.model) == before and inside(base.model) == modules
     assert [p.requires_grad for p in base.model.parameters()] == flags and not any(flags)
 
 

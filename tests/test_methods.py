@@ -1,29 +1,211 @@
-"""What every method leaves alone, and what it trains."""
+"""The registry's entries, and what the low-rank family does beyond peft's own code."""
+
+import math
+import re
 
 import pytest
-from tiny import digest, fresh
+from tiny import attached, fresh, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, architecture, count, methods, resolve, weights
+from peftlab import RunSpec, SpecError, adapters, count, weights
+from peftlab.catalog.methods import ABOUT, FAMILIES
+from peftlab.catalog.models import MODELS
 from peftlab.catalog.papers import PAPERS
-from peftlab.methods import METHODS
+from peftlab.methods import METHODS, SIZES, lora
+from peftlab.resolve import METHOD_SETTINGS
 from peftlab.spec import SETTINGS
-from peftlab.train import train
+from peftlab.train import engine
 
-CASES = [("tiny_model", m) for m in METHODS if m != "bitfit"] + [("tied_model", m) for m in METHODS if m != "bitfit"]
-CASES += [("gpt2_model", m) for m in METHODS]
+DESIGN = [
+    "full", "head", "last-block", "bitfit", "ln", "lora", "qlora", "rslora", "dora", "lora-plus", "pissa", "adalora", "vera",
+    "ia3", "oft", "prompt", "p-tuning", "prefix", "houlsby", "pfeiffer", "parallel", "post-attention", "io-adapter", "compacter",
+]  # DESIGN.md, the command line  # fmt: skip
 
 
-@pytest.mark.parametrize("model, method", CASES)
-def test_training_leaves_the_base_as_it_was(model, method, request, toy_task, tmp_path):
-    spec = RunSpec(model=str(request.getfixturevalue(model)), method=method, task="toy", steps=3, learning_rate=0.05)
-    base = weights.load(resolve(spec)).model
-    before, flags = digest(base), [p.requires_grad for p in base.parameters()]
-    names = [n for n, _ in base.named_modules()]
-    (*_, done) = train(spec, tmp_path)
-    assert done["steps"] == 3
-    assert digest(base) == before
-    assert [p.requires_grad for p in base.parameters()] == flags and not any(flags)
-    assert [n for n, _ in base.named_modules()] == names
+def test_every_method_of_the_design_is_there_and_no_other():
+    assert sorted(METHODS) == sorted(DESIGN) and list(METHODS) == list(ABOUT)
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_its_words_are_complete(key):
+    about = METHODS[key].about
+    for name in ("name", "hypothesis", "trains", "inference", "merging", "when", "when_not"):
+        assert getattr(about, name).strip(), name
+    for sentence in (about.hypothesis, about.trains, about.inference, about.merging, about.when, about.when_not):
+        assert sentence == sentence.strip() and sentence.endswith("."), sentence
+    assert about.family in FAMILIES
+    assert not about.reparameterized or about.family == "additive"
+    assert len(about.mistakes) >= 2 and len(set(about.mistakes)) == len(about.mistakes) and all(about.mistakes)
+    assert about.papers and set(about.papers) <= set(PAPERS)
+
+
+def test_names_tell_methods_apart():
+    assert len({m.name for m in METHODS.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_its_entry_is_complete(key):
+    method = METHODS[key]
+    assert method.key == key and method.terms
+    assert set(method.settings) <= set(METHOD_SETTINGS) and set(method.defaults) <= set(SETTINGS)
+    assert method.defaults["learning_rate"] > 0
+    own = {name for name in method.defaults if name in METHOD_SETTINGS}
+    assert own - {"rank"} <= set(method.settings), "a default that no run of it reads"
+    for term in (*method.terms, *(method.saved or ())):
+        assert set(term.factors) <= set(SIZES) | set(method.settings), (
+            "it is counted by a setting that it does not read"
+        )
+    assert (method.about.family == "additive") <= (not method.in_place)
+    assert method.if_nothing == "" or "use " in method.if_nothing
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_its_drawing_can_be_drawn(key):
+    drawing, gaps = METHODS[key].drawing, range(len(METHODS[key].drawing.main) + 1)
+    assert drawing.main and all(box.strip() for box in (*drawing.main, *drawing.branch))
+    assert drawing.joins is None or drawing.joins in gaps
+    assert drawing.leaves is None or (drawing.leaves in gaps and drawing.leaves < drawing.joins)
+    if drawing.branch:
+        assert drawing.joins is not None, "a branch that leads nowhere"
+    boxes = (*drawing.main, *drawing.branch)
+    assert any("*" in box for box in boxes), "nothing drawn is trained"
+
+
+def test_a_rank_no_matrix_can_have_is_refused(tiny_model):
+    with pytest.raises(SpecError, match="rank=65.*above 64"):
+        count(RunSpec(model=str(tiny_model), rank=65))
+    with pytest.raises(SpecError, match="rank=33.*the smallest adapted matrix has rank 32.*or 32 at most"):
+        count(RunSpec(model=str(tiny_model), method="pissa", rank=33))
+
+
+def test_layers_the_model_lacks_are_refused(tiny_model):
+    with pytest.raises(SpecError, match="layers=last:4.*3 layers"):
+        count(RunSpec(model=str(tiny_model), layers="last:4"))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"method": "oft", "block_size": 24}, "block-size=24: q_proj has 64 inputs.*try 16"),
+        ({"method": "compacter", "bottleneck": 18}, "bottleneck=18: .*4 equal parts; try 16"),
+        ({"method": "prompt", "virtual_tokens": 100}, "virtual-tokens=100: the model reads 256 tokens.*try 1"),
+        ({"method": "prefix", "virtual_tokens": 100, "sequence_length": 250}, "virtual-tokens=100: .*250; try 6"),
+        (
+            {"method": "prompt", "sequence_length": 256},
+            "sequence-length=256: the model reads 256.*20 virtual tokens; try 236",
+        ),
+    ],
+    ids=str,
+)
+def test_a_setting_the_model_cannot_have_gets_one_that_it_can(settings, said, tiny_model):
+    spec = RunSpec(**{"model": str(tiny_model), "sequence_length": 255, **settings})
+    with pytest.raises(SpecError, match=said) as refused:
+        count(spec)
+    name, _, _ = str(refused.value).partition("=")
+    proposed = int(str(refused.value).rpartition("try ")[2])
+    assert count(spec.but(**{name.replace("-", "_"): proposed})).trainable_parameters > 0
+
+
+@pytest.mark.parametrize("method, scale", [("lora", 3), ("rslora", 6), ("dora", 3), ("lora-plus", 3), ("pissa", 3)])
+def test_alpha_over_rank_scales_the_update(method, scale, config_files):
+    adapted = attached("llama", RunSpec(model=config_files["llama"], method=method, rank=4, alpha=12))
+    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "adapter_precision" in METHODS[m].settings and m != "qlora"])
+def test_adapter_precision_is_the_adapters_type(method, config_files):
+    import torch
+
+    spec = RunSpec(model=config_files["llama"], method=method, adapter_precision="bf16", sequence_length=96)
+    adapted = attached("llama", spec)
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert adapted.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_pissa_starts_from_the_top_singular_vectors(config_files):
+    import torch
+
+    adapted = attached("llama", RunSpec(model=config_files["llama"], method="pissa", rank=4))
+    for layer in (
+        adapted.base_model.model.model.layers[0].self_attn.q_proj,
+        adapted.base_model.model.model.layers[2].mlp.up_proj,
+    ):
+        principal = layer.get_delta_weight("default")
+        whole = layer.base_layer.weight + principal
+        u, s, v = torch.linalg.svd(whole)
+        assert torch.allclose(principal, u[:, :4] @ s[:4].diag() @ v[:4], atol=1e-5)
+
+
+def test_loraplus_groups_are_pefts(tiny_model, toy_task, tmp_path):
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    spec = small(tiny_model, "lora-plus", lr_ratio=7, learning_rate=3e-4)
+    model = run_of(spec, tmp_path).model
+    ours = {id(p): 3e-4 * g["scale"] for g in engine._optimizer(model, spec).param_groups for p in g["params"]}
+    peft = create_loraplus_optimizer(model, torch.optim.AdamW, lr=3e-4, loraplus_lr_ratio=7)
+    theirs = {id(p): g["lr"] for g in peft.param_groups for p in g["params"]}
+    assert ours == pytest.approx(theirs) and len(set(ours.values())) == 2
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all((rate > 1e-3) == ("lora_B" in names[i]) for i, rate in ours.items())
+
+
+def test_loraplus_moves_b_that_much_faster(tiny_model, toy_task, tmp_path):
+    """The first step of Adam is as long as the learning rate, whatever the gradient."""
+    spec = small(tiny_model, "lora-plus", lr_ratio=8, learning_rate=1e-4)
+    run = run_of(spec, tmp_path)
+    steps(run, 1)
+    rates = {n: p.abs().max().item() for n, p in run.model.named_parameters() if "lora_B" in n}
+    assert all(moved == pytest.approx(8e-4, rel=1e-2) for moved in rates.values())
+
+
+def test_adaloras_penalty_is_pefts(tiny_model, toy_task, tmp_path):
+    import torch
+
+    model = run_of(small(tiny_model, "adalora"), tmp_path).model.eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    theirs = model(input_ids=ids, labels=ids)
+    plain = torch.nn.functional.cross_entropy(theirs.logits[0, :-1], ids[0, 1:])
+    assert (theirs.loss - plain).item() == pytest.approx(lora.orthogonality(model).item(), rel=1e-5)
+    assert model.peft_config["default"].orth_reg_weight == lora.ORTHOGONALITY
+
+
+def test_adaloras_penalty_is_no_part_of_the_loss_shown(tiny_model, toy_task, tmp_path):
+    """Before the first step, AdaLoRA's model is the base, and so is its loss."""
+    shown = [steps(run_of(small(tiny_model, m), tmp_path), 1)[0] for m in ("adalora", "lora")]
+    assert shown[0] == pytest.approx(shown[1], rel=1e-5)
+
+
+def test_adalora_saves_what_it_did_not_prune(tiny_model, toy_task, tmp_path):
+    from safetensors.torch import load_file
+
+    spec = small(tiny_model, "adalora", rank=12, steps=20)
+    run = run_of(spec, tmp_path)
+    steps(run, 20)
+    learned = logits(run.model)
+    folder = adapters.save(run.model, spec, tmp_path / "adapter")
+    tensors = load_file(folder / adapters.TENSORS)
+    stored = sum(t.numel() for t in tensors.values())
+    assert stored < count(spec).trainable_parameters
+    ranks = sum(len(t) for n, t in tensors.items() if "lora_E" in n)
+    matrices = sum("lora_E" in n for n in tensors)
+    assert matrices == 21 and ranks == round(12 * lora.SURVIVING) * matrices
+    again = adapters.apply(weights.load(spec), adapters.read(folder))
+    assert (logits(again) - learned).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps_", [1, 2, 3, 5, 11])
+def test_adalora_suits_a_run_of_any_length(steps_, tiny_model, toy_task, tmp_path):
+    run = run_of(small(tiny_model, "adalora", steps=steps_), tmp_path)
+    assert all(map(math.isfinite, steps(run, steps_)))
+
+
+def test_vera_has_the_same_random_matrices_again(config_files):
+    """They are not saved: the seed makes them."""
+    import torch
+
+    specs = [RunSpec(model=config_files["llama"], method="vera", rank=16, seed=s) for s in (3, 3, 4)]
+    a, b, c = (attached("llama", s).base_model.vera_A["default"] for s in specs)
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_a_share_has_the_storage_and_nothing_else():
@@ -37,66 +219,19 @@ def test_a_share_has_the_storage_and_nothing_else():
     assert not {id(m) for m in base.modules()} & {id(m) for m in twin.modules()}
 
 
-@pytest.mark.parametrize("model, method", CASES)
-def test_only_the_methods_own_parameters_change(model, method, request):
-    import torch
-
-    folder = str(request.getfixturevalue(model))
-    spec = resolve(RunSpec(model=folder, method=method))
-    base = weights.load(spec)
-    shape = architecture.of(folder)
-    adapted = methods.find(method).attach(weights.share(base.model), methods.targets(shape, spec), spec)
-    before = {n: p.detach().clone() for n, p in adapted.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):  # LoRA's A moves once B is no longer zero
-        ids = torch.tensor([[5, 6, 7, 8]])
-        adapted(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    changed = {n for n, p in adapted.named_parameters() if not torch.equal(p, before[n])}
-    trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
-    assert changed <= trained and len(changed) > 0.8 * len(trained)
-    owners = {
-        n.split(".lora_")[0].removeprefix("base_model.model.") if ".lora_" in n else n.rpartition(".")[0]
-        for n in trained
-    }
-    expected = {name for name, _ in count(spec).names}
-    assert owners == expected or (model != "tiny_model" and method == "full" and owners == expected - {"lm_head"})
-
-
-def test_every_entry_says_what_it_is():
-    for key, method in METHODS.items():
-        assert method.key == key and method.hypothesis and method.trains and method.terms
-        assert method.family in ("full", "additive", "selective", "prompt-based")
-        assert set(method.papers) <= set(PAPERS)
-        assert set(method.settings) <= set(SETTINGS) and set(method.defaults) <= set(SETTINGS)
-        assert method.defaults["learning_rate"] > 0
-
-
-def test_bitfit_needs_biases_and_says_where_there_are_some(tiny_model):
-    with pytest.raises(SpecError, match="no bias to train.*gpt2"):
-        count(RunSpec(model=str(tiny_model), method="bitfit"))
-
-
-def test_a_rank_no_matrix_can_have_is_refused(tiny_model):
-    with pytest.raises(SpecError, match="rank=65.*above 64"):
-        count(RunSpec(model=str(tiny_model), rank=65))
-
-
-def test_layers_the_model_lacks_are_refused(tiny_model):
-    with pytest.raises(SpecError, match="layers=last:4.*3 layers"):
-        count(RunSpec(model=str(tiny_model), layers="last:4"))
-
-
-def test_alpha_over_rank_scales_the_update(tiny_model):
-    spec = resolve(RunSpec(model=str(tiny_model), rank=4, alpha=12))
-    adapted = methods.find("lora").attach(fresh("llama"), methods.targets(architecture.of(str(tiny_model)), spec), spec)
-    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 3
-
-
-def test_adapter_precision_is_the_adapters_type(tiny_model):
-    import torch
-
-    spec = resolve(RunSpec(model=str(tiny_model), adapter_precision="bf16"))
-    adapted = methods.find("lora").attach(fresh("llama"), methods.targets(architecture.of(str(tiny_model)), spec), spec)
-    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.bfloat16}
+@pytest.mark.parametrize("method", METHODS)
+def test_it_suits_every_published_model_or_says_why_not(method):
+    suited = 0
+    for key, entry in MODELS.items():
+        if entry.config is None or not entry.is_causal:
+            continue
+        try:
+            report = count(RunSpec(model=key, method=method))
+        except SpecError as error:
+            said = str(error)
+            assert key in said or entry.name in said or "block-size" in said, said
+            assert re.search(r"; (use|try|set|turn) |, or ", said), said
+        else:
+            suited += 1
+            assert 0 < report.trainable_parameters <= report.total_parameters + report.added_parameters
+    assert suited >= (2 if method == "bitfit" else 20)

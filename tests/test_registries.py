@@ -6,41 +6,25 @@ from dataclasses import replace
 import pytest
 from tiny import LLAMA, TOY
 
-from peftlab import RunSpec, count, methods, predict, resolve, tasks
+from peftlab import RunSpec, predict, resolve, tasks
 from peftlab.__main__ import main
 from peftlab.catalog import gpus, models
 from peftlab.catalog.gpus import GPU
 from peftlab.catalog.models import BaseModel
 from peftlab.memory import fits
-from peftlab.methods import Method, Term, in_layers, selective
 
-NORMS = Method(
-    key="toy-norms",
-    name="Toy norms",
-    family="selective",
-    hypothesis="Scales are knobs enough.",
-    trains="The weights of the norms.",
-    terms=(Term(("weight",)),),
-    select=lambda a, spec: in_layers([m for m in a.modules if m.kind == "norm"], a, "all"),
-    attach=selective.attach,
-    defaults={"learning_rate": 1e-2},
-    in_place=True,
-)
 CHIP = GPU("toy-gpu", "Toy GPU", 1.0, 10**9, 100.0, None, "Toy", 2026, "here")
 MODEL = BaseModel("toy-model", "Toy Model", 195_008, "nobody/toy", config=LLAMA)
 
 
 @pytest.fixture
 def entries(monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "toy-norms", NORMS)
     monkeypatch.setitem(gpus.GPUS, "toy-gpu", CHIP)
     monkeypatch.setitem(models.MODELS, "toy-model", MODEL)
     monkeypatch.setitem(tasks.TASKS, "toy", TOY)
 
 
-@pytest.mark.parametrize(
-    "command, key", [("models", "toy-model"), ("methods", "toy-norms"), ("gpus", "toy-gpu"), ("tasks", "toy")]
-)
+@pytest.mark.parametrize("command, key", [("models", "toy-model"), ("gpus", "toy-gpu"), ("tasks", "toy")])
 def test_the_command_line_lists_it(entries, capsys, command, key):
     assert main([command, "--json"]) == 0
     assert key in [e["key"] for e in json.loads(capsys.readouterr().out)]
@@ -50,17 +34,6 @@ def test_a_model_is_counted_and_predicted(entries, capsys):
     assert main(["params", "--model", "toy-model", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trainable_parameters"] == 26_880
     assert predict(RunSpec(model="toy-model", method="full"), "12n").states == 12 * 195_008
-
-
-def test_a_method_is_counted_predicted_and_trained(entries, tiny_model, tmp_path):
-    from peftlab.train import train
-
-    spec = RunSpec(model=str(tiny_model), method="toy-norms", task="toy", steps=2)
-    assert resolve(spec).rank is None and resolve(spec).learning_rate == 1e-2
-    assert count(spec).trainable_parameters == 448  # FACTS.md, section 4
-    assert predict(spec, "12n").gradients == 2 * 448
-    (*_, done) = train(spec, tmp_path)
-    assert done["steps"] == 2
 
 
 def test_a_gpu_is_compared_with(entries):
@@ -93,7 +66,7 @@ def test_the_memory_tab_offers_them(entries):
 
     with gr.Blocks():
         state = gr.State(page.OPENING)
-    assert {"toy-model", "toy-norms", "toy-gpu"} <= choices(lambda: memory_calculator.build(state))
+    assert {"toy-model", "toy-gpu"} <= choices(lambda: memory_calculator.build(state))
 
 
 def test_the_live_tab_offers_them(entries):
@@ -102,7 +75,7 @@ def test_the_live_tab_offers_them(entries):
     from demos import live_finetune, page
 
     offered = choices(lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([])))
-    assert {"toy-model", "toy-norms", "toy"} <= offered
+    assert {"toy-model", "toy"} <= offered
 
 
 def test_the_lora_tab_offers_the_model(entries):

@@ -20,9 +20,9 @@ GPT2 = {
     "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 GEMMA3 = LLAMA | {
-    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 16, "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 16, "sliding_window": 32,
-}  # fmt: skip
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 32, "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 32, "sliding_window": 32,
+}  # as in the published ones, heads × head_dim is not hidden_size  # fmt: skip
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 OPT = {
     "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 3,

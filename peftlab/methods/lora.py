@@ -87,7 +87,7 @@ def adaptive(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     """AdaLoRA over the run's steps: a tenth to warm up, three tenths at the final budget, the cuts in between."""
     from peft import AdaLoraConfig
 
-    rank, steps = spec.rank or 1, spec.steps or 1
+    rank, steps = spec.rank or 1, max(spec.steps or 1, 2)  # the last cut needs a step before it, to judge by
     config = AdaLoraConfig(
         **_config(targets),
         **_scale(spec),

@@ -29,12 +29,19 @@ def keys_and_values(architecture: Architecture, spec: RunSpec) -> list[Target]:
 
 
 def _leave_room(architecture: Architecture, spec: RunSpec) -> None:
-    left = architecture.context - (spec.sequence_length or 0)
-    if architecture.context and (spec.virtual_tokens or 0) > left:
+    tokens, context = spec.virtual_tokens or 0, architecture.context
+    left = context - (spec.sequence_length or 0)
+    if not context or tokens <= left:
+        return
+    if left > 0:
         raise SpecError(
-            f"virtual-tokens={spec.virtual_tokens}: the model reads {architecture.context:,} tokens and the task's "
-            f"examples take {spec.sequence_length:,}; try {max(1, min(left, 20))}"
+            f"virtual-tokens={tokens}: the model reads {context:,} tokens and the task's examples take "
+            f"{spec.sequence_length:,}; try {min(left, 20)}"
         )
+    raise SpecError(
+        f"sequence-length={spec.sequence_length}: the model reads {context:,} tokens, and so many leave no room for "
+        f"{tokens} virtual tokens; try {max(8, context - tokens)}"
+    )
 
 
 def prompt(model: Any, targets: list[Target], spec: RunSpec) -> Any:
