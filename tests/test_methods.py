@@ -67,7 +67,8 @@ def test_its_drawing_can_be_drawn(key):
     if drawing.branch:
         assert drawing.joins is not None, "a branch that leads nowhere"
     boxes = (*drawing.main, *drawing.branch)
-    assert any("*" in box for box in boxes), "nothing drawn is trained"
+    assert any(box.startswith("*") for box in boxes), "nothing drawn is trained"
+    assert not any("*" in box[1:] for box in boxes), "a star that does not start its box"
 
 
 def test_a_rank_no_matrix_can_have_is_refused(tiny_model):

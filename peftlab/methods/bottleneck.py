@@ -36,8 +36,12 @@ def _beside(reader: Any, writer: Any, adapter: Any) -> None:
     def keep(module: Any, args: Any) -> None:
         adapter.input = args[0]
 
+    def add(module: Any, args: Any, out: Any) -> Any:
+        x, adapter.input = adapter.input, None  # else it would hold its memory until the next pass
+        return out + adapter(x)
+
     reader.register_forward_pre_hook(keep)
-    writer.register_forward_hook(lambda module, args, out: out + adapter(adapter.input))
+    writer.register_forward_hook(add)
 
 
 def at(*roles: str) -> Any:
@@ -139,7 +143,7 @@ def _register(key: str, **rest: Any) -> None:
     usual: dict[str, Any] = {
         "terms": (Term(("bottleneck", "d_out"), 2), Term(("bottleneck",)), Term(("d_out",))),
         "attach": attach,
-        "drawing": Drawing(("sub-layer", "*down", "GELU", "*up"), leaves=1, joins=4),
+        "drawing": Drawing(("sub-layer", "*down", "~GELU", "*up"), leaves=1, joins=4),
         "settings": ("bottleneck", "layers", "adapter_precision"),
         "defaults": {"learning_rate": 2e-3},
     }
@@ -147,18 +151,18 @@ def _register(key: str, **rest: Any) -> None:
 
 
 _register("houlsby", select=at("attention output", "down"))
-_register("pfeiffer", select=at("down"), drawing=Drawing(("feed-forward", "*down", "GELU", "*up"), leaves=1, joins=4))
+_register("pfeiffer", select=at("down"), drawing=Drawing(("feed-forward", "*down", "~GELU", "*up"), leaves=1, joins=4))
 _register(
     "parallel",
     select=beside_feed_forward,
     attach=attach_parallel,
-    drawing=Drawing(("feed-forward",), ("*down", "GELU", "*up"), leaves=0, joins=1),
+    drawing=Drawing(("feed-forward",), ("*down", "~GELU", "*up"), leaves=0, joins=1),
     defaults={"learning_rate": 1.5e-2},
 )
 _register(
     "post-attention",
     select=at("attention output"),
-    drawing=Drawing(("attention", "*down", "GELU", "*up"), leaves=1, joins=4),
+    drawing=Drawing(("attention", "*down", "~GELU", "*up"), leaves=1, joins=4),
 )
 _register(
     "io-adapter",
@@ -181,6 +185,6 @@ _register(
     shared={RULES: (KRONECKER,) * 3},
     select=divided,
     attach=attach_compacter,
-    drawing=Drawing(("sub-layer", "*Σ A⊗B", "GELU", "*Σ A⊗B"), leaves=1, joins=4),
+    drawing=Drawing(("sub-layer", "*Σ A⊗B", "~GELU", "*Σ A⊗B"), leaves=1, joins=4),
     defaults={"learning_rate": 8e-3},
 )

@@ -1,0 +1,147 @@
+"""Bottleneck adapters are our own, so each is held against its paper's formula, computed here by hand."""
+
+import pytest
+from tiny import CONFIGS, fresh
+
+from peftlab import RunSpec, architecture, methods, resolve, weights
+from peftlab.layers import Bottleneck, Kronecker
+from peftlab.methods import METHODS
+
+OURS = ["houlsby", "pfeiffer", "parallel", "post-attention", "io-adapter", "compacter"]
+
+
+def adapted(config_files, family, method, **settings):
+    """(a base, the same with the method on it, its adapters no longer the identity)"""
+    import torch
+
+    spec = resolve(RunSpec(model=config_files[family], method=method, bottleneck=8, **settings))
+    base = fresh(family).requires_grad_(False).eval()
+    targets = methods.targets(architecture.of(spec.model), spec)
+    model = METHODS[method].attach(weights.share(base), targets, spec).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    return base, model
+
+
+def kronecker(rules, s, t):
+    """Compacter, equation 5: the sum of Kronecker products of shared matrices and ones of rank one. d_in × d_out."""
+    import torch
+
+    return sum(torch.kron(a, torch.outer(s[i], t[i])) for i, a in enumerate(rules))
+
+
+def branch(adapter, rules=None):
+    """x → up(gelu(down(x))), written out."""
+    import torch
+
+    def linear(x, part):
+        weight = part.weight.T if rules is None else kronecker(rules, part.s, part.t)
+        return x @ weight + part.bias
+
+    return lambda x: linear(torch.nn.functional.gelu(linear(x, adapter.down)), adapter.up)
+
+
+def by_hand(method, base, model, ids):
+    """The logits of a Llama with the method's adapters where its paper has them, from the frozen base's parts."""
+    import torch
+
+    rules = getattr(model, "compacter_rules", None)
+    x = base.model.embed_tokens(ids)
+    if method == "io-adapter":
+        x = x + branch(model.model.embed_tokens.adapter)(x)
+    positions = base.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    for layer, changed in zip(base.model.layers, model.model.layers, strict=True):
+        attention, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=positions, attention_mask=None)
+        if method in ("houlsby", "post-attention", "compacter"):
+            attention = attention + branch(changed.self_attn.o_proj.adapter, rules)(attention)
+        x = x + attention
+        h = layer.post_attention_layernorm(x)
+        out = layer.mlp(h)
+        if method in ("houlsby", "pfeiffer", "compacter"):
+            out = out + branch(changed.mlp.down_proj.adapter, rules)(out)
+        elif method == "parallel":
+            out = out + branch(changed.mlp.down_proj.adapter)(h)
+        x = x + out
+    x = base.model.norm(x)
+    if method == "io-adapter":
+        x = x + branch(model.lm_head.adapter)(x)
+    return base.lm_head(x)
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_forward_is_the_papers_formula(method, config_files):
+    import torch
+
+    base, model = adapted(config_files, "llama", method)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
+    with torch.no_grad():
+        ours, plain = model(input_ids=ids).logits, base(input_ids=ids).logits
+        assert torch.allclose(ours, by_hand(method, base, model, ids), atol=1e-5)
+        assert torch.allclose(plain, by_hand("none", base, model, ids), atol=1e-5)  # the hand is right
+        assert (ours - plain).abs().max() > 1e-2
+
+
+def test_a_kronecker_layer_is_a_sum_of_kronecker_products():
+    import torch
+
+    rules = torch.nn.Parameter(torch.randn(4, 4, 4))
+    layer = Kronecker(rules, 24, 8)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, 24)
+    weight = kronecker(rules, layer.s, layer.t)
+    assert weight.shape == (24, 8) and torch.allclose(layer(x), x @ weight + layer.bias, atol=1e-5)
+    layer(x).sum().backward()
+    assert rules.grad.abs().min() > 0  # shared, and trained through every layer
+    assert "rules" not in str([n for n, _ in layer.named_parameters()])
+
+
+@pytest.mark.parametrize("rules", [None, 4], ids=["plain", "compacter"])
+def test_a_bottleneck_starts_at_zero_and_learns(rules):
+    import torch
+
+    adapter = Bottleneck(16, 8, None if rules is None else torch.randn(rules, rules, rules))
+    x = torch.randn(3, 16)
+    assert not adapter(x).any()
+    adapter(x).sum().backward()
+    (first,) = [n for n, p in adapter.up.named_parameters() if n in ("weight", "t")]
+    assert getattr(adapter.up, first).grad.any(), "zero at the start, and a gradient to leave it"
+    assert adapter(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", [f for f in CONFIGS if f != "llama"])
+def test_parallel_reads_what_the_feed_forward_reads(family, config_files):
+    """Whatever the sub-layer is called: beside OPT's fc1 and fc2, which have no module of their own, too."""
+    import torch
+
+    _, model = adapted(config_files, family, "parallel")
+    read, added, modules = [], [], dict(model.named_modules())
+    entrance, exit_ = {
+        "gpt2": ("transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"),
+        "opt": ("model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"),
+    }.get(family, ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"))
+    modules[entrance].register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    modules[exit_].adapter.register_forward_pre_hook(lambda module, args: added.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert len(read) == len(added) == 1 and read[0] is added[0]
+
+
+def test_no_activation_outlives_a_pass(config_files):
+    import torch
+
+    _, model = adapted(config_files, "llama", "parallel")
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    held = [n for n, m in model.named_modules() for v in vars(m).values() if torch.is_tensor(v) and id(v) not in own]
+    assert held == []
+
+
+@pytest.mark.parametrize("layers, numbers", [("last:1", [2]), ("0,2", [0, 2])])
+@pytest.mark.parametrize("method", [m for m in OURS if "layers" in METHODS[m].settings])
+def test_only_the_chosen_layers_have_one(method, layers, numbers, config_files):
+    _, model = adapted(config_files, "llama", method, layers=layers)
+    with_one = {n.split(".")[2] for n, _ in model.named_parameters() if ".adapter." in n}
+    assert sorted(map(int, with_one)) == numbers
