@@ -27,7 +27,7 @@ def adapted(config_files, family, method, **settings):
 
 
 def kronecker(rules, s, t):
-    """Compacter, equation 5: the sum of Kronecker products of shared matrices and ones of rank one. d_in × d_out."""
+    """Compacter, section 4: the sum of Kronecker products of shared matrices and ones of rank one. d_in × d_out."""
     import torch
 
     return sum(torch.kron(a, torch.outer(s[i], t[i])) for i, a in enumerate(rules))
