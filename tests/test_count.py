@@ -190,7 +190,7 @@ def test_oft_has_one_rotation_for_each_block(model, b):
 def test_bitfit_is_the_sum_of_the_biases(model):
     meta = architecture.build_meta(MODELS[model].config)
     biases = sum(p.numel() for n, p in meta.named_parameters() if n.endswith("bias"))
-    modules = [m for m in meta.modules() if "Norm" in type(m).__own_]
+    modules = [m for m in meta.modules() if "Norm" in type(m).__name__]
     norms = sum(m.weight.numel() for m in modules if getattr(m, "weight", None) is not None)
     spec = RunSpec(model=model, method="bitfit")
     assert count(spec.but(train_norms=True)).trainable_parameters == biases + norms
