@@ -17,23 +17,16 @@ from demos.gpu import on_gpu
 from peftlab import RunSpec, SpecError, adapters, count, figures, jobs, tasks, words
 from peftlab.bench import recorded_runs
 from peftlab.catalog.models import DEFAULT, MODELS
-from peftlab.methods import METHODS
+from peftlab.catalog.presets import PRESETS
 from peftlab.tasks import METRICS, TASKS
 from peftlab.train import train
 
-FIELDS = (
-    "task",
-    "model",
-    "method",
-    "rank",
-    "learning_rate",
-    "steps",
-    "alpha",
-    "target_modules",
-    "batch_size",
-    "dropout",
-    "seed",
-)
+OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
+"""Settings of some methods, next to the method; FOLDED are under More settings."""
+FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
+FIELDS = ("task", "model", "method", *OWN, *FOLDED, "learning_rate", "steps", "batch_size", "quantization", "seed")
+BY_METHOD = (*OWN, *FOLDED, "learning_rate", "quantization")
+"""Controls that follow the method."""
 LARGEST = 2_000_000_000
 """Parameters of the largest model offered for a live run."""
 
@@ -116,9 +109,15 @@ def card(task: str) -> str:
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
 
 
-def explained(spec: RunSpec) -> tuple[str, str, str]:
-    """In words: the task, the method, and the settings a run would have."""
-    return card(spec.task or tasks.DEFAULT), page.method_card(spec.method or "lora"), page.settings_line(spec)
+def explained(spec: RunSpec) -> tuple[str, str, str, str]:
+    """In words: the task, what the method trains, the method in full, and the settings a run would have."""
+    method = spec.method or "lora"
+    return (
+        card(spec.task or tasks.DEFAULT),
+        page.method_card(method, here(spec).model or DEFAULT),
+        page.method_panel(method),
+        page.settings_line(spec),
+    )
 
 
 def charts(events: Events) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,17 +155,17 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             page.drawer_handle()
             task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
             lesson = page.note(card(tasks.DEFAULT))
-            method = page.choice("method", page.methods_here(), "lora")
-            about = page.note(page.method_card("lora"))
-            rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
+            method = page.method_choice("lora", DEFAULT)
+            about = page.note(page.method_card("lora", DEFAULT))
+            own = page.method_settings(page.OPENING, *OWN)
             steps = page.number("steps")
             learning_rate = page.number("learning_rate")
             with gr.Accordion("More settings", open=False):
                 model = page.choice("model", runnable(), DEFAULT)
-                alpha = page.number("alpha")
-                targets = page.choice("target_modules", page.TARGETS, "all-linear", allow_custom_value=True)
+                preset = page.preset_choice(list(PRESETS))
+                folded = page.method_settings(page.OPENING, *FOLDED)
                 batch_size = page.number("batch_size")
-                dropout = page.number("dropout")
+                quantization = page.choice("quantization")
                 seed = page.number("seed")
             note = page.note(page.settings_line(here(page.OPENING)))
             reset = gr.Button("Reset to automatic", size="sm")
@@ -181,14 +180,26 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                 loss = page.plot(first[2], "Training loss by step")
                 metric = page.plot(first[3], "Held-out metric by step")
             said = gr.HTML(first[4])
-    fields = [task, model, method, rank, learning_rate, steps, alpha, targets, batch_size, dropout, seed]
+            panel = gr.HTML(page.method_panel("lora"))
+    fields = [task, model, method, *own, *folded, learning_rate, steps, batch_size, quantization, seed]
+    follows = [*own, *folded, learning_rate, quantization]
     live = [problem, sentence, bar, loss, metric, said, go, stop, keep]
 
     def update(spec: RunSpec, *values: Any) -> tuple:
-        chosen = page.edit(here(spec), FIELDS, values)
+        before = here(spec)
+        chosen, moved = page.edit(before, FIELDS, values)
         count(chosen)  # refuses what has nothing to train
-        uses = METHODS[chosen.method or "lora"].settings
-        return (chosen, *explained(chosen), gr.update(visible="rank" in uses))
+        return (
+            chosen,
+            *explained(chosen),
+            page.method_value(chosen.method, chosen.model) if chosen.model != before.model else gr.skip(),
+            *page.method_updates(chosen, BY_METHOD, refill=moved),
+        )
+
+    def use_preset(spec: RunSpec, key: str, *values: Any) -> tuple:
+        chosen, _ = page.edit(here(spec), FIELDS, values)
+        chosen = PRESETS[key].on(chosen) if key else chosen
+        return (chosen, page.preset_says(key), *show(chosen))
 
     def follow(job: jobs.Job | None) -> Iterator[tuple]:
         """A job's picture, again each time something happened."""
@@ -218,7 +229,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
         try:
-            chosen = page.edit(here(spec), FIELDS, values)
+            chosen, _ = page.edit(here(spec), FIELDS, values)
             count(chosen)
             job = jobs.start(chosen, request.session_hash or "", TRAIN)
         except SpecError as error:
@@ -240,9 +251,9 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     gr.on(
         [control.input for control in fields],
-        page.refusing(update, 5),
+        page.refusing(update, 6 + len(follows)),
         [spec, *fields],
-        [problem, spec, lesson, about, note, rank],
+        [problem, spec, lesson, about, panel, note, method, *follows],
         trigger_mode="always_last",
         show_progress="hidden",
         concurrency_limit=None,
@@ -269,14 +280,25 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     def show(spec: RunSpec) -> tuple:
         s = here(spec)
-        uses = METHODS[s.method or "lora"].settings
         return (
-            s.task or tasks.DEFAULT, s.model, s.method or "lora", gr.update(value=s.rank or 8, visible="rank" in uses),
-            s.learning_rate, s.steps, s.alpha, s.target_modules or "all-linear", s.batch_size, s.dropout, s.seed,
+            s.task or tasks.DEFAULT,
+            s.model,
+            page.method_value(s.method, s.model),
+            *page.method_updates(s, BY_METHOD, refill=True),
+            s.steps,
+            s.batch_size,
+            s.seed,
             *explained(s),
-        )  # fmt: skip
+        )
 
-    shown = [*fields, lesson, about, note]
+    shown = [task, model, method, *follows, steps, batch_size, seed, lesson, about, panel, note]
+    preset.input(
+        page.refusing(use_preset, 2 + len(shown)),
+        [spec, preset, *fields],
+        [problem, spec, preset, *shown],
+        show_progress="hidden",
+        api_visibility="private",
+    )
     reset.click(
         lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain)),
         spec,

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import page
 from peftlab import ParameterReport, RunSpec, SpecError, architecture, count, figures, words
+from peftlab.catalog.presets import PRESETS
 
 FIELDS = ("model", "rank", "alpha", "target_modules", "layers")
 LESSONS = {
@@ -82,6 +83,7 @@ def build(spec: gr.State) -> page.View:
             model = page.model_choice(page.OPENING.model)
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
             alpha = page.number("alpha")
+            preset = page.preset_choice([key for key in PRESETS if key.startswith("alpha")])
             names = architecture.of(page.OPENING.model or "").target_names()
             targets = gr.CheckboxGroup(
                 names, value=names, label="Target modules", info="Linear maps that get an A and a B"
@@ -124,7 +126,7 @@ def build(spec: gr.State) -> page.View:
             spec = spec.but(model=model, target_modules=None, layers=None)
             ticked, layers, boxes = names, "", gr.update(choices=names, value=names)
         wanted = "all-linear" if len(ticked) == len(names) else ",".join(n for n in names if n in ticked)
-        spec = page.edit(spec.but(method="lora"), FIELDS, (model, rank, alpha, wanted, layers))
+        spec, _ = page.edit(spec.but(method="lora"), FIELDS, (model, rank, alpha, wanted, layers))
         return (spec, boxes, *picture(spec, matrix))
 
     show = page.refusing(  # a bare count from another tab has nothing to draw
@@ -143,6 +145,19 @@ def build(spec: gr.State) -> page.View:
         api_visibility="private",
     )
     shown = [problem, *fields, *drawn]
+
+    def use_preset(spec: RunSpec, key: str) -> tuple:
+        spec = PRESETS[key].on(spec) if key else spec
+        return (spec, page.preset_says(key), *show(spec))
+
+    preset.input(
+        use_preset,
+        [spec, preset],
+        [spec, preset, *shown],
+        show_progress="hidden",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
     for button, lesson in zip(lessons, LESSONS.values(), strict=True):
         button.click(
             lambda lesson=lesson: (lesson, *show(lesson)),

@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import page
 from peftlab import MemoryReport, RunSpec, figures, predict, words
-from peftlab.catalog.models import find
+from peftlab.catalog.models import DEFAULT, find
 from peftlab.memory import CONVENTIONS, Fit, fits, storage
 from peftlab.memory.conventions import EXACT
-from peftlab.methods import METHODS
 
-FIELDS = ("model", "method", "rank", "target_modules", "precision", "quantization", "optimizer", "gpu")
+BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
+"""Settings that some methods read and counts depend on."""
+FIELDS = ("model", "method", *BY_METHOD, "precision", "quantization", "optimizer", "gpu")
 LESSONS = {
     "Llama 3.1 8B": (RunSpec(model="llama-3.1-8b"), "12n"),
     "Gemma 3 270M (lecture 11.2)": (RunSpec(model="gemma-3-270m", rank=16), "12n"),
@@ -38,7 +39,7 @@ LEGEND = "".join(
 
 def pair(spec: RunSpec, convention: str, share: float) -> tuple[MemoryReport, MemoryReport]:
     """Full fine-tuning and the chosen method; `share` (percent) is trained where the model is only a number."""
-    entry = find(spec.model or "smollm2-135m-instruct")
+    entry = find(spec.model or DEFAULT)
     trainable = None if entry.config else max(1, round(entry.total_parameters * share / 100))
     plain = spec.but(method="full", quantization=None)
     return predict(plain, convention), predict(spec, convention, trainable)
@@ -118,9 +119,9 @@ def build(spec: gr.State) -> page.View:
         with page.controls():
             page.drawer_handle()
             model = page.model_choice(page.OPENING.model)
-            method = page.choice("method", page.methods_here(), page.OPENING.method)
-            rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
-            targets = page.choice("target_modules", page.TARGETS, "all-linear", allow_custom_value=True)
+            method = page.method_choice(page.OPENING.method or "lora", page.OPENING.model or DEFAULT)
+            about = page.note(page.method_card("lora", page.OPENING.model or DEFAULT))
+            own = page.method_settings(page.OPENING, *BY_METHOD)
             share = gr.Slider(
                 0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
                 info="A bare count has no layers to adapt, so its share is chosen",
@@ -151,40 +152,54 @@ def build(spec: gr.State) -> page.View:
                 table = gr.HTML(first[3])
             with gr.Accordion("Which GPUs hold it", open=False):
                 grid = gr.HTML(first[4])
+            with gr.Accordion("How the method works", open=False):
+                panel = gr.HTML(page.method_panel("lora"))
             with gr.Accordion("The lectures' numbers, recomputed", open=False):
                 gr.HTML(page.claims_table("memory"))
 
-    fields = [model, method, rank, targets, precision, quantization, optimizer, gpu]
+    fields = [model, method, *own, precision, quantization, optimizer, gpu]
     view = [convention, share, tasks]
-    drawn = [sentence, figure, disk, table, grid, note]
+    drawn = [about, panel, sentence, figure, disk, table, grid, note]
 
-    def reachable(spec: RunSpec) -> tuple:
-        """Which controls have a say."""
-        entry = find(spec.model or "")
-        used = METHODS[spec.method or "lora"].settings
+    def changes(spec: RunSpec, refill: bool) -> tuple:
+        """The method's controls and, for a bare count, its share."""
+        bare = find(spec.model or DEFAULT).config is None
         return (
-            gr.update(visible="rank" in used and entry.config is not None),
-            gr.update(visible="target_modules" in used and entry.config is not None),
-            gr.update(visible=entry.config is None and not METHODS[spec.method or "lora"].in_place),
+            *page.method_updates(spec, BY_METHOD, refill),
+            gr.update(visible=bare and spec.method != "full"),
         )
 
-    def update(spec: RunSpec, convention: str, share: float, tasks: float, *values: Any) -> tuple:
-        spec = page.edit(spec, FIELDS, values)
-        return (spec, *reachable(spec), *picture(spec, convention, share, tasks))
+    def explained(spec: RunSpec) -> tuple[str, str]:
+        method = spec.method or "lora"
+        return page.method_card(method, spec.model or DEFAULT), page.method_panel(method)
 
-    def values(spec: RunSpec) -> tuple:
-        return tuple(getattr(spec, name) or _blank(name) for name in FIELDS)
+    def update(spec: RunSpec, convention: str, share: float, tasks: float, *values: Any) -> tuple:
+        before = spec
+        spec, moved = page.edit(spec, FIELDS, values)
+        return (
+            spec,
+            page.method_value(spec.method, spec.model) if spec.model != before.model else gr.skip(),
+            *changes(spec, refill=moved),
+            *explained(spec),
+            *picture(spec, convention, share, tasks),
+        )
 
     def body(spec: RunSpec, convention: str = page.CONVENTION, share: float = 0.5, tasks: float = 50) -> tuple:
-        drawing = update(spec, convention, share, tasks, *[getattr(spec, n) for n in FIELDS])
-        rank_shown, targets_shown, share_shown = drawing[1:4]
-        field_values = list(values(spec))
-        field_values[2] = gr.update(value=field_values[2], **{"visible": rank_shown["visible"]})
-        field_values[3] = gr.update(value=field_values[3], **{"visible": targets_shown["visible"]})
-        return (*field_values, share_shown, convention, *drawing[4:])
+        """Every control and picture of a spec."""
+        *own, share_shown = changes(spec, refill=True)
+        return (
+            spec.model or DEFAULT,
+            page.method_value(spec.method, spec.model),
+            *own,
+            *(getattr(spec, name) or "" for name in FIELDS[-4:]),
+            share_shown,
+            convention,
+            *explained(spec),
+            *picture(spec, convention, share, tasks),
+        )
 
     show = page.refusing(body, len(FIELDS) + 2 + len(drawn))
-    refresh = [problem, spec, rank, targets, share, *drawn]
+    refresh = [problem, spec, method, *own, share, *drawn]
     gr.on(
         [control.input for control in (*fields, *view)],
         page.refusing(update, len(refresh) - 1),
@@ -222,10 +237,6 @@ def _gpus() -> Any:
     from peftlab.catalog.gpus import GPUS
 
     return GPUS
-
-
-def _blank(name: str) -> Any:
-    return {"rank": 8, "target_modules": "all-linear", "method": "lora", "model": "smollm2-135m-instruct"}.get(name, "")
 
 
 if __name__ == "__main__":

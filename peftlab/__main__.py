@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_spec(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--spec", type=Path, help="a JSON file with any of these settings; flags win")
+    sub.add_argument("--preset", help="published settings by name (see presets); flags win")
     group = sub.add_argument_group("settings")
     for name, about in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
@@ -117,7 +118,12 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     for name, value in flags.items():
         if value == "":
             raise SpecError(f"{name.replace('_', '-')} is empty; leave it out for automatic")
-    return RunSpec.from_dict(values | flags)
+    spec = RunSpec.from_dict(values | flags)
+    if args.preset:
+        from .catalog import presets
+
+        spec = RunSpec.from_dict(presets.find(args.preset).on(spec).to_dict() | flags)
+    return spec
 
 
 def _print(document: Any) -> None:
@@ -172,7 +178,18 @@ def _tasks(args: argparse.Namespace) -> None:
         _table([(t.key, f"{len(t.train)} + {len(t.heldout)} held out", t.metric, t.teaches) for t in TASKS.values()])
 
 
-CATALOGUES = {"models": _models, "methods": _methods, "gpus": _gpus, "tasks": _tasks}
+def _presets(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from .catalog.presets import PRESETS
+
+    if args.json:
+        _print([asdict(p) for p in PRESETS.values()])
+    else:
+        _table([(p.key, p.name, p.says, p.source) for p in PRESETS.values()])
+
+
+CATALOGUES = {"models": _models, "methods": _methods, "gpus": _gpus, "tasks": _tasks, "presets": _presets}
 
 
 def _fetch(args: argparse.Namespace) -> None:

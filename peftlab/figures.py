@@ -14,6 +14,7 @@ from . import words
 from .compare import BASE, ComparisonReport
 from .count import ModuleCount
 from .memory import CONVENTIONS, MemoryReport
+from .methods import Drawing
 
 THEMES = ("light", "dark")
 PALETTE = {
@@ -282,4 +283,64 @@ def matrices(module: ModuleCount, rank: int) -> str:
         + "</div>"
         f'<p class="note">{escape(module.name)}, drawn to scale. One adapter has {adapter:,} numbers against '
         f"{d_in * d_out:,}: {words.percent(adapter / (d_in * d_out))}.</p>"
+    )
+
+
+BOX, GAP, ROW = 36, 34, 62
+"""Of a data path, in pixels: a box's height, the least room between two, and from one line to the next."""
+
+
+def data_path(drawing: Drawing, name: str) -> str:
+    """How the data flows through one adapted place, as SVG in the page's colours: what is trained stands out."""
+    main, branch = [_width(t) for t in drawing.main], [_width(t) for t in drawing.branch]
+    leaves, joins = drawing.leaves, drawing.joins if drawing.joins is not None else len(main)
+    inner = sum(branch) + GAP * (len(branch) + 1)
+    span = sum(main[leaves or 0 : joins]) + GAP * (joins - (leaves or 0))
+    spread = max(0, inner - span) / (joins - (leaves or 0)) if branch else 0
+    x, gaps, boxes = 26.0, [], []
+    for i, (text, width) in enumerate(zip(drawing.main, main, strict=True)):
+        wide = spread if (leaves or 0) <= i < joins else 0
+        gaps.append(x + GAP / 2)
+        boxes.append(_box(text, x + GAP + wide / 2, 4, width))
+        x += GAP + wide + width
+    gaps.append(x + GAP / 2)
+    end, middle, low = x + GAP + 22, 4 + BOX / 2, 4 + BOX / 2 + ROW
+    lines = [f"M22 {middle}H{end - 20}"]
+    if drawing.joins is not None:
+        to = gaps[joins]
+        start = gaps[leaves] if leaves is not None else None
+        lines.append(f"M{start} {middle}V{low}H{to}V{middle}" if start is not None else f"M{GAP} {low}H{to}V{middle}")
+        x = (start if start is not None else 0.0) + GAP
+        for text, width in zip(drawing.branch, branch, strict=True):
+            boxes.append(_box(text, x, low - BOX / 2, width))
+            x += width + GAP
+        sign = drawing.how
+        boxes.append(
+            f'<circle cx="{to}" cy="{middle}" r="11"/><text x="{to}" y="{middle + 6}">+</text>'
+            if sign == "+"
+            else f'<text class="how-joined" x="{to + 10}" y="{middle + 34}">{escape(sign)}</text>'
+        )
+    height = (low + BOX / 2 if drawing.joins is not None else middle + BOX / 2) + 4
+    flow, beside = (" → ".join(_spoken(t) for t in line) for line in (drawing.main, drawing.branch))
+    said = f"{name}: {flow}" + (f"; beside it {beside}" if beside else "")
+    return (
+        f'<div class="wide"><svg class="data-path" role="img" aria-label="{escape(said)}" width="{end:.0f}" '
+        f'height="{height:.0f}" viewBox="0 0 {end:.0f} {height:.0f}"><path d="{" ".join(lines)}"/>'
+        f'<text x="11" y="{middle + 6}">x</text><text x="{end - 9}" y="{middle + 6}">h</text>{"".join(boxes)}</svg></div>'
+    )
+
+
+def _width(text: str) -> float:
+    return 9 * len(text.lstrip("*~")) + 22
+
+
+def _spoken(text: str) -> str:
+    return f"trained {text[1:]}" if text[0] == "*" else text.lstrip("~")
+
+
+def _box(text: str, x: float, y: float, width: float) -> str:
+    meaning = {"*": "trained", "~": "operation"}.get(text[0], "frozen")
+    return (
+        f'<rect class="{meaning}" x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{BOX}" rx="3"/>'
+        f'<text x="{x + width / 2:.0f}" y="{y + BOX / 2 + 6:.0f}">{escape(text.lstrip("*~"))}</text>'
     )

@@ -84,7 +84,10 @@ def gpu_name(fit: Fit) -> str:
 
 def method_name(report: MemoryReport | ParameterReport) -> str:
     spec = report.spec
-    return f"{report.method_name}, rank {spec.rank}" if spec.rank else report.method_name
+    sizes = (("rank", spec.rank), ("width", spec.bottleneck), ("blocks of", spec.block_size))
+    named = [f"{name} {size}" for name, size in sizes if size]
+    named += [f"{spec.virtual_tokens} virtual tokens"] if spec.virtual_tokens else []
+    return ", ".join((report.method_name, *named))
 
 
 def where(spec: Any) -> str:

@@ -1,5 +1,5 @@
 import pytest
-from tiny import drain
+from tiny import drain, said
 
 from peftlab import RunSpec, SpecError, generate, resolve, weights
 from peftlab.generate import Decoding, answer, decode, nats_per_token, stream
@@ -10,15 +10,6 @@ PROMPTS = [[5, 9, 200, 31], [7], [42, 43, 44, 45, 46, 47, 48, 300, 301], [11, 12
 @pytest.fixture(params=["tiny_model", "tied_model", "gpt2_model"])
 def base(request):
     return weights.load(resolve(RunSpec(model=str(request.getfixturevalue(request.param)))))
-
-
-def said(model, prompts, decoding, eos=-1):
-    rows = [[] for _ in prompts]
-    for column in decode(model, prompts, eos if eos >= 0 else 0, decoding):
-        for row, token in zip(rows, column, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
 
 
 def test_greedy_equals_transformers(base):

@@ -181,3 +181,15 @@ def small(model, method: str, **rest) -> RunSpec:
 
     used = {k: v for k, v in SMALL.items() if k in METHODS[method].settings}
     return resolve(RunSpec(model=str(model), method=method, task="toy", **{"steps": 5, **used, **rest}))
+
+
+def said(model, prompts, decoding, eos=-1):
+    """The tokens that `model` answers each prompt with."""
+    from peftlab.generate import decode
+
+    rows = [[] for _ in prompts]
+    for column in decode(model, prompts, eos if eos >= 0 else 0, decoding):
+        for row, token in zip(rows, column, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows

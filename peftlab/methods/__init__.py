@@ -55,8 +55,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Drawing:
-    """The path of the data through one adapted place, left to right. A box whose text starts with `*` is trained.
+    """The path of the data through one adapted place, left to right.
 
+    A box whose text starts with `*` is trained, with `~` an operation without parameters; the others are frozen.
     Gaps are numbered: 0 before the first box of `main`, 1 after it, and so on.
     """
 
@@ -149,6 +150,22 @@ def targets(architecture: Architecture, spec: RunSpec, model_name: str = "the mo
     if not any(method.trained(t.module, spec) for t in chosen):
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
     return chosen
+
+
+def why_not(key: str, model: str) -> str:
+    """Why a method cannot be used on a model at its automatic settings; empty where it can."""
+    from .. import architecture as architectures
+    from ..catalog import models
+    from ..resolve import resolve
+
+    entry = models.find(model)
+    if entry.config is None:
+        return ""
+    try:
+        targets(architectures.of(model), resolve(RunSpec(model=model, method=key)), entry.name)
+    except SpecError as error:
+        return str(error)
+    return ""
 
 
 class Unsuited(SpecError):

@@ -11,7 +11,7 @@ from . import Drawing, Method, Target, Term, linear_targets, register, through_p
 
 SETTINGS = ("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision")
 BA = (Term(("rank", "d_in")), Term(("rank", "d_out")))
-PARALLEL = Drawing(("W",), ("*A", "*B", "× α/r"), leaves=0, joins=1)
+PARALLEL = Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1)
 
 
 def select(architecture: Architecture, spec: RunSpec) -> list[Target]:
@@ -151,20 +151,20 @@ _register("lora", defaults={"learning_rate": 2e-3})
 _register(
     "qlora",
     select=quantized,
-    drawing=Drawing(("W in NF4",), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    drawing=Drawing(("W in NF4",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 2e-3, "quantization": "nf4"},
 )
 _register(
     "rslora",
     attach=rank_stabilized,
-    drawing=Drawing(("W",), ("*A", "*B", "× α/√r"), leaves=0, joins=1),
+    drawing=Drawing(("W",), ("*A", "*B", "~× α/√r"), leaves=0, joins=1),
     defaults={"learning_rate": 1e-3, "alpha": 8.0},
 )
 _register(
     "dora",
     terms=(*BA, Term(("d_out",))),
     attach=decomposed,
-    drawing=Drawing(("W", "÷ norm", "*× m"), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    drawing=Drawing(("W", "~÷ norm", "*× m"), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 2e-3},
 )
 _register("lora-plus", rate=faster_b, settings=(*SETTINGS, "lr_ratio"), defaults={"learning_rate": 5e-4})
@@ -172,14 +172,14 @@ _register(
     "pissa",
     select=unquantized,
     attach=principal,
-    drawing=Drawing(("W − BA at the start",), ("*A", "*B", "× α/r"), leaves=0, joins=1),
+    drawing=Drawing(("W − BA at the start",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 5e-4, "alpha": lambda spec: float(spec["rank"])},
 )
 _register(
     "adalora",
     terms=(*BA, Term(("rank",))),
     attach=adaptive,
-    drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "× α/r"), leaves=0, joins=1),
+    drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 2e-2, "rank": 12},
     penalty=orthogonality,
     after_step=cut_ranks,

@@ -120,7 +120,7 @@ _register(
     attach=attach_norms,
     merge=through_peft.merge,
     in_place=False,
-    drawing=Drawing(("÷ deviation", "*× scale", "W")),
+    drawing=Drawing(("~÷ deviation", "*× scale", "W")),
     settings=("layers", "adapter_precision"),
     defaults={"learning_rate": 2.5e-3},
     if_nothing="has no norm with parameters of its own; use lora",

@@ -40,7 +40,7 @@ def _is_parameter(tensor: Any) -> bool:
 def load(model: Any, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel
 
-    device, config = next(model.parameters()).device, PeftConfig.from_pretrained(folder)
+    device, config = next(model.parameters()).device, PeftConfig.from_pretrained(str(folder))
     relative = str(getattr(config, "init_lora_weights", "")) == "pissa"
     if relative:
         config.init_lora_weights = True
@@ -59,9 +59,8 @@ def leave_residual(model: Any, start: bool = False) -> None:
     import torch
     from peft.tuners.lora.layer import LoraLayer
 
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    adapted: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for module in adapted:
         base, rank, scaling = module.get_base_layer(), module.r["default"], module.scaling["default"]
         stored = base.weight.data
         w = (stored.T if module.fan_in_fan_out else stored).double()
@@ -72,9 +71,9 @@ def leave_residual(model: Any, start: bool = False) -> None:
         left = w - b @ a
         base.weight.data = (left.T if module.fan_in_fan_out else left).to(stored.dtype).contiguous()
         if start:
-            for side, values in ((module.lora_A, a), (module.lora_B, b)):
+            for side, matrix in ((module.lora_A, a), (module.lora_B, b)):
                 weight = side["default"].weight
-                weight.data = (values / scaling**0.5).to(weight.dtype)
+                weight.data = (matrix / scaling**0.5).to(weight.dtype)
 
 
 def merge(model: Any) -> Any:

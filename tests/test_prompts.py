@@ -1,0 +1,159 @@
+"""Virtual tokens: the model steered by them computes what peft's own would, and decoding sees the distances of training."""
+
+import pytest
+from tiny import CONFIGS, make_model, run_of, said, small, steps
+
+from peftlab import adapters, generate, weights
+from peftlab.generate import Decoding, nats_per_token
+
+METHODS = ["prompt", "p-tuning", "prefix"]
+FAMILIES = ["llama-tied", "gemma3", "gpt2", "opt"]
+PROMPTS = [[5, 9, 200, 31], [7], [42, 43, 44, 45, 46, 47, 48, 300, 301], [11, 12, 13]]
+EVERY = pytest.mark.parametrize("method", METHODS)
+ON_EACH = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    """Models in which what came before decides what is said; with the usual start they repeat the last token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    root, large = tmp_path_factory.mktemp("lively"), {"initializer_range": 0.25, "init_std": 0.25}
+    for name in FAMILIES:
+        folder = make_model(root / name, CONFIGS[name] | large)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.2)
+        model.save_pretrained(folder)
+    return {name: str(root / name) for name in FAMILIES}
+
+
+@pytest.fixture
+def steered(lively, toy_task, tmp_path):
+    """A model with virtual tokens moved from where they started."""
+
+    def make(method, family, **settings):
+        import torch
+
+        model = run_of(small(lively[family], method, **settings), tmp_path).model
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.3 * torch.randn(p.shape, generator=draw))
+        return model
+
+    return make
+
+
+@EVERY
+@ON_EACH
+@pytest.mark.parametrize("kept", [0, 3])
+def test_in_training_it_is_pefts_own_forward(method, family, kept, steered):
+    import torch
+
+    model = steered(method, family).train()
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
+    options = {"logits_to_keep": kept} if kept else {}
+    torch.manual_seed(0)  # GPT-2 and OPT have dropout
+    ours = model(input_ids=ids, use_cache=False, **options).logits
+    torch.manual_seed(0)
+    theirs = type(model).forward(model, input_ids=ids, use_cache=False, **options).logits
+    assert ours.shape[:2] == (2, kept or 5)
+    assert torch.equal(ours, theirs[:, -ours.shape[1] :])
+    plain = model.get_base_model()(input_ids=ids, use_cache=False).logits
+    assert (ours - plain[:, -ours.shape[1] :]).abs().max() > 1e-2
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """(each prompt's tokens, and the logits they were picked from: prompts × steps × vocabulary)"""
+    import torch
+
+    seen, pick = [], generate._pick
+    monkeypatch.setattr(generate, "_pick", lambda logits, *rest: seen.append(logits.clone()) or pick(logits, *rest))
+
+    def decode(model, prompts):
+        seen.clear()
+        return said(model, prompts, Decoding(6)), torch.stack(seen, 1)
+
+    return decode
+
+
+@EVERY
+@ON_EACH
+def test_a_batch_of_unequal_prompts_equals_each_alone(method, family, steered, decoded):
+    import torch
+
+    model = steered(method, family).eval()
+    tokens, together = decoded(model, PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        own, alone = decoded(model, [prompt])
+        assert own == [tokens[i]]
+        assert torch.allclose(together[i, : alone.shape[1]], alone[0], atol=1e-3)
+    _, unsteered = decoded(model.get_base_model(), PROMPTS)
+    assert (unsteered[:, 0] - together[:, 0]).abs().amax(1).min() > 0.05  # what must agree hangs on the virtual tokens
+    assert torch.pdist(together[:, 0]).min() > 0.05  # and on the prompts
+
+
+@EVERY
+@ON_EACH
+def test_token_by_token_equals_the_whole_sequence_again(method, family, steered, decoded):
+    import torch
+
+    model = steered(method, family).eval()
+    tokens, together = decoded(model, PROMPTS)
+    for prompt, answer, row in zip(PROMPTS, tokens, together, strict=True):
+        with torch.no_grad():
+            whole = type(model).forward(model, input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
+        after = whole[0, -len(answer) - 1 : -1]  # the prompt's last position, and each token's but the last
+        assert after.argmax(1).tolist() == answer and len(answer) == 6
+        assert torch.allclose(after, row, atol=1e-3)
+
+
+@EVERY
+@ON_EACH
+def test_a_loaded_one_decodes_the_same(method, family, lively, toy_task, tmp_path):
+    spec = small(lively[family], method)
+    run = run_of(spec, tmp_path)
+    steps(run, 5)
+    again = adapters.apply(run.base, adapters.read(adapters.save(run.model, spec, tmp_path / "adapter")))
+    assert said(again, PROMPTS, Decoding(6)) == said(run.model.eval(), PROMPTS, Decoding(6))
+
+
+@ON_EACH
+def test_a_prefix_starts_as_the_keys_and_values_of_tokens(family, lively, toy_task, tmp_path, monkeypatch):
+    """So before training the model answers as if those tokens came first."""
+    import torch
+
+    drawn, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, **rest: drawn.append(randint(*args, **rest)) or drawn[-1])
+    run = run_of(small(lively[family], "prefix"), tmp_path)
+    (tokens,) = (t for t in drawn if t.shape == (1, 5))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        read = run.base.model(input_ids=torch.cat([tokens, ids], 1)).logits[:, 5:]
+        assert torch.allclose(run.model.eval()(input_ids=ids).logits, read, atol=1e-4)
+
+
+@ON_EACH
+def test_prompt_tuning_starts_as_the_embeddings_of_tokens(family, lively, toy_task, tmp_path):
+    import torch
+
+    run = run_of(small(lively[family], "prompt"), tmp_path)
+    vectors, known = run.trained[0], run.base.model.get_input_embeddings()(torch.arange(512))
+    tokens = torch.cdist(vectors.detach(), known).argmin(1)
+    assert torch.allclose(known[tokens], vectors, atol=1e-6)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        read = run.base.model(input_ids=torch.cat([tokens[None], ids], 1)).logits[:, 5:]
+        assert torch.allclose(run.model.eval()(input_ids=ids).logits, read, atol=1e-4)
+
+
+@EVERY
+def test_the_prose_is_read_by_a_model_whose_context_virtual_tokens_fill(method, gpt2_model, toy_task, tmp_path):
+    """GPT-2 has no position after its last: virtual tokens and text must share them."""
+    model = run_of(small(gpt2_model, method, virtual_tokens=150), tmp_path).model.eval()
+    base = weights.load(small(gpt2_model, method))
+    assert 5 < nats_per_token(model, base.tokenizer) < 8
