@@ -378,16 +378,25 @@ def load(spec: RunSpec) -> Base:
             model.requires_grad_(False).eval()
             if spec.quantization in (None, "none"):
                 model.to(device)
-            for (
-                module
-            ) in model.modules():  # else bitsandbytes repacks a CPU's weights, in bf16, when they are first used
-                if hasattr(module, "support_avx512bf16_for_cpu"):
-                    module.support_avx512bf16_for_cpu = False
+            _settle(model)
             tokenizer = AutoTokenizer.from_pretrained(folder_of(entry))
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             _loaded[key] = Base(entry, model, tokenizer, source, device)
         return _loaded[key]
+
+
+def _settle(model: Any) -> None:
+    """What bitsandbytes would change in the base when it is first used: int8 moves its scales, NF4 on a CPU is repacked."""
+    import logging
+
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
+            module.init_8bit_state()
+            # it says at each product that inputs are rounded to fp16
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def _quantized(spec: RunSpec, dtype: Any, device: str) -> dict[str, Any]:

@@ -88,9 +88,17 @@ def _settled(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, LNTuningLayer):
             module.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
+        if hasattr(module, "init_8bit_state"):
+            module.register_forward_pre_hook(_with_scales)
     if model.active_peft_config.is_prompt_learning:
         model.forward = MethodType(_steered, model)
     return model
+
+
+def _with_scales(module: Any, args: Any) -> None:
+    """On a CPU peft's DoRA makes int8 weights anew whenever it reads them, and leaves out the scales."""
+    if module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB
 
 
 def _steered(
