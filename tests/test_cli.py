@@ -11,6 +11,7 @@ from tiny import ROOT
 from peftlab.__main__ import main
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import MODELS
+from peftlab.catalog.presets import PRESETS
 from peftlab.methods import METHODS
 from peftlab.tasks import TASKS
 
@@ -40,7 +41,8 @@ def document(run):
 
 
 @pytest.mark.parametrize(
-    "command, registry", [("models", MODELS), ("methods", METHODS), ("gpus", GPUS), ("tasks", TASKS)]
+    "command, registry",
+    [("models", MODELS), ("methods", METHODS), ("gpus", GPUS), ("tasks", TASKS), ("presets", PRESETS)],
 )
 def test_catalogues(command, registry, run, document):
     assert [entry["key"] for entry in document(command)] == list(registry)
@@ -57,6 +59,14 @@ def test_params(document, run):
     assert (
         "4,194,304 of 6,738,415,616" in run("params", "--model", "llama-2-7b", "--target-modules", "q_proj,v_proj")[1]
     )
+
+
+def test_a_preset_and_flags_that_win(document):
+    data = document("params", "--preset", "qlora-7b", "--model", "llama-2-7b", "--dropout", 0.2)
+    spec = data["spec"]
+    assert (spec["method"], spec["quantization"], spec["rank"], spec["alpha"]) == ("qlora", "nf4", 64, 16)
+    assert (spec["dropout"], spec["batch_size"], spec["learning_rate"]) == (0.2, 16, 2e-4)
+    assert document("params", "--preset", "alpha-r", "--rank", 32)["spec"]["alpha"] == 32
 
 
 def test_memory(document, run):
@@ -95,6 +105,7 @@ def test_a_spec_file_and_flags_that_win(document, tmp_path):
         (["params", "--method", "bitfit"], "no bias"),
         (["params", "--ran", "8"], "--ran"),
         (["params", "extra"], "extra"),
+        (["params", "--preset", "qlora-7"], "did you mean qlora-7b"),
         (["params", "--spec", "/nowhere.json"], "spec=/nowhere.json"),
         (["params", "--spec", str(ROOT / "README.md")], "JSON"),
         (["params", "--spec", sys.executable], "spec="),
@@ -189,6 +200,44 @@ def test_compare_by_the_adapters_own_task(trained, document, run):
 
 def test_compare_by_another_task(trained, document, toy_file):
     assert document("compare", "--adapter", trained[1][-1]["adapter"], "--task", toy_file)["task"] == "toy"
+
+
+@pytest.fixture
+def trained_by(run, tiny_model, toy_file, tmp_path):
+    """The adapter of a short run by a method."""
+
+    def call(method):
+        out = tmp_path / method
+        said = run("train", "--model", tiny_model, "--task", toy_file, "--steps", 2, "--method", method, "--out", out)
+        assert said[0] == 0
+        return out / "adapter"
+
+    return call
+
+
+def test_compare_merged(trained_by, document):
+    """Folded into the base's weights it says the same, adapter by adapter."""
+    chosen = [arg for method in ("lora", "dora", "ln") for arg in ("--adapter", trained_by(method))]
+    asked = ("compare", *chosen, "--prompt", "the cat", "--max-new-tokens", 4)
+    apart, merged = document(*asked), document(*asked, "--merged")
+    texts = [[(r["model"], r["text"]) for r in d["exchanges"][0]["replies"]] for d in (apart, merged)]
+    assert texts[0] == texts[1] and [name for name, _ in texts[1]] == ["base", "lora", "dora", "ln"]
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prompt"])
+@pytest.mark.parametrize("question", [["--prompt", "the cat"], []])
+def test_what_cannot_be_merged_is_refused(method, question, trained_by, run):
+    adapter = trained_by(method)
+    status, out, err = run("compare", "--adapter", adapter, "--merged", *question)
+    assert status == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith(f"peftlab: method={method}: it cannot be merged. ")
+    assert run("compare", "--adapter", adapter, "--prompt", "the cat", "--max-new-tokens", 2)[0] == 0
+
+
+def test_adapters_of_any_methods_are_compared_on_one_base(trained_by, document):
+    chosen = [arg for method in ("full", "prefix", "compacter") for arg in ("--adapter", trained_by(method))]
+    data = document("compare", *chosen)
+    assert [s["model"] for s in data["scores"]] == ["base", "full", "prefix", "compacter"]
 
 
 def test_bench_records_with_its_provenance(run, tiny_model, toy_file, tmp_path):
