@@ -105,7 +105,7 @@ register(
         attach=encoded,
         drawing=Drawing(("embedding", "all layers"), ("*vectors", "*MLP"), joins=1, how="before"),
         settings=SETTINGS,
-        defaults={"learning_rate": 4e-3},
+        defaults={"learning_rate": 2e-3},
         starts_as_base=False,
     )
 )

@@ -21,32 +21,46 @@ def attach(model: Any, config: Any, spec: RunSpec) -> Any:
     import torch
     from peft import get_peft_model
 
-    device = next(model.parameters()).device
-    old = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
+    device, old = next(model.parameters()).device, _tensors(model)
     adapted = get_peft_model(model, config)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
-    for tensor in (*adapted.parameters(), *adapted.buffers()):
-        if id(tensor) not in old and tensor.is_floating_point() and (tensor.requires_grad or not _is_parameter(tensor)):
+    for number, tensor in _tensors(adapted).items():
+        if number not in old:
             tensor.data = tensor.data.to(device, dtype)
     return _settled(adapted)
 
 
-def _is_parameter(tensor: Any) -> bool:
-    import torch
-
-    return isinstance(tensor, torch.nn.Parameter)
+def _tensors(model: Any) -> dict[int, Any]:
+    """Floating-point parameters and buffers by id."""
+    return {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
 
 
 def load(model: Any, folder: Path) -> Any:
-    from peft import PeftConfig, PeftModel
+    """A PeftModel on `model`'s device with the adapter of `folder`, in the type it was saved in.
 
-    device, config = next(model.parameters()).device, PeftConfig.from_pretrained(str(folder))
+    peft loads some in the base's type: a norm in bf16 would lose what it has learned.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    device, old = next(model.parameters()).device, _tensors(model)
+    config = PeftConfig.from_pretrained(str(folder))
     relative = str(getattr(config, "init_lora_weights", "")) == "pissa"
     if relative:
         config.init_lora_weights = True
     adapted = PeftModel.from_pretrained(model, folder, config=config).to(device)
     if relative:
         leave_residual(adapted)
+    saved = load_file(folder / "adapter_model.safetensors")
+    added = [t for number, t in _tensors(adapted).items() if number not in old]
+    at = {t.data_ptr(): t for t in added}
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    places = {name: at.get(t.data_ptr()) for name, t in state.items()}
+    for tensor in added:
+        tensor.data = tensor.data.to(next(iter(saved.values())).dtype)
+    for name, tensor in saved.items():
+        if (place := places.get(name)) is not None:
+            place.data = tensor.to(device)
     return _settled(adapted)
 
 
