@@ -1,12 +1,17 @@
 """One entry in a registry is enough: it then shows in the command line, in the page, and in what runs."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-from tiny import LLAMA, TOY
+from tiny import LLAMA, ROOT, TOY
 
-from peftlab import RunSpec, predict, resolve, tasks
+from peftlab import RunSpec, architecture, predict, resolve, tasks
 from peftlab.__main__ import main
 from peftlab.catalog import gpus, models
 from peftlab.catalog.gpus import GPU
@@ -92,3 +97,123 @@ def test_a_model_too_large_or_no_writer_is_not_offered_live(entries, monkeypatch
     monkeypatch.setitem(models.MODELS, "toy-large", replace(MODEL, key="toy-large", total_parameters=10**11))
     offered = {key for _, key in live_finetune.runnable()}
     assert "toy-model" in offered and not {"toy-large", "bert-base", "gpt3-175b"} & offered
+
+
+BOFT = '''
+"""BOFT: rotations of small blocks, shuffled and rotated again."""
+
+from . import Drawing, Method, Term, linear_targets, register, through_peft
+
+
+def attach(model, targets, spec):
+    from peft import BOFTConfig
+
+    names = through_peft.names(targets)
+    config = BOFTConfig(
+        task_type="CAUSAL_LM", boft_block_size=4, boft_n_butterfly_factor=1, target_modules=names
+    )
+    return through_peft.attach(model, config, spec)
+
+
+register(
+    Method(
+        "boft",
+        terms=(Term(("d_in",), 4), Term(("d_out",))),
+        select=linear_targets,
+        attach=attach,
+        merge=through_peft.merge,
+        drawing=Drawing(("*rotations", "W", "*× s")),
+        settings=("target_modules", "layers", "adapter_precision"),
+        defaults={"learning_rate": 2e-3},
+    )
+)
+'''
+WORDS = {
+    "name": "Butterfly OFT",
+    "family": "additive",
+    "reparameterized": True,
+    "hypothesis": "Several sparse rotations in a row make a dense one.",
+    "trains": "Rotations of blocks of 4, and a scale for each output.",
+    "inference": "Nothing once merged.",
+    "merging": "Yes.",
+    "when": "Few parameters.",
+    "when_not": "Speed.",
+    "mistakes": ["One.", "Two."],
+    "papers": ["oft"],
+}
+TABS = """
+import json
+import gradio as gr
+from demos import live_finetune, memory_calculator, page
+from peftlab import RunSpec, predict
+print(predict(RunSpec(model="llama-2-7b", method="boft")).gradients)
+for build in (
+    lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([])),
+    lambda: memory_calculator.build(gr.State(page.OPENING)),
+):
+    with gr.Blocks() as demo:
+        build()
+    print(json.dumps(demo.get_config_file(), default=str))
+"""
+
+
+@pytest.fixture
+def copy(tmp_path, toy_file):
+    """The whole app in another place, with a task that a tiny model can read."""
+    root = tmp_path / "copy"
+    for name in ("peftlab", "demos", "assets"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    shutil.copy(ROOT / "app.py", root)
+    shutil.copy(toy_file, root / "assets" / "tasks")
+    return root
+
+
+def add_boft(root):
+    """One file and one entry."""
+    (root / "peftlab" / "methods" / "boft.py").write_text(BOFT)
+    file = root / "peftlab" / "catalog" / "methods.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"boft": WORDS}))
+
+
+def python(root, *argv):
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_method_is_one_file_and_one_entry(copy, tiny_model):
+    """BOFT, which peft has and this app leaves out, appears wherever methods are shown, counted or run."""
+    add_boft(copy)
+    (listed,) = python(copy, "-m", "peftlab", "methods", "--json")
+    assert next(m for m in json.loads(listed) if m["key"] == "boft")["name"] == "Butterfly OFT"
+
+    spec = ("--method", "boft", "--model", tiny_model, "--target-modules", "q_proj,v_proj", "--json")
+    (counted,) = python(copy, "-m", "peftlab", "params", *spec)
+    assert json.loads(counted)["trainable_parameters"] == 1_824  # FACTS.md, section 4
+
+    events = python(copy, "-m", "peftlab", "train", *spec, "--task", "toy", "--steps", 2, "--out", "run")
+    start, done = (next(e for e in map(json.loads, events) if e["type"] == kind) for kind in ("start", "done"))
+    assert start["trainable_parameters"] == 1_824 and done["steps"] == 2
+
+    gradients, live, memory = python(copy, "-c", TABS)
+    linear = architecture.of("llama-2-7b").linear()
+    assert int(gradients) == 4 * sum(m.count * (4 * m.d_in + m.d_out) for m in linear)
+    assert "Butterfly OFT" in live and re.search(r"\bboft\b", live)
+    assert "Butterfly OFT" in memory and re.search(r"\bboft\b", memory)
+
+
+@pytest.mark.parametrize("half, missing", [("file", "catalog/methods.json"), ("entry", "peftlab/methods")])
+def test_half_a_method_says_what_it_lacks(half, missing, copy):
+    add_boft(copy)
+    if half == "file":
+        shutil.copy(ROOT / "peftlab" / "catalog" / "methods.json", copy / "peftlab" / "catalog")
+    else:
+        (copy / "peftlab" / "methods" / "boft.py").unlink()
+    done = subprocess.run([sys.executable, "-c", "import peftlab.methods"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode and "boft needs both an entry" in done.stderr and missing in done.stderr
