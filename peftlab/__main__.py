@@ -156,7 +156,7 @@ def _methods(args: argparse.Namespace) -> None:
         _print([{"key": m.key, **asdict(m.about), "papers": [PAPERS[p].url for p in m.about.papers],
                  "settings": m.settings, "merges": m.merge is not None} for m in METHODS.values()])  # fmt: skip
     else:
-        _table([(m.key, m.about.family, m.about.trains) for m in METHODS.values()])
+        _table([(m.key, m.about.family, m.name, m.about.hypothesis) for m in METHODS.values()])
 
 
 def _gpus(args: argparse.Namespace) -> None:

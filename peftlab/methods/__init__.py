@@ -190,8 +190,9 @@ def once_a_layer(architecture: Architecture, *roles: str) -> list[Module]:
     for role in roles:
         layers = sorted(n for m in architecture.with_role(role) for n in m.layers)
         if layers != list(range(architecture.n_layers)):
-            number = "more than one module" if len(layers) > architecture.n_layers else "no module"
-            raise Unsuited(f"has {number} known as the {role} of a layer; use lora, which takes any linear map")
+            many = len(layers) > architecture.n_layers
+            found = f"several {role} projections in a layer" if many else f"no {role} projection under a known name"
+            raise Unsuited(f"has {found}; use lora, which takes any linear map")
     return architecture.with_role(*roles)
 
 

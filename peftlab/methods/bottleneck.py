@@ -63,7 +63,7 @@ def _entrances(architecture: Architecture) -> Any:
     for role in ("gate", "up"):
         if architecture.with_role(role):
             return once_a_layer(architecture, role)
-    raise Unsuited("has no module known as the up projection of a layer; use pfeiffer")
+    raise Unsuited("has no up projection under a known name; use pfeiffer")
 
 
 def ends(architecture: Architecture, spec: RunSpec) -> list[Target]:

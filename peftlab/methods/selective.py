@@ -110,8 +110,8 @@ _register(
     drawing=Drawing(("W", "*+ b")),
     settings=("train_norms",),
     defaults={"learning_rate": 5e-3},
-    if_nothing="has no bias to train, as most models since 2022; set train-norms to train its norms' scales, "
-    "use lora, or a model with biases: gpt2, opt-125m",
+    if_nothing="has no bias to train, as most models since 2022; use ln, which trains its norms' scales (the same as to "
+    "set train-norms here), or a model with biases: gpt2, opt-125m",
 )
 _register(
     "ln",

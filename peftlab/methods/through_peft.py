@@ -36,10 +36,11 @@ def _tensors(model: Any) -> dict[int, Any]:
 
 
 def load(model: Any, folder: Path) -> Any:
-    """A PeftModel on `model`'s device with the adapter of `folder`, in the type it was saved in.
+    """A PeftModel on `model`'s device with the adapter of `folder`, in the wider of the file's type and the base's.
 
     peft loads some in the base's type: a norm in bf16 would lose what it has learned.
     """
+    import torch
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -56,11 +57,12 @@ def load(model: Any, folder: Path) -> Any:
     at = {t.data_ptr(): t for t in added}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     places = {name: at.get(t.data_ptr()) for name, t in state.items()}
+    dtype = torch.promote_types(next(iter(saved.values())).dtype, model.dtype)
     for tensor in added:
-        tensor.data = tensor.data.to(next(iter(saved.values())).dtype)
+        tensor.data = tensor.data.to(dtype)
     for name, tensor in saved.items():
         if (place := places.get(name)) is not None:
-            place.data = tensor.to(device)
+            place.data = tensor.to(device, dtype)
     return _settled(adapted)
 
 

@@ -6,6 +6,8 @@ import re
 from conftest import App
 from playwright.sync_api import Page, expect
 
+from peftlab.methods import METHODS
+
 
 def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
@@ -27,6 +29,10 @@ def choose(page: Page, label: str, option: str) -> None:
     box = page.get_by_label(label, exact=True).locator("visible=true")
     box.click()
     page.get_by_role("option", name=option, exact=True).click()
+
+
+def methods(page: Page):
+    return page.locator(".chooser:visible select")
 
 
 def test_page_answers_fast_and_calculates_while_the_model_is_fetched(chromium, open_page, tmp_path):
@@ -53,10 +59,10 @@ def test_memory_reproduces_the_lectures_in_one_click(app, open_page, size):
     page.get_by_role("button", name="Gemma 3 270M (lecture 11.2)").click()
     expect(sentence(page)).to_contain_text("Gemma 3 270M needs 3.22 GB")
     drawer(page)
-    choose(page, "Method", "BitFit")
-    expect(page.locator(".problem:visible")).to_contain_text("has no bias to train")
-    choose(page, "Method", "Full fine-tuning")
-    expect(page.locator(".problem:visible")).to_have_count(0)
+    expect(methods(page).locator("option[value=bitfit]")).to_be_disabled()
+    page.get_by_text("Methods not for this model").locator("visible=true").click()
+    expect(page.locator(".note details:visible")).to_contain_text("method=bitfit: Gemma 3 270M has no bias to train")
+    methods(page).select_option("full")
     expect(sentence(page)).to_have_text(
         re.compile(r"^Full fine-tuning of Gemma 3 270M needs 3\.22 GB\. These alone fit")
     )
@@ -111,6 +117,40 @@ def test_a_link_carries_the_settings(app, open_page):
     expect(sentence(page)).to_contain_text("needs 800 GB")
     broken = open_page(app.url + "?rank=0")
     expect(broken.locator(".problem:visible")).to_contain_text("rank=0")
+
+
+def test_every_method_is_offered_with_its_own_settings(app, open_page, size):
+    page = open_page(app.url + "?tab=live", size)
+    panel = page.locator(".method:visible")
+    expect(panel).to_contain_text("LoRA")
+    drawer(page)
+    expect(methods(page).locator("option")).to_have_count(len(METHODS))
+    methods(page).select_option("houlsby")
+    expect(page.get_by_label("number input for Bottleneck", exact=True).locator("visible=true")).to_have_value("16")
+    expect(page.get_by_label("number input for Rank", exact=True).locator("visible=true")).to_have_count(0)
+    expect(panel).to_contain_text("Houlsby et al. (2019)")
+    expect(panel.get_by_role("img", name=re.compile("Houlsby adapter: sub-layer → trained down"))).to_have_count(1)
+    methods(page).select_option("vera")
+    expect(page.get_by_label("number input for Rank", exact=True).locator("visible=true")).to_have_value("256")
+    page.wait_for_url(re.compile("method=vera"))
+    page.locator(".controls:visible").get_by_text("More settings").click()
+    choose(page, "Model", "GPT-2")
+    expect(methods(page).locator("option[value=bitfit]")).to_be_enabled()
+    expect(methods(page).locator("option[value=oft]")).to_be_disabled()
+    choose(page, "Preset", "QLoRA, 270M to 7B")
+    expect(methods(page)).to_have_value("qlora")
+    expect(page.get_by_label("number input for Rank", exact=True).locator("visible=true")).to_have_value("64")
+    page.wait_for_url(re.compile("method=qlora.*learning_rate=0.0002"))
+
+
+def test_another_method_trains_and_compares(app, open_page):
+    page = open_page(app.url + "?tab=live&method=ia3&steps=2")
+    expect(methods(page)).to_have_value("ia3")
+    page.get_by_role("button", name="Train", exact=True).click()
+    expect(page.get_by_role("button", name="Download adapter")).to_be_visible(timeout=180_000)
+    tab(page, "Compare")
+    mine = page.get_by_label("Adapter", exact=True).locator("visible=true")
+    expect(mine).to_have_value(re.compile("^yours: Support ticket to JSON, ia3"))
 
 
 def test_train_stop_train_and_compare(app, open_page):
