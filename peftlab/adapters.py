@@ -50,7 +50,7 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(part)
+        model.save_pretrained(part, save_embedding_layers=False)  # else it asks the Hub about the base, each time
         (part / "README.md").unlink(missing_ok=True)
     else:
         trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -93,11 +93,11 @@ def apply(base: weights.Base, adapter: Adapter) -> Any:
     try:
         if not file.exists():  # peft would read a pickle, or ask the Hub
             raise ValueError(f"it has no {TENSORS}")
+        if adapter.spec.model != base.entry.key:  # one of the same shapes would take it without a word
+            raise ValueError(f"its base is {adapter.spec.model}")
         if (adapter.folder / "adapter_config.json").exists():
             model = through_peft.load(model, adapter.folder)
             _check_complete(model, file)
-        elif adapter.spec.model != base.entry.key:  # another model of the same shapes would take it without a word
-            raise ValueError(f"its base is {adapter.spec.model}")
         else:
             model = _attached(model, adapter.spec, file)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

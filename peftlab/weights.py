@@ -374,7 +374,8 @@ def load(spec: RunSpec) -> Base:
                 attn_implementation=spec.attention or "sdpa",
                 **_quantized(spec, dtype, device),
             )
-            model.config._name_or_path = entry.hub_id or str(entry.folder)
+            # what an adapter names as its base: the published model, not this machine's copy of it
+            model.name_or_path = model.config._name_or_path = entry.hub_id or str(entry.folder)
             model.requires_grad_(False).eval()
             if spec.quantization in (None, "none"):
                 model.to(device)

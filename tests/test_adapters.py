@@ -1,10 +1,13 @@
 import json
+import shutil
 
 import pytest
-from tiny import digest
+from tiny import LLAMA, digest, make_model
 
 from peftlab import AdapterError, RunSpec, adapters, architecture, compare, count, methods, resolve, tasks, weights
 from peftlab.adapters import MANIFEST
+from peftlab.catalog import models
+from peftlab.methods import METHODS
 
 CASES = [("tiny_model", "lora"), ("tiny_model", "full"), ("tiny_model", "last-block"), ("tied_model", "lora"),
          ("tied_model", "full"), ("gpt2_model", "lora"), ("gpt2_model", "bitfit"), ("gpt2_model", "full")]  # fmt: skip
@@ -70,6 +73,21 @@ def test_peft_loads_our_lora_with_no_help(tiny_model, tmp_path):
     assert logits(theirs).allclose(logits(made), atol=1e-5)
 
 
+def test_it_names_the_published_base_and_does_not_ask_for_it(tiny_model, tmp_path, monkeypatch):
+    """Not this machine's folder: others are to load it. peft would ask the Hub for the base at every save."""
+    import peft.utils.save_and_load
+
+    monkeypatch.setitem(models.MODELS, "toy", models.BaseModel("toy", "Toy", 195_008, "nobody/toy", config=LLAMA))
+    shutil.copytree(tiny_model, weights.folder_of(models.find("toy")))
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *args: pytest.fail("asked"))
+    base, spec, made = trained("toy", "lora")
+    folder = adapters.save(made, spec, tmp_path / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "nobody/toy"
+    (folder / MANIFEST).unlink()
+    assert adapters.read(folder).spec == RunSpec(model="toy")
+    assert logits(adapters.apply(base, adapters.read(folder))).equal(logits(made))
+
+
 def test_an_adapter_that_peft_saved_is_read(tiny_model, tmp_path):
     _, spec, made = trained(tiny_model, "lora")
     (adapters.save(made, spec, tmp_path / "a") / MANIFEST).unlink()
@@ -77,18 +95,40 @@ def test_an_adapter_that_peft_saved_is_read(tiny_model, tmp_path):
     assert found.spec == RunSpec(model=str(tiny_model)) and found.result == {}
 
 
-THIN, SHALLOW, DEEP = {"hidden_size": 32}, {"num_hidden_layers": 2}, {"num_hidden_layers": 4}
-MISFITS = [(m, c) for m in ("lora", "full", "last-block") for c in (THIN, SHALLOW)] + [("lora", DEEP)]
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Models that are not the tiny one: of other shapes, and of the same."""
+    root = tmp_path_factory.mktemp("others")
+    changes = {
+        "thin": {"hidden_size": 32},
+        "shallow": {"num_hidden_layers": 2},
+        "deep": {"num_hidden_layers": 4},
+        "twin": {},
+    }
+    return {name: str(make_model(root / name, LLAMA | change)) for name, change in changes.items()}
 
 
-@pytest.mark.parametrize("method, change", MISFITS, ids=str)
-def test_the_wrong_base_is_refused(method, change, tiny_model, tmp_path):
-    from tiny import LLAMA, make_model
-
-    _, spec, made = trained(tiny_model, method)
+@pytest.mark.parametrize("name", ["thin", "shallow", "deep", "twin"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "bitfit"])
+def test_the_wrong_base_is_refused(method, name, others, tiny_model, tmp_path):
+    """Virtual tokens, and whatever one of the same shapes would take, would load without a word."""
+    _, spec, made = trained(tiny_model, method, sequence_length=96)
     adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
-    other = weights.load(resolve(RunSpec(model=str(make_model(tmp_path / "other", LLAMA | change)))))
-    with pytest.raises(AdapterError, match="does not fit other.*choose its own base"):
+    other = weights.load(resolve(RunSpec(model=others[name])))
+    with pytest.raises(AdapterError, match=f"does not fit {name} .its base is .*choose its own base"):
+        adapters.apply(other, adapter)
+
+
+MISFITS = [(m, c) for m in ("lora", "full", "last-block", "houlsby", "ia3") for c in ("thin", "shallow")]
+
+
+@pytest.mark.parametrize("method, name", [*MISFITS, ("lora", "deep"), ("houlsby", "deep")])
+def test_tensors_that_are_not_the_bases_are_refused(method, name, others, tiny_model, tmp_path):
+    """Though the manifest says that it is theirs."""
+    _, spec, made = trained(tiny_model, method)
+    adapter = adapters.read(adapters.save(made, spec.but(model=others[name]), tmp_path / "adapter"))
+    other = weights.load(resolve(RunSpec(model=others[name])))
+    with pytest.raises(AdapterError, match=f"does not fit {name}.*choose its own base"):
         adapters.apply(other, adapter)
 
 
@@ -158,6 +198,7 @@ def test_a_bundled_adapter_is_whole(adapter):
     assert sum(t.numel() for t in tensors.values()) == count(adapter.spec).trainable_parameters
     config = json.loads((adapter.folder / "adapter_config.json").read_text())
     assert config["r"] == adapter.spec.rank
+    assert config["base_model_name_or_path"] == models.find(adapter.spec.model).hub_id
 
 
 @BUNDLED
