@@ -97,12 +97,14 @@ def _name(adapter: Adapter) -> str:
     return adapter.folder.parent.name if adapter.name == "adapter" else adapter.name
 
 
-def prompt_tokens(base: weights.Base, instruction: str, prompt: str, decoding: Decoding) -> list[int]:
-    """Raises SpecError for a prompt that is empty or leaves no room for an answer."""
+def prompt_tokens(
+    base: weights.Base, instruction: str, prompt: str, decoding: Decoding, virtual_tokens: int = 0
+) -> list[int]:
+    """Raises SpecError for a prompt that is empty or leaves no room for an answer after an adapter's virtual tokens."""
     if not prompt.strip():
         raise SpecError("the prompt is empty: write a sentence, or take one of the held-out examples")
     ids = tasks.prompt_ids(base.tokenizer, instruction, prompt)
-    context = getattr(base.model.config, "max_position_embeddings", None) or 1024
+    context = (getattr(base.model.config, "max_position_embeddings", None) or 1024) - virtual_tokens
     room = context - decoding.max_new_tokens
     if room < 1:
         raise SpecError(
@@ -138,7 +140,8 @@ def side_by_side(
 def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding, merged: bool = False) -> ComparisonReport:
     base, models = models_of(chosen, merged)
     task = tasks.TASKS.get(chosen[0].spec.task or "")
-    ids = prompt_tokens(base, task.instruction if task else "", prompt, decoding)
+    virtual = max(a.spec.virtual_tokens or 0 for a in chosen)
+    ids = prompt_tokens(base, task.instruction if task else "", prompt, decoding, virtual)
     *_, said = side_by_side(base, models, ids, decoding)
     return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
 

@@ -1,11 +1,12 @@
 import json
 
 import pytest
-from tiny import drain
+from tiny import TOY, drain, run_of, small
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters
+from peftlab import AdapterError, RunSpec, SpecError, adapters, weights
 from peftlab.compare import BASE, on_prompt, on_task, score_of, wilson
 from peftlab.generate import Decoding
+from peftlab.tasks import prompt_ids
 from peftlab.train import train
 
 
@@ -62,6 +63,18 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_limit(adapter):
 def test_an_answer_longer_than_the_context_is_refused(adapter):
     with pytest.raises(SpecError, match="max-new-tokens=300.*256"):
         on_prompt([adapter], "the cat", Decoding(300))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_take_their_room_in_the_context(method, gpt2_model, toy_task, tmp_path):
+    """GPT-2 has no positions after its last."""
+    spec = small(gpt2_model, method)
+    chosen = adapters.read(adapters.save(run_of(spec, tmp_path).model, spec, tmp_path / "adapter"))
+    tokens = weights.load(spec).tokenizer
+    words = next(n for n in range(300) if len(prompt_ids(tokens, TOY.instruction, "x" * (n + 1))) > 256 - 5 - 4)
+    assert on_prompt([chosen], "x" * words, Decoding(4)).exchanges
+    with pytest.raises(SpecError, match="shorten it to 247 tokens"):
+        on_prompt([chosen], "x" * (words + 1), Decoding(4))
 
 
 def test_a_task_is_scored_for_every_model(adapter, toy_task):

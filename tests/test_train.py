@@ -4,10 +4,10 @@ import re
 import threading
 
 import pytest
-from tiny import logits, run_of, small, steps
+from tiny import drain, logits, run_of, small, steps
 
 from peftlab import RunError, RunSpec, SpecError, adapters, resolve, tasks, weights
-from peftlab.generate import Decoding, decode
+from peftlab.generate import Decoding, answer, decode, nats_per_token
 from peftlab.methods import METHODS
 from peftlab.train import STOP, engine, train
 
@@ -50,6 +50,19 @@ def test_the_adapter_is_where_done_says_with_its_record(toy_spec, tmp_path):
     assert adapter.spec == resolve(toy_spec)
     assert {k: adapter.result[k] for k in DONE} == done
     assert [r["reference"] for r in adapter.result["heldout"]] == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_before_is_the_base_itself(method, toy_spec, tmp_path):
+    """Virtual tokens change what it says before they have learned anything, and that is no score of the base."""
+    spec = toy_spec.but(method=method, learning_rate=None)
+    (*_, done) = train(spec, tmp_path)
+    base = weights.load(resolve(spec))
+    _, answers = drain(answer(base.model, base.tokenizer, tasks.find("toy"), tasks.find("toy").heldout))
+    adapter = adapters.read(done["adapter"])
+    assert [r["base"] for r in adapter.result["heldout"]] == [a.text for a in answers]
+    prose = [nats_per_token(m, base.tokenizer) for m in (base.model, adapters.apply(base, adapter))]
+    assert done["forgetting"] == pytest.approx(prose[1] - prose[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("method, rate, share", [("lora", 0.02, 0.9), ("full", 5e-3, 0.6), ("last-block", 0.02, 0.9)])
