@@ -54,9 +54,9 @@ def load(model: Any, folder: Path) -> Any:
         leave_residual(adapted)
     saved = load_file(folder / "adapter_model.safetensors")
     added = [t for number, t in _tensors(adapted).items() if number not in old]
-    at = {t.data_ptr(): t for t in added}
+    at = {t.data_ptr(): t for t in added if t.numel()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    places = {name: at.get(t.data_ptr()) for name, t in state.items()}
+    places = {name: at.get(t.data_ptr()) for name, t in state.items() if t.numel()}
     dtype = torch.promote_types(next(iter(saved.values())).dtype, model.dtype)
     for tensor in added:
         tensor.data = tensor.data.to(dtype)
