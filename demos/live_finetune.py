@@ -12,12 +12,13 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import page
+from demos import methods, page
 from demos.gpu import on_gpu
 from peftlab import RunSpec, SpecError, adapters, count, figures, jobs, tasks, words
 from peftlab.bench import recorded_runs
 from peftlab.catalog.models import DEFAULT, MODELS
 from peftlab.catalog.presets import PRESETS
+from peftlab.resolve import with_preset
 from peftlab.tasks import METRICS, TASKS
 from peftlab.train import train
 
@@ -114,8 +115,8 @@ def explained(spec: RunSpec) -> tuple[str, str, str, str]:
     method = spec.method or "lora"
     return (
         card(spec.task or tasks.DEFAULT),
-        page.method_card(method, here(spec).model or DEFAULT),
-        page.method_panel(method),
+        methods.method_card(method, here(spec).model or DEFAULT),
+        methods.method_panel(method),
         page.settings_line(spec),
     )
 
@@ -155,15 +156,15 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             page.drawer_handle()
             task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
             lesson = page.note(card(tasks.DEFAULT))
-            method = page.method_choice("lora", DEFAULT)
-            about = page.note(page.method_card("lora", DEFAULT))
-            own = page.method_settings(page.OPENING, *OWN)
+            method = methods.method_choice("lora", DEFAULT)
+            about = page.note(methods.method_card("lora", DEFAULT))
+            own = methods.method_settings(page.OPENING, *OWN)
             steps = page.number("steps")
             learning_rate = page.number("learning_rate")
             with gr.Accordion("More settings", open=False):
                 model = page.choice("model", runnable(), DEFAULT)
-                preset = page.preset_choice(list(PRESETS))
-                folded = page.method_settings(page.OPENING, *FOLDED)
+                preset = methods.preset_choice(list(PRESETS))
+                folded = methods.method_settings(page.OPENING, *FOLDED)
                 batch_size = page.number("batch_size")
                 quantization = page.choice("quantization")
                 seed = page.number("seed")
@@ -180,26 +181,26 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                 loss = page.plot(first[2], "Training loss by step")
                 metric = page.plot(first[3], "Held-out metric by step")
             said = gr.HTML(first[4])
-            panel = gr.HTML(page.method_panel("lora"))
+            panel = gr.HTML(methods.method_panel("lora"))
     fields = [task, model, method, *own, *folded, learning_rate, steps, batch_size, quantization, seed]
     follows = [*own, *folded, learning_rate, quantization]
     live = [problem, sentence, bar, loss, metric, said, go, stop, keep]
 
     def update(spec: RunSpec, *values: Any) -> tuple:
         before = here(spec)
-        chosen, moved = page.edit(before, FIELDS, values)
+        chosen, moved = methods.edit(before, FIELDS, values)
         count(chosen)  # refuses what has nothing to train
         return (
             chosen,
             *explained(chosen),
-            page.method_value(chosen.method, chosen.model) if chosen.model != before.model else gr.skip(),
-            *page.method_updates(chosen, BY_METHOD, refill=moved),
+            methods.method_value(chosen.method, chosen.model) if chosen.model != before.model else gr.skip(),
+            *methods.method_updates(chosen, BY_METHOD, refill=moved),
         )
 
     def use_preset(spec: RunSpec, key: str, *values: Any) -> tuple:
-        chosen, _ = page.edit(here(spec), FIELDS, values)
-        chosen = PRESETS[key].on(chosen) if key else chosen
-        return (chosen, page.preset_says(key), *show(chosen))
+        chosen, _ = methods.edit(here(spec), FIELDS, values)
+        chosen = with_preset(chosen, PRESETS[key]) if key else chosen
+        return (chosen, methods.preset_says(key), *show(chosen))
 
     def follow(job: jobs.Job | None) -> Iterator[tuple]:
         """A job's picture, again each time something happened."""
@@ -229,7 +230,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
         try:
-            chosen, _ = page.edit(here(spec), FIELDS, values)
+            chosen, _ = methods.edit(here(spec), FIELDS, values)
             count(chosen)
             job = jobs.start(chosen, request.session_hash or "", TRAIN)
         except SpecError as error:
@@ -283,8 +284,8 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         return (
             s.task or tasks.DEFAULT,
             s.model,
-            page.method_value(s.method, s.model),
-            *page.method_updates(s, BY_METHOD, refill=True),
+            methods.method_value(s.method, s.model),
+            *methods.method_updates(s, BY_METHOD, refill=True),
             s.steps,
             s.batch_size,
             s.seed,

@@ -11,9 +11,10 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import page
+from demos import methods, page
 from peftlab import ParameterReport, RunSpec, SpecError, architecture, count, figures, words
 from peftlab.catalog.presets import PRESETS
+from peftlab.resolve import with_preset
 
 FIELDS = ("model", "rank", "alpha", "target_modules", "layers")
 LESSONS = {
@@ -83,7 +84,7 @@ def build(spec: gr.State) -> page.View:
             model = page.model_choice(page.OPENING.model)
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
             alpha = page.number("alpha")
-            preset = page.preset_choice([key for key in PRESETS if key.startswith("alpha")])
+            preset = methods.preset_choice([key for key in PRESETS if key.startswith("alpha")])
             names = architecture.of(page.OPENING.model or "").target_names()
             targets = gr.CheckboxGroup(
                 names, value=names, label="Target modules", info="Linear maps that get an A and a B"
@@ -126,7 +127,7 @@ def build(spec: gr.State) -> page.View:
             spec = spec.but(model=model, target_modules=None, layers=None)
             ticked, layers, boxes = names, "", gr.update(choices=names, value=names)
         wanted = "all-linear" if len(ticked) == len(names) else ",".join(n for n in names if n in ticked)
-        spec, _ = page.edit(spec.but(method="lora"), FIELDS, (model, rank, alpha, wanted, layers))
+        spec, _ = methods.edit(spec.but(method="lora"), FIELDS, (model, rank, alpha, wanted, layers))
         return (spec, boxes, *picture(spec, matrix))
 
     show = page.refusing(  # a bare count from another tab has nothing to draw
@@ -147,8 +148,8 @@ def build(spec: gr.State) -> page.View:
     shown = [problem, *fields, *drawn]
 
     def use_preset(spec: RunSpec, key: str) -> tuple:
-        spec = PRESETS[key].on(spec) if key else spec
-        return (spec, page.preset_says(key), *show(spec))
+        spec = with_preset(spec, PRESETS[key]) if key else spec
+        return (spec, methods.preset_says(key), *show(spec))
 
     preset.input(
         use_preset,

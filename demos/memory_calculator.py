@@ -11,7 +11,7 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import page
+from demos import methods, page
 from peftlab import MemoryReport, RunSpec, figures, predict, words
 from peftlab.catalog.models import DEFAULT, find
 from peftlab.memory import CONVENTIONS, Fit, fits, storage
@@ -119,9 +119,9 @@ def build(spec: gr.State) -> page.View:
         with page.controls():
             page.drawer_handle()
             model = page.model_choice(page.OPENING.model)
-            method = page.method_choice(page.OPENING.method or "lora", page.OPENING.model or DEFAULT)
-            about = page.note(page.method_card("lora", page.OPENING.model or DEFAULT))
-            own = page.method_settings(page.OPENING, *BY_METHOD)
+            method = methods.method_choice(page.OPENING.method or "lora", page.OPENING.model or DEFAULT)
+            about = page.note(methods.method_card("lora", page.OPENING.model or DEFAULT))
+            own = methods.method_settings(page.OPENING, *BY_METHOD)
             share = gr.Slider(
                 0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
                 info="A bare count has no layers to adapt, so its share is chosen",
@@ -153,7 +153,7 @@ def build(spec: gr.State) -> page.View:
             with gr.Accordion("Which GPUs hold it", open=False):
                 grid = gr.HTML(first[4])
             with gr.Accordion("How the method works", open=False):
-                panel = gr.HTML(page.method_panel("lora"))
+                panel = gr.HTML(methods.method_panel("lora"))
             with gr.Accordion("The lectures' numbers, recomputed", open=False):
                 gr.HTML(page.claims_table("memory"))
 
@@ -165,20 +165,20 @@ def build(spec: gr.State) -> page.View:
         """The method's controls and, for a bare count, its share."""
         bare = find(spec.model or DEFAULT).config is None
         return (
-            *page.method_updates(spec, BY_METHOD, refill),
+            *methods.method_updates(spec, BY_METHOD, refill),
             gr.update(visible=bare and spec.method != "full"),
         )
 
     def explained(spec: RunSpec) -> tuple[str, str]:
         method = spec.method or "lora"
-        return page.method_card(method, spec.model or DEFAULT), page.method_panel(method)
+        return methods.method_card(method, spec.model or DEFAULT), methods.method_panel(method)
 
     def update(spec: RunSpec, convention: str, share: float, tasks: float, *values: Any) -> tuple:
         before = spec
-        spec, moved = page.edit(spec, FIELDS, values)
+        spec, moved = methods.edit(spec, FIELDS, values)
         return (
             spec,
-            page.method_value(spec.method, spec.model) if spec.model != before.model else gr.skip(),
+            methods.method_value(spec.method, spec.model) if spec.model != before.model else gr.skip(),
             *changes(spec, refill=moved),
             *explained(spec),
             *picture(spec, convention, share, tasks),
@@ -189,7 +189,7 @@ def build(spec: gr.State) -> page.View:
         *own, share_shown = changes(spec, refill=True)
         return (
             spec.model or DEFAULT,
-            page.method_value(spec.method, spec.model),
+            methods.method_value(spec.method, spec.model),
             *own,
             *(getattr(spec, name) or "" for name in FIELDS[-4:]),
             share_shown,

@@ -121,8 +121,9 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     spec = RunSpec.from_dict(values | flags)
     if args.preset:
         from .catalog import presets
+        from .resolve import with_preset
 
-        spec = RunSpec.from_dict(presets.find(args.preset).on(spec).to_dict() | flags)
+        spec = RunSpec.from_dict(with_preset(spec, presets.find(args.preset)).to_dict() | flags)
     return spec
 
 

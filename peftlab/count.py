@@ -9,6 +9,7 @@ from typing import Any
 from . import architecture as architectures
 from . import methods
 from .catalog import models
+from .errors import SpecError
 from .resolve import resolve
 from .spec import RunSpec
 
@@ -130,3 +131,13 @@ def count(spec: RunSpec) -> ParameterReport:
         modules=tuple(rows),
         names=tuple(names),
     )
+
+
+def why_not(method: str, model: str) -> str:
+    """Why `method` at its automatic settings does not suit `model`, in `count`'s words; empty where it does."""
+    try:
+        if models.find(model).config is not None:  # a bare count suits all
+            count(RunSpec(model=model, method=method))
+    except SpecError as error:
+        return str(error)
+    return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from . import hardware, methods, tasks
 from .catalog import gpus, models
+from .catalog.presets import Preset
 from .spec import SETTINGS, RunSpec
 
 METHOD_SETTINGS = (
@@ -84,3 +86,16 @@ def _precision(method: methods.Method, on_gpu: bool) -> str:
     if not on_gpu:
         return "fp32"
     return "amp" if method.in_place else "bf16"
+
+
+def with_preset(spec: RunSpec, preset: Preset) -> RunSpec:
+    """`spec` with a preset's settings in place of its own; a new method leaves behind what the old one alone read."""
+    if preset.settings.get("method", spec.method) != spec.method:
+        spec = spec.but(**dict.fromkeys((*METHOD_SETTINGS, "quantization")))
+    spec = spec.but(**preset.settings)
+    if preset.alpha_over_rank:
+        spec = spec.but(alpha=preset.alpha_over_rank * (resolve(spec).rank or 1))
+    if preset.epochs:
+        rows = len(tasks.find(spec.task or tasks.DEFAULT).train)
+        spec = spec.but(steps=math.ceil(preset.epochs * rows / (spec.batch_size or 1)))
+    return spec

@@ -152,22 +152,6 @@ def targets(architecture: Architecture, spec: RunSpec, model_name: str = "the mo
     return chosen
 
 
-def why_not(key: str, model: str) -> str:
-    """Why a method cannot be used on a model at its automatic settings; empty where it can."""
-    from .. import architecture as architectures
-    from ..catalog import models
-    from ..resolve import resolve
-
-    entry = models.find(model)
-    if entry.config is None:
-        return ""
-    try:
-        targets(architectures.of(model), resolve(RunSpec(model=model, method=key)), entry.name)
-    except SpecError as error:
-        return str(error)
-    return ""
-
-
 class Unsuited(SpecError):
     """Raised by `select`: what the model has or lacks, and the fix, to be read after the model's name."""
 
