@@ -65,7 +65,8 @@ def generate(
     adapter = of(key)
     base, models = compare.models_of([adapter])
     decoding = Decoding(int(tokens), temperature, seed=int(seed))
-    ids = compare.prompt_tokens(base, task_of(adapter).instruction, prompt, decoding)
+    virtual = adapter.spec.virtual_tokens or 0
+    ids = compare.prompt_tokens(base, task_of(adapter).instruction, prompt, decoding, virtual)
     for said in compare.side_by_side(base, models, ids, decoding):
         left, right = said.values()
         yield left.text, right.text, left.seconds, right.seconds

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import adapters, tasks, weights
 from .adapters import Adapter
+from .count import BYTES
 from .errors import SpecError
 from .generate import Decoding, answer, nats_per_token, stream
 from .resolve import resolve
@@ -85,7 +86,8 @@ def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base
         raise SpecError(f"these adapters have different bases ({', '.join(sorted(bases))}); compare one base's")
     put = adapters.merge if merged else adapters.apply
     whole = {"quantization": "none"} if merged else {}
-    base = weights.load(resolve(chosen[0].spec.but(precision=None, gpu=None, **whole)))
+    specs = [resolve(a.spec.but(precision=None, gpu=None, **whole)) for a in chosen]
+    base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision or "fp32"]))  # no adapter is rounded
     models = {BASE: base.model}
     for a in chosen:
         name = _name(a)
