@@ -7,7 +7,7 @@ import os
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from itertools import chain
 from typing import Any
@@ -65,6 +65,21 @@ def to_link(spec: RunSpec, convention: str) -> str:
     return "&".join(filter(None, ("" if spec == page.OPENING else spec.to_query(), counted)))
 
 
+def first_as_it_is(view: page.View) -> Callable[..., tuple[Any, ...]]:
+    """`view.show`, but for the first look at a tab that nothing has changed.
+
+    A page selects its own tab when it loads, and an answer to that would undo what an early visitor has just chosen. Only
+    empty numbers are sent: without that the browser takes them for zero.
+    """
+
+    def show(visited: bool, spec: RunSpec, *inputs: Any) -> tuple[Any, ...]:
+        first, values = not visited and spec == page.OPENING, view.show(spec, *inputs)
+        kept = [isinstance(output, gr.Number) or not first for output in view.outputs]
+        return (True, *(value if keep else gr.skip() for value, keep in zip(values, kept, strict=True)))
+
+    return show
+
+
 LINK = """(query) => {
   const url = new URL(location.href), search = new URLSearchParams(query);
   const tab = document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase();
@@ -105,7 +120,8 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     again.click(try_again, None, [state, tick, again], **quiet)
     views = ((memory_tab, memory), (lora_tab, lora), (live_tab, live))
     for tab, view in views:
-        tab.select(view.show, [spec, *view.inputs], view.outputs, **quiet)
+        visited = gr.State(False)
+        tab.select(first_as_it_is(view), [visited, spec, *view.inputs], [visited, *view.outputs], **quiet)
     compare_tab.select(compare.show, [spec, *compare.inputs], compare.outputs, **quiet)
 
     def open_link(request: gr.Request) -> tuple[Any, ...]:

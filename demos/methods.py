@@ -20,11 +20,13 @@ from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
 
 CHOOSER = """
-const sync = () => { const box = element.querySelector('select'); if (box && props.value) box.value = props.value.method; };
-element.addEventListener('change', (e) => { props.value = {...props.value, method: e.target.value}; trigger('input'); });
-watch('value', sync);
-sync();
+const box = () => element.querySelector('select');
+const choose = (method) => { props.value = {...props.value, method}; trigger('input'); };
+element.addEventListener('change', (e) => choose(e.target.value));
+watch('value', () => { if (box() && props.value) box().value = props.value.method; });
+if (box().value !== props.value.method) choose(box().value);
 """
+"""The last line: somebody may have chosen before the page was listening."""
 
 
 def method_choice(method: str, model: str) -> gr.HTML:
@@ -39,7 +41,11 @@ def method_choice(method: str, model: str) -> gr.HTML:
 
 def method_value(method: str | None, model: str | None) -> dict[str, str]:
     """What the chooser holds. `edit` reads the method from it."""
-    return {"method": method or "lora", "options": method_options(model or DEFAULT)}
+    chosen = f'value="{method or "lora"}"'
+    return {
+        "method": method or "lora",
+        "options": method_options(model or DEFAULT).replace(chosen, chosen + " selected", 1),
+    }
 
 
 @lru_cache(maxsize=64)
