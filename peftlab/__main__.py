@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     command("params", _params, "exact parameter counts", spec=True)
     memory = command("memory", _memory, "predicted memory", spec=True)
     memory.add_argument("--convention", default="exact", help="exact, 8n, 12n, 16n-fp32, 16n-mixed or 18n")
+    memory.add_argument("--exact", action="store_true", help="the peak of a whole step, traced: takes seconds")
     memory.add_argument(
         "--trainable-parameters", type=_count, help="for a bare count such as 100B: how many are trained"
     )
@@ -71,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--temperature", type=float, default=0.0)
     compare.add_argument("--seed", type=int, default=0)
     bench = command("bench", _bench, "measure on this machine and write JSON", spec=True)
-    bench.add_argument("what", choices=("train",))
+    bench.add_argument("what", choices=("train", "memory"))
     bench.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    bench.add_argument("--at-once", type=_count, default=1, help="memory: processes that share the GPU")
     bench.add_argument("--adapter-out", type=Path, help="where to keep the adapter")
     return parser
 
@@ -234,10 +236,12 @@ def _params(args: argparse.Namespace) -> None:
 
 
 def _memory(args: argparse.Namespace) -> None:
-    from .memory import fits, predict, storage
+    from .memory import exact, fits, predict, storage
 
     spec = _spec(args)
-    report = predict(spec, args.convention, args.trainable_parameters)
+    if args.exact and args.convention != "exact":
+        raise SpecError(f"convention={args.convention}: --exact counts what a run allocates; leave the convention out")
+    report = exact(spec) if args.exact else predict(spec, args.convention, args.trainable_parameters)
     disk = storage(report, args.tasks)
     if args.json:
         _print(
@@ -253,7 +257,10 @@ def _memory(args: argparse.Namespace) -> None:
             ("sum", words.size(report.states)),
         ]
     )
-    if report.states is not None:
+    if report.peak:
+        _table([(f"at the peak: {kind.replace('_', ' ')}", words.size(n)) for kind, n in report.peak.items()])
+        print(f"peak of a step: {words.size(sum(report.peak.values()))}, predicted by a trace of it on fake tensors")
+    elif report.states is not None:
         one = words.smallest_gpu(fits(report.states))
         print(f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included")
         print(f"smallest GPU that holds it: {one.gpu.name}" if one else "no single GPU of the catalogue holds it")
@@ -338,9 +345,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .bench import record_train
+    from .bench import record_memory, record_train
 
-    document = record_train(_spec(args), args.out, args.adapter_out, _say)
+    if args.what == "memory":
+        document = record_memory(args.out, args.at_once, lambda line: print(line, file=sys.stderr, flush=True))
+    else:
+        document = record_train(_spec(args), args.out, args.adapter_out, _say)
     if args.json:
         _print(document)
 

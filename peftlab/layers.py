@@ -12,23 +12,23 @@ class Kronecker(nn.Module):
     n must divide d_in and d_out.
     """
 
-    def __init__(self, rules: Tensor, d_in: int, d_out: int) -> None:
+    def __init__(self, rules: nn.Parameter, d_in: int, d_out: int) -> None:
         super().__init__()
         n = len(rules)
-        self._rules = (rules,)  # in a tuple: the model owns them, not each layer
+        self.rules = rules
         self.s = nn.Parameter(torch.randn(n, d_in // n) * (3 * d_in) ** -0.5)
         self.t = nn.Parameter(torch.randn(n, d_out // n))
         self.bias = nn.Parameter(torch.zeros(d_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.einsum("nab,nc,nd->acbd", self._rules[0], self.s, self.t)
+        weight = torch.einsum("nab,nc,nd->acbd", self.rules, self.s, self.t)
         return x @ weight.flatten(2).flatten(0, 1) + self.bias
 
 
 class Bottleneck(nn.Module):
     """What an adapter adds to x (…, width): up(gelu(down(x))), zero at the start, computed in its own precision."""
 
-    def __init__(self, width: int, bottleneck: int, rules: Tensor | None = None) -> None:
+    def __init__(self, width: int, bottleneck: int, rules: nn.Parameter | None = None) -> None:
         super().__init__()
         self.down: nn.Linear | Kronecker
         self.up: nn.Linear | Kronecker

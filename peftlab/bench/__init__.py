@@ -1,5 +1,6 @@
 """Measurements a user can repeat. Each writes JSON with its command, hardware, library versions and date."""
 
+from .memory import record_memory
 from .record import MEASURED, record_train, recorded_runs
 
-__all__ = ["MEASURED", "record_train", "recorded_runs"]
+__all__ = ["MEASURED", "record_memory", "record_train", "recorded_runs"]

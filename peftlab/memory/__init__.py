@@ -1,6 +1,6 @@
 """Predicted memory of a training run: weights, gradients and optimizer states, under a named convention."""
 
-from .closed_form import MemoryReport, predict
+from .closed_form import MemoryReport, exact, predict
 from .conventions import CONVENTIONS, Convention
 from .fit import Fit, Storage, fits, storage
 
@@ -10,6 +10,7 @@ __all__ = [
     "Fit",
     "MemoryReport",
     "Storage",
+    "exact",
     "fits",
     "predict",
     "storage",

@@ -5,7 +5,8 @@ Activations, logits and everything else that depends on the batch are not in her
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import architecture as architectures
@@ -43,6 +44,10 @@ class MemoryReport:
     gradients: int
     optimizer: int | None
     source: str = "closed-form"
+    peak: Mapping[str, int] | None = None
+    """Bytes by kind at the highest point of a step; None in the closed form, which leaves activations out."""
+    timeline: Mapping[str, int] | None = None
+    """Highest bytes of each phase of the step."""
 
     @property
     def weights(self) -> int:
@@ -54,6 +59,7 @@ class MemoryReport:
         return None if self.optimizer is None else self.weights + self.gradients + self.optimizer
 
     def to_dict(self) -> dict[str, Any]:
+        peak = dict(self.peak or dict.fromkeys(("activations", "logits", "workspace")))
         return {
             "spec": self.spec.to_dict(),
             "convention": self.convention,
@@ -65,14 +71,13 @@ class MemoryReport:
                 "trainable_weights": self.trainable_weights,
                 "gradients": self.gradients,
                 "optimizer": self.optimizer,
-                "activations": None,
-                "logits": None,
-            },
+            }
+            | peak,
             "states_bytes": self.states,
-            "peak_allocated_bytes": None,
+            "peak_allocated_bytes": sum(self.peak.values()) if self.peak else None,
             "peak_reserved_bytes": None,
             "process_bytes": None,
-            "timeline": None,
+            "timeline": dict(self.timeline) if self.timeline else None,
             "source": self.source,
         }
 
@@ -100,6 +105,30 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
         total, trainable, name = report.total_parameters, report.trainable_parameters, report.model_name
         shape, added = architectures.of(spec.model or ""), report.added_parameters
     return _report(spec, convention, rule, name, method.name, shape, total, trainable, added)
+
+
+def exact(spec: RunSpec) -> MemoryReport:
+    """`predict` with the peak of a whole training step, every token predicted, from a trace of it on fake tensors.
+
+    Takes seconds, and torch. Raises SpecError for what cannot be traced.
+    """
+    report = predict(spec)
+    from .trace import trace
+
+    phases = {name: dict(kinds) for name, kinds in trace(report.spec).items() if name != "after"}
+    workspace = WORKSPACE.get((report.spec.gpu or "").split("-")[0], WORKSPACE[""])
+    highest = max(phases.values(), key=lambda kinds: sum(kinds.values()))
+    return replace(
+        report,
+        source="trace",
+        peak=highest | {"workspace": workspace},
+        timeline={name: sum(kinds.values()) + workspace for name, kinds in phases.items()},
+    )
+
+
+WORKSPACE = {"h100": 65 * 2**20, "h200": 65 * 2**20, "": 9 * 2**20}
+"""What cuBLAS keeps from the first product on. Hopper's is measured (assets/measured/memory-h100.json, FACTS section 2);
+the others' is PyTorch's default of 8.1 MiB and 1 MiB for cuBLASLt."""
 
 
 def _report(

@@ -16,7 +16,6 @@ from . import Drawing, Method, Target, Term, Unsuited, in_layers, once_a_layer, 
 
 KRONECKER = 4
 """Compacter's n: how many small matrices a weight is a sum of products of. The paper's choice."""
-RULES = "compacter_rules"
 
 
 def _serial(module: Any, adapter: Any) -> None:
@@ -117,26 +116,26 @@ def attach_ends(model: Any, targets: list[Target], spec: RunSpec) -> Any:
 def attach_compacter(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     import torch
 
-    rules = torch.nn.Parameter(torch.randn(KRONECKER, KRONECKER, KRONECKER) * KRONECKER**-0.5)
-    rules.data = rules.data.to(next(model.parameters()).device)
-    model.register_parameter(RULES, rules)
+    start = torch.randn(KRONECKER, KRONECKER, KRONECKER) * KRONECKER**-0.5
+    rules = torch.nn.Parameter(start.to(next(model.parameters()).device, _dtype(spec)))
     _each(model, targets, spec, lambda module, name, adapter: _serial(module, adapter), rules)
     return model
 
 
-def _each(model: Any, targets: Sequence[Target], spec: RunSpec, place: Any, rules: Any = None) -> None:
+def _dtype(spec: RunSpec) -> Any:
     import torch
 
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
+
+
+def _each(model: Any, targets: Sequence[Target], spec: RunSpec, place: Any, rules: Any = None) -> None:
     from ..layers import Bottleneck
 
     modules, device = dict(model.named_modules()), next(model.parameters()).device
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
-    if rules is not None:
-        rules.data = rules.data.to(dtype)
     for t in targets:
         width = t.module.d_in if t.module.head else t.module.d_out
         for name in t.names():
-            place(modules[name], name, Bottleneck(width, spec.bottleneck or 1, rules).to(device, dtype))
+            place(modules[name], name, Bottleneck(width, spec.bottleneck or 1, rules).to(device, _dtype(spec)))
 
 
 def _register(key: str, **rest: Any) -> None:
@@ -182,7 +181,7 @@ _register(
 _register(
     "compacter",
     terms=(Term(("d_out",), 3), Term(("bottleneck",), 3)),  # down: d + m + m biases, up: m + d + d biases
-    shared={RULES: (KRONECKER,) * 3},
+    shared={"rules": (KRONECKER,) * 3},
     select=divided,
     attach=attach_compacter,
     drawing=Drawing(("sub-layer", "*Σ A⊗B", "~GELU", "*Σ A⊗B"), leaves=1, joins=4),

@@ -1,0 +1,176 @@
+"""Stand-ins for what CUDA runs and a CPU does not: they keep, between forward and backward, what the real kernels keep.
+
+Numbers are never computed, only shapes and types; for tracing on fake tensors. Importing this imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "peftlab-trace"
+"""Under which transformers knows the attention below."""
+
+
+def _rows(x: Tensor) -> Tensor:
+    """An output (batch, heads, tokens, head size) in the layout of the fused kernels: tokens before heads."""
+    batch, heads, tokens, size = x.shape
+    return x.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+class Flash(torch.autograd.Function):
+    """FlashAttention-2 as PyTorch calls it: half precision, no mask, grouped keys and values as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = _rows(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors[:3]
+        batch, heads, tokens, size = q.shape
+        accumulated = q.new_empty(batch, heads, _up(tokens, 128), _up(size, 32), dtype=torch.float32)
+        delta = q.new_empty(batch, heads, _up(tokens, 128), dtype=torch.float32)
+        dq, dk, dv = _rows(q), q.new_empty(batch, k.shape[2], heads, size), q.new_empty(batch, v.shape[2], heads, size)
+        del accumulated, delta
+        if heads != k.shape[1]:
+            dk, dv = (g.unflatten(2, (k.shape[1], -1)).sum(3) for g in (dk, dv))
+        return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class Efficient(torch.autograd.Function):
+    """The memory-efficient kernel: any precision, a mask if need be, one head of keys and values for each of queries."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = _rows(q)
+        lse = q.new_empty(*q.shape[:2], _up(q.shape[2], 32), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse, *([] if mask is None else [mask]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors[:3]
+        return _rows(q), _rows(k), _rows(v), None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """scaled_dot_product_attention as transformers calls it on CUDA, with the kernel that PyTorch picks there.
+
+    Half precision without a mask runs flash. With a mask, or in fp32, the memory-efficient kernel runs; but it takes no
+    grouped heads, so that without a mask, where transformers leaves them grouped, the plain mathematics runs instead.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.bfloat16) for t in (query, key, value))
+    if attention_mask is not None and query.shape[1] != key.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    if attention_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        out = Flash.apply(query, key, value)
+    elif query.shape[1] == key.shape[1]:
+        out = Efficient.apply(query, key, value, attention_mask)
+    else:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True, dropout_p=dropout if module.training else 0.0
+            )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Makes NAME an attention that transformers knows; masks where a window is shorter than the text, or after a prefix."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sdpa = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+        """transformers' own takes fake tensors for a compilation, and then always makes one."""
+        alone = kwargs["q_length"] == kwargs["kv_length"]  # a prefix in the cache makes them differ
+        if alone and (local_size is None or kwargs["kv_length"] <= local_size):
+            return None
+        return sdpa(*args, local_size=local_size, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
+
+
+class _FromBits(torch.autograd.Function):
+    """bitsandbytes' product with packed weights: it keeps them, not its input, and unpacks them in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
+        ctx.module = module
+        return x.new_empty(*x.shape[:-1], module.d_out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        weight = grad.new_empty(ctx.module.d_out, ctx.module.d_in)
+        return grad @ weight, None
+
+
+class _FromBytes(_FromBits):
+    """int8: the input is rounded too, and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        rounded = x.to(torch.float16).to(torch.int8)
+        del rounded
+        return _FromBits.forward(ctx, x, module)
+
+
+class Quantized(nn.Module):
+    """A frozen linear map in NF4 or int8 as bitsandbytes stores it: packed weights and the scales of their blocks."""
+
+    def __init__(self, linear: nn.Linear, kind: str, double: bool, cloned: bool) -> None:
+        super().__init__()
+        self.d_out, self.d_in = linear.out_features, linear.in_features
+        n, device = self.d_in * self.d_out, linear.weight.device
+        self.cloned, self.product = cloned, _FromBits if kind == "nf4" else _FromBytes
+        parts: dict[str, tuple[int, torch.dtype]] = {"packed": (n // 2, torch.uint8), "code": (16, torch.float32)}
+        if kind == "int8":
+            parts = {"packed": (n, torch.int8), "scales": (self.d_out, torch.float32)}
+        elif double:
+            blocks = _up(n, 64) // 64
+            parts |= {"scales": (blocks, torch.uint8), "nested": (_up(blocks, 256) // 256, torch.float32)}
+            parts |= {"nested_code": (256, torch.float32), "offset": (1, torch.float32)}
+        else:
+            parts |= {"scales": (_up(n, 64) // 64, torch.float32)}
+        for name, (size, dtype) in parts.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.product.apply(x, self)
+        out = out if self.bias is None else out + self.bias
+        return (
+            out.clone() if self.cloned else out
+        )  # as peft does before it adds an update to a quantized layer's output
+
+
+def quantize(model: nn.Module, names: set[str], kind: str, double: bool) -> None:
+    """Puts a Quantized in place of each linear map of `names`, inside a peft layer where there is one."""
+    for name, module in list(model.named_modules()):
+        inner = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        if inner in names and isinstance(module, nn.Linear):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            adapted = name.endswith(".base_layer")
+            setattr(parent, name.rpartition(".")[2], Quantized(module, kind, double, adapted and kind == "nf4"))
