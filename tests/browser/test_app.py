@@ -31,6 +31,12 @@ def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
+def landed(page: Page, name: str) -> Page:
+    """Once the tab that the link names is the one on screen."""
+    expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+    return page
+
+
 def methods(page: Page):
     return page.locator(".chooser:visible select")
 
@@ -86,7 +92,7 @@ def test_unknown_model_and_impossible_rank_are_refused_in_words(app, open_page):
 
 
 def test_lora_counts_and_refuses(app, open_page, size):
-    page = open_page(app.url + "?tab=lora", size)
+    page = landed(open_page(app.url + "?tab=lora", size), "LoRA")
     expect(sentence(page)).to_contain_text("trains 20,971,520 of 8,030,261,248 numbers: 0.261%")
     page.get_by_role("button", name="Lecture 11.2: Gemma 3 270M, q and v").click()
     expect(sentence(page)).to_contain_text("Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%")
@@ -100,7 +106,7 @@ def test_lora_counts_and_refuses(app, open_page, size):
 
 
 def test_a_link_carries_the_settings(app, open_page):
-    page = open_page(app.url + "?tab=lora")
+    page = landed(open_page(app.url + "?tab=lora"), "LoRA")
     rank = page.get_by_label("number input for Rank", exact=True).locator("visible=true")
     rank.fill("32")
     rank.press("Tab")
@@ -120,7 +126,7 @@ def test_a_link_carries_the_settings(app, open_page):
 
 
 def test_every_method_is_offered_with_its_own_settings(app, open_page, size):
-    page = open_page(app.url + "?tab=live", size)
+    page = landed(open_page(app.url + "?tab=live", size), "Live")
     panel = page.locator(".method:visible")
     expect(panel).to_contain_text("LoRA")
     drawer(page)
@@ -144,7 +150,7 @@ def test_every_method_is_offered_with_its_own_settings(app, open_page, size):
 
 
 def test_another_method_trains_and_compares(app, open_page):
-    page = open_page(app.url + "?tab=live&method=ia3&steps=2")
+    page = landed(open_page(app.url + "?tab=live&method=ia3&steps=2"), "Live")
     expect(methods(page)).to_have_value("ia3")
     page.get_by_role("button", name="Train", exact=True).click()
     expect(page.get_by_role("button", name="Download adapter")).to_be_visible(timeout=180_000)
@@ -154,7 +160,7 @@ def test_another_method_trains_and_compares(app, open_page):
 
 
 def test_train_stop_train_and_compare(app, open_page):
-    page = open_page(app.url + "?tab=live&steps=30")
+    page = landed(open_page(app.url + "?tab=live&steps=30"), "Live")
     expect(sentence(page)).to_contain_text("Exact records: 0% →")
     train = page.get_by_role("button", name="Train", exact=True)
     train.dblclick()
@@ -177,7 +183,7 @@ def test_train_stop_train_and_compare(app, open_page):
 
 
 def test_compare_streams_both(app, open_page, size):
-    page = open_page(app.url + "?tab=compare", size)
+    page = landed(open_page(app.url + "?tab=compare", size), "Compare")
     expect(sentence(page)).to_contain_text("The adapter wins")
     base, adapted = page.locator(".pane.base textarea"), page.locator(".pane.adapted textarea")
     assert json.loads(adapted.input_value())["name"]
