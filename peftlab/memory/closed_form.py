@@ -127,7 +127,7 @@ def exact(spec: RunSpec) -> MemoryReport:
 
 
 WORKSPACE = {"h100": 65 * 2**20, "h200": 65 * 2**20, "": 9 * 2**20}
-"""What cuBLAS keeps from the first product on. Hopper's is measured (assets/measured/memory-h100.json, FACTS section 2);
+"""What cuBLAS keeps from the first product on. Hopper's is measured (assets/measured/memory-h100.json);
 the others' is PyTorch's default of 8.1 MiB and 1 MiB for cuBLASLt."""
 
 

@@ -69,8 +69,8 @@ def load(model: Any, folder: Path) -> Any:
 def leave_residual(model: Any, start: bool = False) -> None:
     """PiSSA: each adapted W keeps what its best rank-r approximation leaves, which is where A and B `start`.
 
-    W is d_out × d_in. The top singular vectors come from the smaller of WWᵀ and WᵀW, in fp64: many times faster on a GPU
-    than the whole decomposition that peft makes.
+    W is d_out × d_in. The top singular vectors come from the smaller of WWᵀ and WᵀW, in fp64: less work than the whole
+    decomposition that peft makes.
     """
     import torch
     from peft.tuners.lora.layer import LoraLayer
