@@ -25,7 +25,7 @@ LESSONS = {
     "Gemma 3 270M (lecture 11.2)": (RunSpec(model="gemma-3-270m", rank=16), "12n"),
     "70B (lecture 11.2)": (RunSpec(model="llama-3.1-70b", rank=64), "12n"),
     "100B (KIIT tutorial)": (RunSpec(model="100B"), "8n"),
-    "QLoRA 70B": (RunSpec(model="llama-3.1-70b", rank=64, quantization="nf4"), EXACT),
+    "QLoRA 70B": (RunSpec(model="llama-3.1-70b", method="qlora", rank=64), EXACT),
 }
 NOT_INCLUDED = (
     "<b>Not in these bars:</b> activations, logits and the CUDA context. They grow with batch and length, and this page does "

@@ -53,16 +53,8 @@ def at(*roles: str) -> Any:
 
 
 def beside_feed_forward(architecture: Architecture, spec: RunSpec) -> list[Target]:
-    _entrances(architecture)
+    once_a_layer(architecture, "gate" if architecture.with_role("gate") else "up")  # whose input the adapter reads
     return at("down")(architecture, spec)
-
-
-def _entrances(architecture: Architecture) -> Any:
-    """The modules that the feed-forward's input reaches: gate, up, or both in one."""
-    for role in ("gate", "up"):
-        if architecture.with_role(role):
-            return once_a_layer(architecture, role)
-    raise Unsuited("has no up projection under a known name; use pfeiffer")
 
 
 def ends(architecture: Architecture, spec: RunSpec) -> list[Target]:
