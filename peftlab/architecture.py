@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,34 @@ def _dotted(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a config says and no parameter's shape shows."""
+
+    heads: int = 0
+    kv_heads: int = 0
+    """Fewer than `heads` where queries share keys and values."""
+    head_size: int = 0
+    window: int = 0
+    """How far back a windowed layer sees, in tokens; 0 where no layer has a window."""
+    windowed: int = 0
+    """Layers with that window; the others see everything."""
+    activation: str = ""
+    """Of the feed-forward, by transformers' name."""
+    dropout: float = 0.0
+    """Share of the hidden state that a training step zeroes."""
+    attention_dropout: float = 0.0
+    experts: int = 0
+    experts_per_token: int = 0
+
+
+@dataclass(frozen=True)
 class Architecture:
     n_layers: int
     modules: tuple[Module, ...]
     hidden_size: int = 0
     context: int = 0
     """Longest input, in tokens; 0 where the config does not say."""
+    facts: Facts = Facts()
 
     @property
     def total_parameters(self) -> int:
@@ -187,7 +209,28 @@ def build(config: Mapping[str, Any]) -> Architecture:
     )
     c = model.config
     context = getattr(c, "max_position_embeddings", None) or getattr(c, "n_positions", 0) or 0
-    return Architecture(c.num_hidden_layers, modules, c.hidden_size, context)
+    return Architecture(c.num_hidden_layers, modules, c.hidden_size, context, _facts(c))
+
+
+def _facts(config: Any) -> Facts:
+    def first(*names: str) -> Any:
+        return next((v for v in (getattr(config, name, None) for name in names) if v), 0)
+
+    heads, kinds = config.num_attention_heads, getattr(config, "layer_types", None) or []
+    windowed = sum(kind == "sliding_attention" for kind in kinds)
+    window = first("sliding_window") if getattr(config, "use_sliding_window", True) else 0
+    return Facts(
+        heads=heads,
+        kv_heads=first("num_key_value_heads") or heads,
+        head_size=first("head_dim", "d_kv") or config.hidden_size // heads,
+        window=window,
+        windowed=(windowed if kinds else config.num_hidden_layers) if window else 0,
+        activation=first("hidden_act", "hidden_activation", "activation_function", "dense_act_fn") or "",
+        dropout=float(first("resid_pdrop", "dropout", "hidden_dropout_prob", "dropout_rate")),
+        attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
+        experts=first("num_local_experts", "num_experts", "n_routed_experts"),
+        experts_per_token=first("num_experts_per_tok"),
+    )
 
 
 def build_meta(config: Mapping[str, Any]) -> Any:
@@ -226,6 +269,7 @@ def to_data(a: Architecture) -> dict[str, Any]:
         "n_layers": a.n_layers,
         "hidden_size": a.hidden_size,
         "context": a.context,
+        "facts": {name: value for name, value in asdict(a.facts).items() if value},
         "modules": [
             [m.name, m.kind, {n: list(s) for n, s in m.parameters.items()}, _runs(m.layers)]
             + ([int(m.tied), int(m.head)] if m.tied or m.head else [])
@@ -240,7 +284,7 @@ def from_data(data: Mapping[str, Any]) -> Architecture:
         layers = tuple(n for first, last in runs for n in range(first, last + 1))
         tied, head = flags or (0, 0)
         modules.append(Module(name, kind, {n: tuple(s) for n, s in shapes.items()}, layers, bool(tied), bool(head)))
-    return Architecture(data["n_layers"], tuple(modules), data["hidden_size"], data["context"])
+    return Architecture(data["n_layers"], tuple(modules), data["hidden_size"], data["context"], Facts(**data["facts"]))
 
 
 def _runs(numbers: tuple[int, ...]) -> list[list[int]]:

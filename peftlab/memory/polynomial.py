@@ -1,0 +1,48 @@
+"""Small polynomials in batch, length and rank, as data: Python and the page evaluate the same coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+Exponents = tuple[int, int, int]
+"""Of batch (examples), length (tokens) and rank."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    terms: Mapping[Exponents, float] = field(default_factory=dict)
+
+    def __add__(self, other: Polynomial | float) -> Polynomial:
+        other = constant(other)
+        keys = {**self.terms, **other.terms}
+        return Polynomial({k: self.terms.get(k, 0) + other.terms.get(k, 0) for k in keys})
+
+    def __mul__(self, other: Polynomial | float) -> Polynomial:
+        other = constant(other)
+        found: dict[Exponents, float] = {}
+        for (a, b, c), x in self.terms.items():
+            for (d, e, f), y in other.terms.items():
+                key = (a + d, b + e, c + f)
+                found[key] = found.get(key, 0) + x * y
+        return Polynomial(found)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def value(self, batch: float, length: float, rank: float) -> float:
+        return sum(x * batch**i * length**j * rank**k for (i, j, k), x in self.terms.items())
+
+    def to_data(self) -> list[list[float]]:
+        """[coefficient, batch's exponent, length's, rank's] of each term."""
+        return [[x, *powers] for powers, x in self.terms.items() if x]
+
+
+def constant(value: Polynomial | float) -> Polynomial:
+    return value if isinstance(value, Polynomial) else Polynomial({(0, 0, 0): value} if value else {})
+
+
+def total(parts: Iterable[Polynomial | float]) -> Polynomial:
+    return sum(parts, Polynomial())
+
+
+BATCH, LENGTH, RANK = (Polynomial({powers: 1}) for powers in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
