@@ -258,9 +258,9 @@ def _memory(args: argparse.Namespace) -> None:
         ]
     )
     if report.peak:
-        _table([(f"at the peak: {kind.replace('_', ' ')}", words.size(n)) for kind, n in report.peak.items()])
-        print(f"peak of a step: {words.size(sum(report.peak.values()))}, predicted by a trace of it on fake tensors")
-    elif report.states is not None:
+        _table([(f"at the peak: {kind.replace('_', ' ')}", words.size(n)) for kind, n in report.peak.bytes.items()])
+        print(f"peak of a step: {words.size(report.allocated)}, predicted by a trace of it on fake tensors")
+    else:
         one = words.smallest_gpu(fits(report.states))
         print(f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included")
         print(f"smallest GPU that holds it: {one.gpu.name}" if one else "no single GPU of the catalogue holds it")

@@ -179,7 +179,11 @@ def build(config: Mapping[str, Any]) -> Architecture:
 
     Raises SpecError for a config that transformers does not know.
     """
-    model = build_meta(config)
+    return describe(build_meta(config))
+
+
+def describe(model: Any) -> Architecture:
+    """The architecture of a transformers model."""
     owner: dict[int, str] = {}
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     groups: dict[tuple, dict[str, Any]] = {}

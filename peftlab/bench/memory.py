@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from .. import hardware
 from ..errors import RunError, SpecError
+from ..memory import exact
 from ..resolve import resolve
 from ..spec import RunSpec
 from .record import provenance
@@ -22,31 +24,41 @@ STEPS = 3
 
 def grid() -> Iterator[RunSpec]:
     """Architectures, methods, precisions, optimizers and quantizations, each varied where it matters."""
-    small: dict[str, Any] = {"batch_size": 4, "sequence_length": 512}
-    every = """full head last-block ln lora dora lora-plus adalora vera ia3 oft prompt p-tuning prefix houlsby parallel
+    small: dict[str, Any] = {"batch_size": 4, "sequence_length": 512, "precision": "bf16"}
+    every = """full head last-block ln lora dora lora-plus adalora vera ia3 oft prompt p-tuning prefix houlsby pfeiffer parallel
                io-adapter compacter"""
     for method in every.split():
-        yield RunSpec(model="qwen3-0.6b", method=method, precision="bf16", **small)
+        yield RunSpec(model="qwen3-0.6b", method=method, **small)
     for model in ("smollm2-135m", "gemma-3-270m", "gpt2", "opt-350m", "llama-3.2-1b"):
         for method in ("full", "lora", "bitfit" if model in ("gpt2", "opt-350m") else "ia3"):
-            yield RunSpec(model=model, method=method, precision="bf16", **small)
-        yield RunSpec(model=model, method="lora", precision="fp32", **small)
-        yield RunSpec(model=model, method="lora", precision="bf16", gradient_checkpointing=True, **small)
+            yield RunSpec(model=model, method=method, **small)
+        yield RunSpec(model=model, method="lora", **small | {"precision": "fp32"})
+        yield RunSpec(model=model, method="lora", gradient_checkpointing=True, **small)
     for method in ("full", "lora", "houlsby"):
-        yield RunSpec(model="smollm2-360m", method=method, precision="amp", **small)
-    for optimizer in ("sgd", "sgd-momentum"):
-        yield RunSpec(model="smollm2-360m", method="full", precision="bf16", optimizer=optimizer, **small)
-    long: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048}
-    yield RunSpec(model="gemma-3-270m", method="lora", precision="bf16", **long)
-    yield RunSpec(model="smollm2-1.7b", method="qlora", precision="bf16", rank=16, gradient_checkpointing=True, **long)
-    yield RunSpec(model="smollm2-1.7b", method="qlora", precision="bf16", rank=16, double_quantization=False, **long)
-    yield RunSpec(model="smollm2-1.7b", method="lora", quantization="int8", precision="bf16", rank=16, **long)
-    yield RunSpec(model="llama-3.1-8b", method="lora", precision="bf16", rank=16, batch_size=1, sequence_length=1024)
-    yield RunSpec(model="llama-3.1-8b", method="qlora", precision="bf16", rank=16, batch_size=1, sequence_length=1024)
+        yield RunSpec(model="smollm2-360m", method=method, **small | {"precision": "amp"})
+    for optimizer in ("sgd", "sgd-momentum", "adafactor", "lion", "adamw-8bit", "paged-adamw-8bit"):
+        yield RunSpec(model="smollm2-360m", method="full", optimizer=optimizer, **small)
+    yield RunSpec(model="smollm2-360m", method="full", optimizer_precision="fp32", **small)
+    lora = RunSpec(model="smollm2-360m", method="lora", **small)
+    for settings in ({"dropout": 0.05}, {"layers": "last:4"}, {"adapter_precision": "bf16"}, {"hold_outputs": True},
+                     {"accumulation": 4}, {"attention": "eager"}, {"precision": "fp16"}, {"optimizer": "adamw-8bit"},
+                     {"target_modules": "query,value"}, {"batch_size": 3, "sequence_length": 700}):  # fmt: skip
+        yield lora.but(**settings)
+    long: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "precision": "bf16"}
+    yield RunSpec(model="gemma-3-270m", method="lora", **long)
+    yield RunSpec(model="gemma-3-270m", method="full", gradient_checkpointing=True, **long)
+    for method in ("lora", "ln"):
+        yield RunSpec(model="olmoe-1b-7b", method=method, **small)
+    yield RunSpec(model="smollm2-1.7b", method="qlora", rank=16, gradient_checkpointing=True, **long)
+    yield RunSpec(model="smollm2-1.7b", method="qlora", rank=16, double_quantization=False, **long)
+    yield RunSpec(model="smollm2-1.7b", method="lora", quantization="int8", rank=16, **long)
+    for method in ("lora", "qlora"):
+        yield RunSpec(model="llama-3.1-8b", method=method, rank=16, **long | {"sequence_length": 1024})
+    yield RunSpec(model="llama-3.1-8b", method="qlora", rank=16, gradient_checkpointing=True, **long)
 
 
 def measure(spec: RunSpec) -> dict[str, Any]:
-    """Bytes at the peak of a steady step on this machine's GPU. Weights are random: memory does not mind."""
+    """Bytes at the peak of a steady step on this machine's GPU, and its seconds. Weights are random: memory does not mind."""
     import torch
 
     from .. import architecture as architectures
@@ -56,30 +68,39 @@ def measure(spec: RunSpec) -> dict[str, Any]:
 
     entry, shape = models.find(spec.model or ""), architectures.of(spec.model or "")
     assert entry.config is not None
-    model = architectures.build_meta(entry.config).to(step.DTYPES[spec.precision or "fp32"]).to_empty(device="cuda")
-    model.tie_weights()
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.02)
-    model.requires_grad_(False)
+    model = architectures.build_meta(entry.config).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
+    model.config._attn_implementation = spec.attention
     if spec.quantization not in (None, "none"):
         _quantize(model, {name for m in shape.linear() for _, name in m.names()}, spec)
+    step.materialize(model, _random)
     chosen = methods.targets(shape, spec, entry.name)
     model = step.prepare(methods.find(spec.method or "").attach(model, chosen, spec), spec)
     optimizer = step.optimizer([p for p in model.parameters() if p.requires_grad], spec)
     torch.cuda.empty_cache()
+    seconds = []
     for _ in range(STEPS):
         torch.cuda.reset_peak_memory_stats()
-        for _ in step.run(model, optimizer, spec, "cuda"):
-            pass
+        start = time.perf_counter()
+        step.run(model, optimizer, spec, "cuda")
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
     free, total = torch.cuda.mem_get_info()
     return {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         "after_bytes": torch.cuda.memory_allocated(),
         "device_used_bytes": total - free,
+        "step_seconds": min(seconds),
     }
+
+
+def _random(name: str, tensor: Any) -> Any:
+    import torch
+
+    if not tensor.is_meta:  # a quantized weight
+        return tensor
+    made = torch.empty_like(tensor, device="cuda")
+    return made.normal_(0, 0.02) if made.is_floating_point() else made.zero_()
 
 
 def _quantize(model: Any, names: set[str], spec: RunSpec) -> None:
@@ -93,60 +114,99 @@ def _quantize(model: Any, names: set[str], spec: RunSpec) -> None:
         if name not in names:
             continue
         sizes = (module.in_features, module.out_features, module.bias is not None)
-        weight = module.weight.data.cpu()
+        weight = torch.randn(module.weight.shape, dtype=module.weight.dtype)
         if spec.quantization == "nf4":
-            new = library.Linear4bit(*sizes, weight.dtype, double, "nf4")
+            new = library.Linear4bit(*sizes, weight.dtype, double, "nf4", device="meta")
             new.weight = library.Params4bit(weight, False, compress_statistics=double, quant_type="nf4", module=new)
         else:
-            new = library.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+            new = library.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
             new.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        new.weight = new.weight.to("cuda")
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], new.to("cuda").requires_grad_(False))
+        setattr(parent, name.rpartition(".")[2], new.requires_grad_(False))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = spec.quantization == "nf4", spec.quantization == "int8"
     torch.cuda.empty_cache()
 
 
-def row(spec: RunSpec) -> dict[str, Any]:
-    """Measured and predicted, for one resolved spec."""
-    from ..memory.trace import trace
-
-    measured = measure(spec)
-    return {"spec": spec.to_dict(), "measured": measured, "predicted": {k: dict(v) for k, v in trace(spec).items()}}
+def _predict(spec: RunSpec) -> dict[str, Any]:
+    report = exact(spec).to_dict()
+    kept = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
+    return {name: report[name] for name in kept}
 
 
 def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs the grid and writes every row to `out`. A row that fails says so, and the others go on.
 
-    With several `at_once` on one GPU, what the device has in use is everybody's, and is left out.
+    Each step is measured in a fresh process. What a whole process takes can be told only while the GPU has no other, so with
+    several `at_once` the first rows alone say it.
     """
     if hardware.here().device != "cuda":
         raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
-
-    def run(spec: RunSpec) -> dict[str, Any]:
-        command = [sys.executable, "-c", "from peftlab.bench.memory import alone; alone()", spec.to_json()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            found: dict[str, Any] = {
-                "spec": spec.to_dict(),
-                "error": (done.stderr.strip().splitlines() or ["no word"])[-1],
-            }
-        else:
-            found = json.loads(done.stdout.splitlines()[-1])
-            if at_once > 1:
-                found["measured"]["device_used_bytes"] = None
-        say(f"{spec.model} {spec.method}: {found.get('error') or 'measured'}")
-        return found
-
-    with ThreadPoolExecutor(at_once) as pool:
-        rows = list(pool.map(run, [resolve(spec) for spec in grid()]))
+    idle = _device_used()
+    fresh = multiprocessing.get_context("forkserver")  # its children share the imports, and no CUDA context
+    fresh.set_forkserver_preload(["torch", "transformers", "accelerate"])
+    specs = [resolve(spec) for spec in grid()]
+    rows: list[dict[str, Any]] = [{"spec": spec.to_dict()} for spec in specs]
     document = provenance() | {"kind": "memory", "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+
+    def run(i: int, alone: bool) -> None:
+        try:
+            measured = _alone(fresh, measure, specs[i])
+            used = measured.pop("device_used_bytes") - idle
+            rows[i]["measured"] = measured | {"process_bytes": used if alone else None}
+            rows[i]["predicted"] = _alone(fresh, _predict, specs[i])
+        except RunError as error:
+            rows[i]["error"] = str(error)
+        say(_said(rows[i]))
+        out.write_text(json.dumps(document, indent=1) + "\n")
+
+    first = len(specs) if at_once == 1 else ALONE
+    for i in range(first):
+        run(i, alone=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(lambda i: run(i, alone=False), range(first, len(specs))))
     if all("error" in r for r in rows):
         raise RunError(f"no configuration could be measured; the first said: {rows[0]['error']}")
     return document
 
 
-def alone() -> None:
-    """What a fresh process runs: one row, to its standard output."""
-    print(json.dumps(row(RunSpec.from_json(sys.argv[1]))))
+ALONE = 4
+"""Rows that have the GPU to themselves."""
+
+
+def _alone(fresh: Any, work: Callable[[RunSpec], dict[str, Any]], spec: RunSpec) -> dict[str, Any]:
+    """`work(spec)` in a process of its own. Raises RunError with its error, also when it dies."""
+    ours, its = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=_answer, args=(its, work, spec))
+    process.start()
+    its.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        answer = "the process died"
+    process.join()
+    if isinstance(answer, str):
+        raise RunError(answer)
+    return answer
+
+
+def _answer(connection: Any, work: Callable[[RunSpec], dict[str, Any]], spec: RunSpec) -> None:
+    try:
+        connection.send(work(spec))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no word'}")
+
+
+def _device_used() -> int:
+    """Bytes of the GPU that others have in use, asked for without a context of our own."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
+
+
+def _said(row: dict[str, Any]) -> str:
+    name = f"{row['spec']['model']} {row['spec']['method']}"
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    errors = (row["predicted"][k] / row["measured"][k] - 1 for k in ("peak_allocated_bytes", "peak_reserved_bytes"))
+    return f"{name}: allocated {{:+.2%}}, reserved {{:+.2%}}".format(*errors)

@@ -5,12 +5,11 @@ Activations, logits and everything else that depends on the batch are not in her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 from .. import architecture as architectures
-from .. import methods
+from .. import methods, optimizers
 from ..architecture import Architecture
 from ..catalog import models
 from ..count import BYTES, count
@@ -19,67 +18,12 @@ from ..resolve import resolve
 from ..spec import RunSpec
 from . import conventions
 from .conventions import EXACT, FP4_BYTES, FROZEN_BYTES, Convention
+from .report import MemoryReport
 
 NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
 """Bits a weight: 4, and an fp32 scale a block of 64; with double quantization (True) the scale is 8 bits, and 256 scales
 share one fp32. QLoRA, arXiv 2305.14314 section 3."""
 INT8_BYTES = 1
-STATES = {"adamw": 2, "lion": 1, "sgd": 0, "sgd-momentum": 1}
-"""Numbers the optimizer keeps for each trained parameter; the others' are not a plain multiple and stay None."""
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes of one training run on one GPU, before activations."""
-
-    spec: RunSpec
-    """Resolved."""
-    convention: str
-    model_name: str
-    method_name: str
-    total_parameters: int
-    trainable_parameters: int
-    frozen_weights: int
-    trainable_weights: int
-    gradients: int
-    optimizer: int | None
-    source: str = "closed-form"
-    peak: Mapping[str, int] | None = None
-    """Bytes by kind at the highest point of a step; None in the closed form, which leaves activations out."""
-    timeline: Mapping[str, int] | None = None
-    """Highest bytes of each phase of the step."""
-
-    @property
-    def weights(self) -> int:
-        return self.frozen_weights + self.trainable_weights
-
-    @property
-    def states(self) -> int | None:
-        """Weights + gradients + optimizer; None while one of them is not known."""
-        return None if self.optimizer is None else self.weights + self.gradients + self.optimizer
-
-    def to_dict(self) -> dict[str, Any]:
-        peak = dict(self.peak or dict.fromkeys(("activations", "logits", "workspace")))
-        return {
-            "spec": self.spec.to_dict(),
-            "convention": self.convention,
-            "total_parameters": self.total_parameters,
-            "trainable_parameters": self.trainable_parameters,
-            "components": {
-                "weights": self.weights,
-                "frozen_weights": self.frozen_weights,
-                "trainable_weights": self.trainable_weights,
-                "gradients": self.gradients,
-                "optimizer": self.optimizer,
-            }
-            | peak,
-            "states_bytes": self.states,
-            "peak_allocated_bytes": sum(self.peak.values()) if self.peak else None,
-            "peak_reserved_bytes": None,
-            "process_bytes": None,
-            "timeline": dict(self.timeline) if self.timeline else None,
-            "source": self.source,
-        }
 
 
 def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
@@ -107,28 +51,25 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
     return _report(spec, convention, rule, name, method.name, shape, total, trainable, added)
 
 
-def exact(spec: RunSpec) -> MemoryReport:
-    """`predict` with the peak of a whole training step, every token predicted, from a trace of it on fake tensors.
+def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> MemoryReport:
+    """`predict` from a trace of a whole training step on fake tensors, every token predicted.
 
-    Takes seconds, and torch. Raises SpecError for what cannot be traced.
+    Takes seconds, and torch. Raises SpecError for what cannot be traced, and `trace.Overtaken` once `overtaken` says so.
     """
     report = predict(spec)
     from .trace import trace
 
-    phases = {name: dict(kinds) for name, kinds in trace(report.spec).items() if name != "after"}
-    workspace = WORKSPACE.get((report.spec.gpu or "").split("-")[0], WORKSPACE[""])
-    highest = max(phases.values(), key=lambda kinds: sum(kinds.values()))
+    found = trace(report.spec, overtaken)
     return replace(
-        report,
-        source="trace",
-        peak=highest | {"workspace": workspace},
-        timeline={name: sum(kinds.values()) + workspace for name, kinds in phases.items()},
+        report, source="trace", moments=found.moments, reserved=found.reserved, context=context(report.spec.gpu)
     )
 
 
-WORKSPACE = {"h100": 65 * 2**20, "h200": 65 * 2**20, "": 9 * 2**20}
-"""What cuBLAS keeps from the first product on. Hopper's is measured (assets/measured/memory-h100.json);
-the others' is PyTorch's default of 8.1 MiB and 1 MiB for cuBLASLt."""
+CONTEXT = {"h100": 621 * 2**20, "": 500 * 2**20}
+
+
+def context(gpu: str | None) -> int:
+    return CONTEXT.get((gpu or "").split("-")[0], CONTEXT[""])
 
 
 def _report(
@@ -143,7 +84,6 @@ def _report(
     added: int,
 ) -> MemoryReport:
     frozen = total + added - trainable
-    optimizer: int | None
     if rule:
         frozen_bytes = _frozen_bytes(spec, shape, frozen, FROZEN_BYTES, ideal=True)
         weights, gradients, optimizer = (trainable * b for b in (rule.weights, rule.gradients, rule.optimizer))
@@ -155,8 +95,7 @@ def _report(
         frozen_bytes = _frozen_bytes(spec, shape, frozen, base, ideal=False)
         weights = gradients = trainable * each
         state = 4 if spec.optimizer_precision == "fp32" else each
-        numbers = STATES.get(spec.optimizer or "")
-        optimizer = None if numbers is None else trainable * numbers * state
+        optimizer = trainable * optimizers.find(spec).states * state
     return MemoryReport(
         spec=spec,
         convention=convention,

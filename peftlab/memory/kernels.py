@@ -53,7 +53,8 @@ class Efficient(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = _rows(q)
         lse = q.new_empty(*q.shape[:2], _up(q.shape[2], 32), dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse, *([] if mask is None else [mask]))
+        bias = [] if mask is None else [mask.new_empty(mask.shape, dtype=q.dtype)]  # true and false as 0 and -inf
+        ctx.save_for_backward(q, k, v, out, lse, *bias)
         return out
 
     @staticmethod
@@ -80,7 +81,8 @@ def attention(
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.bfloat16) for t in (query, key, value))
     if attention_mask is not None and query.shape[1] != key.shape[1]:
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        repeats = query.shape[1] // key.shape[1]  # a view of a single head, a copy of several
+        key, value = (t[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, value))
     if attention_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         out = Flash.apply(query, key, value)
     elif query.shape[1] == key.shape[1]:
@@ -103,7 +105,7 @@ def register() -> None:
     def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
         """transformers' own takes fake tensors for a compilation, and then always makes one."""
         alone = kwargs["q_length"] == kwargs["kv_length"]  # a prefix in the cache makes them differ
-        if alone and (local_size is None or kwargs["kv_length"] <= local_size):
+        if alone and (local_size is None or kwargs["kv_length"] < local_size):
             return None
         return sdpa(*args, local_size=local_size, **kwargs)
 

@@ -42,7 +42,10 @@ def constant(value: Polynomial | float) -> Polynomial:
 
 
 def total(parts: Iterable[Polynomial | float]) -> Polynomial:
-    return sum(parts, Polynomial())
+    whole = Polynomial()
+    for part in parts:
+        whole = whole + part
+    return whole
 
 
 BATCH, LENGTH, RANK = (Polynomial({powers: 1}) for powers in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))

@@ -5,22 +5,34 @@ Every token is predicted, as in pre-training and in most trainers. Importing thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from .. import optimizers
 from ..spec import RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "amp": torch.float32}
-OPTIMIZERS = ("adamw", "sgd", "sgd-momentum")
 
 
 def optimizer(parameters: list[Any], spec: RunSpec) -> Any:
-    """As the training engine makes it on CUDA, where torch updates all parameters together."""
-    if spec.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9 if spec.optimizer == "sgd-momentum" else 0.0, foreach=True)
+    return optimizers.find(spec).make(parameters, 1e-4)
+
+
+def materialize(model: Any, make: Callable[[str, Any], Any]) -> None:
+    """Puts `make(module's name, t)` in place of each parameter and buffer t, once for those that several modules share."""
+    made: dict[int, tuple[Any, Any]] = {}  # the old one too, or another would be given its id
+    for module_name, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = make(module_name, old)
+                    wrap = held is module._parameters and new is not old
+                    made[id(old)] = (old, torch.nn.Parameter(new, old.requires_grad) if wrap else new)
+                held[name] = made[id(old)][1]
 
 
 def prepare(model: Any, spec: RunSpec) -> Any:
@@ -31,20 +43,24 @@ def prepare(model: Any, spec: RunSpec) -> Any:
     return model.train()
 
 
-def run(model: Any, optimizer: Any, spec: RunSpec, device: str) -> Iterator[str]:
-    """Yields the name of each phase when it is over: forward, backward, optimizer."""
+def micro(model: Any, spec: RunSpec, device: str) -> Iterator[str]:
+    """One forward and one backward pass. Yields the name of each as it begins."""
+    yield "forward"
+    ids = torch.zeros(spec.batch_size or 1, spec.sequence_length or 1, dtype=torch.long, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):
+        logits = model(input_ids=ids, use_cache=False).logits
+    held = logits if spec.hold_outputs else None
+    logits = logits[:, :-1].float().flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    del logits
+    yield "backward"
+    loss.backward()
+    del held, loss
+
+
+def run(model: Any, optimizer: Any, spec: RunSpec, device: str) -> None:
     for _ in range(spec.accumulation or 1):
-        ids = torch.zeros(spec.batch_size or 1, spec.sequence_length or 1, dtype=torch.long, device=device)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):
-            logits = model(input_ids=ids, use_cache=False).logits
-        held = logits if spec.hold_outputs else None
-        logits = logits[:, :-1].float().flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-        del logits
-        yield "forward"
-        loss.backward()
-        del held, loss
-        yield "backward"
+        for _ in micro(model, spec, device):
+            pass
     optimizer.step()
-    yield "optimizer"
     optimizer.zero_grad(set_to_none=True)

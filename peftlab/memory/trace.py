@@ -1,188 +1,281 @@
 """The exact source: one training step on fake tensors, every allocation counted. Importing this imports torch.
 
-Two shallow copies of the model are traced, and every phase of the step is extended linearly to the full depth. The first step
-makes the optimizer's states; the second is the one reported.
+A shallow copy of the model is traced, its middle layers repeated to the full depth, and three steps replayed through a
+model of PyTorch's allocator. The last is the one reported.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from .. import architecture as architectures
-from .. import methods
+from .. import methods, optimizers
 from ..catalog import models
 from ..errors import SpecError
-from ..spec import RunSpec
+from ..spec import RunSpec, parse_layers
 from . import kernels, step
+from .allocator import MIB
+from .report import Moment
+from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 
-BLOCK = 512
-"""The CUDA allocator rounds every tensor up to this many bytes."""
-PHASES = ("forward", "backward", "optimizer")
-KINDS = ("frozen_weights", "trainable_weights", "gradients", "optimizer", "activations", "logits")
+WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
+"""What cuBLAS keeps from the first product on. Hopper's is measured (assets/measured/memory-h100.json);
+the others' is PyTorch's default of 8.1 MiB and 1 MiB for cuBLASLt."""
+READ = (
+    "model", "method", "rank", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size",
+    "lr_ratio", "train_norms", "precision", "adapter_precision", "quantization", "double_quantization", "optimizer",
+    "optimizer_precision", "batch_size", "accumulation", "sequence_length", "gradient_checkpointing", "attention",
+    "hold_outputs",
+)  # fmt: skip
+"""The settings that a step's memory depends on."""
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of live storages by kind, and keeps the composition at the highest point."""
+@dataclass(frozen=True)
+class Trace:
+    moments: tuple[Moment, ...]
+    """Forward and backward by part of the model, then the optimizer."""
+    after: Mapping[str, int]
+    """Bytes by kind between steps."""
+    reserved: int
+    """What the allocator has taken from the driver."""
+    depth: int
+    """Layers of the model."""
 
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.vocabulary = vocabulary
-        self.sizes: dict[int, int] = {}
-        self.kinds: dict[int, str] = {}
-        self.live = dict.fromkeys(KINDS, 0)
-        self.peak = dict(self.live)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.see, out)
-        if func is torch.ops.aten.bernoulli_.float:  # a dropout mask: one byte an element on CUDA
-            self.shrink(out)
-        return out
-
-    def see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
-        if key in self.sizes or not size:
-            return
-        wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
-        self.sizes[key], self.kinds[key] = size, "logits" if wide else "activations"
-        self.live[self.kinds[key]] += size
-        self.mark()
-        weakref.finalize(storage, self.drop, key)
-
-    def drop(self, key: int) -> None:
-        if key in self.sizes:
-            self.live[self.kinds.pop(key)] -= self.sizes.pop(key)
-
-    def shrink(self, mask: torch.Tensor) -> None:
-        key, size = mask.untyped_storage()._cdata, -(-mask.numel() // BLOCK) * BLOCK
-        if self.sizes.get(key, 0) > size:
-            self.live[self.kinds[key]] -= self.sizes[key] - size
-            self.sizes[key] = size
-
-    def name(self, tensors: Any, kind: str) -> None:
-        """From now on these tensors are of that kind."""
-        for tensor in tensors:
-            key = tensor.untyped_storage()._cdata
-            if key in self.sizes:
-                self.live[self.kinds[key]] -= self.sizes[key]
-                self.kinds[key] = kind
-                self.live[kind] += self.sizes[key]
-
-    def mark(self) -> None:
-        if sum(self.live.values()) > sum(self.peak.values()):
-            self.peak = dict(self.live)
-
-    def phase(self) -> dict[str, int]:
-        """The composition at the highest point since the last call."""
-        highest, self.peak = self.peak, dict(self.live)
-        return highest
+class Overtaken(Exception):
+    """Whoever asked for this trace has asked for another one since."""
 
 
 _one_at_a_time = threading.Lock()
 
 
-@lru_cache(maxsize=256)
-def trace(spec: RunSpec) -> Mapping[str, Mapping[str, int]]:
-    """Phase → kind → bytes at that phase's highest point, and `after` the step, for a resolved spec.
+def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> Trace:
+    """Of a resolved spec. Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon
+    as `overtaken` says so."""
+    read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
+    workspace = WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""])
 
-    Raises SpecError for a model without a config and for what cannot be traced.
-    """
+    def stop() -> None:
+        if overtaken():
+            raise Overtaken
+
+    while not _one_at_a_time.acquire(timeout=0.1):
+        stop()
+    try:
+        return _cached(read, workspace, _Stop(stop))
+    finally:
+        _one_at_a_time.release()
+
+
+class _Stop:
+    """A callable that all caches take for the same."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stop)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=512)
+def _cached(spec: RunSpec, workspace: int, stop: _Stop) -> Trace:
     entry = models.find(spec.model or "")
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
-    if spec.optimizer not in step.OPTIMIZERS:
+    if not entry.is_causal:
         raise SpecError(
-            f"optimizer={spec.optimizer}: the trace knows {', '.join(step.OPTIMIZERS)}; choose one of these"
+            f"model={spec.model}: only models that write text are trained here; name a decoder such as gpt2"
         )
-    depth = architectures.of(spec.model or "").n_layers
-    period = _period(entry.config)
-    few, more = (2 * period, 4 * period) if period == 1 else (period, 2 * period)
-    with _one_at_a_time:
-        if more >= depth:
-            return _trace(spec, depth)
-        low, high = _trace(spec, few), _trace(spec, more)
-    reach = (depth - few) / (more - few)
-    return {
-        phase: {kind: round(low[phase][kind] + reach * (high[phase][kind] - low[phase][kind])) for kind in KINDS}
-        for phase in low
-    }
+    shape = architectures.of(spec.model or "")
+    chosen = {n for t in methods.targets(shape, spec, entry.name) for n in (t.layers if t.module.layers else ())}
+    kept = copies = list(range(shape.n_layers))
+    if not methods.find(spec.method or "").before_layers:
+        kept, copies = _shorten(_kinds(entry.config, shape.n_layers, chosen))
+    tapes = _record(spec, entry.config, kept, stop.call)
+    homes: Homes = {}
+    full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
+    return _replay(full, workspace, shape.n_layers)
 
 
-def _period(config: Mapping[str, Any]) -> int:
-    """After how many layers the kinds of layer repeat: 6 in Gemma 3, whose sixth sees further than its window."""
-    kinds = config.get("layer_types")
-    if not kinds:
-        return int(config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 1)
-    return next(p for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+def _kinds(config: Mapping[str, Any], depth: int, adapted: set[int]) -> list[tuple[Any, bool]]:
+    """What tells one layer from another: how far it sees, and whether a method changes it."""
+    types: Any = config.get("layer_types")
+    if not types:
+        period = int(config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 1)
+        types = [(i + 1) % period == 0 for i in range(depth)]
+    return [(types[i], i in adapted) for i in range(depth)]
 
 
-def _shallow(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    cut = {**config, **{name: depth for name in ("num_hidden_layers", "n_layer") if name in config}}
-    if cut.get("layer_types"):
-        cut["layer_types"] = cut["layer_types"][:depth]
-    return cut
+def _shorten(kinds: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """The layers worth tracing, and for each layer the place among them of the one to copy.
+
+    Of a block of layers that repeats, as many are kept as leave one of each kind with two neighbours on both sides: five of a
+    plain stack, two blocks of Gemma 3's six.
+    """
+    kept: list[int] = []
+    copies: list[int] = []
+    i = 0
+    while i < len(kinds):
+        period, repeats = max(
+            ((p, _repeats(kinds, i, p)) for p in range(1, 9)), key=lambda found: (found[0] * (found[1] - 1), -found[0])
+        )
+        fewest = 1 + -(-4 // period)
+        first, n = len(kept), period * repeats
+        short = period * min(repeats, fewest)
+        kept += range(i, i + short - 2) if n > short else range(i, i + n)
+        kept += range(i + n - 2, i + n) if n > short else ()
+        for j in range(n):
+            if n == short or j < 2:
+                place = j
+            elif j >= n - 2:
+                place = short - (n - j)
+            else:
+                place = next(q for q in range(2, short - 2) if q % period == j % period)
+            copies.append(first + place)
+        i += n
+    return kept, copies
 
 
-def _trace(spec: RunSpec, depth: int) -> dict[str, dict[str, int]]:
+def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
+    n, block = 1, kinds[start : start + period]
+    if len(block) < period:
+        return 0
+    while kinds[start + n * period : start + (n + 1) * period] == block:
+        n += 1
+    return n
+
+
+def _record(
+    spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], stop: Callable[[], None]
+) -> dict[str, list[Entry]]:
     kernels.register()
-    model = _meta(spec, depth)
-    ledger = Ledger(model.config.vocab_size)
-    found: dict[str, dict[str, int]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        _fake(model)
+    depth = len(kept)
+    model = _meta(spec, config, kept)
+    recorder = Recorder(model.config.vocab_size, depth, stop)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        _fake(model, recorder)
         trained = [p for p in model.parameters() if p.requires_grad]
-        ledger.name((*model.parameters(), *model.buffers()), "frozen_weights")
-        ledger.name(trained, "trainable_weights")
-        optimizer = step.optimizer(trained, spec)
-        for _ in range(2):
-            ledger.phase()
-            for phase in step.run(model, optimizer, spec, "cpu"):
-                found[phase] = ledger.phase()
-                if phase == "backward":
-                    ledger.name((p.grad for p in trained if p.grad is not None), "gradients")
-                if phase == "optimizer":
-                    states = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
-                    ledger.name(states, "optimizer")
-        found["after"] = dict(ledger.live)
-    return found
+        recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
+        recorder.name(trained, "trainable_weights")
+        _watch(model, recorder)
+        kind = optimizers.find(spec)
+        own = kind.library == "torch"
+        optimizer = step.optimizer(trained, spec) if own else optimizers.BlockwiseStates(trained, kind)
+        for again in ("", " again")[: min(spec.accumulation or 1, 2)]:
+            recorder.part = BEFORE
+            for phase in step.micro(model, spec, "cpu"):
+                recorder.begin(phase + again)
+            gc.collect(1)  # a model's own reference cycles hold tensors; a real step is long enough to collect them
+            recorder.begin("gradients")
+            recorder.name((p.grad for p in trained if p.grad is not None), "gradients")
+        for phase in ("optimizer", "optimizer again"):
+            recorder.begin(phase)
+            optimizer.step()
+            recorder.begin(phase + " states")
+            states = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+            recorder.name(states, "optimizer")
+        recorder.begin("end")
+        optimizer.zero_grad(set_to_none=True)
+        recorder.begin("over")
+    return recorder.phases
 
 
-def _meta(spec: RunSpec, depth: int) -> Any:
-    """The model at that depth with the method attached, on the meta device, in the run's types."""
-    entry = models.find(spec.model or "")
-    assert entry.config is not None
-    config = _shallow(entry.config, depth)
-    shape = architectures.build(config)
-    plain = spec.but(layers="all") if spec.layers else spec
+def _replay(tapes: Mapping[str, Sequence[Entry]], workspace: int, depth: int) -> Trace:
+    player = Player(workspace)
+    player.play(tapes["weights"])
+    for optimizer in ("optimizer", "optimizer again"):
+        moments: list[Moment] = []
+        for phase in ("forward", "backward", "gradients", "forward again", "backward again", "gradients"):
+            found = player.play(tapes.get(phase, ()), phase.removesuffix(" again"))
+            moments = [*moments, *found] if phase != "forward again" or not found else found
+        moments = [m for m in moments if m.phase != "gradients"]
+        moments += player.play(tapes[optimizer], "optimizer")
+        player.play(tapes[optimizer + " states"])
+        player.play(tapes["end"])
+    return Trace(tuple(moments), dict(player.live), player.allocator.reserved, depth)
+
+
+def _layers(model: Any, depth: int) -> tuple[str, Any]:
+    """The model's list of layers, with its name."""
+    return next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+
+
+def _watch(model: Any, recorder: Recorder) -> None:
+    """Tells the recorder which part of the model is at work: the layers in turn, and back again."""
+    _, layers = _layers(model, recorder.depth)
+
+    def at(part: int) -> Callable[..., None]:
+        def mark(*_: Any) -> None:
+            recorder.part = part
+
+        return mark
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        if recorder.phase.startswith("forward"):
+            recorder.part = 0
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad:
+                hidden.register_hook(at(BEFORE))
+
+    def end(part: int) -> Callable[..., None]:
+        def leave(module: Any, args: Any, out: Any) -> None:
+            if recorder.phase.startswith("forward"):
+                recorder.part = part + 1
+                hidden = out[0] if isinstance(out, tuple) else out
+                if hidden.requires_grad:
+                    hidden.register_hook(at(part))
+
+        return leave
+
+    layers[0].register_forward_pre_hook(begin, with_kwargs=True)
+    for part, layer in enumerate(layers):
+        layer.register_forward_hook(end(part))
+
+
+def _meta(spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
+    """The model with those layers alone and the method attached, on the meta device, in the run's types."""
+    short = {**config, **{name: len(kept) for name in ("num_hidden_layers", "n_layer") if name in config}}
+    if "num_hidden_layers" not in short and "n_layer" not in short:
+        short["num_hidden_layers"] = len(kept)
+    if short.get("layer_types"):
+        short["layer_types"] = [short["layer_types"][i] for i in kept]
+    model = architectures.build_meta(short).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
+    shape = architectures.describe(model)
+    if spec.layers:
+        wanted = set(parse_layers(spec.layers, architectures.of(spec.model or "").n_layers))
+        spec = spec.but(layers=",".join(str(i) for i, layer in enumerate(kept) if layer in wanted))
     method = methods.METHODS["lora" if spec.method == "pissa" else spec.method or ""]  # its start needs W's numbers
-    model = architectures.build_meta(config).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
-    model.config._attn_implementation = kernels.NAME
-    chosen = methods.targets(shape, plain, entry.name)
-    model = method.attach(model, chosen, plain.but(method=method.key))
+    model.config._attn_implementation = kernels.NAME if spec.attention == "sdpa" else spec.attention
+    spec = spec.but(method=method.key)
+    model = method.attach(model, methods.targets(shape, spec), spec)
     if spec.quantization not in (None, "none"):
         names = {name for m in shape.linear() for _, name in m.names()}
         kernels.quantize(model, names, spec.quantization or "", bool(spec.double_quantization))
     return step.prepare(model, spec)
 
 
-def _fake(model: Any) -> None:
-    """Fresh fake tensors in place of the meta ones; what was tied stays tied."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                if old is not None and id(old) not in made:
-                    new = torch.empty_like(old, device="cpu")
-                    is_parameter = held is module._parameters
-                    made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if is_parameter else new
-                held[name] = old if old is None else made[id(old)]
+def _fake(model: Any, recorder: Recorder) -> None:
+    """Fresh fake tensors in place of the meta ones, frozen ones first, as they are on a GPU before a method is attached."""
+    layers = _layers(model, recorder.depth)[0] + "."
+    for trained in (False, True):
+        recorder.part = BEFORE
+
+        def make(name: str, old: Any, trained: bool = trained) -> Any:
+            if name.startswith(layers):
+                recorder.part = int(name.removeprefix(layers).split(".")[0])
+            elif recorder.part != BEFORE:
+                recorder.part = recorder.depth
+            return torch.empty_like(old, device="cpu") if old.requires_grad == trained and old.is_meta else old
+
+        step.materialize(model, make)

@@ -101,6 +101,8 @@ class Method:
     """A term to add to the loss, from the model."""
     after_step: Callable[[Any, int], None] | None = None
     """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""
+    before_layers: bool = False
+    """It makes tensors for all layers before the first of them runs."""
     if_nothing: str = ""
     """Why there may be nothing to train, and what to do about it."""
 

@@ -122,5 +122,6 @@ register(
         settings=SETTINGS,
         defaults={"learning_rate": 4e-2},
         starts_as_base=False,
+        before_layers=True,
     )
 )

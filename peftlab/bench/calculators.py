@@ -1,0 +1,258 @@
+"""Other memory calculators on the rows of `bench memory`, each held against the quantity that it says it predicts.
+
+A row is covered where a calculator's inputs can describe the run, or the run is what its formula assumes. peftlab does
+not depend on them: one that cannot be imported is left out. `pip install fitcheck-llm==0.3.1 accelerate deepspeed`
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from .. import architecture as architectures
+from .. import methods
+from ..catalog import models
+from ..count import count
+from ..memory import predict
+from ..memory.closed_form import WORKSPACE
+from ..spec import RunSpec
+
+Row = Mapping[str, Any]
+"""One of `rows` in a document of `bench memory`: its spec, measured and predicted bytes."""
+GROUPS = ("full", "LoRA-like", "QLoRA and int8", "other methods", "all")
+
+
+class NotCovered(Exception):
+    """Why a calculator has no answer for a row."""
+
+
+@dataclass(frozen=True)
+class Calculator:
+    name: str
+    module: str
+    """What must be importable before it is asked."""
+    package: str | None
+    """The distribution whose version is reported; None for peftlab, which is run from its tree."""
+    quantities: tuple[str, ...]
+    """What it says it predicts: keys of QUANTITIES."""
+    ask: Callable[[Row], Mapping[str, int]]
+    """Predicted bytes of each of them. Raises NotCovered."""
+
+
+def compare(document: Mapping[str, Any], calculators: Sequence[Calculator] | None = None) -> dict[str, Any]:
+    """Errors by calculator, quantity and group of methods (`table`) and every answer (`rows`), ready for json.dump.
+
+    An error is predicted / measured − 1. `covered` of a group's `rows` have one.
+    """
+    rows = [row for row in document["rows"] if "error" not in row]
+    found: list[dict[str, Any]] = [{"spec": r["spec"], "group": _group(_spec(r)), "answers": {}} for r in rows]
+    table, left_out = [], {}
+    for tool in CALCULATORS if calculators is None else calculators:
+        try:
+            import_module(tool.module)
+        except ImportError as error:
+            left_out[tool.name] = str(error)
+            continue
+        for row, kept in zip(rows, found, strict=True):
+            kept["answers"][tool.name] = _answer(tool, row)
+        about = {"tool": tool.name, "version": version(tool.package) if tool.package else "this tree"}
+        for quantity in tool.quantities:
+            for group in GROUPS:
+                answers = [kept["answers"][tool.name] for kept in found if group in (kept["group"], "all")]
+                errors = [answer.get(quantity, {}).get("error") for answer in answers]
+                table.append(about | {"quantity": quantity, "group": group} | summarize(errors))
+    source = {name: document.get(name) for name in ("command", "hardware", "versions", "date")}
+    return {"source": source, "table": table, "left_out": left_out, "rows": found}
+
+
+def summarize(errors: Sequence[float | None]) -> dict[str, Any]:
+    """How many there are, and of those that are known the mean absolute one, the worst with its sign, and the mean."""
+    known = [error for error in errors if error is not None]
+    return {
+        "rows": len(errors),
+        "covered": len(known),
+        "mean_absolute_error": sum(map(abs, known)) / len(known) if known else None,
+        "worst_error": max(known, key=abs, default=None),
+        "bias": sum(known) / len(known) if known else None,
+    }
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The table of `compare`, without the lines that cover no row."""
+    lines = ["| calculator | version | held against | methods | rows | mean absolute error | worst | bias |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for line in comparison["table"]:
+        if line["covered"]:
+            about = " | ".join(line[name] for name in ("tool", "version", "quantity", "group"))
+            errors = f"{line['mean_absolute_error']:.1%} | {line['worst_error']:+.1%} | {line['bias']:+.1%}"
+            lines.append(f"| {about} | {line['covered']} of {line['rows']} | {errors} |")
+    return "\n".join(lines + [f"\n{name} is left out: {why}." for name, why in comparison["left_out"].items()]) + "\n"
+
+
+def _answer(tool: Calculator, row: Row) -> dict[str, Any]:
+    try:
+        predicted = tool.ask(row)
+    except NotCovered as why:
+        return {"why_not": str(why)}
+    measured = {name: QUANTITIES[name](row) for name in tool.quantities}
+    errors = {name: predicted[name] / its - 1 if its else None for name, its in measured.items()}
+    return {
+        name: {"predicted_bytes": predicted[name], "measured_bytes": measured[name], "error": errors[name]}
+        for name in tool.quantities
+    }
+
+
+def _group(spec: RunSpec) -> str:
+    if spec.quantization not in (None, "none"):
+        return "QLoRA and int8"
+    if spec.method == "full":
+        return "full"
+    return "LoRA-like" if "rank" in methods.find(spec.method or "").settings else "other methods"
+
+
+def _spec(row: Row) -> RunSpec:
+    return RunSpec.from_dict(row["spec"])
+
+
+def _workspace(spec: RunSpec) -> int:
+    return WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""])
+
+
+def _model_states(row: Row) -> int:
+    """Weights and optimizer states, which are what is left after a step beside cuBLAS's workspace, and the gradients,
+    which are gone by then and as large as what is trained."""
+    return row["measured"]["after_bytes"] - _workspace(_spec(row)) + predict(_spec(row)).gradients
+
+
+QUANTITIES: dict[str, Callable[[Row], int | None]] = {
+    "peak allocated": lambda row: row["measured"]["peak_allocated_bytes"],
+    "peak reserved": lambda row: row["measured"]["peak_reserved_bytes"],
+    "process": lambda row: row["measured"]["device_used_bytes"],
+    "model states": _model_states,
+}
+"""Measured bytes; None where that row did not measure them."""
+
+
+def _peftlab(row: Row) -> dict[str, int]:
+    if row.get("predicted_allocated_bytes") is not None:
+        return {"peak allocated": row["predicted_allocated_bytes"]}
+    phases = [sum(kinds.values()) for phase, kinds in row["predicted"].items() if phase != "after"]
+    return {"peak allocated": max(phases) + _workspace(_spec(row))}
+
+
+def _require(covered: bool, why_not: str) -> None:
+    if not covered:
+        raise NotCovered(why_not)
+
+
+AS_LORA = ("lora", "qlora", "rslora", "lora-plus", "pissa")
+"""Methods whose tensors have LoRA's shapes and types."""
+
+
+def _fitcheck(row: Row) -> dict[str, int]:
+    """The three tiers by which it grades itself: without its overhead, without its CUDA context, and the whole
+    (github.com/Anassbzdd/fitcheck, docs/SPEC.md 3.8). What it refuses, it refuses in its own words."""
+    from fitcheck import TrainingConfig, estimate, estimator, get_gpu, gpu_db, overhead_db
+
+    spec = _spec(row)
+    shape, full = architectures.of(spec.model or ""), spec.method == "full"
+    _require(full or spec.method in AS_LORA, f"method={spec.method}: it knows full fine-tuning and LoRA")
+    _require(full or spec.precision != "amp", "precision=amp: it has no bf16 activations over a frozen fp32 base")
+    _require(full or spec.adapter_precision == "fp32", "adapter-precision=bf16: its adapters are fp32")
+    states_in_16_bits = full and spec.precision in ("bf16", "fp16") and spec.optimizer_precision != "fp32"
+    settings = TrainingConfig(
+        precision="bf16" if spec.precision == "amp" else spec.precision,
+        quantization=spec.quantization,
+        double_quant=bool(spec.double_quantization),
+        optimizer=spec.optimizer,
+        optimizer_dtype="bf16" if states_in_16_bits else "fp32",
+        batch_size=spec.batch_size,
+        seq_len=spec.sequence_length,
+        lora_rank=None if full else spec.rank,
+        lora_targets=[m.short_name for m in shape.targets(spec.target_modules or "all-linear")],
+        grad_checkpoint=spec.gradient_checkpointing,
+        flash_attn=spec.attention == "sdpa",  # what it measured under this flag
+    )
+    try:
+        gpu, config = get_gpu((spec.gpu or "").removesuffix("gb")), _fitcheck_config(spec.model or "")
+        counted, trained = estimator.trainable_params(config, settings), count(spec).trainable_parameters
+        report = estimate(config, settings, gpu)
+    except ValueError as refusal:
+        raise NotCovered(f"it refuses: {refusal}") from None
+    _require(abs(counted / trained - 1) < 0.02, f"it counts {counted:,} trained parameters of {trained:,}")
+    profile = overhead_db.get_overhead_profile(gpu_db.gpu_key_for(gpu), settings.flash_attn, settings.quantization)
+    outside = {"peak allocated": report.overhead_mib, "peak reserved": profile.base_context_mib, "process": 0}
+    return {name: round((report.total_mib - mib) * 2**20) for name, mib in outside.items()}
+
+
+def _fitcheck_config(model: str) -> Any:
+    """What it reads on the Hub, with both of its questions answered by the catalogue: the config and the exact count."""
+    from fitcheck import config_parser
+
+    entry = models.find(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(entry.config))
+        offline: dict[str, Any] = {
+            "hf_hub_download": lambda **_: file,
+            "_reported_param_count": lambda *_: entry.total_parameters,
+        }
+        with patch.multiple(config_parser, **offline):
+            return config_parser.fetch_model_config(entry.hub_id or model)
+
+
+def _full_adam(row: Row, *precisions: str) -> RunSpec:
+    spec = _spec(row)
+    _require(spec.method == "full", f"method={spec.method}: it knows full fine-tuning alone")
+    _require(spec.optimizer == "adamw", f"optimizer={spec.optimizer}: it knows Adam alone")
+    _require(spec.precision in precisions, f"precision={spec.precision}: it knows {', '.join(precisions)} alone")
+    return spec
+
+
+def _accelerate(row: Row) -> dict[str, int]:
+    """`Training using Adam` of `accelerate estimate-memory`. Its Space calls that the peak; what it adds up are the model,
+    gradients and Adam's states (huggingface.co/spaces/hf-accelerate/model-memory-usage), so it is held against both."""
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "amp": "bfloat16"}
+    spec = _full_adam(row, *names)
+    total, _ = calculate_maximum_sizes(architectures.build_meta(models.find(spec.model or "").config or {}).float())
+    usage = max(estimate_training_usage(total, names[spec.precision or ""]).values())
+    return {"peak allocated": usage, "model states": usage}
+
+
+def _zero2(row: Row) -> dict[str, int]:
+    """20 bytes a parameter on one GPU without offloading: deepspeed.readthedocs.io/en/latest/memory.html. Its engine keeps
+    16-bit weights beside fp32 ones, which of our precisions only amp resembles."""
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    total = count(_full_adam(row, "amp")).total_parameters
+    return {"model states": estimate_zero2_model_states_mem_needs(total, cpu_offload=False)[1]}
+
+
+def _zero3(row: Row) -> dict[str, int]:
+    """18 bytes a parameter, and 4 bytes a parameter of the largest layer to gather it: the same page."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    spec = _full_adam(row, "amp")
+    largest = max(module.weight + module.bias for module in architectures.of(spec.model or "").modules)
+    where = {"cpu_offload": False, "cpu_offload_params": False}
+    needs = estimate_zero3_model_states_mem_needs(count(spec).total_parameters, largest, **where)
+    return {"model states": needs[1]}
+
+
+CALCULATORS = (
+    Calculator("peftlab", "peftlab", None, ("peak allocated",), _peftlab),
+    Calculator("fitcheck", "fitcheck", "fitcheck-llm", ("peak allocated", "peak reserved", "process"), _fitcheck),
+    Calculator("accelerate", "accelerate", "accelerate", ("peak allocated", "model states"), _accelerate),
+    Calculator("DeepSpeed ZeRO-2", "deepspeed", "deepspeed", ("model states",), _zero2),
+    Calculator("DeepSpeed ZeRO-3", "deepspeed", "deepspeed", ("model states",), _zero3),
+)

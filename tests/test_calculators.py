@@ -1,0 +1,170 @@
+"""The arithmetic of the comparison on made-up calculators, and the real ones, where installed, against sums by hand."""
+
+import json
+
+import pytest
+
+from peftlab import RunSpec, resolve
+from peftlab.bench import calculators
+from peftlab.bench.calculators import Calculator, NotCovered, compare, markdown, summarize
+
+MIB = 2**20
+
+
+def row(method="lora", measured=1000, model="smollm2-135m", **settings):
+    spec = resolve(RunSpec(model=model, method=method, gpu="h100-80gb", **{"precision": "bf16", **settings}))
+    bytes_ = {"peak_allocated_bytes": measured, "peak_reserved_bytes": 2 * measured, "device_used_bytes": None}
+    phases = {"forward": {"a": 300, "b": 500}, "backward": {"a": 900}, "after": {"a": 10**9}}
+    return {"spec": spec.to_dict(), "measured": bytes_ | {"after_bytes": measured}, "predicted": phases}
+
+
+def fake(ask, *quantities, module="json"):
+    return Calculator("fake", module, "pytest", quantities or ("peak allocated",), ask)
+
+
+def lines(comparison):
+    return {(line["quantity"], line["group"]): line for line in comparison["table"]}
+
+
+def test_errors_by_hand():
+    found = summarize([0.1, None, -0.4, 0.0])
+    assert (found["rows"], found["covered"], found["worst_error"]) == (4, 3, -0.4)
+    assert found["mean_absolute_error"] == pytest.approx(0.5 / 3) and found["bias"] == pytest.approx(-0.1)
+    nothing = dict.fromkeys(("mean_absolute_error", "worst_error", "bias"))
+    assert summarize([None]) == {"rows": 1, "covered": 0} | nothing and summarize([])["rows"] == 0
+
+
+def test_a_table_by_hand():
+    def ask(row):
+        if row["spec"]["method"] == "ia3":
+            raise NotCovered("it has never heard of IA³")
+        return {"peak allocated": 1100, "peak reserved": 1100}
+
+    rows = [row("full", 1000), row("lora", 2200), row("lora", 1000), row("ia3")]
+    failed = {"spec": rows[0]["spec"], "error": "out of memory"}
+    document = {"hardware": "a GPU", "rows": [rows[0], failed, *rows[1:]]}
+    found = compare(document, [fake(ask, "peak allocated", "peak reserved")])
+    table = lines(found)
+    counts = {group: (table["peak allocated", group]["covered"], table["peak allocated", group]["rows"])
+              for group in calculators.GROUPS}  # fmt: skip
+    assert counts == {
+        "full": (1, 1),
+        "LoRA-like": (2, 2),
+        "QLoRA and int8": (0, 0),
+        "other methods": (0, 1),
+        "all": (3, 4),
+    }
+    lora, whole = table["peak allocated", "LoRA-like"], table["peak allocated", "all"]
+    assert (lora["worst_error"], lora["mean_absolute_error"], lora["bias"]) == pytest.approx((-0.5, 0.3, -0.2))
+    assert (whole["worst_error"], whole["mean_absolute_error"], whole["bias"]) == pytest.approx((-0.5, 0.7 / 3, -0.1))
+    assert table["peak reserved", "full"]["bias"] == pytest.approx(1100 / 2000 - 1)
+    answers = [kept["answers"]["fake"] for kept in found["rows"]]
+    assert answers[3] == {"why_not": "it has never heard of IA³"}
+    assert answers[1]["peak allocated"] == {"predicted_bytes": 1100, "measured_bytes": 2200, "error": -0.5}
+    assert json.loads(json.dumps(found)) == found and found["source"]["hardware"] == "a GPU"
+    text = markdown(found)
+    assert "| peak allocated | LoRA-like | 2 of 2 | 30.0% | -50.0% | -20.0% |" in text
+    assert "other methods" not in text and pytest.__version__ in text
+
+
+def test_what_was_not_measured_is_not_covered():
+    found = compare({"rows": [row()]}, [fake(lambda row: {"process": 5}, "process")])
+    assert lines(found)["process", "all"]["covered"] == 0
+    assert found["rows"][0]["answers"]["fake"]["process"] == {
+        "predicted_bytes": 5,
+        "measured_bytes": None,
+        "error": None,
+    }
+
+
+def test_a_calculator_that_is_not_installed_is_left_out():
+    found = compare({"rows": [row()]}, [fake(lambda row: {}, module="no_such_calculator")])
+    assert not found["table"] and found["rows"][0]["answers"] == {}
+    assert "fake is left out: No module named 'no_such_calculator'." in markdown(found)
+
+
+def test_our_own_line():
+    ours = next(c for c in calculators.CALCULATORS if c.name == "peftlab")
+    assert ours.ask(row()) == {"peak allocated": 900 + 65 * MIB}
+    assert ours.ask(row() | {"predicted_allocated_bytes": 7}) == {"peak allocated": 7}
+
+
+@pytest.mark.parametrize(
+    "settings, group",
+    [
+        ({"method": "full"}, "full"),
+        ({"method": "dora"}, "LoRA-like"),
+        ({"method": "vera"}, "LoRA-like"),
+        ({"method": "qlora"}, "QLoRA and int8"),
+        ({"method": "lora", "quantization": "int8"}, "QLoRA and int8"),
+        ({"method": "ia3"}, "other methods"),
+        ({"method": "prefix"}, "other methods"),
+    ],
+)
+def test_groups(settings, group):
+    found = compare({"rows": [row(**settings)]}, [])
+    assert found["rows"][0]["group"] == group
+
+
+def test_model_states():
+    """Full bf16: 2 bytes of weights and 4 of Adam's states stay, with the workspace; 2 of gradients are added."""
+    left = 6 * 134_515_008 + 65 * MIB
+    assert calculators.QUANTITIES["model states"](row("full", left)) == 8 * 134_515_008
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "full", "optimizer": "sgd"}, {"method": "full", "precision": "fp32"}]
+)
+def test_formulas_of_mixed_precision_adam_cover_nothing_else(settings):
+    with pytest.raises(NotCovered, match="alone"):
+        calculators._full_adam(row(**settings), "amp")
+
+
+@pytest.mark.parametrize("precision, each", [("fp32", 16), ("bf16", 8), ("amp", 8)])
+def test_accelerate(precision, each):
+    """4 × the fp32 weights, or 2 × them in 16 bits; the buffers of the rotary embedding are counted with the weights."""
+    pytest.importorskip("accelerate")
+    found = calculators._accelerate(row("full", precision=precision))
+    assert found["model states"] == found["peak allocated"] == pytest.approx(each * 134_515_008, rel=1e-5)
+
+
+def test_deepspeed():
+    pytest.importorskip("deepspeed")
+    amp = row("full", precision="amp")
+    assert calculators._zero2(amp) == {"model states": 20 * 134_515_008}
+    assert calculators._zero3(amp) == {"model states": 18 * 134_515_008 + 4 * 49152 * 576}
+
+
+def test_fitcheck():
+    """Its SPEC's formulas for SmolLM2-135M, 4 × 512 tokens, rank 8 on every linear map."""
+    pytest.importorskip("fitcheck")
+    weights, trained = 2 * 134_515_008, 8 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    layer = 2 * 2048 * (12 * 576 + 3 * 576 + 192 + 3 * 1536)
+    activations = 30 * layer + 3.5 * 4 * 2048 * 49152
+    found = calculators._fitcheck(row(batch_size=4, sequence_length=512, rank=8))
+    tensors = weights + (4 + 4 + 8) * trained + activations
+    assert found["peak allocated"] == pytest.approx(tensors, abs=4)
+    assert found["peak reserved"] == pytest.approx(tensors + 0.05 * (weights + activations), abs=4)
+    assert found["process"] - found["peak reserved"] == 500 * MIB
+    # in 16 bits: weights, gradients, two states, and the fp32 master copy that it always adds
+    full = calculators._fitcheck(row("full", batch_size=4, sequence_length=512))
+    assert full["peak allocated"] == pytest.approx((2 + 2 + 4 + 4) * 134_515_008 + activations, abs=4)
+    mixed = calculators._fitcheck(row("full", batch_size=4, sequence_length=512, precision="amp"))
+    assert mixed["peak allocated"] == pytest.approx((2 + 2 + 8 + 4) * 134_515_008 + activations, abs=4)
+
+
+@pytest.mark.parametrize(
+    "settings, why_not",
+    [
+        ({"method": "dora"}, "method=dora"),
+        ({"precision": "amp"}, "precision=amp"),
+        ({"adapter_precision": "bf16"}, "adapters are fp32"),
+        ({"layers": "first:4"}, "trained parameters"),
+        ({"model": "gpt2"}, "hidden_size"),
+        ({"model": "opt-350m"}, "disagreement"),
+    ],
+)
+def test_what_fitcheck_does_not_cover(settings, why_not):
+    pytest.importorskip("fitcheck")
+    with pytest.raises(NotCovered, match=why_not):
+        calculators._fitcheck(row(**settings))

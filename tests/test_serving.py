@@ -1,0 +1,89 @@
+import pytest
+from tiny import CONFIGS, fresh
+
+from peftlab import RunSpec, SpecError, count, predict
+from peftlab.memory.serving import serve
+
+LLAMA_8B = RunSpec(model="llama-3.1-8b", precision="bf16", rank=8)
+
+
+def test_fifty_adapters_on_llama_3_8b_by_hand():
+    found = serve(LLAMA_8B, adapters=50, streams=8, context=8192)
+    assert found.copy == found.base == 2 * 8_030_261_248
+    assert found.adapter == 4 * 20_971_520 and found.all_adapters == 50 * found.adapter
+    assert found.cache_per_token == 2 * 32 * 8 * 128 * 2 == 131_072
+    assert found.cache_per_stream == 8192 * 131_072 and found.cache == 8 * found.cache_per_stream == 2**33
+    assert found.on_one_base == 2 * 8_030_261_248 + 50 * 83_886_080 + 2**33
+    assert found.as_copies == 50 * 2 * 8_030_261_248 + 2**33
+
+
+def test_a_quantized_base_is_what_the_calculator_says():
+    spec = LLAMA_8B.but(method="qlora")
+    found = serve(spec, 1, 1, 1)
+    assert found.base == found.copy == predict(spec).frozen_weights < 6e9
+
+
+@pytest.mark.parametrize("method", ["full", "last-block", "head", "ln", "lora", "prefix"])
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied"])
+def test_a_copy_is_the_whole_model_whatever_the_method_trains(config_files, family, method):
+    spec = RunSpec(model=config_files[family], method=method, precision="fp32", sequence_length=64)
+    found = serve(spec, 3, 2, 100)
+    assert found.copy == sum(p.nbytes for p in fresh(family).parameters())
+    assert found.adapter == count(spec).adapter_bytes
+    assert found.as_copies == 3 * found.copy + found.cache
+
+
+def test_full_fine_tuning_shares_nothing():
+    found = serve(LLAMA_8B.but(method="full"), 50, 8, 8192)
+    assert found.base == 0 and found.adapter == found.copy
+    assert found.on_one_base == found.as_copies
+
+
+def test_what_changes_some_tensors_stores_those(config_files):
+    found = serve(RunSpec(model=config_files["llama"], method="last-block", precision="bf16"), 10, 1, 100)
+    assert found.base == 2 * 195_008 and found.adapter == 2 * 43_136
+    assert found.on_one_base == 2 * 195_008 + 10 * 2 * 43_136 + found.cache
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("context", [1, 20, 100])
+def test_the_cache_is_what_transformers_keeps(config_files, family, context):
+    import torch
+
+    model = fresh(family).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.zeros(1, context, dtype=torch.long), use_cache=True).past_key_values
+    numbers = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+    window = CONFIGS[family].get("sliding_window")
+    if window and context > window:  # transformers keeps one fewer, and adds the token at hand
+        numbers += sum(
+            t[:, :, :1].numel() for layer in cache.layers if layer.is_sliding for t in (layer.keys, layer.values)
+        )
+    found = serve(RunSpec(model=config_files[family]), 1, 1, context)
+    assert found.cache_per_stream == 2 * numbers
+
+
+def test_a_window_bounds_the_cache():
+    short, long = (serve(RunSpec(model="gemma-3-1b"), 1, 1, n) for n in (512, 8192))
+    layer = 2 * 1 * 256 * 2
+    assert short.cache_per_stream == 512 * short.cache_per_token == 512 * 26 * layer
+    assert long.cache_per_stream == (22 * 512 + 4 * 8192) * layer
+
+
+def test_adapters_cost_less_than_copies_and_more_streams_only_cache():
+    one, many = serve(LLAMA_8B, 1, 1, 100), serve(LLAMA_8B, 100, 1, 100)
+    assert one.on_one_base > one.as_copies  # a single fine-tuning is better merged
+    assert many.on_one_base < many.as_copies / 50
+    assert serve(LLAMA_8B, 1, 5, 100).on_one_base - one.on_one_base == 4 * one.cache_per_stream
+
+
+def test_refusals():
+    for name, values in (("adapters", (0, 1, 1)), ("streams", (1, 0, 1)), ("context", (1, 1, 0))):
+        with pytest.raises(SpecError, match=f"{name}=0.*at least 1; try 1"):
+            serve(LLAMA_8B, *values)
+    with pytest.raises(SpecError, match="context=2000.*reads 1,024 tokens; try 1024"):
+        serve(RunSpec(model="gpt2"), 1, 1, 2000)
+    with pytest.raises(SpecError, match="model=bert-base.*no cache; try gpt2"):
+        serve(RunSpec(model="bert-base"), 1, 1, 10)
+    with pytest.raises(SpecError, match="model=7B: a bare count has no layers"):
+        serve(RunSpec(model="7B"), 1, 1, 10)
