@@ -194,7 +194,7 @@ def _record(
 def _replay(tapes: Mapping[str, Sequence[Entry]], workspace: int, depth: int) -> Trace:
     player = Player(workspace)
     player.play(tapes["weights"])
-    for optimizer in ("optimizer", "optimizer again"):
+    for optimizer in ("optimizer", "optimizer again", "optimizer again"):
         moments: list[Moment] = []
         for phase in ("forward", "backward", "gradients", "forward again", "backward again", "gradients"):
             found = player.play(tapes.get(phase, ()), phase.removesuffix(" again"))
