@@ -21,7 +21,7 @@ from .. import methods
 from ..catalog import models
 from ..count import count
 from ..memory import predict
-from ..memory.closed_form import WORKSPACE
+from ..memory.trace import WORKSPACE
 from ..spec import RunSpec
 
 Row = Mapping[str, Any]

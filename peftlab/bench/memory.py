@@ -7,12 +7,12 @@ import multiprocessing
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from .. import hardware
-from ..errors import RunError, SpecError
+from ..errors import PeftlabError, RunError, SpecError
 from ..memory import exact
 from ..resolve import resolve
 from ..spec import RunSpec
@@ -135,10 +135,10 @@ def _predict(spec: RunSpec) -> dict[str, Any]:
 
 
 def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs the grid and writes every row to `out`. A row that fails says so, and the others go on.
+    """Runs the grid and writes every row to `out`, measured and predicted. A row that fails says so, and the others go on.
 
-    Each step is measured in a fresh process. What a whole process takes can be told only while the GPU has no other, so with
-    several `at_once` the first rows alone say it.
+    Each step is measured in a fresh process; rows that `out` has from this hardware are not measured again. Its seconds and
+    what the whole process takes can be told only while the GPU has no other: with several `at_once`, of the first rows alone.
     """
     if hardware.here().device != "cuda":
         raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
@@ -148,29 +148,45 @@ def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = prin
     specs = [resolve(spec) for spec in grid()]
     rows: list[dict[str, Any]] = [{"spec": spec.to_dict()} for spec in specs]
     document = provenance() | {"kind": "memory", "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    known = _measured_before(out, document["hardware"])
 
     def run(i: int, alone: bool) -> None:
+        row = rows[i]
         try:
-            measured = _alone(fresh, measure, specs[i])
-            used = measured.pop("device_used_bytes") - idle
-            rows[i]["measured"] = measured | {"process_bytes": used if alone else None}
-            rows[i]["predicted"] = _alone(fresh, _predict, specs[i])
-        except RunError as error:
-            rows[i]["error"] = str(error)
-        say(_said(rows[i]))
+            before = next((k["measured"] for k in known if k["spec"] == row["spec"]), None)
+            row["measured"] = before or _alone(fresh, measure, specs[i])
+            if not before:
+                used = row["measured"].pop("device_used_bytes") - idle
+                row["measured"] |= {"process_bytes": used} if alone else {"process_bytes": None, "step_seconds": None}
+            row["predicted"] = predicted[i].result()
+        except PeftlabError as error:
+            row["error"] = str(error)
+        say(_said(row))
         out.write_text(json.dumps(document, indent=1) + "\n")
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     first = len(specs) if at_once == 1 else ALONE
-    for i in range(first):
-        run(i, alone=True)
-    with ThreadPoolExecutor(at_once) as pool:
+    with ProcessPoolExecutor(PREDICTING, fresh) as several, ThreadPoolExecutor(at_once) as pool:
+        predicted = [several.submit(_predict, spec) for spec in specs]
+        wait(predicted)  # or they would slow the steps
+        for i in range(first):
+            run(i, alone=True)
         list(pool.map(lambda i: run(i, alone=False), range(first, len(specs))))
     if all("error" in r for r in rows):
         raise RunError(f"no configuration could be measured; the first said: {rows[0]['error']}")
     return document
 
 
+def _measured_before(out: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of an earlier run on this hardware."""
+    if not out.exists():
+        return []
+    before = json.loads(out.read_text())
+    return [row for row in before["rows"] if "measured" in row] if before["hardware"] == name else []
+
+
+PREDICTING = 6
+"""Processes that trace at once."""
 ALONE = 4
 """Rows that have the GPU to themselves."""
 

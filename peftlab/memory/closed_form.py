@@ -65,7 +65,7 @@ def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> Memor
     )
 
 
-CONTEXT = {"h100": 621 * 2**20, "": 500 * 2**20}
+CONTEXT = {"h100": 767 * 2**20, "": 500 * 2**20}
 
 
 def context(gpu: str | None) -> int:

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ..catalog.gpus import GPU, GPUS
-from .closed_form import MemoryReport
 from .conventions import FROZEN_BYTES
+from .report import MemoryReport
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
     def see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
-        if address in self._keys or not size or (self.phase == "optimizer" and not tensor.dim()):  # a step count: CPU
+        if address in self._keys or not size or not tensor.dim():  # single numbers: most stay on the CPU
             return
         self._count += 1
         key, wide = self._count, tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary

@@ -39,6 +39,18 @@ SIZES = ("d_in", "d_out", "weight", "bias")
 
 
 @dataclass(frozen=True)
+class Keep(Term):
+    """Numbers that a method makes at one adapted module and that stay until the backward pass."""
+
+    of: str = "adapter"
+    """Their format: the adapter's or the base's; `input` for a copy of the module's input in the adapter's, which is no
+    copy where the base has that format too."""
+    each: str = "token"
+    """How often: for each token, once for each `module`, once in the `model` and for ever, as large as the largest module
+    asks, or only while the module runs (`pass`)."""
+
+
+@dataclass(frozen=True)
 class Target:
     """A kind of module and the layers of it that a method trains."""
 
@@ -87,6 +99,8 @@ class Method:
     """The RunSpec fields that this method reads, besides those that every run has."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of automatic fields; a function of the others' values where it depends on them."""
+    keeps: tuple[Keep, ...] = ()
+    """What it holds at each adapted module beside its parameters, as peft's or our code lets autograd save it."""
     in_place: bool = False
     """Trains the base model's own parameters instead of new ones."""
     starts_as_base: bool = True

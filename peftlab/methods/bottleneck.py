@@ -12,7 +12,7 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
-from . import Drawing, Method, Target, Term, Unsuited, in_layers, once_a_layer, register
+from . import Drawing, Keep, Method, Target, Term, Unsuited, in_layers, once_a_layer, register
 
 KRONECKER = 4
 """Compacter's n: how many small matrices a weight is a sum of products of. The paper's choice."""
@@ -133,6 +133,7 @@ def _each(model: Any, targets: Sequence[Target], spec: RunSpec, place: Any, rule
 def _register(key: str, **rest: Any) -> None:
     usual: dict[str, Any] = {
         "terms": (Term(("bottleneck", "d_out"), 2), Term(("bottleneck",)), Term(("d_out",))),
+        "keeps": (Keep(("d_out",)), Keep(("bottleneck",), 2)),  # its input, and what goes into and comes out of GELU
         "attach": attach,
         "drawing": Drawing(("sub-layer", "*down", "~GELU", "*up"), leaves=1, joins=4),
         "settings": ("bottleneck", "layers", "adapter_precision"),
@@ -164,6 +165,11 @@ _register(
         Term(("d_in",), roles=("head",)),
         Term(("bottleneck",)),
     ),
+    keeps=(
+        Keep(("d_out",), roles=("embedding",)),
+        Keep(("d_in",), roles=("head",)),
+        Keep(("bottleneck",), 2),
+    ),
     select=ends,
     attach=attach_ends,
     drawing=Drawing(("embedding", "*adapter", "every block", "*adapter", "head")),
@@ -173,6 +179,11 @@ _register(
 _register(
     "compacter",
     terms=(Term(("d_out",), 3), Term(("bottleneck",), 3)),  # down: d + m + m biases, up: m + d + d biases
+    keeps=(
+        Keep(("d_out",)),
+        Keep(("bottleneck",), 2),
+        Keep(("d_out", "bottleneck"), 3, each="module"),  # the weights, multiplied out
+    ),
     shared={"rules": (KRONECKER,) * 3},
     select=divided,
     attach=attach_compacter,

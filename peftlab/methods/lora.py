@@ -7,10 +7,12 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
-from . import Drawing, Method, Target, Term, linear_targets, register, through_peft
+from . import Drawing, Keep, Method, Target, Term, linear_targets, register, through_peft
 
 SETTINGS = ("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision")
 BA = (Term(("rank", "d_in")), Term(("rank", "d_out")))
+INPUT = (Keep(("d_in",), of="input"), Keep(("rank",)))
+"""For A's gradient and for B's."""
 PARALLEL = Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1)
 
 
@@ -138,6 +140,7 @@ def vectors(model: Any, targets: list[Target], spec: RunSpec) -> Any:
 def _register(key: str, **rest: Any) -> None:
     usual: dict[str, Any] = {
         "terms": BA,
+        "keeps": INPUT,
         "select": select,
         "attach": attach,
         "merge": through_peft.merge,
@@ -163,6 +166,14 @@ _register(
 _register(
     "dora",
     terms=(*BA, Term(("d_out",))),
+    keeps=(
+        *INPUT,
+        Keep(("d_out",)),  # BAx and, below, Wx: for the magnitude's gradient
+        Keep(("d_out",), of="base"),
+        Keep(("d_out",), 3, each="module"),
+        Keep(("d_in", "d_in"), each="pass"),  # an identity matrix, sent through A and B to see their product
+        Keep(("d_in", "d_out"), 4, each="pass"),  # W, BA, α/r BA and their sum, for the norm of each row
+    ),
     attach=decomposed,
     drawing=Drawing(("W", "~÷ norm", "*× m"), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 2e-3},
@@ -178,6 +189,7 @@ _register(
 _register(
     "adalora",
     terms=(*BA, Term(("rank",))),
+    keeps=(*INPUT, Keep(("d_out",)), Keep(("rank", "d_in"), each="module")),  # BΛAx before its scale, and ΛA
     attach=adaptive,
     drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 2e-2, "rank": 12},
@@ -187,6 +199,12 @@ _register(
 _register(
     "vera",
     terms=(Term(("rank",)), Term(("d_out",))),
+    keeps=(
+        Keep(("rank",)),
+        Keep(("d_out",)),
+        Keep(("rank", "d_in"), each="model"),  # the two random matrices
+        Keep(("rank", "d_out"), each="model"),
+    ),
     select=linear_targets,
     attach=vectors,
     drawing=Drawing(("W",), ("A, random", "*× d", "B, random", "*× b"), leaves=0, joins=1),

@@ -7,7 +7,19 @@ from typing import Any
 from ..architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
-from . import Drawing, Method, Target, Term, Unsuited, in_layers, linear_targets, once_a_layer, register, through_peft
+from . import (
+    Drawing,
+    Keep,
+    Method,
+    Target,
+    Term,
+    Unsuited,
+    in_layers,
+    linear_targets,
+    once_a_layer,
+    register,
+    through_peft,
+)
 
 FUSED = "query+key+value"
 
@@ -63,6 +75,10 @@ register(
     Method(
         "ia3",
         terms=(Term(("d_out",), roles=("key", "value", FUSED)), Term(("d_in",), roles=("down",))),
+        keeps=(
+            Keep(("d_out",), of="base", roles=("key", "value", FUSED)),
+            Keep(("d_in",), of="input", roles=("down",)),
+        ),
         select=scaled,
         attach=scale,
         merge=through_peft.merge,
@@ -75,6 +91,7 @@ register(
     Method(
         "oft",
         terms=(Term(("d_in", "block_size"), 0.5), Term(("d_in",), -0.5)),  # b(b − 1)/2 for each of d_in/b blocks
+        keeps=(Keep(("d_in",), of="input"), Keep(("d_in", "block_size"), 4, each="module")),  # Cayley's Neumann series
         select=rotated,
         attach=rotate,
         merge=through_peft.merge,
