@@ -1,0 +1,226 @@
+"""What a step's memory depends on, read from the spec and the architecture's shapes: for the closed form's lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from .. import architecture as architectures
+from .. import methods
+from ..architecture import Architecture, Module
+from ..catalog import models
+from ..count import BYTES
+from ..errors import SpecError
+from ..methods import SIZES, Keep, Method, Target, Term
+from ..spec import RunSpec
+from .lines import Size
+from .polynomial import BATCH, LENGTH, RANK, Polynomial, constant, total
+
+STREAMS = {"query": "a", "key": "a", "value": "a", "gate": "m", "up": "m"}
+"""Linear maps that read the same tensor: what the norm before attention gives, and the one before the feed-forward."""
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: RunSpec
+    """Resolved."""
+    shape: Architecture
+    method: Method
+    targets: tuple[Target, ...]
+    """Only those with something to train."""
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in the residual stream and in what norms give; autocast leaves those in fp32."""
+        return BYTES[self.spec.precision or "fp32"]
+
+    @property
+    def amp(self) -> bool:
+        return self.spec.precision == "amp"
+
+    @property
+    def thin(self) -> int:
+        """Bytes of a number that a matrix product gives."""
+        return 2 if self.amp else self.wide
+
+    @property
+    def adapter(self) -> int:
+        """Bytes of a trained parameter."""
+        return BYTES[self.spec.adapter_precision] if self.spec.adapter_precision else self.wide
+
+    @property
+    def adapter_numbers(self) -> int:
+        """Bytes of a number that the adapter's products take and give."""
+        return 2 if self.amp else self.adapter
+
+    @property
+    def checkpointing(self) -> bool:
+        return bool(self.spec.gradient_checkpointing)
+
+    @property
+    def quantized(self) -> bool:
+        return self.spec.quantization not in (None, "none")
+
+    @cached_property
+    def lowest(self) -> int:
+        """The first layer that a gradient reaches; as many as there are layers where none does."""
+        if self.checkpointing:
+            return 0  # inputs are made to require gradients
+        reached = [min(t.layers) if t.module.layers else self._place(t.module) for t in self.targets]
+        return min(reached)
+
+    def _place(self, module: Module) -> int:
+        after = module.head or module.kind == "norm" or (module.is_linear and module.d_in == self.shape.hidden_size)
+        return self.shape.n_layers if after else 0
+
+    @cached_property
+    def layer_modules(self) -> tuple[Module, ...]:
+        return tuple(m for m in self.shape.modules if m.layers)
+
+    def norms(self, *starts: str) -> list[Module]:
+        """Norms of a layer, by the start of their names: q_ and k_ for those of queries and keys; the others without."""
+        found = [m for m in self.layer_modules if m.kind == "norm"]
+        if starts:
+            return [m for m in found if m.short_name.startswith(starts)]
+        return [m for m in found if not m.short_name.startswith(("q_", "k_"))]
+
+    @cached_property
+    def layer_norm(self) -> bool:
+        """Whether its norms are LayerNorm, one kernel; RMSNorm is written out, in fp32."""
+        return any("bias" in m.parameters for m in self.shape.modules if m.kind == "norm")
+
+    @property
+    def sandwiched(self) -> bool:
+        """Norms after a sub-layer too, as in Gemma, whose scales are 1 + w, in fp32."""
+        return len(self.norms()) > 2
+
+    @property
+    def rotary(self) -> bool:
+        """Positions turn queries and keys; models with a table of positions add them to the input."""
+        return not any(m.kind == "other" and not m.layers for m in self.shape.modules)
+
+    @cached_property
+    def ffn(self) -> int:
+        """Width of the feed-forward, or of one expert."""
+        for m in self.layer_modules:
+            if m.role == "up":
+                return m.d_out
+            if m.role == "gate+up":
+                return m.d_out // 2
+            if "gate_up_proj" in m.parameters:
+                return m.parameters["gate_up_proj"][1] // 2
+        return 0
+
+    @property
+    def gated(self) -> bool:
+        return bool(self.shape.with_role("gate")) or self.shape.facts.experts > 0
+
+    def trains(self, module: Module) -> bool:
+        """Whether the module's own weight is trained."""
+        return id(module) in self._own_weights
+
+    @cached_property
+    def _own_weights(self) -> set[int]:
+        own = self.method.in_place or self.method.key == "ln"
+        named = {"weight", "d_in"}
+        return {
+            id(t.module)
+            for t in self.targets
+            if own and any(named & set(term.factors) and term.value(t.module, self.spec) for term in self.method.terms)
+        }
+
+    @property
+    def virtual(self) -> int:
+        """Learned vectors in front of the text, as tokens."""
+        return 0 if self.method.before_layers else self.spec.virtual_tokens or 0
+
+    @property
+    def masked(self) -> int:
+        """Layers whose attention gets a mask: those with a window that the text fills, or all after a prefix."""
+        if self.method.before_layers:
+            return self.shape.n_layers
+        facts = self.shape.facts
+        return facts.windowed if facts.window and (self.spec.sequence_length or 0) + self.virtual >= facts.window else 0
+
+    @cached_property
+    def active(self) -> int:
+        """Layers that keep anything for the backward pass."""
+        return self.shape.n_layers - self.lowest
+
+    @cached_property
+    def sizes(self) -> dict[str, Size]:
+        facts, shape = self.shape.facts, self.shape
+        head = next((m for m in shape.modules if m.head), None)
+        keys = self.spec.virtual_tokens or 0
+        lengthened = Size(LENGTH + keys, f"(S + {keys})")
+        plain = {
+            "L": self.active, "h": shape.hidden_size, "q": facts.heads * facts.head_size,
+            "kv": facts.kv_heads * facts.head_size, "f": self.ffn, "n_q": facts.heads, "n_kv": facts.kv_heads,
+            "d": facts.head_size, "V": head.d_out if head else 0, "h_V": head.d_in if head else 0,
+            "L_w": min(self.masked, self.active), "E": facts.experts, "k": facts.experts_per_token,
+            "M": sum(t.count for t in self.targets),
+        }  # fmt: skip
+        return {
+            **{name: Size(value) for name, value in plain.items()},
+            "B": Size(BATCH, "B"),
+            "S": lengthened if self.virtual else Size(LENGTH, "S"),
+            "S_k": lengthened if keys else Size(LENGTH, "S"),
+            "r": Size(RANK, "r"),
+        }
+
+    @cached_property
+    def trained(self) -> Polynomial:
+        """Trained parameters."""
+        shared = sum(_product(sizes) for sizes in self.method.shared.values())
+        return total(self.symbolic(term, t.module) * t.count for t in self.targets for term in self.method.terms) + shared
+
+    def symbolic(self, term: Term, module: Module) -> Polynomial:
+        """A term's value with the rank left open."""
+        if "rank" not in term.factors:
+            return constant(term.value(module, self.spec))
+        rest = tuple(f for f in term.factors if f != "rank")
+        known = constant(Term(rest, term.coefficient, term.roles).value(module, self.spec))
+        for _ in range(len(term.factors) - len(rest)):
+            known = known * RANK
+        return known
+
+    @cached_property
+    def tensors(self) -> list[tuple[int, tuple[float, ...]]]:
+        """(how many, shape) of the trained tensors, as far as the method's terms tell, at this run's rank."""
+        found: list[tuple[int, tuple[float, ...]]] = [(1, tuple(s)) for s in self.method.shared.values()]
+        for t in self.targets:
+            for term in self.method.terms:
+                if term.value(t.module, self.spec) <= 0:
+                    continue
+                if term.factors == ("weight",):
+                    found += [(t.count, s) for n, s in t.module.parameters.items() if n != "bias"]
+                else:
+                    found.append((t.count, self._lengths(term, t.module)))
+        return found
+
+    def _lengths(self, term: Term, module: Module) -> tuple[float, ...]:
+        first, *rest = (getattr(module, f) if f in SIZES else getattr(self.spec, f) for f in term.factors)
+        return (first * term.coefficient, *rest)
+
+    def kept(self, each: str) -> Iterator[Keep]:
+        return (keep for keep in self.method.keeps if keep.each == each)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    n = 1
+    for size in sizes:
+        n *= size
+    return n
+
+
+def case(spec: RunSpec) -> Case:
+    """Of a resolved spec. Raises SpecError for a bare count, which has no layers."""
+    entry, method = models.find(spec.model or ""), methods.find(spec.method or "")
+    if not entry.is_causal:
+        raise SpecError(
+            f"model={spec.model}: only models that write text are trained here; name a decoder such as gpt2"
+        )
+    shape = architectures.of(spec.model or "")
+    chosen = methods.targets(shape, spec, entry.name)
+    return Case(spec, shape, method, tuple(t for t in chosen if method.trained(t.module, spec)))

@@ -1,0 +1,145 @@
+"""Lines of what does not depend on the batch: weights, gradients, optimizer states and cuBLAS's workspace."""
+
+from __future__ import annotations
+
+import math
+
+from .. import optimizers
+from ..architecture import Module
+from .case import Case
+from .closed_form import NF4_BITS
+from .lines import Line, Size, line
+from .polynomial import constant
+
+FORWARD, PASS, LOSS, HEAD, LAST, FIRST, OPTIMIZER = MOMENTS = (
+    "forward", "forward in a layer", "backward at the loss", "backward at the head", "backward in the last layer",
+    "backward in the first layer", "optimizer",
+)  # fmt: skip
+"""Where a step can be at its highest. Layers in between lie between the last and the first."""
+MIB = 2**20
+WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
+"""What cuBLAS keeps in each thread from its first product on: trace.WORKSPACE."""
+LT_WORKSPACE = MIB
+"""cuBLASLt's, which adds a bias."""
+
+
+def lines(case: Case) -> list[Line]:
+    return [*_weights(case), *_gradients(case), *_optimizer(case), *_workspace(case)]
+
+
+def _weights(case: Case) -> list[Line]:
+    spec, shape = case.spec, case.shape
+    borrowed = 0
+    if case.method.in_place:
+        borrowed = sum(case.method.trained(t.module, spec) * t.count for t in case.targets if not t.module.tied)
+    frozen = shape.total_parameters - borrowed
+    packed = min(frozen, sum(m.weight * m.count for m in shape.linear())) if case.quantized else 0
+    bits = NF4_BITS[bool(spec.double_quantization)] if spec.quantization == "nf4" else 8
+    sizes = {
+        **case.sizes,
+        "N_frozen": Size(frozen - packed),
+        "N_packed": Size(packed),
+        "N": Size(case.trained, f"N ({_at(case):,})" if _depends_on_rank(case) else f"{_at(case):,}"),
+        "d_max": Size(max((t.module.d_in if t.module.is_linear else 0 for t in case.targets), default=0)),
+        "d'_max": Size(max((t.module.d_out if t.module.is_linear else 0 for t in case.targets), default=0)),
+    }
+    once = {
+        " ".join({"rank": "r", "d_in": "d_max", "d_out": "d'_max"}[f] for f in k.factors): case.adapter * k.coefficient
+        for k in case.kept("model")
+    }
+    return [
+        *line(
+            sizes, "frozen weights", "frozen_weights", "", {"N_frozen": case.wide, "N_packed": bits / 8}, MOMENTS,
+            f"{spec.quantization} packs the linear maps; embeddings, norms and the head stay as they are" if packed else "",
+        ),
+        *line(sizes, "trained weights", "trainable_weights", "", {"N": case.adapter}, MOMENTS),
+        *line(sizes, "matrices that all modules share", "frozen_weights", "", once, MOMENTS, "fixed, as the seed made them"),
+    ]  # fmt: skip
+
+
+def _depends_on_rank(case: Case) -> bool:
+    return any(powers[2] for powers, x in case.trained.terms.items() if x)
+
+
+def _at(case: Case) -> int:
+    return round(case.trained.value(1, 1, case.spec.rank or 1))
+
+
+def _trained_bytes(case: Case, modules: list[Module]) -> float:
+    return case.adapter * sum(case.method.trained(m, case.spec) for m in modules)
+
+
+def _gradients(case: Case) -> list[Line]:
+    sizes = {**case.sizes, "N": Size(case.trained, f"{_at(case):,}")}
+    held = (case.spec.accumulation or 1) > 1
+    whole = MOMENTS if held else (FIRST, OPTIMIZER)
+    found = line(
+        sizes, "gradients", "gradients", "", {"N": case.adapter}, whole,
+        "held from one pass to the next" if held else "each layer's as the backward pass leaves it",
+    )  # fmt: skip
+    trained = {id(t.module) for t in case.targets} if case.method.in_place else set()
+    head = [m for m in case.shape.modules if m.head and id(m) in trained]
+    if head:
+        note = "a product in bf16, then cast" if case.amp else ""
+        parts = {"V h_V": case.wide + (2 if case.amp else 0)}
+        found += line(sizes, "the head's gradient", "gradients", "", parts, (HEAD,), note)
+    if head and not held:
+        found += line(sizes, "the head's gradient", "gradients", "", {"V h_V": case.wide}, (LAST,))
+    embedding = [m for m in case.shape.modules if m.role == "embedding" and id(m) in trained]
+    if embedding and (held or (head and head[0].tied)):
+        note = "a dense one, added to the head's" if not held else "a dense one, added to the last pass's"
+        found += line(sizes, "the embedding's gradient", "gradients", "", {"V h_V": case.wide}, (FIRST,), note)
+    return found
+
+
+def _optimizer(case: Case) -> list[Line]:
+    kind, each = optimizers.find(case.spec), case.adapter
+    name = case.spec.optimizer or "adamw"
+    sizes = {**case.sizes, "N": Size(case.trained, f"{_at(case):,}")}
+    if name == "adafactor":
+        rows = sum(n * _rows_and_columns(shape) for n, shape in case.tensors)
+        sizes["N_rc"] = Size(rows)
+        found = line(sizes, "optimizer states", "optimizer", "", {"N_rc": each}, MOMENTS, "a row and a column a matrix")
+    elif kind.bits == 8:
+        found = _blockwise(case, kind, sizes)
+    else:
+        bytes_each = kind.states * (4 if kind.bits == 32 else each)
+        found = line(sizes, "optimizer states", "optimizer", "", {"N": bytes_each}, MOMENTS, f"{kind.states} a parameter")
+    if name == "adamw" and kind.library == "torch":
+        note = "the roots of the second moments, of all tensors at once"
+        found += line(sizes, "optimizer's temporaries", "activations", "", {"N": each}, (OPTIMIZER,), note)
+    return found
+
+
+def _rows_and_columns(shape: tuple[float, ...]) -> float:
+    n = math.prod(shape)
+    return n / shape[-1] + n / shape[-2] if len(shape) > 1 else n
+
+
+def _blockwise(case: Case, kind: optimizers.Optimizer, sizes: dict[str, Size]) -> list[Line]:
+    """bitsandbytes: a byte and a 256th of a scale a number, and fp32 for small tensors."""
+    counted = [(n, math.prod(shape)) for n, shape in case.tensors]
+    small = sum(n * size for n, size in counted if size < optimizers.SMALLEST_8BIT)
+    paged = sum(n * size for n, size in counted if kind.paged and size >= optimizers.SMALLEST_PAGED)
+    rank = (case.spec.rank or 1) if _depends_on_rank(case) else 1
+    grow = Size(case.trained, f"{_at(case):,}") if not small and not paged else None
+    sizes = {**sizes, "N_8": grow or Size(sum(n * s for n, s in counted) - small - paged)}
+    sizes |= {"N_small": Size(small), "N_paged": Size(paged)}
+    del rank
+    parts = {"N_8": kind.states * (1 + 4 / optimizers.BLOCK), "N_small": 4.0 * kind.states}
+    parts["N_paged"] = kind.states * 4 / optimizers.BLOCK
+    return line(sizes, "optimizer states", "optimizer", "", parts, MOMENTS, "8-bit blocks with a scale each")
+
+
+def _workspace(case: Case) -> list[Line]:
+    size = WORKSPACE.get((case.spec.gpu or "").split("-")[0], WORKSPACE[""])
+    biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
+    size += LT_WORKSPACE if biased else 0
+    note = "PyTorch runs the backward pass in a thread of its own"
+    return [
+        *line(case.sizes, "cuBLAS, forward", "workspace", "", {"": size}, MOMENTS),
+        *line(case.sizes, "cuBLAS, backward", "workspace", "", {"": size}, (LOSS, HEAD, LAST, FIRST, OPTIMIZER), note),
+    ]
+
+
+__all__ = ["MOMENTS", "constant", "lines"]
