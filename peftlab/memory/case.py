@@ -14,11 +14,8 @@ from ..count import BYTES
 from ..errors import SpecError
 from ..methods import SIZES, Keep, Method, Target, Term
 from ..spec import RunSpec
-from .lines import Size
+from .lines import Line, Size, Sum, line
 from .polynomial import BATCH, LENGTH, RANK, Polynomial, constant, total
-
-STREAMS = {"query": "a", "key": "a", "value": "a", "gate": "m", "up": "m"}
-"""Linear maps that read the same tensor: what the norm before attention gives, and the one before the feed-forward."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,12 @@ class Case:
         """The first layer that a gradient reaches; as many as there are layers where none does."""
         if self.checkpointing:
             return 0  # inputs are made to require gradients
-        reached = [min(t.layers) if t.module.layers else self._place(t.module) for t in self.targets]
-        return min(reached)
+        return min(self._reached(t) for t in self.targets)
 
-    def _place(self, module: Module) -> int:
+    def _reached(self, target: Target) -> int:
+        module = target.module
+        if module.layers:
+            return min(target.layers) + (module.role == "down")  # nothing before the last map of its layer
         after = module.head or module.kind == "norm" or (module.is_linear and module.d_in == self.shape.hidden_size)
         return self.shape.n_layers if after else 0
 
@@ -122,12 +121,12 @@ class Case:
 
     @cached_property
     def _own_weights(self) -> set[int]:
-        own = self.method.in_place or self.method.key == "ln"
         named = {"weight", "d_in"}
         return {
             id(t.module)
             for t in self.targets
-            if own and any(named & set(term.factors) and term.value(t.module, self.spec) for term in self.method.terms)
+            if (self.method.in_place or t.module.kind == "norm")
+            and any(named & set(term.factors) and term.value(t.module, self.spec) for term in self.method.terms)
         }
 
     @property
@@ -137,11 +136,12 @@ class Case:
 
     @property
     def masked(self) -> int:
-        """Layers whose attention gets a mask: those with a window that the text fills, or all after a prefix."""
+        """Active layers whose attention gets a mask: those with a window that the text fills, or all after a prefix."""
         if self.method.before_layers:
-            return self.shape.n_layers
+            return self.active
         facts = self.shape.facts
-        return facts.windowed if facts.window and (self.spec.sequence_length or 0) + self.virtual >= facts.window else 0
+        full = facts.window and (self.spec.sequence_length or 0) + self.virtual >= facts.window
+        return min(facts.windowed, self.active) if full else 0
 
     @cached_property
     def active(self) -> int:
@@ -149,22 +149,26 @@ class Case:
         return self.shape.n_layers - self.lowest
 
     @cached_property
+    def head(self) -> Module | None:
+        return next((m for m in self.shape.modules if m.head), None)
+
+    @cached_property
     def sizes(self) -> dict[str, Size]:
         facts, shape = self.shape.facts, self.shape
-        head = next((m for m in shape.modules if m.head), None)
+        head = self.head
         keys = self.spec.virtual_tokens or 0
         lengthened = Size(LENGTH + keys, f"(S + {keys})")
         plain = {
             "L": self.active, "h": shape.hidden_size, "q": facts.heads * facts.head_size,
             "kv": facts.kv_heads * facts.head_size, "f": self.ffn, "n_q": facts.heads, "n_kv": facts.kv_heads,
             "d": facts.head_size, "V": head.d_out if head else 0, "h_V": head.d_in if head else 0,
-            "L_w": min(self.masked, self.active), "E": facts.experts, "k": facts.experts_per_token,
-            "M": sum(t.count for t in self.targets),
+            "L_w": self.masked, "L_u": self.active - self.masked, "E": facts.experts, "k": facts.experts_per_token,
         }  # fmt: skip
         return {
             **{name: Size(value) for name, value in plain.items()},
             "B": Size(BATCH, "B"),
             "S": lengthened if self.virtual else Size(LENGTH, "S"),
+            "T": Size(LENGTH, "S"),
             "S_k": lengthened if keys else Size(LENGTH, "S"),
             "r": Size(RANK, "r"),
         }
@@ -173,7 +177,9 @@ class Case:
     def trained(self) -> Polynomial:
         """Trained parameters."""
         shared = sum(_product(sizes) for sizes in self.method.shared.values())
-        return total(self.symbolic(term, t.module) * t.count for t in self.targets for term in self.method.terms) + shared
+        return (
+            total(self.symbolic(term, t.module) * t.count for t in self.targets for term in self.method.terms) + shared
+        )
 
     def symbolic(self, term: Term, module: Module) -> Polynomial:
         """A term's value with the rank left open."""
@@ -203,8 +209,17 @@ class Case:
         first, *rest = (getattr(module, f) if f in SIZES else getattr(self.spec, f) for f in term.factors)
         return (first * term.coefficient, *rest)
 
-    def kept(self, each: str) -> Iterator[Keep]:
-        return (keep for keep in self.method.keeps if keep.each == each)
+    def line(
+        self, name: str, times: str, parts: Sum, moments: tuple[str, ...], note: str = "",
+        kind: str = "activations", **sizes: float,
+    ) -> list[Line]:  # fmt: skip
+        """A line with this case's sizes and, beside them, `sizes`."""
+        known = {**self.sizes, **{symbol: Size(value) for symbol, value in sizes.items()}}
+        return line(known, name, kind, times, parts, moments, note)
+
+    def kept(self, *each: str) -> Iterator[Keep]:
+        """The method's own numbers, of a step with this run's dropout."""
+        return (k for k in self.method.keeps if k.each in each and k.dropout in (None, bool(self.spec.dropout)))
 
 
 def _product(sizes: tuple[int, ...]) -> int:

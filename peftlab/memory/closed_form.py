@@ -1,12 +1,11 @@
-"""Weights, gradients and optimizer states as products of parameter counts and bytes.
-
-Activations, logits and everything else that depends on the batch are not in here yet: they are None, never zero.
-"""
+"""Predictions: the closed form, which answers at once, and `exact`, which asks the trace; both give a MemoryReport."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .. import architecture as architectures
 from .. import methods, optimizers
@@ -18,7 +17,8 @@ from ..resolve import resolve
 from ..spec import RunSpec
 from . import conventions
 from .conventions import EXACT, FP4_BYTES, FROZEN_BYTES, Convention
-from .report import MemoryReport
+from .polynomial import RANK, Polynomial, constant, total
+from .report import MemoryReport, Moment
 
 NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
 """Bits a weight: 4, and an fp32 scale a block of 64; with double quantization (True) the scale is 8 bits, and 256 scales
@@ -27,10 +27,19 @@ INT8_BYTES = 1
 
 
 def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
-    """Memory of `spec` under a convention, or as its own precisions allocate it (`exact`).
+    """Memory of `spec` at the peak of a training step (`exact`), or of its states alone as a convention counts them.
 
-    `trainable_parameters` stands in for the count of a model that is only a number; SpecError without it.
+    `trainable_parameters` stands in for the count of a model that is only a number; SpecError without it. Such a model, and
+    one that does not write text, has no step to predict: `moments` is empty.
     """
+    entry = models.find(resolve(spec).model or "")
+    if convention != EXACT or entry.config is None or not entry.is_causal:
+        return predict_states(spec, convention, trainable_parameters)
+    return closed_form(spec).report()
+
+
+def predict_states(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
+    """`predict` without what depends on the batch."""
     spec = resolve(spec)
     rule = conventions.find(convention)
     entry = models.find(spec.model or "")
@@ -51,25 +60,151 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
     return _report(spec, convention, rule, name, method.name, shape, total, trainable, added)
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """A run's memory as polynomials in batch, length and rank: what Python evaluates here, and the page on every move."""
+
+    states: MemoryReport
+    """Weights, gradients and optimizer states alone, and the resolved spec."""
+    moments: Mapping[str, Mapping[str, Polynomial]]
+    """Bytes by kind at the high points of a step, on one GPU."""
+    buffers: tuple[Buffer, ...] = ()
+    """Between GPUs: what the kind `communication` consists of."""
+    cpu: Polynomial = Polynomial()
+    """Bytes in the CPU's memory, for one GPU."""
+    sent: Polynomial = Polynomial()
+    """Bytes that a GPU sends in a step."""
+
+    @property
+    def context(self) -> int:
+        """Bytes that CUDA takes before the first tensor, with the libraries' code."""
+        return context(self.states.spec.gpu)
+
+    def allocated(self, batch: int, length: int, rank: int) -> float:
+        return max(total(kinds.values()).value(batch, length, rank) for kinds in self.moments.values())
+
+    def process(self, batch: int, length: int, rank: int) -> float:
+        """Bytes that nvidia-smi would show. An estimate: the allocator's reserve is taken as usual."""
+        return RESERVE * self.allocated(batch, length, rank) + self.context
+
+    def report(self) -> MemoryReport:
+        """At the spec's own batch, length and rank."""
+        spec = self.states.spec
+        at = (spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0)
+        moments = tuple(
+            Moment(name, 0, {kind: round(size.value(*at)) for kind, size in kinds.items()})
+            for name, kinds in self.moments.items()
+        )
+        return replace(
+            self.states,
+            moments=moments,
+            reserved=round(RESERVE * self.allocated(*at)),
+            context=self.context,
+            outside=_paged(self.states),
+            cpu=round(self.cpu.value(*at)),
+        )
+
+    def to_data(self) -> dict[str, Any]:
+        """For the page: terms of each kind at each moment, and how to come from allocated to the process."""
+        moments = [{kind: size.to_data() for kind, size in kinds.items()} for kinds in self.moments.values()]
+        return {"moments": moments, "reserve": RESERVE, "context": self.context}
+
+
+RESERVE = 1.16
+"""Reserved over allocated: the median of assets/measured/memory-h100.json. The trace knows better."""
+
+
+def closed_form(spec: RunSpec) -> ClosedForm:
+    """Of a model with layers that writes text. Raises SpecError for others, and as `methods.targets` and `sharding.plan` do."""
+    states = predict_states(spec)
+    spec = states.spec
+    if not models.find(spec.model or "").is_causal:
+        raise SpecError(f"model={spec.model}: only models that write text have a training step here; try gpt2")
+    from .activations import moments
+
+    return _on_several(ClosedForm(states, moments(spec)))
+
+
+def _on_several(form: ClosedForm) -> ClosedForm:
+    """What one of the run's GPUs holds."""
+    spec = form.states.spec
+    if spec.n_gpus == 1 and spec.sharding == spec.offload == "none":
+        return form
+    found = plan(form.moments, spec, _gathered(spec), trained(spec))
+    return replace(form, moments=found.moments, buffers=found.buffers, cpu=found.in_cpu, sent=found.sent)
+
+
 def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> MemoryReport:
     """`predict` from a trace of a whole training step on fake tensors, every token predicted.
 
     Takes seconds, and torch. Raises SpecError for what cannot be traced, and `trace.Overtaken` once `overtaken` says so.
     """
-    report = predict(spec)
+    states = predict_states(spec)
+    spec = states.spec
     from .trace import trace
 
-    found = trace(report.spec, overtaken)
+    found = trace(spec, overtaken)
+    report = replace(
+        states,
+        source="trace",
+        moments=found.moments,
+        reserved=found.reserved,
+        context=context(spec.gpu),
+        outside=_paged(states),
+    )
+    if spec.n_gpus == 1 and spec.sharding == spec.offload == "none":
+        return report
+    several = plan(
+        {f"{m.phase} {i}": {k: constant(n) for k, n in m.bytes.items()} for i, m in enumerate(found.moments)},
+        spec,
+        _gathered(spec),
+        trained(spec),
+    )
+    at = (spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0)
+    moments = tuple(
+        Moment(m.phase, m.part, {k: round(size.value(*at)) for k, size in kinds.items()})
+        for m, kinds in zip(found.moments, several.moments.values(), strict=True)
+    )
+    reserve = found.reserved / max(m.total for m in found.moments)
     return replace(
-        report, source="trace", moments=found.moments, reserved=found.reserved, context=context(report.spec.gpu)
+        report,
+        moments=moments,
+        reserved=round(reserve * max(m.total for m in moments)),
+        cpu=round(several.in_cpu.value(*at)),
     )
 
 
 CONTEXT = {"h100": 767 * 2**20, "": 500 * 2**20}
+"""With the libraries' code, after a step: the H100's is measured (assets/measured/memory-h100.json), the others' a guess."""
 
 
 def context(gpu: str | None) -> int:
     return CONTEXT.get((gpu or "").split("-")[0], CONTEXT[""])
+
+
+def trained(spec: RunSpec) -> Polynomial:
+    """Trained parameters, by rank."""
+    method = methods.find(spec.method or "")
+    if "rank" not in method.settings:
+        return constant(count(spec).trainable_parameters)
+    once, twice = (count(spec.but(rank=r)).trainable_parameters for r in (1, 2))
+    return constant(2 * once - twice) + RANK * (twice - once)
+
+
+def _gathered(spec: RunSpec) -> int:
+    """Bytes of the weights that are gathered at once: the largest layer's, or the embedding's or head's."""
+    shape = architectures.of(spec.model or "")
+    layers: Counter[int] = Counter()
+    for m in shape.modules:
+        for layer in m.layers or (-1,):
+            layers[layer] += m.weight + m.bias
+    return max(layers.values()) * BYTES[spec.precision or "fp32"]
+
+
+def _paged(states: MemoryReport) -> int:
+    """Bytes of optimizer states that are outside PyTorch's memory."""
+    kind = optimizers.find(states.spec)
+    return states.trainable_parameters * kind.states * (kind.bits or 0) // 8 if kind.paged else 0
 
 
 def _report(
@@ -122,3 +257,7 @@ def _frozen_bytes(spec: RunSpec, shape: Architecture | None, frozen: int, each: 
     quantized = min(frozen, sum(m.weight * m.count for m in shape.linear()))
     bits = NF4_BITS[bool(spec.double_quantization)] if spec.quantization == "nf4" else 8 * INT8_BYTES
     return round(quantized * bits / 8) + (frozen - quantized) * each
+
+
+from .sharding import plan  # noqa: E402
+from .strategies import Buffer  # noqa: E402

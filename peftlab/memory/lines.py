@@ -45,7 +45,7 @@ def line(
     sizes: Sizes, name: str, kind: str, times: str, parts: Sum, moments: tuple[str, ...], note: str = ""
 ) -> list[Line]:
     """The line of `times` × the sum of `parts`; none where nothing is left of it."""
-    parts = {key: c for key, c in parts.items() if c}
+    parts = {key: c for key, c in parts.items() if c and any(_product(sizes, key).terms.values())}
     size = _product(sizes, times) * total(c * _product(sizes, key) for key, c in parts.items())
     if not any(size.terms.values()):
         return []
@@ -69,7 +69,7 @@ def _written(sizes: Sizes | None, times: str, parts: Sum) -> str:
 
 def _term(sizes: Sizes | None, coefficient: float, key: str) -> str:
     found = _factors(sizes, key)
-    number = f"{coefficient:,.6g}"
+    number = _number(coefficient)
     if sizes is None and found and found[0][0].isalpha():
         return " × ".join([(number if coefficient != 1 else "") + found[0], *found[1:]])
     return " × ".join([number, *found])
@@ -83,4 +83,8 @@ def _shown(sizes: Sizes | None, symbol: str) -> str:
     if sizes is None:
         return symbol
     size = sizes[symbol]
-    return size.shown or (f"{size.value:,.6g}" if isinstance(size.value, float) else f"{size.value:,}")
+    return size.shown or (str(size.value) if isinstance(size.value, Polynomial) else _number(size.value))
+
+
+def _number(value: float) -> str:
+    return f"{round(value):,}" if value == round(value) else f"{value:,.4g}"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 
 from .. import optimizers
-from ..architecture import Module
 from .case import Case
 from .closed_form import NF4_BITS
-from .lines import Line, Size, line
-from .polynomial import constant
+from .lines import Line, Size, Sum, line
 
-FORWARD, PASS, LOSS, HEAD, LAST, FIRST, OPTIMIZER = MOMENTS = (
+FORWARD, PASS, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING, OPTIMIZER = MOMENTS = (
     "forward", "forward in a layer", "backward at the loss", "backward at the head", "backward in the last layer",
-    "backward in the first layer", "optimizer",
+    "backward recomputing a layer", "backward in the first layer", "backward at the embedding", "optimizer",
 )  # fmt: skip
 """Where a step can be at its highest. Layers in between lie between the last and the first."""
 MIB = 2**20
@@ -65,30 +63,37 @@ def _at(case: Case) -> int:
     return round(case.trained.value(1, 1, case.spec.rank or 1))
 
 
-def _trained_bytes(case: Case, modules: list[Module]) -> float:
-    return case.adapter * sum(case.method.trained(m, case.spec) for m in modules)
-
-
 def _gradients(case: Case) -> list[Line]:
-    sizes = {**case.sizes, "N": Size(case.trained, f"{_at(case):,}")}
+    """Those of the head and a tied embedding are summed before they are added to the last pass's."""
+    own = {id(t.module) for t in case.targets} if case.method.in_place else set()
+    head = next((m for m in case.shape.modules if m.head and id(m) in own), None)
+    embedding = next((m for m in case.shape.modules if m.role == "embedding" and id(m) in own), None)
     held = (case.spec.accumulation or 1) > 1
-    whole = MOMENTS if held else (FIRST, OPTIMIZER)
-    found = line(
-        sizes, "gradients", "gradients", "", {"N": case.adapter}, whole,
-        "held from one pass to the next" if held else "each layer's as the backward pass leaves it",
-    )  # fmt: skip
-    trained = {id(t.module) for t in case.targets} if case.method.in_place else set()
-    head = [m for m in case.shape.modules if m.head and id(m) in trained]
+    tied = head is not None and head.tied and embedding is not None
+    last = embedding.weight if embedding and not tied else 0
+    sizes = {
+        **case.sizes,
+        "N": Size(case.trained, f"{_at(case):,}"),
+        "N_above": Size(case.trained + -last, f"{_at(case) - last:,}"),
+    }
+    e = case.adapter
+
+    def gradients(name: str, parts: Sum, moments: tuple[str, ...], note: str = "") -> list[Line]:
+        return line(sizes, name, "gradients", "", parts, moments, note)
+
+    if held:
+        found = gradients("gradients", {"N": e}, MOMENTS, "held from one pass to the next")
+    else:
+        found = gradients("gradients", {"N": e}, (EMBEDDING, OPTIMIZER), "each as the backward pass leaves it")
+        found += gradients("gradients so far", {"N_above": e}, (RECOMPUTE, FIRST), "all but the embedding's")
     if head:
         note = "a product in bf16, then cast" if case.amp else ""
-        parts = {"V h_V": case.wide + (2 if case.amp else 0)}
-        found += line(sizes, "the head's gradient", "gradients", "", parts, (HEAD,), note)
-    if head and not held:
-        found += line(sizes, "the head's gradient", "gradients", "", {"V h_V": case.wide}, (LAST,))
-    embedding = [m for m in case.shape.modules if m.role == "embedding" and id(m) in trained]
-    if embedding and (held or (head and head[0].tied)):
-        note = "a dense one, added to the head's" if not held else "a dense one, added to the last pass's"
-        found += line(sizes, "the embedding's gradient", "gradients", "", {"V h_V": case.wide}, (FIRST,), note)
+        found += gradients("the head's gradient", {"V h_V": e + 2 * case.amp}, (HEAD,), note)
+        if tied or not held:
+            found += gradients("the head's gradient", {"V h_V": e}, (LAST, FIRST) if held else (LAST,))
+    if embedding and (tied or held):
+        note = "a dense one, and its sum with the head's" if tied else "before it is added to the last pass's"
+        found += gradients("the embedding's gradient", {"V h_V": e * (2 * tied + held)}, (EMBEDDING,), note)
     return found
 
 
@@ -97,14 +102,18 @@ def _optimizer(case: Case) -> list[Line]:
     name = case.spec.optimizer or "adamw"
     sizes = {**case.sizes, "N": Size(case.trained, f"{_at(case):,}")}
     if name == "adafactor":
-        rows = sum(n * _rows_and_columns(shape) for n, shape in case.tensors)
-        sizes["N_rc"] = Size(rows)
+        sizes["N_rc"] = Size(sum(n * _rows_and_columns(shape) for n, shape in case.tensors))
+        sizes["N_max"] = Size(max(math.prod(shape) for _, shape in case.tensors))
         found = line(sizes, "optimizer states", "optimizer", "", {"N_rc": each}, MOMENTS, "a row and a column a matrix")
+        note = "the update of the largest tensor"
+        found += line(sizes, "optimizer's temporaries", "activations", "", {"N_max": each}, (OPTIMIZER,), note)
     elif kind.bits == 8:
         found = _blockwise(case, kind, sizes)
     else:
         bytes_each = kind.states * (4 if kind.bits == 32 else each)
-        found = line(sizes, "optimizer states", "optimizer", "", {"N": bytes_each}, MOMENTS, f"{kind.states} a parameter")
+        found = line(
+            sizes, "optimizer states", "optimizer", "", {"N": bytes_each}, MOMENTS, f"{kind.states} a parameter"
+        )
     if name == "adamw" and kind.library == "torch":
         note = "the roots of the second moments, of all tensors at once"
         found += line(sizes, "optimizer's temporaries", "activations", "", {"N": each}, (OPTIMIZER,), note)
@@ -121,11 +130,11 @@ def _blockwise(case: Case, kind: optimizers.Optimizer, sizes: dict[str, Size]) -
     counted = [(n, math.prod(shape)) for n, shape in case.tensors]
     small = sum(n * size for n, size in counted if size < optimizers.SMALLEST_8BIT)
     paged = sum(n * size for n, size in counted if kind.paged and size >= optimizers.SMALLEST_PAGED)
-    rank = (case.spec.rank or 1) if _depends_on_rank(case) else 1
-    grow = Size(case.trained, f"{_at(case):,}") if not small and not paged else None
-    sizes = {**sizes, "N_8": grow or Size(sum(n * s for n, s in counted) - small - paged)}
+    whole = not small and not paged
+    sizes |= {
+        "N_8": Size(case.trained, f"{_at(case):,}") if whole else Size(sum(n * s for n, s in counted) - small - paged)
+    }
     sizes |= {"N_small": Size(small), "N_paged": Size(paged)}
-    del rank
     parts = {"N_8": kind.states * (1 + 4 / optimizers.BLOCK), "N_small": 4.0 * kind.states}
     parts["N_paged"] = kind.states * 4 / optimizers.BLOCK
     return line(sizes, "optimizer states", "optimizer", "", parts, MOMENTS, "8-bit blocks with a scale each")
@@ -138,8 +147,5 @@ def _workspace(case: Case) -> list[Line]:
     note = "PyTorch runs the backward pass in a thread of its own"
     return [
         *line(case.sizes, "cuBLAS, forward", "workspace", "", {"": size}, MOMENTS),
-        *line(case.sizes, "cuBLAS, backward", "workspace", "", {"": size}, (LOSS, HEAD, LAST, FIRST, OPTIMIZER), note),
+        *line(case.sizes, "cuBLAS, backward", "workspace", "", {"": size}, MOMENTS[2:], note),
     ]
-
-
-__all__ = ["MOMENTS", "constant", "lines"]

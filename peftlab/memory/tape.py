@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:  # a number that nobody has computed
             return False if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
-        if self.phase == "optimizer":
+        if self.phase.startswith("optimizer"):
             owners = [self._part(t) for t in tree_iter(args) if isinstance(t, torch.Tensor)]
             known = [p for p in owners if p is not None]
             if isinstance(out, list | tuple) and len(out) > 1 and len(owners) >= len(out):
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
     def _drop(self, address: int) -> None:
         key = self._keys.pop(address, None)
         if key is not None:
-            part = self._parts[key] if self.phase in ("optimizer", "end") else self.part
+            part = self._parts[key] if self.phase.startswith(("optimizer", "end")) else self.part
             self.tape.append(Entry(key, GIVE, "", part))
 
     def _shrink(self, mask: torch.Tensor) -> None:

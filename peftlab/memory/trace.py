@@ -10,7 +10,6 @@ import gc
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,41 +54,37 @@ class Overtaken(Exception):
 
 
 _one_at_a_time = threading.Lock()
+_known: dict[tuple[RunSpec, int], Trace] = {}
+KNOWN = 512
+"""Traces kept; the oldest goes first."""
 
 
 def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> Trace:
     """Of a resolved spec. Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon
     as `overtaken` says so."""
     read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
-    workspace = WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""])
+    key = read, WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""])
 
     def stop() -> None:
         if overtaken():
             raise Overtaken
 
+    if key in _known:
+        return _known[key]
     while not _one_at_a_time.acquire(timeout=0.1):
         stop()
     try:
-        return _cached(read, workspace, _Stop(stop))
+        if key not in _known:
+            found = _trace(*key, stop)
+            if len(_known) >= KNOWN:
+                del _known[next(iter(_known))]
+            _known[key] = found
+        return _known[key]
     finally:
         _one_at_a_time.release()
 
 
-class _Stop:
-    """A callable that all caches take for the same."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.call = call
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Stop)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=512)
-def _cached(spec: RunSpec, workspace: int, stop: _Stop) -> Trace:
+def _trace(spec: RunSpec, workspace: int, stop: Callable[[], None]) -> Trace:
     entry = models.find(spec.model or "")
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
@@ -102,7 +97,7 @@ def _cached(spec: RunSpec, workspace: int, stop: _Stop) -> Trace:
     kept = copies = list(range(shape.n_layers))
     if not methods.find(spec.method or "").before_layers:
         kept, copies = _shorten(_kinds(entry.config, shape.n_layers, chosen))
-    tapes = _record(spec, entry.config, kept, stop.call)
+    tapes = _record(spec, entry.config, kept, stop)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
     return _replay(full, workspace, shape.n_layers)

@@ -43,11 +43,14 @@ class Keep(Term):
     """Numbers that a method makes at one adapted module and that stay until the backward pass."""
 
     of: str = "adapter"
-    """Their format: the adapter's or the base's; `input` for a copy of the module's input in the adapter's, which is no
-    copy where the base has that format too."""
+    """What they are: `adapter`, made by the adapter's products; `base`, by the base's; `input`, a copy of the module's input
+    in the adapter's format, which is no copy where the base has that format too; `factor`, the same but for multiplying
+    number by number, which autocast leaves in fp32; `mask`, one byte each."""
     each: str = "token"
     """How often: for each token, once for each `module`, once in the `model` and for ever, as large as the largest module
     asks, or only while the module runs (`pass`)."""
+    dropout: bool | None = None
+    """Only with the run's dropout (True) or only without it (False)."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from . import Drawing, Keep, Method, Target, Term, linear_targets, register, thr
 
 SETTINGS = ("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision")
 BA = (Term(("rank", "d_in")), Term(("rank", "d_out")))
-INPUT = (Keep(("d_in",), of="input"), Keep(("rank",)))
+DROPPED = Keep(("d_in",), of="mask", dropout=True)
+INPUT = (Keep(("d_in",), of="input"), DROPPED, Keep(("rank",)))
 """For A's gradient and for B's."""
 PARALLEL = Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1)
 
@@ -169,7 +170,9 @@ _register(
     keeps=(
         *INPUT,
         Keep(("d_out",)),  # BAx and, below, Wx: for the magnitude's gradient
-        Keep(("d_out",), of="base"),
+        Keep(("d_out",), of="base", dropout=False),
+        Keep(("d_out",), dropout=True),  # W times the input that dropout left, and W in the adapter's format
+        Keep(("d_in", "d_out"), each="module", dropout=True),
         Keep(("d_out",), 3, each="module"),
         Keep(("d_in", "d_in"), each="pass"),  # an identity matrix, sent through A and B to see their product
         Keep(("d_in", "d_out"), 4, each="pass"),  # W, BA, α/r BA and their sum, for the norm of each row
@@ -200,6 +203,7 @@ _register(
     "vera",
     terms=(Term(("rank",)), Term(("d_out",))),
     keeps=(
+        DROPPED,
         Keep(("rank",)),
         Keep(("d_out",)),
         Keep(("rank", "d_in"), each="model"),  # the two random matrices

@@ -77,7 +77,7 @@ register(
         terms=(Term(("d_out",), roles=("key", "value", FUSED)), Term(("d_in",), roles=("down",))),
         keeps=(
             Keep(("d_out",), of="base", roles=("key", "value", FUSED)),
-            Keep(("d_in",), of="input", roles=("down",)),
+            Keep(("d_in",), of="factor", roles=("down",)),
         ),
         select=scaled,
         attach=scale,
