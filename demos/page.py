@@ -15,6 +15,7 @@ import gradio as gr
 from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
 from peftlab.catalog.models import MODELS
+from peftlab.memory.conventions import EXACT
 from peftlab.resolve import resolve_here
 from peftlab.spec import SETTINGS, closest
 
@@ -22,8 +23,8 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
 NAME_OR_COUNT = re.compile(r"[\w.-]+/[\w.-]+|[\d.]+[KMBTkmbt]")
-CONVENTION = "12n"
-"""How the page counts at first: lecture 11.2's."""
+CONVENTION = EXACT
+"""How the page counts at first: what the run allocates."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 DRAW = """

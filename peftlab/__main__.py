@@ -258,12 +258,17 @@ def _memory(args: argparse.Namespace) -> None:
         ]
     )
     if report.peak:
-        _table([(f"at the peak: {kind.replace('_', ' ')}", words.size(n)) for kind, n in report.peak.bytes.items()])
-        print(f"peak of a step: {words.size(report.allocated)}, predicted by a trace of it on fake tensors")
+        _table(
+            [(f"at the peak: {kind.replace('_', ' ')}", words.size(n)) for kind, n in report.peak.bytes.items() if n]
+        )
+        how = "a trace of it on fake tensors" if report.source == "trace" else "the closed form; --exact traces it"
+        print(
+            f"peak of a step: {words.size(report.allocated)} allocated, {words.size(report.process)} in all, by {how}"
+        )
     else:
-        one = words.smallest_gpu(fits(report.states))
         print(f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included")
-        print(f"smallest GPU that holds it: {one.gpu.name}" if one else "no single GPU of the catalogue holds it")
+    one = next((f.gpu.name for f in fits(report.needed) if f.n_gpus == 1), None)
+    print(f"smallest GPU that holds it: {one}" if one else "no single GPU of the catalogue holds it")
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from . import words
 from .compare import BASE, ComparisonReport
 from .count import ModuleCount
-from .memory import CONVENTIONS, MemoryReport
+from .memory import MemoryReport, Moment
 from .methods import Drawing
 
 THEMES = ("light", "dark")
@@ -85,7 +85,12 @@ COMPONENTS = (
     ("trainable_weights", "trained", "trained weights"),
     ("gradients", "gradients", "gradients"),
     ("optimizer", "optimizer", "optimizer states"),
+    ("activations", "activations", "activations"),
+    ("logits", "logits", "logits"),
+    ("communication", "overhead", "buffers between GPUs"),
+    ("workspace", "overhead", "cuBLAS workspace"),
 )
+"""Of allocated memory: kind, colour and name."""
 
 
 def _bar_label(figure: Any, y: str, text: str) -> None:
@@ -93,44 +98,56 @@ def _bar_label(figure: Any, y: str, text: str) -> None:
     figure.add_annotation(x=0, y=y, text=text, showarrow=False, xanchor="left", yanchor="bottom", yshift=34)
 
 
-def memory_bars(full: MemoryReport, chosen: MemoryReport, theme: str) -> Any:
-    """Two stacked bars to one scale: full fine-tuning, and the chosen method."""
+def memory_timeline(report: MemoryReport, theme: str) -> Any:
+    """Memory through one training step, stacked by kind, with the peak marked. For a report that has moments."""
     c = PALETTE[theme]
-    rule = CONVENTIONS[full.convention].name if full.convention in CONVENTIONS else "as the run allocates them"
-    title = f"Weights, gradients and optimizer states, GB ({rule})"
-    figure = _figure(theme, 270, barmode="stack", bargap=0.5, title={"text": title})
-    reports = [chosen, full] if chosen.spec.method != "full" else [full]
-    largest = max(r.states or 0 for r in reports) or 1
-    names = [words.method_name(r) for r in reports]
-    for field, colour, label in COMPONENTS:
-        values = [getattr(r, field) or 0 for r in reports]
-        figure.add_bar(
-            y=names,
-            x=[v / 1e9 for v in values],
-            orientation="h",
+    moments = report.moments
+    peak = max(moments, key=lambda m: m.total)
+    figure = _figure(
+        theme, 320, title={"text": "Through one training step: allocated memory, GB"}, hovermode="x unified"
+    )
+    x = list(range(len(moments)))
+    places = [_place(m, report) for m in moments]
+    for kind, colour, label in COMPONENTS:
+        values = [m.bytes.get(kind, 0) for m in moments]
+        if not any(values):
+            continue
+        figure.add_scatter(
+            x=x,
+            y=[v / 1e9 for v in values],
             name=label,
-            marker={"color": c[colour], "line": {"color": c["surface"], "width": 1}},
-            text=[label if v > 0.13 * largest else "" for v in values],
-            textposition="inside",
-            insidetextanchor="middle",
-            textangle=0,
-            textfont={
-                "color": "#FFFFFF" if theme == "light" and colour in ("frozen", "trained") else "#111417",
-                "size": 15,
-            },
-            customdata=[[words.size(v), f"{v:,} bytes"] for v in values],
-            hovertemplate=f"{label}: %{{customdata[0]}}<br>%{{customdata[1]}}<extra></extra>",
+            mode="lines",
+            stackgroup="memory",
+            line={"width": 0.5, "color": c[colour], "shape": "linear"},
+            fillcolor=c[colour],
+            customdata=[words.size(v) for v in values],
+            hovertemplate="%{customdata}",
         )
-    for report, name in zip(reports, names, strict=True):
-        total = report.states or 0
-        figure.add_annotation(
-            x=total / 1e9, y=name, text=f"<b>{words.size(total)}</b>", showarrow=False, xanchor="left", xshift=8,
-            font={"size": 18},
-        )  # fmt: skip
-        _bar_label(figure, name, escape(name))
-    figure.update_xaxes(range=[0, 1.4 * largest / 1e9], rangemode="tozero")
-    figure.update_yaxes(showgrid=False, showticklabels=False, range=[-0.5, len(reports) - 0.2])
+    at = moments.index(peak)
+    figure.add_annotation(
+        x=at, y=peak.total / 1e9, text=f"<b>peak {words.size(peak.total)}</b><br>{places[at]}", showarrow=True, ax=0, ay=-34,
+        arrowcolor=c["text"], align="center",
+    )  # fmt: skip
+    starts = [i for i, m in enumerate(moments) if i == 0 or m.phase.split()[0] != moments[i - 1].phase.split()[0]]
+    figure.update_xaxes(
+        tickvals=starts,
+        ticktext=[moments[i].phase.split()[0] for i in starts],
+        showgrid=False,
+        range=[0, len(moments) - 0.8],
+    )
+    figure.update_yaxes(range=[0, 1.28 * peak.total / 1e9], rangemode="tozero")
+    figure.data[0].text = places
+    figure.data[0].hovertemplate = "<b>%{text}</b><br>%{customdata}"
     return figure
+
+
+def _place(moment: Moment, report: MemoryReport) -> str:
+    """Where in a step a moment is, in words."""
+    if report.source != "trace" or moment.phase == "optimizer":
+        return moment.phase
+    depth = max(m.part for m in report.moments)
+    where = "embedding" if moment.part < 0 else "head and loss" if moment.part == depth else f"layer {moment.part + 1}"
+    return f"{moment.phase}, {where}"
 
 
 def rank_curve(module: ModuleCount, rank: int, theme: str) -> Any:

@@ -11,9 +11,10 @@ from html import escape
 from typing import Any
 
 from . import tasks
+from .catalog.gpus import GPU, GPUS
 from .compare import BASE, ComparisonReport
 from .count import ParameterReport
-from .memory import Fit, MemoryReport
+from .memory import MemoryReport
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -37,6 +38,14 @@ def size(n: float | None) -> str:
     return f"{n:.0f} B"
 
 
+def operations(n: float) -> str:
+    """Floating-point operations: 16.1 GFLOP."""
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if n >= scale:
+            return f"{significant(n / scale)} {unit}"
+    return f"{significant(n / 1e6)} MFLOP"
+
+
 def percent(share: float) -> str:
     """Of a share between 0 and 1."""
     return f"{significant(100 * share)}%"
@@ -54,32 +63,94 @@ def bold(text: str, meaning: str = "") -> str:
     return f'<b class="{meaning}">{escape(text)}</b>' if meaning else f"<b>{escape(text)}</b>"
 
 
-def smallest_gpu(fits: Sequence[Fit]) -> Fit | None:
-    return next((f for f in fits if f.n_gpus == 1), None)
+SENTENCES = {
+    "full": "Full fine-tuning of {model} needs {full}.",
+    "chosen": "{method} needs {chosen}: {ratio}× {less}, and {where}.",
+    "one": "{it} one {gpu}",
+    "several": "{it_takes} {n} × {gpu}",
+}
+"""The Memory tab's sentence. The page fills the same words on every move of a slider."""
 
 
-def memory_sentence(full: MemoryReport, chosen: MemoryReport, fits: Sequence[Fit]) -> str:
+def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
     """What full fine-tuning needs, what the chosen method needs, and what holds it."""
-    begin = f"Full fine-tuning of {bold(full.model_name)} needs {bold(size(full.states))}."
-    one = smallest_gpu(fits)
-    where = f"these alone fit one {escape(gpu_name(one))}" if one else _several(fits)
-    if full.states is None or chosen.states is None:
-        return f"{begin} How much the states of {escape(str(chosen.spec.optimizer))} take is not known yet."
+    begin = SENTENCES["full"].format(model=bold(full.model_name), full=bold(size(full.needed)))
+    where = _where(chosen)
     if chosen.spec.method == "full":
         return f"{begin} {where[0].upper()}{where[1:]}."
-    ratio = full.states / chosen.states
-    less = f"{significant(ratio)}× less" if ratio >= 1.005 else f"{significant(1 / ratio)}× more"
-    return f"{begin} {bold(method_name(chosen), 'trained')} needs {bold(size(chosen.states), 'trained')}: {less}, and {where}."
+    ratio = full.needed / chosen.needed
+    return f"{begin} " + SENTENCES["chosen"].format(
+        method=bold(method_name(chosen), "trained"),
+        chosen=bold(size(chosen.needed), "trained"),
+        ratio=significant(max(ratio, 1 / ratio)),
+        less="less" if ratio >= 1 else "more",
+        where=where,
+    )
 
 
-def _several(fits: Sequence[Fit]) -> str:
-    largest = fits[-1]
-    return f"these alone take {largest.n_gpus:,} × {escape(gpu_name(largest))}"
+def it(report: MemoryReport) -> dict[str, str]:
+    """How the sentence speaks of the run: whole, or of its states alone."""
+    whole = report.process is not None
+    return (
+        {"it": "it fits", "it_takes": "it takes"}
+        if whole
+        else {"it": "these alone fit", "it_takes": "these alone take"}
+    )
 
 
-def gpu_name(fit: Fit) -> str:
+def _where(report: MemoryReport) -> str:
+    if one := next((g for g in GPUS.values() if report.needed <= g.memory_bytes), None):
+        return SENTENCES["one"].format(**it(report), gpu=escape(gpu_name(one)))
+    largest = list(GPUS.values())[-1]
+    n = -(-report.needed // largest.memory_bytes)
+    return SENTENCES["several"].format(**it(report), n=f"{n:,}", gpu=escape(gpu_name(largest)))
+
+
+def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
+    """What a reader would not expect of these two predictions, the most surprising first; none without a step."""
+    a, b = full.peak, chosen.peak
+    if a is None or b is None:
+        return []
+    spec, name = chosen.spec, escape(chosen.method_name)
+    tokens = (spec.batch_size or 1) * (spec.sequence_length or 1)
+    batch = b.bytes["activations"] + b.bytes["logits"]
+    saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
+    found = []
+    if spec.method != "full" and b.total > a.total:
+        found.append(
+            f"{name} needs more memory than full fine-tuning here. The reason: it saves {size(saved)} of gradients and optimizer "
+            f"states, and what it keeps for the backward pass grows by {size(batch - a.bytes['activations'] - a.bytes['logits'])}."
+        )
+    elif spec.method != "full" and saved > 0 and b.total > 0.75 * a.total:
+        found.append(
+            f"{size(saved)} of gradients and optimizer states are gone, and memory is only {percent(1 - b.total / a.total)} "
+            "lower: the rest does not depend on how much is trained."
+        )
+    if b.bytes["logits"] > 0.25 * b.total:
+        found.append(
+            f"The logits alone take {size(b.bytes['logits'])}: a number for each of {tokens:,} tokens and every word of the "
+            "vocabulary, in fp32, then its softmax, then its gradient."
+        )
+    if batch > 0.5 * b.total:
+        found.append(
+            f"Activations and logits are {percent(batch / b.total)} of the peak. They follow batch × length, not the number of "
+            "trained parameters."
+        )
+    if spec.rank and spec.precision == "bf16" and spec.adapter_precision == "fp32" and spec.attention:
+        found.append(
+            "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast to "
+            "the adapter's fp32."
+        )
+    if chosen.outside:
+        found.append(
+            f"{size(chosen.outside)} of optimizer states are paged: they move to the CPU when the GPU is full."
+        )
+    return found
+
+
+def gpu_name(gpu: GPU) -> str:
     """Without the vendor and the socket: V100 16 GB, RTX 4090."""
-    return " ".join(w for w in fit.gpu.name.split() if w not in ("NVIDIA", "GeForce") and not w.startswith("SXM"))
+    return " ".join(w for w in gpu.name.split() if w not in ("NVIDIA", "GeForce") and not w.startswith("SXM"))
 
 
 def method_name(report: MemoryReport | ParameterReport) -> str:

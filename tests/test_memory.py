@@ -4,7 +4,7 @@ from tiny import attached
 from peftlab import RunSpec, SpecError, predict
 from peftlab.catalog.gpus import GPUS
 from peftlab.memory import CONVENTIONS, fits, storage
-from peftlab.memory.closed_form import NF4_BITS
+from peftlab.memory.conventions import NF4_BITS
 
 BILLION = 10**9
 

@@ -98,14 +98,14 @@ def _temporaries(c: Case) -> list[Line]:
     if c.spec.quantization == "nf4" and largest:
         note = "one module at a time, for the product with its gradient"
         size = {"d_in": largest.d_in, "d_out": largest.d_out}
-        found += c.line("unpacked weight", "", {"d_in d_out": e}, (LAST, FIRST), note, **size)
+        found += c.line("unpacked weight", "", {"d_in d_out": e}, (LAST, FIRST), note, size)
     if passing := list(c.kept("pass")):
         module = max(c.targets, key=lambda t: sum(k.value(t.module, c.spec) for k in passing)).module
         each = {" ".join(k.factors): k.coefficient * c.adapter_numbers for k in passing}
         size = {"d_in": module.d_in, "d_out": module.d_out}
         for moment in (PASS, RECOMPUTE) if c.checkpointing else (PASS,):
             note = f"while {module.short_name}, its largest module, runs"
-            found += c.line(f"{c.method.name}'s temporaries", "", each, (moment,), note, **size)
+            found += c.line(f"{c.method.name}'s temporaries", "", each, (moment,), note, size)
     return found
 
 

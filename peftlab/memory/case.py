@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from .. import architecture as architectures
 from .. import methods
@@ -16,6 +17,17 @@ from ..methods import SIZES, Keep, Method, Target, Term
 from ..spec import RunSpec
 from .lines import Line, Size, Sum, line
 from .polynomial import BATCH, LENGTH, RANK, Polynomial, constant, total
+
+SYMBOLS = {
+    "B": "examples in a batch", "S": "tokens of an example, with virtual ones", "T": "tokens without virtual ones",
+    "S_k": "keys that a token sees", "r": "rank", "L": "layers that a gradient reaches", "L_w": "those with a mask",
+    "L_u": "those without", "h": "width", "q": "width of all queries", "kv": "width of all keys", "n_q": "query heads",
+    "n_kv": "key heads", "d": "width of a head", "f": "width of the feed-forward, or of one expert", "E": "experts",
+    "k": "experts for a token", "V": "vocabulary", "h_V": "width of the head's input", "M": "adapted modules",
+    "Σd_in": "inputs of those modules together", "Σd_out": "their outputs together", "N": "trained parameters",
+    "N_frozen": "frozen parameters", "N_packed": "quantized ones", "d_in": "a module's inputs", "d_out": "its outputs",
+}  # fmt: skip
+"""What the symbols of lines stand for, of those that are not explained by the line's name."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,9 @@ class Case:
         return bool(self.shape.with_role("gate")) or self.shape.facts.experts > 0
 
     def trains(self, module: Module) -> bool:
-        """Whether the module's own weight is trained."""
-        return id(module) in self._own_weights
+        """Whether the module's weight is trained where it is; a tied head's is the embedding's."""
+        tied = module.head and module.tied and self.embedding is not None and id(self.embedding) in self._own_weights
+        return tied or id(module) in self._own_weights
 
     @cached_property
     def _own_weights(self) -> set[int]:
@@ -151,6 +164,10 @@ class Case:
     @cached_property
     def head(self) -> Module | None:
         return next((m for m in self.shape.modules if m.head), None)
+
+    @cached_property
+    def embedding(self) -> Module | None:
+        return next((m for m in self.shape.modules if m.role == "embedding"), None)
 
     @cached_property
     def sizes(self) -> dict[str, Size]:
@@ -211,7 +228,7 @@ class Case:
 
     def line(
         self, name: str, times: str, parts: Sum, moments: tuple[str, ...], note: str = "",
-        kind: str = "activations", **sizes: float,
+        sizes: Mapping[str, float] = MappingProxyType({}), kind: str = "activations",
     ) -> list[Line]:  # fmt: skip
         """A line with this case's sizes and, beside them, `sizes`."""
         known = {**self.sizes, **{symbol: Size(value) for symbol, value in sizes.items()}}

@@ -16,13 +16,13 @@ from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import RunSpec
 from . import conventions
-from .conventions import EXACT, FP4_BYTES, FROZEN_BYTES, Convention
+from .activations import derivation, moments
+from .conventions import EXACT, FP4_BYTES, FROZEN_BYTES, NF4_BITS, Convention
+from .lines import Line
 from .polynomial import RANK, Polynomial, constant, total
 from .report import MemoryReport, Moment
+from .sharding import Sharded, plan
 
-NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
-"""Bits a weight: 4, and an fp32 scale a block of 64; with double quantization (True) the scale is 8 bits, and 256 scales
-share one fp32. QLoRA, arXiv 2305.14314 section 3."""
 INT8_BYTES = 1
 
 
@@ -68,12 +68,8 @@ class ClosedForm:
     """Weights, gradients and optimizer states alone, and the resolved spec."""
     moments: Mapping[str, Mapping[str, Polynomial]]
     """Bytes by kind at the high points of a step, on one GPU."""
-    buffers: tuple[Buffer, ...] = ()
-    """Between GPUs: what the kind `communication` consists of."""
-    cpu: Polynomial = Polynomial()
-    """Bytes in the CPU's memory, for one GPU."""
-    sent: Polynomial = Polynomial()
-    """Bytes that a GPU sends in a step."""
+    several: Sharded | None = None
+    """What several GPUs, or the CPU's memory, change."""
 
     @property
     def context(self) -> int:
@@ -89,8 +85,7 @@ class ClosedForm:
 
     def report(self) -> MemoryReport:
         """At the spec's own batch, length and rank."""
-        spec = self.states.spec
-        at = (spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0)
+        at = self._at()
         moments = tuple(
             Moment(name, 0, {kind: round(size.value(*at)) for kind, size in kinds.items()})
             for name, kinds in self.moments.items()
@@ -101,8 +96,21 @@ class ClosedForm:
             reserved=round(RESERVE * self.allocated(*at)),
             context=self.context,
             outside=_paged(self.states),
-            cpu=round(self.cpu.value(*at)),
+            cpu=round(self.several.in_cpu.value(*at)) if self.several else 0,
         )
+
+    def lines(self) -> tuple[Line, ...]:
+        """The derivation of what is there at the peak, for one GPU alone."""
+        at = self._at()
+        peak = max(self.moments, key=lambda name: total(self.moments[name].values()).value(*at))
+        return tuple(line for line in derivation(self.states.spec) if peak in line.moments)
+
+    def bytes_of(self, line: Line) -> int:
+        return round(line.size.value(*self._at()))
+
+    def _at(self) -> tuple[int, int, int]:
+        spec = self.states.spec
+        return spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0
 
     def to_data(self) -> dict[str, Any]:
         """For the page: terms of each kind at each moment, and how to come from allocated to the process."""
@@ -120,8 +128,6 @@ def closed_form(spec: RunSpec) -> ClosedForm:
     spec = states.spec
     if not models.find(spec.model or "").is_causal:
         raise SpecError(f"model={spec.model}: only models that write text have a training step here; try gpt2")
-    from .activations import moments
-
     return _on_several(ClosedForm(states, moments(spec)))
 
 
@@ -131,7 +137,7 @@ def _on_several(form: ClosedForm) -> ClosedForm:
     if spec.n_gpus == 1 and spec.sharding == spec.offload == "none":
         return form
     found = plan(form.moments, spec, _gathered(spec), trained(spec))
-    return replace(form, moments=found.moments, buffers=found.buffers, cpu=found.in_cpu, sent=found.sent)
+    return replace(form, moments=found.moments, several=found)
 
 
 def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> MemoryReport:
@@ -257,7 +263,3 @@ def _frozen_bytes(spec: RunSpec, shape: Architecture | None, frozen: int, each: 
     quantized = min(frozen, sum(m.weight * m.count for m in shape.linear()))
     bits = NF4_BITS[bool(spec.double_quantization)] if spec.quantization == "nf4" else 8 * INT8_BYTES
     return round(quantized * bits / 8) + (frozen - quantized) * each
-
-
-from .sharding import plan  # noqa: E402
-from .strategies import Buffer  # noqa: E402

@@ -28,7 +28,10 @@ class Convention:
 
 FROZEN_BYTES = 2
 FP4_BYTES = 0.5
-"""A 4-bit number with no account of its scales, as lectures count it. Real NF4 is in `closed_form.NF4_BITS`."""
+"""A 4-bit number with no account of its scales, as lectures count it. Real NF4 is NF4_BITS."""
+NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
+"""Bits a weight: 4, and an fp32 scale a block of 64; with double quantization (True) the scale is 8 bits, and 256 scales
+share one fp32. QLoRA, arXiv 2305.14314 section 3."""
 
 CONVENTIONS: dict[str, Convention] = {
     c.key: c

@@ -53,7 +53,11 @@ def _kept(c: Case, layers: str, suffix: str, moments: tuple[str, ...]) -> list[L
     if c.shape.facts.dropout:
         found += kept("dropout", f"{layers}B S", {"h": 2}, "a mask of one byte a number, after each sub-layer")
     if c.amp:
-        n = sum(m.weight * (c.active if layers else 1) for m in c.layer_modules if m.kind != "norm")
+        n = sum(
+            m.weight * (c.active if layers else 1)
+            for m in c.layer_modules
+            if m.kind != "norm" and not (c.quantized and m.is_linear)
+        )
         found += kept("weights in bf16", "", {"N_cast": 2}, "autocast's copies", N_cast=n)
     return found
 
@@ -93,7 +97,10 @@ def _attention(c: Case, masked: bool) -> tuple[Sum, Sum, str]:
         )
     if masked:  # true and false as 0 and -inf, in the data's format; a head of keys for each of queries
         copied = 1 < facts.kv_heads < facts.heads
-        parts = {"q": e * (4 if copied else 2), "kv": 0 if copied else 2 * e, "n_q": 4}
+        fused = c.method.before_layers and any(
+            m.role == "query+key+value" for m in c.layer_modules
+        )  # queries hold it all
+        parts = {"q": e * (4 if copied else 2), "kv": (0 if copied else 2 * e) + 2 * e * fused, "n_q": 4}
         return parts, {"": e}, "a mask keeps flash away; the memory-efficient kernel keeps it too"
     if not _output_is_kept(c):
         return (
@@ -147,7 +154,8 @@ def _inputs(c: Case, whole: bool) -> int:
 
 def _is_shared(c: Case) -> bool:
     """Whether an adapter reads the base's own tensor, for want of a difference in format."""
-    return not c.amp and c.adapter == c.wide and not c.spec.dropout
+    dropped = c.spec.dropout and any(k.dropout for k in c.method.keeps)
+    return not c.amp and c.adapter == c.wide and not dropped
 
 
 def _bytes(c: Case, keep: Keep) -> int:

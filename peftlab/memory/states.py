@@ -6,7 +6,7 @@ import math
 
 from .. import optimizers
 from .case import Case
-from .closed_form import NF4_BITS
+from .conventions import NF4_BITS
 from .lines import Line, Size, Sum, line
 
 FORWARD, PASS, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING, OPTIMIZER = MOMENTS = (
@@ -65,9 +65,8 @@ def _at(case: Case) -> int:
 
 def _gradients(case: Case) -> list[Line]:
     """Those of the head and a tied embedding are summed before they are added to the last pass's."""
-    own = {id(t.module) for t in case.targets} if case.method.in_place else set()
-    head = next((m for m in case.shape.modules if m.head and id(m) in own), None)
-    embedding = next((m for m in case.shape.modules if m.role == "embedding" and id(m) in own), None)
+    head = case.head if case.head and case.trains(case.head) else None
+    embedding = case.embedding if case.embedding and case.trains(case.embedding) else None
     held = (case.spec.accumulation or 1) > 1
     tied = head is not None and head.tied and embedding is not None
     last = embedding.weight if embedding and not tied else 0
@@ -144,8 +143,5 @@ def _workspace(case: Case) -> list[Line]:
     size = WORKSPACE.get((case.spec.gpu or "").split("-")[0], WORKSPACE[""])
     biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
     size += LT_WORKSPACE if biased else 0
-    note = "PyTorch runs the backward pass in a thread of its own"
-    return [
-        *line(case.sizes, "cuBLAS, forward", "workspace", "", {"": size}, MOMENTS),
-        *line(case.sizes, "cuBLAS, backward", "workspace", "", {"": size}, MOMENTS[2:], note),
-    ]
+    note = "for each of two threads: PyTorch runs the backward pass in one of its own"
+    return line(case.sizes, "cuBLAS", "workspace", "", {"": 2 * size}, MOMENTS, note)

@@ -12,7 +12,7 @@ from .. import architecture as architectures
 from ..catalog import models
 from ..count import BYTES
 from ..spec import RunSpec
-from .closed_form import NF4_BITS
+from .conventions import NF4_BITS
 from .polynomial import Polynomial, constant
 
 PHASES = ("forward", "backward", "optimizer", "after")

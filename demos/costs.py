@@ -1,0 +1,225 @@
+"""What the Memory tab says below its picture: GPUs, room, time, money, disk, serving, conventions and measurements."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from demos import page
+from peftlab import MemoryReport, RunSpec, SpecError, predict, words
+from peftlab.bench.memory import measured_utilisation, recorded_memory, summary
+from peftlab.catalog.gpus import GPUS
+from peftlab.catalog.models import MODELS
+from peftlab.compute import compute
+from peftlab.memory import (
+    CONVENTIONS,
+    ClosedForm,
+    Fit,
+    cheapest_changes,
+    gpu_grid,
+    largest,
+    largest_model,
+    serve,
+    storage,
+)
+
+VIEW = (50, 16, 2048, 2.5, round(100 * measured_utilisation(), 1))
+"""Tasks to store, answers written at once, tokens each keeps, price of a GPU hour, and utilisation in percent."""
+
+
+def controls() -> list[Any]:
+    """In the order of VIEW."""
+    tasks, streams, context, price, utilisation = VIEW
+    with gr.Row(elem_classes="view"):
+        return [
+            gr.Slider(1, 1000, tasks, step=1, label="Tasks", info="One adapted model for each"),
+            gr.Slider(1, 256, streams, step=1, label="Answers at once", info="Streams that are served together"),
+            gr.Slider(256, 32768, context, step=256, label="Tokens each keeps", info="Prompt and answer, in the cache"),
+            gr.Number(price, minimum=0, label="Price of a GPU hour", info="In your currency; an assumption, type yours"),
+            gr.Number(utilisation, minimum=0.1, maximum=100, label="Utilisation, %", info="Of the bf16 peak; measured on an H100"),
+        ]  # fmt: skip
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "") -> str:
+    """Cells are markup."""
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table class="data {kind}"><tr>{head}</tr>{body}</table></div>'
+
+
+def gpus(full: MemoryReport, chosen: MemoryReport) -> str:
+    """Each GPU of the catalogue: whether it holds the runs, and how many are needed where it does not."""
+
+    def cell(fit: Fit) -> str:
+        if fit.n_gpus == 1:
+            said = "fits with checkpointing" if fit.checkpointed else f"fits, {words.percent(fit.share)} full"
+            return f'<span class="good">{said}</span>'
+        said = f"needs {fit.n_gpus:,}" if fit.n_gpus else "too small, even shared"
+        return f'<span class="bad">{said}{" with checkpointing" if fit.checkpointed else ""}</span>'
+
+    reports = [full] if chosen.spec.method == "full" else [full, chosen]
+    rows = [
+        (escape(words.gpu_name(fits[0].gpu)), f"{fits[0].gpu.memory_gb:g} GB", *(cell(f) for f in fits))
+        for fits in zip(*(gpu_grid(r) for r in reports), strict=True)
+    ]
+    shared = (
+        ""
+        if chosen.process is None
+        else "<p class='note'>Several GPUs share weights and states by FSDP, each with its own batch.</p>"
+    )
+    return table(("GPU", "memory", *(escape(words.method_name(r)) for r in reports)), rows) + shared
+
+
+def room(form: ClosedForm) -> str:
+    """The largest run that each of some GPUs holds, and the cheapest change for those that do not hold this one."""
+    spec, rows = form.states.spec, []
+    needed = form.report().process or 0
+    for key in ("t4", "l4", "rtx-4090", "a100-40gb", "h100-80gb", "h200"):
+        gpu = GPUS[key]
+        batch, length = (largest(form, name, gpu.memory_bytes) for name in ("batch_size", "sequence_length"))
+        model = largest_model(spec, gpu.memory_bytes)
+        if needed <= gpu.memory_bytes:
+            change = "fits as it is"
+        elif found := cheapest_changes(spec, gpu.memory_bytes):
+            changes, changed = found
+            after = predict(changed).process
+            change = f"{escape(', and '.join(c.words for c in changes))}: {words.size(after)}<br><small>{escape('; '.join(c.cost for c in changes))}</small>"
+        else:
+            change = "none of ours: a smaller model or several GPUs"
+        rows.append(
+            (
+                escape(words.gpu_name(gpu)),
+                f"{batch:,}" if batch else "none",
+                f"{length:,}" if length else "none",
+                escape(MODELS[model].name) if model else "none",
+                change,
+            )
+        )
+    heads = (
+        "GPU",
+        "largest batch",
+        "longest sequence",
+        "largest model of the catalogue",
+        "cheapest change that makes this run fit",
+    )
+    return (
+        f'<p class="note">Each with the other settings as they are: batch {spec.batch_size}, {spec.sequence_length:,} tokens. '
+        f"{page.how('estimated', 'From the closed form; it keeps the allocator’s usual reserve.')}</p>"
+        + table(heads, rows, "room")
+    )
+
+
+def derivation(form: ClosedForm) -> str:
+    """Every component at the closed form's peak: its formula in symbols, with this run's numbers, and in bytes."""
+    rows = []
+    for line in form.lines():
+        note = f"<br><small>{escape(line.note)}</small>" if line.note else ""
+        rows.append(
+            (
+                f'<span class="key {line.kind}"></span>{escape(line.name)}{note}',
+                f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>",
+                words.size(form.bytes_of(line)),
+            )
+        )
+    spec = form.states.spec
+    legend = (
+        f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}; L layers, h hidden size, "
+        "N parameters. The bytes at the closed form's peak."
+    )
+    return f'<p class="note">{legend}</p>' + table(("component", "symbols, then numbers", "bytes"), rows, "derivation")
+
+
+def compute_and_disk(
+    chosen: MemoryReport, tasks: float, streams: float, context: float, price: float, utilisation: float
+) -> str:
+    """Time and money of one run, bytes on disk for all tasks, and what serving them takes: a sentence each."""
+    spec, said = chosen.spec, []
+    gpu = GPUS[spec.gpu or "h100-80gb"]
+    try:
+        run = compute(spec)
+        hours = run.time(gpu.key, (utilisation or 0) / 100) / 3600
+        saved = 1 - run.per_token / compute(spec.but(method="full", quantization=None)).per_token
+        said.append(
+            f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {words.operations(run.per_token)} each, "
+            f"{words.bold(words.seconds(3600 * hours))} and {words.bold(f'{run.money(gpu.key, utilisation / 100, price or 0):,.2f}')} "
+            f"on {escape(words.gpu_name(gpu))} at {utilisation:g}% of its peak. "
+            + (f"That is {words.percent(saved)} less arithmetic than full fine-tuning: frozen weights need no gradient." if saved > 0 else "")
+        )  # fmt: skip
+    except SpecError as error:
+        said.append(escape(str(error)))
+    said.append(storage_line(chosen, int(tasks or 1)))
+    try:
+        served = serve(spec, int(tasks or 1), int(streams or 1), int(context or 1))
+        said.append(
+            f"Serving {int(tasks or 1)} of them at once, {int(streams or 1)} answers of {int(context or 1):,} tokens: "
+            f"{words.bold(words.size(served.as_copies), 'frozen')} as full copies, or "
+            f"{words.bold(words.size(served.on_one_base), 'trained')} with every adapter on one base. "
+            f"Keys and values take {words.size(served.cache)} of either."
+        )
+    except SpecError as error:
+        said.append(escape(str(error)))
+    return "".join(f"<p>{line}</p>" for line in said)
+
+
+def storage_line(chosen: MemoryReport, tasks: int) -> str:
+    disk = storage(chosen, tasks)
+    many = f"{tasks} task{'s' if tasks != 1 else ''}"
+    if chosen.spec.method == "full":
+        return f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies."
+    return (
+        f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies, "
+        f"or one base of {words.size(disk.base)} and "
+        f"{words.bold(words.size(disk.adapters), 'trained')} of adapters."
+    )
+
+
+def conventions(spec: RunSpec, reports: tuple[MemoryReport, MemoryReport]) -> str:
+    """What each lecture's convention makes of the same run, beside the prediction."""
+    full, chosen = reports
+    given = None if chosen.spec.method == "full" or chosen.peak else chosen.trainable_parameters
+    rows = [
+        (
+            f"{escape(rule.name)}<br><small>{escape(rule.note)} {escape(rule.source)}</small>",
+            words.size(predict(full.spec, key).states),
+            words.size(predict(chosen.spec, key, given).states),
+        )
+        for key, rule in CONVENTIONS.items()
+    ]
+    if chosen.process is not None:
+        rows.append(
+            (
+                "<b>predicted</b>, activations and overhead included",
+                *(f"<b>{words.size(r.process)}</b>" for r in reports),
+            )
+        )
+    return table(("convention", "full", escape(words.method_name(chosen))), rows)
+
+
+@lru_cache(maxsize=1)
+def measured() -> str:
+    """Every recorded step beside what is predicted for it."""
+    parts = []
+    for document in recorded_memory():
+        found = summary(document)
+        rows = [
+            (
+                f"{escape(MODELS[row['spec']['model']].name)}, {escape(row['spec']['method'])}<br>"
+                f"<small>{escape(row['settings'])}</small>",
+                words.size(row["predicted"]),
+                words.size(row["measured"]),
+                f"{row['error']:+.2%}",
+                f"{row['reserved_error']:+.2%}",
+            )
+            for row in found["rows"]
+        ]
+        versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
+        how = f"{document['date']}; {versions}; {document['command']}"
+        parts.append(
+            f"<p>{len(rows)} real training steps on {escape(document['hardware'])}, each in a fresh process: the prediction is "
+            f"{words.bold(format(found['mean'], '.2%'))} off on average and {words.bold(format(found['worst'], '+.2%'))} at worst. "
+            f"{page.how('measured', how)}</p>" + table(("run", "predicted", "measured", "off", "reserved, off"), rows)
+        )
+    return "".join(parts)
