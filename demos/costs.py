@@ -39,7 +39,9 @@ def controls() -> list[Any]:
             gr.Slider(1, 256, streams, step=1, label="Answers at once", info="Streams that are served together"),
             gr.Slider(256, 32768, context, step=256, label="Tokens each keeps", info="Prompt and answer, in the cache"),
             gr.Number(price, minimum=0, label="Price of a GPU hour", info="In your currency; an assumption, type yours"),
-            gr.Number(utilisation, minimum=0.1, maximum=100, label="Utilisation, %", info="Of the bf16 peak; measured on an H100"),
+            gr.Number(
+                utilisation, minimum=0.1, maximum=100, label="Utilisation, %", info="Of the bf16 peak; measured on an H100"
+            ),
         ]  # fmt: skip
 
 
@@ -86,7 +88,8 @@ def room(form: ClosedForm) -> str:
         elif found := cheapest_changes(spec, gpu.memory_bytes):
             changes, changed = found
             after = predict(changed).process
-            change = f"{escape(', and '.join(c.words for c in changes))}: {words.size(after)}<br><small>{escape('; '.join(c.cost for c in changes))}</small>"
+            cost = escape("; ".join(c.cost for c in changes))
+            change = f"{escape(', and '.join(c.words for c in changes))}: {words.size(after)}<br><small>{cost}</small>"
         else:
             change = "none of ours: a smaller model or several GPUs"
         rows.append(
@@ -141,12 +144,13 @@ def compute_and_disk(
     try:
         run = compute(spec)
         hours = run.time(gpu.key, (utilisation or 0) / 100) / 3600
-        saved = 1 - run.per_token / compute(spec.but(method="full", quantization=None)).per_token
+        money = run.money(gpu.key, (utilisation or 0) / 100, price or 0)
+        saved = compute(spec.but(method="full", quantization=None)).per_token / run.per_token - 1
         said.append(
-            f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {words.operations(run.per_token)} each, "
-            f"{words.bold(words.seconds(3600 * hours))} and {words.bold(f'{run.money(gpu.key, utilisation / 100, price or 0):,.2f}')} "
-            f"on {escape(words.gpu_name(gpu))} at {utilisation:g}% of its peak. "
-            + (f"That is {words.percent(saved)} less arithmetic than full fine-tuning: frozen weights need no gradient." if saved > 0 else "")
+            f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {words.operations(run.per_token)} each: "
+            f"{words.bold(words.seconds(3600 * hours))} and {words.bold(format(money, ',.2f'))} "
+            f"on {escape(words.gpu_name(gpu))} at {utilisation:g}% of its peak."
+            + (f" Full fine-tuning computes {words.percent(saved)} more: frozen weights need no gradient." if saved > 0 else "")
         )  # fmt: skip
     except SpecError as error:
         said.append(escape(str(error)))

@@ -11,7 +11,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,30 @@ ROLES: dict[str, tuple[str, ...]] = {
     "down": ("down_proj", "fc2", "mlp.c_proj", "wo", "layer.*.output.dense"),
 }
 """What a linear layer does, by the names families give it. A fused projection has several roles, joined by +."""
+
+MOST_PARAMETERS = 10**14
+MOST_CALLS = 60_000
+"""Tensor operations in building one model: twice those of a thousand layers of Llama, and a few seconds."""
+MOST_ON_CPU = 10**7
+"""Elements of a tensor that is made on the CPU even so: XLNet's are."""
+LIMITS: tuple[tuple[str, float, int], ...] = (
+    (r"layers?$|^depth$", 0, 1_000),
+    (r"experts(_per_tok)?$", 0, 10_000),
+    (r"heads?$|labels$", 0, 100_000),
+    (r"vocab_size$", 0, 10_000_000),
+    (r"^(hidden|intermediate)_size$|position", 0, 100_000_000),
+    (r"theta", -math.inf, 10**12),
+    (r"", -math.inf, 100_000_000),
+)
+"""Names in a config, and the least and the most that a whole number of that name may be; the first that fits counts."""
+IGNORED = {
+    "transformers_version", "dtype", "torch_dtype", "name_or_path", "auto_map", "quantization_config",
+    "compression_config", "attn_implementation", "experts_implementation", "use_kernels", "id2label", "label2id",
+    "task_specific_params", "problem_type", "finetuning_task", "tokenizer_class", "model_max_length",
+    "initializer_range", "torchscript", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+"""Says nothing about shapes, or names code to run. Settings of generation are ignored too."""
+HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True)
@@ -177,9 +203,11 @@ def _answers_to(module: Module, token: str) -> bool:
 def build(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a Hugging Face config, built on the meta device: no weights, no memory.
 
-    Raises SpecError for a config that transformers does not know.
+    Raises SpecError for a config that `build_meta` refuses.
     """
-    return describe(build_meta(config))
+    model = build_meta(config)
+    with _in_words(model.config.model_type):
+        return describe(model)
 
 
 def describe(model: Any) -> Architecture:
@@ -238,22 +266,195 @@ def _facts(config: Any) -> Facts:
 
 
 def build_meta(config: Mapping[str, Any]) -> Any:
-    """The transformers model of `config` on the meta device, with its weights tied."""
-    import torch
-    import transformers
+    """The transformers model of `config` on the meta device, with its weights tied: the one door to transformers.
 
-    values = dict(config)
-    try:
-        parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-        name = (values.get("architectures") or [""])[0]
-        cls = getattr(transformers, name, None)
-        with torch.device("meta"):
-            model = cls(parsed) if cls else transformers.AutoModelForCausalLM.from_config(parsed)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        kind = config.get("model_type", "missing")
-        raise SpecError(f"model_type={kind}: transformers cannot build this config ({error})") from None
-    model.tie_weights()
+    Raises SpecError for a config that is out of all proportion, before anything is built, and for one that transformers
+    does not know or cannot build.
+    """
+    import torch
+
+    values, parsed, cls = _parse(config)
+    with _in_words(values["model_type"]):
+        with torch.device("meta"), _bounded():
+            model = cls(parsed)
+        model.tie_weights()
+        total = sum(p.numel() for p in model.parameters())
+    if not 0 < total <= MOST_PARAMETERS:
+        raise SpecError(
+            f"model_type={values['model_type']}: this config makes {total:,} parameters, and a model here has 1 to "
+            f"{MOST_PARAMETERS:,}; check hidden_size, num_hidden_layers and the number of experts"
+        )
     return model
+
+
+def normal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the shapes in a config.json: of its text model, with the class to build named in `architectures`.
+
+    Raises SpecError as `build_meta` does, but builds nothing.
+    """
+    return _parse(config)[0]
+
+
+def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
+    """(`normal`, transformers' config, class to build)"""
+    from transformers import CONFIG_MAPPING
+
+    kind, values, whole = _text_model(config)
+    config_class = CONFIG_MAPPING[kind]
+    if isinstance(labels := values.get("id2label"), dict) and len(labels) != 2:
+        values["num_labels"] = len(labels)
+    defaults = {f.name: f.default for f in fields(config_class)}
+    values = {
+        name: value
+        for name, value in _clean(values).items()
+        if (name in defaults or isinstance(about := getattr(config_class, name, None), property) or about is None)
+        and (value is not None or defaults.get(name) is not None)  # null is no window, where the default is one
+    }
+    with _in_words(kind):
+        parsed = config_class(**values)
+        parsed.allow_global_per_layer_attribute_access = True  # Gemma 4's layers differ; facts are the usual one's
+        _check_heads(kind, values, parsed)
+        if not 0 <= (getattr(parsed, "pad_token_id", None) or 0) < parsed.vocab_size:
+            parsed.pad_token_id = 0  # a default, of a larger vocabulary
+    cls = _model_class(kind, values.get("architectures"), parsed, whole)
+    return {**values, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
+
+
+def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
+    """(model_type, fields, model_type of the whole) of the text model in `config`, which is nearly always all of it."""
+    from transformers import CONFIG_MAPPING
+
+    whole, text = config.get("model_type"), config.get("text_config")
+    if not isinstance(whole, str) or not whole:
+        raise SpecError(
+            "model_type is missing: it says how the other numbers are read; paste a model's whole config.json"
+        )
+    parts = getattr(CONFIG_MAPPING[whole], "sub_configs", {}) if whole in CONFIG_MAPPING else {}
+    kind, values = whole, dict(config)
+    if isinstance(text, dict) and text:
+        kind = getattr(parts.get("text_config"), "model_type", "") or text.get("model_type") or ""
+        values = {name: config[name] for name in ("tie_word_embeddings",) if name in config} | text
+    elif "text_config" in parts:
+        raise SpecError(f"text_config is missing: a {whole} has its text model there; paste its whole config.json")
+    values.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        shown = f"model_type={str(kind)[:40]}"
+        if "auto_map" in config:
+            raise SpecError(
+                f"{shown}: it needs code from its repository, which peftlab never runs; name a model that transformers "
+                "itself can build, such as llama"
+            )
+        near = get_close_matches(str(kind)[:40], list(CONFIG_MAPPING), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
+        raise SpecError(f"{shown}: transformers does not know it; did you mean {' or '.join(near)}?")
+    return kind, values, whole
+
+
+def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
+    """`value` of a config without what says nothing about shapes. Raises SpecError for a number beyond LIMITS."""
+    if depth > 8:
+        raise SpecError("config.json is nested more than 8 deep, and no model's is; paste a model's own config.json")
+    if isinstance(value, dict):
+        return {
+            key: _clean(inner, key, depth + 1)
+            for key, inner in value.items()
+            if key not in _ignored() and (not key.startswith("_") or key == "_sliding_window_pattern")
+        }
+    if isinstance(value, list):
+        return [_clean(inner, name, depth + 1) for inner in value]
+    if isinstance(value, int):
+        low, high = next((low, high) for pattern, low, high in LIMITS if re.search(pattern, name))
+        if not low <= value <= high:
+            shown = str(value) if abs(value) < 10**20 else f"about 1e{math.log10(abs(value)):.0f}"
+            raise SpecError(
+                f"{name[:40]}={shown}: {'at least 0 and ' if low == 0 else ''}at most {high:,} here; use the number of "
+                "the model's own config.json"
+            )
+    return value
+
+
+@lru_cache(maxsize=1)
+def _ignored() -> frozenset[str]:
+    from transformers import GenerationConfig
+
+    return frozenset(GenerationConfig().to_dict()) | IGNORED
+
+
+def _check_heads(kind: str, values: Mapping[str, Any], parsed: Any) -> None:
+    """Raises SpecError where the numbers that every text model has are missing or do not fit each other."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        value = getattr(parsed, name, None)
+        if value is None:
+            raise SpecError(
+                f"{name} is missing: a {kind} has none, and text models with attention are counted here; try llama"
+            )
+        if type(value) is not int or value < 1:
+            raise SpecError(f"{name}={str(value)[:40]}: a model has at least 1; use the number of its own config.json")
+    hidden, heads = parsed.hidden_size, parsed.num_attention_heads
+    kv_heads = getattr(parsed, "num_key_value_heads", None) or heads
+    sizes = {getattr(parsed, name, None) for name in HEAD_SIZES} - {None, hidden // heads}
+    if hidden % heads and not sizes and not values.get("head_dim"):
+        raise SpecError(
+            f"num_attention_heads={heads}: it must divide hidden_size={hidden}; try {math.gcd(hidden, heads)}"
+        )
+    if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
+        raise SpecError(
+            f"num_key_value_heads={str(kv_heads)[:40]}: it must divide num_attention_heads={heads}; try {heads}"
+        )
+
+
+def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
+    """The transformers class to build: the config's own, else the one that writes or fills in text."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = (
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+    for name in [*(named if isinstance(named, list) else [])[:1], *(t.get(k) for k in (kind, whole) for t in tables)]:
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):  # and no function of that name
+            if cls.config_class and isinstance(parsed, cls.config_class):
+                return cls
+    part = "" if kind == whole else f" (the text model of {whole})"
+    raise SpecError(
+        f"model_type={kind}{part}: transformers builds no language model of it alone; name one such as llama"
+    )
+
+
+@contextmanager
+def _in_words(kind: str) -> Iterator[None]:
+    """Whatever transformers raises, as a SpecError of one line."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+        raise SpecError(
+            f"model_type={kind}: transformers cannot build this config ({reason}); compare it with the model's own config.json"
+        ) from None
+
+
+def _bounded() -> Any:
+    """Counts what is done to tensors, and stops where a config asks for far more than any model."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            real = args and isinstance(args[0], torch.Tensor) and not args[0].is_meta and args[0].numel() > MOST_ON_CPU
+            if self.calls > MOST_CALLS or real:
+                raise SpecError(
+                    "this config makes far more modules or larger tables than any known model; check its layers and experts"
+                )
+            return func(*args, **(kwargs or {}))
+
+    return Bounded()
 
 
 def _kind(module: Any) -> str:

@@ -128,12 +128,13 @@ def memory_timeline(report: MemoryReport, theme: str) -> Any:
         x=at, y=peak.total / 1e9, text=f"<b>peak {words.size(peak.total)}</b><br>{places[at]}", showarrow=True, ax=0, ay=-34,
         arrowcolor=c["text"], align="center",
     )  # fmt: skip
-    starts = [i for i, m in enumerate(moments) if i == 0 or m.phase.split()[0] != moments[i - 1].phase.split()[0]]
+    phases = list(dict.fromkeys(m.phase.split()[0] for m in moments))
+    middles = [[i for i, m in enumerate(moments) if m.phase.startswith(phase)] for phase in phases]
     figure.update_xaxes(
-        tickvals=starts,
-        ticktext=[moments[i].phase.split()[0] for i in starts],
+        tickvals=[sum(where) / len(where) for where in middles],
+        ticktext=phases,
         showgrid=False,
-        range=[0, len(moments) - 0.8],
+        range=[0, len(moments) - 0.9],
     )
     figure.update_yaxes(range=[0, 1.28 * peak.total / 1e9], rangemode="tozero")
     figure.data[0].text = places

@@ -26,6 +26,8 @@ class Optimizer:
     paged: bool = False
     """Large states live in memory that the GPU and the CPU share, outside PyTorch's allocator."""
     library: str = "torch"
+    together: bool = False
+    """On CUDA, torch updates all parameters at once."""
 
 
 def _torch(name: str, **options: Any) -> Callable[..., Any]:
@@ -47,13 +49,13 @@ def _bitsandbytes(name: str) -> Callable[..., Any]:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer(_torch("AdamW", weight_decay=0.0, foreach=True), 2),
+    "adamw": Optimizer(_torch("AdamW", weight_decay=0.0), 2, together=True),
     "adamw-8bit": Optimizer(_bitsandbytes("AdamW8bit"), 2, bits=8, library="bitsandbytes"),
     "paged-adamw-8bit": Optimizer(_bitsandbytes("PagedAdamW8bit"), 2, bits=8, paged=True, library="bitsandbytes"),
     "adafactor": Optimizer(_torch("Adafactor", weight_decay=0.0), 0),
     "lion": Optimizer(_bitsandbytes("Lion"), 1, bits=32, library="bitsandbytes"),
-    "sgd": Optimizer(_torch("SGD", foreach=True), 0),
-    "sgd-momentum": Optimizer(_torch("SGD", momentum=0.9, foreach=True), 1),
+    "sgd": Optimizer(_torch("SGD"), 0, together=True),
+    "sgd-momentum": Optimizer(_torch("SGD", momentum=0.9), 1, together=True),
 }
 ADAMW_FP32 = Optimizer(_bitsandbytes("AdamW"), 2, bits=32, library="bitsandbytes")
 """AdamW whose states stay in fp32 when its parameters do not."""

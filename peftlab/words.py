@@ -117,9 +117,10 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
     saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
     found = []
     if spec.method != "full" and b.total > a.total:
+        more = batch - a.bytes["activations"] - a.bytes["logits"]
         found.append(
-            f"{name} needs more memory than full fine-tuning here. The reason: it saves {size(saved)} of gradients and optimizer "
-            f"states, and what it keeps for the backward pass grows by {size(batch - a.bytes['activations'] - a.bytes['logits'])}."
+            f"{name} needs more memory than full fine-tuning here. The reason: it saves {size(saved)} of gradients and "
+            f"optimizer states, and what it keeps for the backward pass grows by {size(more)}."
         )
     elif spec.method != "full" and saved > 0 and b.total > 0.75 * a.total:
         found.append(

@@ -140,8 +140,8 @@ def _on_several(form: ClosedForm) -> ClosedForm:
     return replace(form, moments=found.moments, several=found)
 
 
-def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> MemoryReport:
-    """`predict` from a trace of a whole training step on fake tensors, every token predicted.
+def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None) -> MemoryReport:
+    """`predict` from a trace of a whole training step on fake tensors: every token predicted, or each example's last `logits`.
 
     Takes seconds, and torch. Raises SpecError for what cannot be traced, and `trace.Overtaken` once `overtaken` says so.
     """
@@ -149,7 +149,7 @@ def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> Memor
     spec = states.spec
     from .trace import trace
 
-    found = trace(spec, overtaken)
+    found = trace(spec, overtaken, logits)
     report = replace(
         states,
         source="trace",

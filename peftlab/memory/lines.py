@@ -64,7 +64,8 @@ def _written(sizes: Sizes | None, times: str, parts: Sum) -> str:
     inside = [_term(sizes, c, key) for key, c in parts.items()]
     if len(inside) == 1:
         return " × ".join([_term(sizes, next(iter(parts.values())), ""), *front, *_factors(sizes, next(iter(parts)))])
-    return " × ".join([*front, f"({' + '.join(inside)})"])
+    together = " + ".join(inside)
+    return " × ".join([*front, f"({together})"]) if front else together
 
 
 def _term(sizes: Sizes | None, coefficient: float, key: str) -> str:

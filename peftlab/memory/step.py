@@ -17,7 +17,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 def optimizer(parameters: list[Any], spec: RunSpec) -> Any:
-    return optimizers.find(spec).make(parameters, 1e-4)
+    kind = optimizers.find(spec)
+    made = kind.make(parameters, 1e-4)
+    if kind.together:
+        for group in made.param_groups:
+            group["foreach"] = True
+    return made
 
 
 def materialize(model: Any, make: Callable[[str, Any], Any]) -> None:
@@ -43,16 +48,18 @@ def prepare(model: Any, spec: RunSpec) -> Any:
     return model.train()
 
 
-def micro(model: Any, spec: RunSpec, device: str) -> Iterator[str]:
-    """One forward and one backward pass. Yields the name of each as it begins."""
+def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> Iterator[str]:
+    """One forward and one backward pass, with every token predicted or the last `logits`. Yields each one's name as it begins."""
     yield "forward"
     ids = torch.zeros(spec.batch_size or 1, spec.sequence_length or 1, dtype=torch.long, device=device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):
-        logits = model(input_ids=ids, use_cache=False).logits
-    held = logits if spec.hold_outputs else None
-    logits = logits[:, :-1].float().flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-    del logits
+        kept = {} if logits is None else {"logits_to_keep": logits}
+        out = model(input_ids=ids, use_cache=False, **kept).logits
+    held = out if spec.hold_outputs else None
+    labels = ids[:, 1 - out.shape[1] :]
+    out = out[:, :-1].float().flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(out, labels.flatten())
+    del out
     yield "backward"
     loss.backward()
     del held, loss

@@ -54,16 +54,16 @@ class Overtaken(Exception):
 
 
 _one_at_a_time = threading.Lock()
-_known: dict[tuple[RunSpec, int], Trace] = {}
+_known: dict[tuple[RunSpec, int, int | None], Trace] = {}
 KNOWN = 512
 """Traces kept; the oldest goes first."""
 
 
-def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> Trace:
-    """Of a resolved spec. Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon
+def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None) -> Trace:
+    """Of a resolved spec, with every token predicted, or the last `logits` of each example. Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon
     as `overtaken` says so."""
     read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
-    key = read, WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""])
+    key = read, WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""]), logits
 
     def stop() -> None:
         if overtaken():
@@ -84,7 +84,7 @@ def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False) -> Trace
         _one_at_a_time.release()
 
 
-def _trace(spec: RunSpec, workspace: int, stop: Callable[[], None]) -> Trace:
+def _trace(spec: RunSpec, workspace: int, logits: int | None, stop: Callable[[], None]) -> Trace:
     entry = models.find(spec.model or "")
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
@@ -97,7 +97,7 @@ def _trace(spec: RunSpec, workspace: int, stop: Callable[[], None]) -> Trace:
     kept = copies = list(range(shape.n_layers))
     if not methods.find(spec.method or "").before_layers:
         kept, copies = _shorten(_kinds(entry.config, shape.n_layers, chosen))
-    tapes = _record(spec, entry.config, kept, stop)
+    tapes = _record(spec, entry.config, kept, logits, stop)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
     return _replay(full, workspace, shape.n_layers)
@@ -152,7 +152,7 @@ def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
 
 
 def _record(
-    spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], stop: Callable[[], None]
+    spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, stop: Callable[[], None]
 ) -> dict[str, list[Entry]]:
     kernels.register()
     depth = len(kept)
@@ -169,7 +169,7 @@ def _record(
         optimizer = step.optimizer(trained, spec) if own else optimizers.BlockwiseStates(trained, kind)
         for again in ("", " again")[: min(spec.accumulation or 1, 2)]:
             recorder.part = BEFORE
-            for phase in step.micro(model, spec, "cpu"):
+            for phase in step.micro(model, spec, "cpu", logits):
                 recorder.begin(phase + again)
             gc.collect(1)  # a model's own reference cycles hold tensors; a real step is long enough to collect them
             recorder.begin("gradients")

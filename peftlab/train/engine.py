@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import adapters, hardware, methods, tasks, weights
+from .. import adapters, hardware, methods, optimizers, tasks, weights
 from .. import architecture as architectures
 from ..count import count
 from ..errors import RunError, SpecError
 from ..generate import Answer, answer, mean_score, nats_per_token
+from ..memory import exact
 from ..resolve import resolve_here
 from ..spec import RunSpec
 from ..tasks import Row, Task
@@ -78,12 +79,6 @@ def _check(spec: RunSpec) -> None:
             raise SpecError(
                 f"{name.replace('_', '-')}={getattr(spec, name)}: training runs with {only} only; set it to {only}"
             )
-    if spec.optimizer not in OPTIMIZERS:
-        raise SpecError(f"optimizer={spec.optimizer}: training runs with {', '.join(OPTIMIZERS)}; choose one of these")
-    if spec.optimizer_precision == "fp32" and "bf16" in (spec.precision, spec.adapter_precision):
-        raise SpecError(
-            "optimizer-precision=fp32: training keeps states in the parameters' precision; set it to parameters"
-        )
     if spec.precision == "amp" and hardware.here().device == "cpu":
         raise SpecError("precision=amp: mixed precision needs a CUDA GPU; use fp32 or bf16 here")
 
@@ -134,20 +129,13 @@ def _cuda() -> list[int]:
 
 def _optimizer(model: Any, spec: RunSpec) -> Any:
     """Over the model's trained parameters, a group for each learning rate that the method gives them."""
-    import torch
-
     rate, method = spec.learning_rate or 0.0, methods.find(spec.method or "")
     groups: dict[float, list[Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(method.rate(name, spec), []).append(parameter)
     parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
-    if spec.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    return torch.optim.SGD(parameters, lr=rate, momentum=0.9 if spec.optimizer == "sgd-momentum" else 0.0)
-
-
-OPTIMIZERS = ("adamw", "sgd", "sgd-momentum")
+    return optimizers.find(spec).make(parameters, rate)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -172,6 +160,8 @@ class _Run:
         self.training_seconds = 0.0
         self.scores: list[float] = []
         self.answers: list[list[Answer]] = []
+        self.piece = (0, 0, 0)
+        self.highest: tuple[int, tuple[int, int, int]] | None = None
 
     @property
     def adapter(self) -> Path:
@@ -193,7 +183,6 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         steps = self.spec.steps or 1
-        self._reset_peak()
         prose_before = nats_per_token(self.base.model, self.base.tokenizer)
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
@@ -230,8 +219,8 @@ class _Run:
                 "items": len(self.task.heldout),
             },
             "forgetting": prose_after - prose_before if finished else None,
-            "predicted_peak_bytes": None,
-            "measured_peak_bytes": self._peak(),
+            "predicted_peak_bytes": self._predicted_peak(),
+            "measured_peak_bytes": self.highest[0] if self.highest else None,
             "device": hardware.here().name,
         }
         self._save(done | ({"heldout": self._heldout()} if finished else {}))
@@ -252,6 +241,7 @@ class _Run:
         import torch
 
         begun = time.perf_counter()
+        self._reset_peak()
         self.model.train()
         size = self.spec.batch_size or 1
         pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -274,6 +264,7 @@ class _Run:
         if self.method.after_step:
             self.method.after_step(self.model, self.steps_done + 1)
         self.optimizer.zero_grad(set_to_none=True)
+        self._note_peak()
         self.steps_done += 1
         self.losses.append(total)
         seconds = time.perf_counter() - begun
@@ -318,6 +309,7 @@ class _Run:
         pairs = [_encode(self.base.tokenizer, self.task, row) for row in rows]
         width = max(len(p) + len(a) for p, a in pairs)
         start = min(len(p) for p, _ in pairs) - 1  # the first position that predicts a token of an answer
+        self.piece = max(self.piece, (len(rows), width, width - start), key=lambda piece: piece[0] * piece[1])
         pad = self.base.tokenizer.pad_token_id
         self.tokens += sum(len(p) + len(a) for p, a in pairs)
         device = self.base.device
@@ -365,11 +357,20 @@ class _Run:
     def _reset_peak(self) -> None:
         import torch
 
+        self.piece = (0, 0, 0)
         if self.base.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def _peak(self) -> int | None:
-        """Peak bytes the CUDA allocator held for the run, evaluations included; None on a CPU."""
+    def _note_peak(self) -> None:
+        """Keeps the most bytes that the CUDA allocator held in a step, and the size of that step's largest piece."""
         import torch
 
-        return torch.cuda.max_memory_allocated() if self.base.device == "cuda" else None
+        if self.base.device == "cuda":
+            self.highest = max(self.highest or (0, self.piece), (torch.cuda.max_memory_allocated(), self.piece))
+
+    def _predicted_peak(self) -> int | None:
+        """Of the step that was highest; None on a CPU, whose memory is not measured."""
+        if self.highest is None:
+            return None
+        batch, width, kept = self.highest[1]
+        return exact(self.spec.but(batch_size=batch, sequence_length=max(width, 8)), logits=kept).allocated
