@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from demos import page
-from peftlab import MemoryReport, RunSpec, SpecError, predict, words
+from peftlab import MemoryReport, RunSpec, SpecError, jobs, predict, words
 from peftlab.bench.memory import measured_utilisation, recorded_memory, summary
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import MODELS
@@ -202,9 +202,22 @@ def conventions(spec: RunSpec, reports: tuple[MemoryReport, MemoryReport]) -> st
     return table(("convention", "full", escape(words.method_name(chosen))), rows)
 
 
-@lru_cache(maxsize=1)
 def measured() -> str:
-    """Every recorded step beside what is predicted for it."""
+    """What was trained here on a GPU, then every recorded step, beside what is predicted for it."""
+    rows = []
+    for spec, done in jobs.finished():
+        seen, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
+        if seen and said:
+            name = (
+                f"{escape(MODELS[spec.model].name)}, {escape(spec.method)}<br><small>{escape(done['device'])}</small>"
+            )
+            rows.append((name, words.size(said), words.size(seen), f"{said / seen - 1:+.2%}"))
+    here = "<p>Trained here, the step that took most:</p>" + table(("run", "predicted", "measured", "off"), rows)
+    return (here if rows else "") + _recorded()
+
+
+@lru_cache(maxsize=1)
+def _recorded() -> str:
     parts = []
     for document in recorded_memory():
         found = summary(document)
@@ -221,9 +234,10 @@ def measured() -> str:
         ]
         versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
         how = f"{document['date']}; {versions}; {document['command']}"
+        mean, worst = (words.bold(format(found[key], form)) for key, form in (("mean", ".2%"), ("worst", "+.2%")))
         parts.append(
-            f"<p>{len(rows)} real training steps on {escape(document['hardware'])}, each in a fresh process: the prediction is "
-            f"{words.bold(format(found['mean'], '.2%'))} off on average and {words.bold(format(found['worst'], '+.2%'))} at worst. "
+            f"<p>{len(rows)} real training steps on {escape(document['hardware'])}, each in a fresh process: predicted bytes "
+            f"are {mean} off on average and {worst} at worst. "
             f"{page.how('measured', how)}</p>" + table(("run", "predicted", "measured", "off", "reserved, off"), rows)
         )
     return "".join(parts)

@@ -97,8 +97,9 @@ def answers(events: Events) -> str:
 
 def _peak(done: dict[str, Any]) -> str:
     """Measured on a GPU; on a CPU nobody counts it."""
-    peak = done["measured_peak_bytes"]
-    return f", peak memory {words.size(peak)}" if peak else ""
+    peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
+    beside = f" ({words.size(said)} predicted)" if said else ""
+    return f", peak memory {words.size(peak)}{beside}" if peak else ""
 
 
 def _mark(score: float) -> str:

@@ -51,6 +51,7 @@ const draw = () => {
   const gpu = gpus.find(([, bytes]) => needed <= bytes), largest = gpus[gpus.length - 1];
   const where = gpu ? fill(words.one, {...words, gpu: gpu[0]})
     : fill(words.several, {...words, n: Math.ceil(needed / largest[1]).toLocaleString('en-US'), gpu: largest[0]});
+  const room = element.querySelector('.bars').clientWidth;
   const begin = fill(words.full, {model: strong(props.value.model), full: strong(size(totals[0]))});
   const ratio = totals[0] / needed;
   const name = (run) => run.name.replace('{rank}', at[2]);
@@ -62,7 +63,7 @@ const draw = () => {
     const pieces = kinds.filter(([kind]) => each[i][kind] > 0).map(([kind, colour, label]) => {
       const share = 100 * each[i][kind] / most;
       return `<span class="piece ${colour}" style="width:${share}%" title="${label}: ${size(each[i][kind])}">` +
-        (share > 11 ? `<i>${label}</i>` : '') + '</span>';
+        (share * room / 100 > 9 * label.length + 14 ? `<i>${label}</i>` : '') + '</span>';
     }).join('');
     const said = kinds.filter(([kind]) => each[i][kind] > 0).map(([kind, , label]) => `${label} ${size(each[i][kind])}`);
     return `<div class="bar"><div class="bar-name">${name(run)} <small>${run.note}</small><b>${size(totals[i])}</b></div>` +
@@ -81,6 +82,7 @@ const rest = () => {
 };
 draw(); rest();
 watch('value', () => { at = props.value.at; draw(); rest(); });
+new ResizeObserver(draw).observe(element);
 window.addEventListener('peftlab-moved', (e) => { at = e.detail; draw(); rest(); });
 """.replace("REST", str(REST))
 
@@ -167,5 +169,5 @@ def _compared(reports: tuple[MemoryReport, ...], forms: tuple[ClosedForm | None,
     closed = form.report().allocated or 0
     allocated = chosen.allocated or 1
     off = closed / allocated - 1
-    differs = "said the same" if abs(off) < 5e-4 else f"said {words.percent(abs(off))} {'more' if off > 0 else 'less'}"
+    differs = "said the same" if abs(off) < 5e-4 else f"said {abs(off):.1%} {'more' if off > 0 else 'less'}"
     return f"{mark} a traced step: {words.size(allocated)} allocated at the peak. The closed form {differs}."

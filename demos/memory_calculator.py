@@ -16,7 +16,7 @@ from demos import costs, memory_bars, methods, page
 from peftlab import MemoryReport, RunSpec, SpecError, figures, predict, resolve, words
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import DEFAULT, MODELS, find
-from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
+from peftlab.memory import CONVENTIONS, ClosedForm, Overtaken, closed_form, exact
 from peftlab.memory.conventions import EXACT
 
 BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
@@ -57,6 +57,16 @@ class Asked:
 
 
 asked = Asked()
+
+
+def newest(work: Any) -> Any:
+    """`work`, after which no answer to an earlier question is shown."""
+
+    def asking(request: gr.Request, *args: Any) -> Any:
+        asked.again(request.session_hash)
+        return work(*args)
+
+    return asking
 
 
 def both(spec: RunSpec) -> tuple[RunSpec, RunSpec]:
@@ -132,6 +142,7 @@ def picture(
         costs.room(forms[1]) if forms[1] else "",
         costs.compute_and_disk(chosen, *view),
         costs.conventions(spec, reports),
+        costs.measured(),
         page.changed(spec),
     )
 
@@ -169,7 +180,7 @@ def build(spec: gr.State) -> page.View:
                     label="Count as",
                     info="Bytes a parameter, in each lecture's convention",
                 )
-            note = page.note(first[8])
+            note = page.note(first[9])
             reset = gr.Button("Reset to automatic", size="sm")
         with gr.Column(elem_classes="main"):
             problem = page.problem()
@@ -191,14 +202,14 @@ def build(spec: gr.State) -> page.View:
                 rules = gr.HTML(first[7])
                 gr.HTML(page.claims_table("memory"))
             with gr.Accordion("Measured beside predicted", open=False):
-                gr.HTML(costs.measured())
+                beside = gr.HTML(costs.measured())
             with gr.Accordion("How the method works", open=False):
                 panel = gr.HTML(methods.method_panel("lora"))
 
     rank = own[0]
     fields = [model, method, *own, *sizes, *folded]
     looks = [convention, share, *view]
-    drawn = [bars, surprises, timeline, table, grid, room, spent, rules, note]
+    drawn = [bars, surprises, timeline, table, grid, room, spent, rules, beside, note]
     shown_with_method = [about, panel]
 
     def changes(spec: RunSpec, refill: bool) -> tuple:
@@ -233,11 +244,11 @@ def build(spec: gr.State) -> page.View:
         spec = _without_automatic(methods.edit(spec, FIELDS, values)[0])
         _, forms = closed(spec, convention, share)
         reports = tuple(exact(s, overtaken) for s in both(spec))
+        if overtaken():
+            raise Overtaken
         return spec, *picture(spec, convention, view, reports, forms)
 
     def ask(spec: RunSpec, request: gr.Request, *rest: Any) -> tuple:
-        from peftlab.memory.trace import Overtaken
-
         try:
             return page.refusing(traced, 1 + len(drawn))(spec, request.session_hash, *rest)
         except Overtaken:
@@ -268,7 +279,7 @@ def build(spec: gr.State) -> page.View:
     gr.on([s.input for s in sliding], None, sliding, None, js=memory_bars.MOVED, **quiet)
     gr.on(
         [control.input for control in (*fields, *looks) if control not in sliding],
-        page.refusing(update, len(refresh) - 1),
+        newest(page.refusing(update, len(refresh) - 1)),
         [spec, *looks, *fields],
         refresh,
         trigger_mode="always_last",
@@ -284,15 +295,17 @@ def build(spec: gr.State) -> page.View:
     shown = [problem, *fields, share, convention, *shown_with_method, *drawn]
     for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
         button.click(
-            lambda share, *view, lesson=lesson, rule=rule: (lesson, *show(lesson, rule, share, *view)),
+            newest(lambda share, *view, lesson=lesson, rule=rule: (lesson, *show(lesson, rule, share, *view))),
             [share, *view],
             [spec, *shown],
             **quiet,
         )
     reset.click(
-        lambda spec, *looks: (
-            plain := RunSpec(model=spec.model, method=spec.method, task=spec.task),
-            *show(plain, *looks),
+        newest(
+            lambda spec, *looks: (
+                plain := RunSpec(model=spec.model, method=spec.method, task=spec.task),
+                *show(plain, *looks),
+            )
         ),
         [spec, *looks],
         [spec, *shown],
@@ -308,9 +321,9 @@ def build(spec: gr.State) -> page.View:
             return gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)
         return changed, *show(changed, *looks)
 
-    text.submit(own_config, [spec, text, *looks], [spec, *shown], **quiet)
+    text.submit(newest(own_config), [spec, text, *looks], [spec, *shown], **quiet)
     upload.upload(
-        lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks),
+        newest(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
         [spec, upload, *looks],
         [spec, *shown],
         **quiet,

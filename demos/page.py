@@ -22,7 +22,8 @@ from peftlab.spec import SETTINGS, closest
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
-NAME_OR_COUNT = re.compile(r"[\w.-]+/[\w.-]+|[\d.]+[KMBTkmbt]")
+NAMED = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}|\d{1,20}(\.\d{1,20})?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
+"""What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
 CONVENTION = EXACT
 """How the page counts at first: what the run allocates."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -242,8 +243,8 @@ def _short(value: Any) -> str:
 
 def public(values: Mapping[str, Any]) -> RunSpec:
     """A spec from a visitor's settings. Raises SpecError; files of this machine are for its own command line."""
-    model, task = values.get("model") or "", values.get("task") or tasks.DEFAULT
-    if model and model not in MODELS and (Path(model).exists() or not NAME_OR_COUNT.fullmatch(model)):
+    model, task = str(values.get("model") or ""), values.get("task") or tasks.DEFAULT
+    if model and model not in MODELS and (not NAMED.fullmatch(model) or ("/" in model and Path(model).exists())):
         raise SpecError(
             f"model={model}: no such model; {closest(model, MODELS)} A Hub id or a count such as 7B works too"
         )

@@ -54,9 +54,11 @@ IGNORED = {
     "transformers_version", "dtype", "torch_dtype", "name_or_path", "auto_map", "quantization_config",
     "compression_config", "attn_implementation", "experts_implementation", "use_kernels", "id2label", "label2id",
     "task_specific_params", "problem_type", "finetuning_task", "tokenizer_class", "model_max_length",
-    "initializer_range", "torchscript", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "initializer_range", "torchscript",
 }  # fmt: skip
-"""Says nothing about shapes, or names code to run. Settings of generation are ignored too."""
+"""Says nothing about shapes, or names code to run. What transformers counts as a setting of generation is ignored too."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""All are 0 here: a class's own may lie outside a config's vocabulary, which transformers refuses."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
@@ -205,9 +207,8 @@ def build(config: Mapping[str, Any]) -> Architecture:
 
     Raises SpecError for a config that `build_meta` refuses.
     """
-    model = build_meta(config)
-    with _in_words(model.config.model_type):
-        return describe(model)
+    with _in_words(config):
+        return describe(build_meta(config))
 
 
 def describe(model: Any) -> Architecture:
@@ -240,17 +241,23 @@ def describe(model: Any) -> Architecture:
         for (pattern, _, tied), g in groups.items()
     )
     c = model.config
-    context = getattr(c, "max_position_embeddings", None) or getattr(c, "n_positions", 0) or 0
+    context = _get(c, "max_position_embeddings") or _get(c, "n_positions") or 0
     return Architecture(c.num_hidden_layers, modules, c.hidden_size, context, _facts(c))
+
+
+def _get(config: Any, name: str) -> Any:
+    """A transformers config's attribute; of one that varies between layers (Gemma 4's head_dim), the usual layer's."""
+    name = config.attribute_map.get(name, name)
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
 
 def _facts(config: Any) -> Facts:
     def first(*names: str) -> Any:
-        return next((v for v in (getattr(config, name, None) for name in names) if v), 0)
+        return next((v for v in (_get(config, name) for name in names) if v), 0)
 
-    heads, kinds = config.num_attention_heads, getattr(config, "layer_types", None) or []
+    heads, kinds = _get(config, "num_attention_heads"), _get(config, "layer_types") or []
     windowed = sum(kind == "sliding_attention" for kind in kinds)
-    window = first("sliding_window") if getattr(config, "use_sliding_window", True) else 0
+    window = max(0, first("sliding_window")) if getattr(config, "use_sliding_window", True) else 0
     return Facts(
         heads=heads,
         kv_heads=first("num_key_value_heads") or heads,
@@ -273,17 +280,17 @@ def build_meta(config: Mapping[str, Any]) -> Any:
     """
     import torch
 
-    values, parsed, cls = _parse(config)
-    with _in_words(values["model_type"]):
+    with _in_words(config):
+        _, parsed, cls = _parse(config)
         with torch.device("meta"), _bounded():
             model = cls(parsed)
         model.tie_weights()
         total = sum(p.numel() for p in model.parameters())
-    if not 0 < total <= MOST_PARAMETERS:
-        raise SpecError(
-            f"model_type={values['model_type']}: this config makes {total:,} parameters, and a model here has 1 to "
-            f"{MOST_PARAMETERS:,}; check hidden_size, num_hidden_layers and the number of experts"
-        )
+        if not 0 < total <= MOST_PARAMETERS:
+            raise SpecError(
+                f"this config makes {total:,} parameters, and a model here has 1 to {MOST_PARAMETERS:,}; check hidden_size, "
+                "num_hidden_layers and the number of experts"
+            )
     return model
 
 
@@ -292,7 +299,8 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises SpecError as `build_meta` does, but builds nothing.
     """
-    return _parse(config)[0]
+    with _in_words(config):
+        return _parse(config)[0]
 
 
 def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
@@ -307,15 +315,11 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     values = {
         name: value
         for name, value in _clean(values).items()
-        if (name in defaults or isinstance(about := getattr(config_class, name, None), property) or about is None)
+        if (name in defaults or not hasattr(config_class, name) or isinstance(getattr(config_class, name), property))
         and (value is not None or defaults.get(name) is not None)  # null is no window, where the default is one
     }
-    with _in_words(kind):
-        parsed = config_class(**values)
-        parsed.allow_global_per_layer_attribute_access = True  # Gemma 4's layers differ; facts are the usual one's
-        _check_heads(kind, values, parsed)
-        if not 0 <= (getattr(parsed, "pad_token_id", None) or 0) < parsed.vocab_size:
-            parsed.pad_token_id = 0  # a default, of a larger vocabulary
+    parsed = config_class(**values, **{name: 0 for name in TOKENS if name in defaults})
+    _check_heads(kind, values, parsed)
     cls = _model_class(kind, values.get("architectures"), parsed, whole)
     return {**values, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
 
@@ -338,14 +342,14 @@ def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
         raise SpecError(f"text_config is missing: a {whole} has its text model there; paste its whole config.json")
     values.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        shown = f"model_type={str(kind)[:40]}"
+        name = f"model_type={shown(kind or 'missing')}"
         if "auto_map" in config:
             raise SpecError(
-                f"{shown}: it needs code from its repository, which peftlab never runs; name a model that transformers "
+                f"{name}: it needs code from its repository, which peftlab never runs; name a model that transformers "
                 "itself can build, such as llama"
             )
-        near = get_close_matches(str(kind)[:40], list(CONFIG_MAPPING), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
-        raise SpecError(f"{shown}: transformers does not know it; did you mean {' or '.join(near)}?")
+        near = get_close_matches(shown(kind), list(CONFIG_MAPPING), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
+        raise SpecError(f"{name}: transformers does not know it; did you mean {' or '.join(near)}?")
     return kind, values, whole
 
 
@@ -364,9 +368,8 @@ def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
     if isinstance(value, int):
         low, high = next((low, high) for pattern, low, high in LIMITS if re.search(pattern, name))
         if not low <= value <= high:
-            shown = str(value) if abs(value) < 10**20 else f"about 1e{math.log10(abs(value)):.0f}"
             raise SpecError(
-                f"{name[:40]}={shown}: {'at least 0 and ' if low == 0 else ''}at most {high:,} here; use the number of "
+                f"{shown(name)}={shown(value)}: {'at least 0 and ' if low == 0 else ''}at most {high:,} here; use the number of "
                 "the model's own config.json"
             )
     return value
@@ -382,23 +385,23 @@ def _ignored() -> frozenset[str]:
 def _check_heads(kind: str, values: Mapping[str, Any], parsed: Any) -> None:
     """Raises SpecError where the numbers that every text model has are missing or do not fit each other."""
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        value = getattr(parsed, name, None)
+        value = _get(parsed, name)
         if value is None:
             raise SpecError(
-                f"{name} is missing: a {kind} has none, and text models with attention are counted here; try llama"
+                f"{name} is missing: {kind} has none, and text models with attention are counted here; try llama"
             )
         if type(value) is not int or value < 1:
-            raise SpecError(f"{name}={str(value)[:40]}: a model has at least 1; use the number of its own config.json")
-    hidden, heads = parsed.hidden_size, parsed.num_attention_heads
-    kv_heads = getattr(parsed, "num_key_value_heads", None) or heads
-    sizes = {getattr(parsed, name, None) for name in HEAD_SIZES} - {None, hidden // heads}
+            raise SpecError(f"{name}={shown(value)}: a model has at least 1; use the number of its own config.json")
+    hidden, heads = parsed.hidden_size, _get(parsed, "num_attention_heads")
+    kv_heads = heads if (given := _get(parsed, "num_key_value_heads")) is None else given
+    sizes = {_get(parsed, name) for name in HEAD_SIZES} - {None, hidden // heads}
     if hidden % heads and not sizes and not values.get("head_dim"):
         raise SpecError(
             f"num_attention_heads={heads}: it must divide hidden_size={hidden}; try {math.gcd(hidden, heads)}"
         )
     if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
         raise SpecError(
-            f"num_key_value_heads={str(kv_heads)[:40]}: it must divide num_attention_heads={heads}; try {heads}"
+            f"num_key_value_heads={shown(kv_heads)}: it must divide num_attention_heads={heads}; try {heads}"
         )
 
 
@@ -424,17 +427,25 @@ def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
 
 
 @contextmanager
-def _in_words(kind: str) -> Iterator[None]:
+def _in_words(config: Mapping[str, Any]) -> Iterator[None]:
     """Whatever transformers raises, as a SpecError of one line."""
     try:
         yield
     except SpecError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+        cause = error.__cause__ or error
+        reason = shown(f"{type(cause).__name__}: {cause}", 240)
         raise SpecError(
-            f"model_type={kind}: transformers cannot build this config ({reason}); compare it with the model's own config.json"
+            f"model_type={shown(config.get('model_type'))}: transformers cannot build this config ({reason}); compare it "
+            "with the model's own config.json"
         ) from None
+
+
+def shown(value: Any, most: int = 40) -> str:
+    """A value from a config as one short line that can be printed."""
+    text = " ".join(str(value).encode(errors="replace").decode().split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _bounded() -> Any:

@@ -71,6 +71,12 @@ def running(owner: str) -> Job | None:
     return next((j for j in _jobs.values() if j.owner == owner and not j.over), None)
 
 
+def finished() -> list[tuple[RunSpec, dict[str, Any]]]:
+    """The spec and last event of every run that came to its end, the newest first."""
+    over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
+    return [(spec, done) for spec, done in reversed(over) if done["steps"]]
+
+
 def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
     """Queues a run. Raises SpecError when `owner` already has one that is not over, or the spec cannot run."""
     spec = resolve_here(spec)

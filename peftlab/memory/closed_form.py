@@ -92,6 +92,7 @@ class ClosedForm:
         )
         return replace(
             self.states,
+            optimizer=max(m.bytes["optimizer"] for m in moments),
             moments=moments,
             reserved=round(RESERVE * self.allocated(*at)),
             context=self.context,
@@ -143,7 +144,7 @@ def _on_several(form: ClosedForm) -> ClosedForm:
 def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None) -> MemoryReport:
     """`predict` from a trace of a whole training step on fake tensors: every token predicted, or each example's last `logits`.
 
-    Takes seconds, and torch. Raises SpecError for what cannot be traced, and `trace.Overtaken` once `overtaken` says so.
+    Takes seconds, and torch. Raises SpecError for what cannot be traced, and Overtaken once `overtaken` says so.
     """
     states = predict_states(spec)
     spec = states.spec
@@ -152,6 +153,7 @@ def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: 
     found = trace(spec, overtaken, logits)
     report = replace(
         states,
+        optimizer=found.after["optimizer"],
         source="trace",
         moments=found.moments,
         reserved=found.reserved,
@@ -235,8 +237,8 @@ def _report(
         )  # none where the base's own are trained
         frozen_bytes = _frozen_bytes(spec, shape, frozen, base, ideal=False)
         weights = gradients = trainable * each
-        state = 4 if spec.optimizer_precision == "fp32" else each
-        optimizer = trainable * optimizers.find(spec).states * state
+        kind = optimizers.find(spec)
+        optimizer = trainable * kind.states * (kind.bits // 8 if kind.bits else each)
     return MemoryReport(
         spec=spec,
         convention=convention,

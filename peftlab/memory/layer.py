@@ -161,6 +161,8 @@ def _is_shared(c: Case) -> bool:
 def _bytes(c: Case, keep: Keep) -> int:
     if keep.of in ("input", "factor") and _is_shared(c):
         return 0  # counted among the inputs of linear maps
+    if keep.of == "weight":
+        return 0 if c.adapter == c.wide else c.adapter
     return {"base": c.thin, "mask": 1, "factor": c.adapter}.get(keep.of, c.adapter_numbers)
 
 

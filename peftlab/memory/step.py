@@ -49,7 +49,7 @@ def prepare(model: Any, spec: RunSpec) -> Any:
 
 
 def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> Iterator[str]:
-    """One forward and one backward pass, with every token predicted or the last `logits`. Yields each one's name as it begins."""
+    """One forward and one backward pass, every token predicted or the last `logits`. Yields each one's name as it begins."""
     yield "forward"
     ids = torch.zeros(spec.batch_size or 1, spec.sequence_length or 1, dtype=torch.long, device=device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):

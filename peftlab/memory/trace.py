@@ -22,7 +22,7 @@ from ..errors import SpecError
 from ..spec import RunSpec, parse_layers
 from . import kernels, step
 from .allocator import MIB
-from .report import Moment
+from .report import Moment, Overtaken
 from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 
 WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
@@ -49,10 +49,6 @@ class Trace:
     """Layers of the model."""
 
 
-class Overtaken(Exception):
-    """Whoever asked for this trace has asked for another one since."""
-
-
 _one_at_a_time = threading.Lock()
 _known: dict[tuple[RunSpec, int, int | None], Trace] = {}
 KNOWN = 512
@@ -60,8 +56,10 @@ KNOWN = 512
 
 
 def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None) -> Trace:
-    """Of a resolved spec, with every token predicted, or the last `logits` of each example. Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon
-    as `overtaken` says so."""
+    """Of a resolved spec, with every token predicted, or the last `logits` of each example.
+
+    Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon as `overtaken` says so.
+    """
     read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
     key = read, WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""]), logits
 

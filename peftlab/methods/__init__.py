@@ -45,7 +45,8 @@ class Keep(Term):
     of: str = "adapter"
     """What they are: `adapter`, made by the adapter's products; `base`, by the base's; `input`, a copy of the module's input
     in the adapter's format, which is no copy where the base has that format too; `factor`, the same but for multiplying
-    number by number, which autocast leaves in fp32; `mask`, one byte each."""
+    number by number, which autocast leaves in fp32; `weight`, a copy of the base's weight in the adapter's format, if that
+    is another one; `mask`, one byte each."""
     each: str = "token"
     """How often: for each token, once for each `module`, once in the `model` and for ever, as large as the largest module
     asks, or only while the module runs (`pass`)."""

@@ -172,7 +172,7 @@ _register(
         Keep(("d_out",)),  # BAx and, below, Wx: for the magnitude's gradient
         Keep(("d_out",), of="base", dropout=False),
         Keep(("d_out",), dropout=True),  # W times the input that dropout left, and W in the adapter's format
-        Keep(("d_in", "d_out"), each="module", dropout=True),
+        Keep(("d_in", "d_out"), of="weight", each="module", dropout=True),
         Keep(("d_out",), 3, each="module"),
         Keep(("d_in", "d_in"), each="pass"),  # an identity matrix, sent through A and B to see their product
         Keep(("d_in", "d_out"), 4, each="pass"),  # W, BA, α/r BA and their sum, for the norm of each row
