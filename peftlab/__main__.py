@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--temperature", type=float, default=0.0)
     compare.add_argument("--seed", type=int, default=0)
     bench = command("bench", _bench, "measure on this machine and write JSON", spec=True)
-    bench.add_argument("what", choices=("train", "memory"))
+    bench.add_argument("what", choices=("train", "memory", "calculators"))
     bench.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     bench.add_argument("--at-once", type=_count, default=1, help="memory: processes that share the GPU")
     bench.add_argument("--adapter-out", type=Path, help="where to keep the adapter")
@@ -350,10 +350,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .bench import record_memory, record_train
+    from .bench import record_calculators, record_memory, record_train
 
     if args.what == "memory":
         document = record_memory(args.out, args.at_once, lambda line: print(line, file=sys.stderr, flush=True))
+    elif args.what == "calculators":
+        document = record_calculators(args.out)
     else:
         document = record_train(_spec(args), args.out, args.adapter_out, _say)
     if args.json:

@@ -85,6 +85,7 @@ COMPONENTS = (
     ("trainable_weights", "trained", "trained weights"),
     ("gradients", "gradients", "gradients"),
     ("optimizer", "optimizer", "optimizer states"),
+    ("temporaries", "overhead", "optimizer's temporaries"),
     ("activations", "activations", "activations"),
     ("logits", "logits", "logits"),
     ("communication", "overhead", "buffers between GPUs"),

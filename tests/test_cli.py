@@ -8,6 +8,7 @@ import sys
 import pytest
 from tiny import ROOT
 
+from peftlab import words
 from peftlab.__main__ import main
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import MODELS
@@ -69,13 +70,30 @@ def test_a_preset_and_flags_that_win(document):
     assert document("params", "--preset", "alpha-r", "--rank", 32)["spec"]["alpha"] == 32
 
 
+KEYS = {"peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components", "timeline", "source"}
+KINDS = {"frozen_weights", "trainable_weights", "gradients", "optimizer", "activations", "logits", "workspace"}
+
+
 def test_memory(document, run):
+    data = document("memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb")
+    assert KEYS <= set(data) and data["source"] == "closed-form" and KINDS <= set(data["components"])
+    assert sum(data["components"][kind] for kind in KINDS) == data["peak_allocated_bytes"]
+    assert data["peak_allocated_bytes"] == max(moment["bytes"] for moment in data["timeline"])
+    assert data["peak_allocated_bytes"] < data["peak_reserved_bytes"] < data["process_bytes"]
+    _, said, _ = run("memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb")
+    assert f"{words.size(data['peak_allocated_bytes'])} allocated, {words.size(data['process_bytes'])} in all" in said
+    assert "--exact traces it" in said and "smallest GPU that holds it" in said
+
+
+def test_memory_by_a_convention(document, run):
     data = document("memory", "--model", "7B", "--method", "full", "--convention", "12n", "--tasks", 50)
-    keys = {"peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components", "timeline", "source"}
-    assert keys <= set(data) and data["source"] == "closed-form" and data["states_bytes"] == 84_000_000_000
+    assert KEYS <= set(data) and data["source"] == "closed-form" and data["states_bytes"] == 84_000_000_000
     assert {"weights", "gradients", "optimizer", "activations", "logits"} <= set(data["components"])
-    assert data["peak_allocated_bytes"] is None and data["storage"]["full"] == 50 * 14 * 10**9
-    assert "84 GB" in run("memory", "--model", "7B", "--method", "full", "--convention", "12n")[1]
+    for name in ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "timeline"):
+        assert data[name] is None
+    assert data["storage"]["full"] == 50 * 14 * 10**9
+    said = run("memory", "--model", "7B", "--method", "full", "--convention", "12n")[1]
+    assert "84 GB" in said and "activations are not included" in said
 
 
 def test_a_bare_count_takes_its_trained_share(document):
@@ -111,7 +129,7 @@ def test_a_spec_file_and_flags_that_win(document, tmp_path):
         (["params", "--spec", sys.executable], "spec="),
         (["memory", "--convention", "13n"], "12n"),
         (["memory", "--tasks", "0"], "tasks"),
-        (["memory", "--model", "0B"], "at least 1"),
+        (["memory", "--model", "0B"], "model=0B"),
         (["train", "--method", "full", "--quantization", "nf4"], "quantization=nf4"),
         (["train", "--method", "qlora", "--quantization", "none"], "quantization=none"),
         (["compare", "--prompt", "x"], "adapter"),

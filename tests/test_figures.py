@@ -22,30 +22,53 @@ def drawn(figure):
     return json.loads(figure.to_json())
 
 
+def timeline(report, theme):
+    figure = figures.memory_timeline(report, theme)
+    return figure, {line.name: list(line.y) for line in figure.data}
+
+
 @THEMES
-def test_memory_bars_are_the_reports_to_one_scale(theme):
-    spec = RunSpec(model="llama-3.1-8b", rank=16)
-    full, chosen = predict(spec.but(method="full"), "12n"), predict(spec, "12n")
-    figure = figures.memory_bars(full, chosen, theme)
-    assert [bar.name for bar in figure.data] == ["frozen weights", "trained weights", "gradients", "optimizer states"]
-    for i, report in enumerate((chosen, full)):
-        assert sum(bar.x[i] for bar in figure.data) == pytest.approx(report.states / 1e9)
-    assert figure.layout.barmode == "stack" and figure.layout.xaxis.range[0] == 0
-    assert [bar.marker.color for bar in figure.data] == [
-        figures.PALETTE[theme][k] for k in ("frozen", "trained", "gradients", "optimizer")
-    ]
-    labels = " ".join(a.text for a in figure.layout.annotations)
-    assert words.size(full.states) in labels and words.size(chosen.states) in labels
+def test_the_timeline_is_the_reports_moments(theme):
+    report = predict(RunSpec(model="llama-3.1-8b", rank=16, precision="bf16"))
+    figure, lines = timeline(report, theme)
+    names = {kind: name for kind, _, name in figures.COMPONENTS}
+    colours = {name: figures.PALETTE[theme][colour] for _, colour, name in figures.COMPONENTS}
+    kinds = {kind for moment in report.moments for kind, n in moment.bytes.items() if n}
+    assert set(lines) == {names[kind] for kind in kinds} and "communication" not in kinds
+    for kind in kinds:
+        assert lines[names[kind]] == [moment.bytes[kind] / 1e9 for moment in report.moments]
+    assert all(line.stackgroup == "memory" and line.fillcolor == colours[line.name] for line in figure.data)
+    assert [sum(column) for column in zip(*lines.values(), strict=True)] == pytest.approx(
+        [moment.total / 1e9 for moment in report.moments]
+    )
+    assert figure.layout.yaxis.range[0] == 0 and figure.layout.yaxis.range[1] > report.allocated / 1e9
+    assert drawn(figure)
 
 
-def test_full_fine_tuning_is_one_bar():
-    full = predict(RunSpec(model="llama-3.1-8b", method="full"), "12n")
-    assert len(figures.memory_bars(full, full, "light").data[0].y) == 1
+@THEMES
+def test_the_timelines_peak_is_marked(theme):
+    report = predict(RunSpec(model="gemma-3-270m", batch_size=4, sequence_length=512))
+    figure, _ = timeline(report, theme)
+    (mark,) = figure.layout.annotations
+    assert (mark.x, mark.y) == (report.moments.index(report.peak), report.allocated / 1e9)
+    assert words.size(report.allocated) in mark.text and report.peak.phase in mark.text
+    assert list(figure.layout.xaxis.ticktext) == ["forward", "backward", "optimizer"]
 
 
-def test_a_bar_that_is_not_known_is_not_drawn_as_a_sum():
-    report = predict(RunSpec(model="llama-3.1-8b", optimizer="adafactor"))
-    assert drawn(figures.memory_bars(report, report, "light"))
+def test_the_timeline_of_a_trace_names_its_layers(tiny_model):
+    from peftlab.memory import exact
+
+    report = exact(RunSpec(model=str(tiny_model), method="full", batch_size=2, sequence_length=32))
+    figure, _ = timeline(report, "light")
+    places = list(figure.data[0].text)
+    assert places[:2] == ["forward, embedding", "forward, layer 1"] and places[-1] == "optimizer"
+    assert {"backward, layer 3", "forward, head and loss", "backward, embedding"} <= set(places)
+    assert len(places) == len(report.moments) and list(figure.layout.xaxis.ticktext) == ["forward", "backward", "optimizer"]
+
+
+def test_the_timeline_has_the_buffers_between_gpus():
+    report = predict(RunSpec(model="llama-3.1-8b", method="full", n_gpus=8, sharding="fsdp"))
+    assert "buffers between GPUs" in timeline(report, "light")[1]
 
 
 @THEMES

@@ -7,7 +7,7 @@ from peftlab.memory.sharding import plan, shard
 from peftlab.memory.strategies import PHASES, STATES, STRATEGIES
 
 BILLION = 10**9
-KINDS = (*STATES, "activations", "logits", "workspace")
+KINDS = (*STATES, "temporaries", "activations", "logits", "workspace")
 SHARED = [s for s in STRATEGIES if s != "none"]
 LORA = RunSpec(model="llama-3.1-8b", precision="bf16", rank=16, batch_size=1, sequence_length=1024)
 FULL = LORA.but(method="full", rank=None)
@@ -26,7 +26,7 @@ def step(frozen, trainable, gradients, optimizer, activations=10 * BILLION):
     moments = {
         "forward": states | {"activations": activations, "logits": BILLION, "workspace": 1000},
         "backward 3": states | {"activations": activations, "logits": 2 * BILLION, "gradients": gradients},
-        "optimizer": states | {"activations": gradients, "gradients": gradients},
+        "optimizer": states | {"temporaries": gradients, "gradients": gradients},
         "after": states,
     }
     return {name: {kind: constant(size) for kind, size in kinds.items()} for name, kinds in moments.items()}
@@ -106,10 +106,10 @@ def test_every_gpu_has_its_own_batch(sharding):
 
 def test_the_optimizers_temporary_tensors_are_divided_with_it():
     moments, trainable = of(FULL)
-    whole = value(moments["optimizer"]["activations"])
+    whole = value(moments["optimizer"]["temporaries"])
     for sharding, share in (("ddp", 1), ("zero1", 1 / 4), ("fsdp", 1 / 4)):
         found = shard(moments, FULL.but(n_gpus=4, sharding=sharding), LAYER, trainable)
-        assert value(found["optimizer"]["activations"]) == whole * share
+        assert value(found["optimizer"]["temporaries"]) == whole * share
 
 
 def test_a_polynomial_stays_one():
@@ -253,7 +253,7 @@ def test_offloading(sharding, offload, moved):
         here, there = (value(p.moments["optimizer"][kind]) for p in (stay, gone))
         assert there == (0 if kind in moved else here)
     assert value(gone.in_cpu) == pytest.approx(sum(value(stay.moments["optimizer"][kind]) for kind in moved))
-    assert value(gone.moments["optimizer"]["activations"]) == 0  # the CPU takes the step
+    assert value(gone.moments["optimizer"]["temporaries"]) == 0  # the CPU takes the step
     assert value(stay.in_cpu) == 0
 
 

@@ -3,8 +3,8 @@ import re
 import pytest
 
 from peftlab import RunSpec, count, predict, words
+from peftlab.catalog.gpus import GPUS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
-from peftlab.memory import fits
 
 
 @pytest.mark.parametrize(
@@ -41,29 +41,108 @@ def plain(sentence):
     return re.sub(r"<[^>]+>", "", sentence)
 
 
-def memory(convention="12n", **settings):
-    spec = RunSpec(model="llama-3.1-8b", **settings)
-    full, chosen = predict(spec.but(method="full"), convention), predict(spec, convention)
-    return full, chosen, plain(words.memory_sentence(full, chosen, fits(chosen.states or 0)))
+def memory(convention="exact", **settings):
+    spec = RunSpec(**{"model": "llama-3.1-8b", "gpu": "h100-80gb"} | settings)
+    full, chosen = predict(spec.but(method="full", quantization=None), convention), predict(spec, convention)
+    return full, chosen, plain(words.memory_sentence(full, chosen))
 
 
-def test_the_memory_sentence_is_true():
-    full, chosen, said = memory(rank=16)
-    assert f"Llama 3.1 8B needs {words.size(full.states)}" in said and "LoRA, rank 16" in said
-    assert f"needs {words.size(chosen.states)}: {words.significant(full.states / chosen.states)}× less" in said
-    gpu = words.gpu_name(words.smallest_gpu(fits(chosen.states)))
-    assert f"fit one {gpu}" in said
-    assert not any(f.n_gpus == 1 and f.gpu.memory_bytes < chosen.states for f in fits(chosen.states))
+@pytest.mark.parametrize("convention, verb", [("exact", "it fits"), ("12n", "these alone fit")])
+def test_the_memory_sentence_is_true(convention, verb):
+    full, chosen, said = memory(convention, rank=16)
+    assert f"Full fine-tuning of Llama 3.1 8B needs {words.size(full.needed)}." in said
+    ratio = words.significant(full.needed / chosen.needed)
+    assert f"LoRA, rank 16 needs {words.size(chosen.needed)}: {ratio}× less, and {verb} one " in said
+    gpu = next(g for g in GPUS.values() if said.endswith(f"{verb} one {words.gpu_name(g)}."))
+    assert gpu.memory_bytes >= chosen.needed
+    assert not any(chosen.needed <= g.memory_bytes < gpu.memory_bytes for g in GPUS.values())
 
 
-def test_the_memory_sentence_says_when_nothing_is_known():
-    *_, said = memory("exact", optimizer="adafactor")
-    assert "adafactor take is not known" in said
+def test_the_memory_sentence_counts_what_nvidia_smi_shows():
+    full, _, said = memory()
+    assert full.needed == full.process and f"needs {words.size(full.process)}." in said
+    assert full.process > full.reserved > full.allocated > full.states
+
+
+def test_the_memory_sentence_of_full_fine_tuning_alone():
+    full, _, said = memory(method="full")
+    largest = list(GPUS.values())[-1]
+    n = -(-full.needed // largest.memory_bytes)
+    assert said.startswith("Full fine-tuning of Llama 3.1 8B needs") and "less" not in said
+    assert said.endswith(f"It fits one {words.gpu_name(largest)}." if n == 1 else f"It takes {n} × {words.gpu_name(largest)}.")
+
+
+@pytest.mark.parametrize("convention, verb", [("exact", "it takes"), ("8n", "these alone take")])
+def test_the_memory_sentence_says_how_many_gpus(convention, verb):
+    _, chosen, said = memory(convention, model="gpt3-175b")
+    largest = list(GPUS.values())[-1]
+    n = -(-chosen.needed // largest.memory_bytes)
+    assert n > 1 and said.endswith(f"and {verb} {n} × {words.gpu_name(largest)}.")
 
 
 def test_the_memory_sentence_says_when_peft_needs_more():
-    *_, said = memory("exact", rank=4096, precision="bf16")
-    assert "× more" in said and "× less" not in said
+    full, chosen, said = memory(rank=4096, precision="bf16")
+    assert chosen.needed > full.needed and "× more" in said and "× less" not in said
+
+
+SMALL = {"precision": "bf16", "batch_size": 4, "sequence_length": 512}
+SURPRISES = {
+    "needs more memory than full fine-tuning": {"model": "smollm2-135m", "rank": 16, **SMALL},
+    "memory is only": {"model": "qwen3-0.6b", **SMALL},
+    "The logits alone take": {"model": "gemma-3-270m", **SMALL},
+    "Activations and logits are": {"model": "gemma-3-270m", **SMALL},
+    "An adapted one keeps its input a second time": {"precision": "bf16", "rank": 16},
+    "of optimizer states are paged": {"method": "full", "optimizer": "paged-adamw-8bit"},
+}
+"""What each finding says, and a run that it is found in."""
+
+
+def surprises(**settings):
+    full, chosen, _ = memory(**settings)
+    return full, chosen, [plain(text) for text in words.memory_surprises(full, chosen)]
+
+
+@pytest.mark.parametrize("said", SURPRISES)
+def test_each_surprise_is_found_in_a_real_run(said):
+    _, _, found = surprises(**SURPRISES[said])
+    assert sum(said in text for text in found) == 1
+    assert all(SIZES_AND_SHARES.search(text) or "second time" in text for text in found)
+    assert not any("-" in number for text in found for number in re.findall(r"-?[\d.,]+ [kMGT]?B", text))
+
+
+SIZES_AND_SHARES = re.compile(r"\d (B|kB|MB|GB|TB)\b|\d%")
+
+
+def test_lora_of_a_small_model_takes_more_than_full_fine_tuning():
+    """The finding of the page's lesson: what is kept for fp32 adapters outweighs the states that are saved."""
+    full, chosen, found = surprises(model="smollm2-135m", rank=16, **SMALL)
+    saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
+    more = sum(chosen.peak.bytes[k] - full.peak.bytes[k] for k in ("activations", "logits"))
+    assert chosen.allocated > full.allocated and 0 < saved < more
+    assert found[0].startswith("LoRA needs more") and words.size(saved) in found[0] and words.size(more) in found[0]
+
+
+def test_surprises_give_the_reports_numbers():
+    _, chosen, found = surprises(model="gemma-3-270m", **SMALL)
+    logits, batch = chosen.peak.bytes["logits"], chosen.peak.bytes["logits"] + chosen.peak.bytes["activations"]
+    assert any(words.size(logits) in text and "2,048 tokens" in text for text in found)
+    assert any(words.percent(batch / chosen.allocated) in text for text in found)
+    full, chosen, found = surprises(model="qwen3-0.6b", **SMALL)
+    assert words.percent(1 - chosen.allocated / full.allocated) in found[0]
+    _, chosen, found = surprises(**SURPRISES["of optimizer states are paged"])
+    assert words.size(chosen.outside) in found[-1]
+
+
+def test_nothing_is_a_surprise_where_a_convention_counts():
+    assert surprises(convention="12n")[2] == [] and surprises(method="full", gradient_checkpointing=True, batch_size=1, sequence_length=64)[2] == []
+
+
+@pytest.mark.parametrize(
+    "n, text",
+    [(1.61e10, "16.1 GFLOP"), (1e9, "1 GFLOP"), (9.5e8, "950 MFLOP"), (2.5e12, "2.5 TFLOP"), (6.02e17, "602 PFLOP"), (0, "0 MFLOP")],
+)  # fmt: skip
+def test_operations(n, text):
+    assert words.operations(n) == text
 
 
 def test_the_lora_sentence_is_true():

@@ -21,8 +21,10 @@ from .. import methods
 from ..catalog import models
 from ..count import count
 from ..memory import predict
-from ..memory.trace import WORKSPACE
+from ..memory.states import workspace
 from ..spec import RunSpec
+from .memory import recorded_memory
+from .record import provenance
 
 Row = Mapping[str, Any]
 """One of `rows` in a document of `bench memory`: its spec, measured and predicted bytes."""
@@ -121,30 +123,23 @@ def _spec(row: Row) -> RunSpec:
     return RunSpec.from_dict(row["spec"])
 
 
-def _workspace(spec: RunSpec) -> int:
-    return WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""])
-
-
 def _model_states(row: Row) -> int:
     """Weights and optimizer states, which are what is left after a step beside cuBLAS's workspace, and the gradients,
     which are gone by then and as large as what is trained."""
-    return row["measured"]["after_bytes"] - _workspace(_spec(row)) + predict(_spec(row)).gradients
+    return row["measured"]["after_bytes"] - 2 * workspace(_spec(row).gpu) + predict(_spec(row)).gradients
 
 
 QUANTITIES: dict[str, Callable[[Row], int | None]] = {
     "peak allocated": lambda row: row["measured"]["peak_allocated_bytes"],
     "peak reserved": lambda row: row["measured"]["peak_reserved_bytes"],
-    "process": lambda row: row["measured"]["device_used_bytes"],
+    "process": lambda row: row["measured"]["process_bytes"],
     "model states": _model_states,
 }
 """Measured bytes; None where that row did not measure them."""
 
 
 def _peftlab(row: Row) -> dict[str, int]:
-    if row.get("predicted_allocated_bytes") is not None:
-        return {"peak allocated": row["predicted_allocated_bytes"]}
-    phases = [sum(kinds.values()) for phase, kinds in row["predicted"].items() if phase != "after"]
-    return {"peak allocated": max(phases) + _workspace(_spec(row))}
+    return {name: row["predicted"][f"{name.replace(' ', '_')}_bytes"] for name in ("peak allocated", "peak reserved")}
 
 
 def _require(covered: bool, why_not: str) -> None:
@@ -250,9 +245,21 @@ def _zero3(row: Row) -> dict[str, int]:
 
 
 CALCULATORS = (
-    Calculator("peftlab", "peftlab", None, ("peak allocated",), _peftlab),
+    Calculator("peftlab", "peftlab", None, ("peak allocated", "peak reserved"), _peftlab),
     Calculator("fitcheck", "fitcheck", "fitcheck-llm", ("peak allocated", "peak reserved", "process"), _fitcheck),
     Calculator("accelerate", "accelerate", "accelerate", ("peak allocated", "model states"), _accelerate),
     Calculator("DeepSpeed ZeRO-2", "deepspeed", "deepspeed", ("model states",), _zero2),
     Calculator("DeepSpeed ZeRO-3", "deepspeed", "deepspeed", ("model states",), _zero3),
 )
+
+
+def record_calculators(out: Path) -> dict[str, Any]:
+    """Compares on the rows recorded under assets/measured/, and writes the errors, without every answer, to `out`."""
+    found = [compare(document) for document in recorded_memory()]
+    document = provenance() | {
+        "kind": "calculators",
+        "comparisons": [{k: c[k] for k in ("source", "table", "left_out")} for c in found],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    return document

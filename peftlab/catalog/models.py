@@ -101,7 +101,9 @@ def find(model: str) -> BaseModel:
     if count:
         total = float(count[1]) * UNITS[count[2].upper()]
         if not 1 <= total <= architecture.MOST_PARAMETERS:
-            raise SpecError(f"model={architecture.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B")
+            raise SpecError(
+                f"model={architecture.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B"
+            )
         return BaseModel(model, f"{model.upper()} parameters", round(total), source="a bare count")
     try:
         path = Path(model).expanduser()
@@ -151,7 +153,9 @@ def _from_key(key: str) -> BaseModel:
             "config.json again"
         ) from None
     name, config = _read(text)
-    return BaseModel(key, name or f"{config['model_type']} from config.json", None, config=config, source="a config.json")
+    return BaseModel(
+        key, name or f"{config['model_type']} from config.json", None, config=config, source="a config.json"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -188,7 +192,9 @@ def _from_hub(model: str) -> BaseModel:
     try:
         config = _read(answer)[1]
     except SpecError as error:
-        raise SpecError(f"model={model}: its config.json on the Hugging Face Hub makes no model here ({error})") from None
+        raise SpecError(
+            f"model={model}: its config.json on the Hugging Face Hub makes no model here ({error})"
+        ) from None
     return BaseModel(model, model, None, model, config=config, source=f"https://huggingface.co/{model}")
 
 

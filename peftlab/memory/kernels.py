@@ -139,12 +139,17 @@ class _FromBytes(_FromBits):
         return _FromBits.forward(ctx, x, module)
 
 
+def _features(linear: Any) -> tuple[int, int]:
+    """In and out; GPT-2's Conv1D stores its weight the other way round, and is quantized all the same."""
+    return (linear.in_features, linear.out_features) if isinstance(linear, nn.Linear) else tuple(linear.weight.shape)
+
+
 class Quantized(nn.Module):
     """A frozen linear map in NF4 or int8 as bitsandbytes stores it: packed weights and the scales of their blocks."""
 
-    def __init__(self, linear: nn.Linear, kind: str, double: bool, cloned: bool) -> None:
+    def __init__(self, linear: Any, kind: str, double: bool, cloned: bool) -> None:
         super().__init__()
-        self.d_out, self.d_in = linear.out_features, linear.in_features
+        self.d_in, self.d_out = _features(linear)
         n, device = self.d_in * self.d_out, linear.weight.device
         self.cloned, self.product = cloned, _FromBits if kind == "nf4" else _FromBytes
         parts: dict[str, tuple[int, torch.dtype]] = {"packed": (n // 2, torch.uint8), "code": (16, torch.float32)}
@@ -172,7 +177,7 @@ def quantize(model: nn.Module, names: set[str], kind: str, double: bool) -> None
     """Puts a Quantized in place of each linear map of `names`, inside a peft layer where there is one."""
     for name, module in list(model.named_modules()):
         inner = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-        if inner in names and isinstance(module, nn.Linear):
+        if inner in names and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             parent = model.get_submodule(name.rpartition(".")[0])
             adapted = name.endswith(".base_layer")
             setattr(parent, name.rpartition(".")[2], Quantized(module, kind, double, adapted and kind == "nf4"))

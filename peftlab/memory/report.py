@@ -9,10 +9,11 @@ from typing import Any
 from ..spec import RunSpec
 
 KINDS = (
-    "frozen_weights", "trainable_weights", "gradients", "optimizer", "activations", "logits", "workspace", "communication",
+    "frozen_weights", "trainable_weights", "gradients", "optimizer", "temporaries", "activations", "logits", "workspace",
+    "communication",
 )  # fmt: skip
-"""Of bytes that PyTorch has allocated. `logits` are those, their softmax and their gradients; `workspace` is cuBLAS's;
-`communication` the buffers between GPUs."""
+"""Of bytes that PyTorch has allocated. `temporaries` are the optimizer step's; `logits` are those, their softmax and their
+gradients; `workspace` is cuBLAS's; `communication` the buffers between GPUs."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def plan(moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynom
         phase = next((p for p in PHASES if name.startswith(p)), "backward")
         held = {}
         for kind, whole in kinds.items():
-            like = "optimizer" if (phase, kind) == ("optimizer", "activations") else kind  # its temporary tensors
+            like = "optimizer" if kind == "temporaries" else kind
             held[kind] = whole * (0 if like in moved else share.get(like, 1))
         found[name] = held | {"communication": total(b.size for b in buffers if phase in b.phases)}
     in_cpu = total(_largest(moments, kind, case) * share[kind] for kind in moved)

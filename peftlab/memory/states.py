@@ -16,9 +16,15 @@ FORWARD, PASS, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING, OPTIMIZER = MOMENT
 """Where a step can be at its highest. Layers in between lie between the last and the first."""
 MIB = 2**20
 WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
-"""What cuBLAS keeps in each thread from its first product on: trace.WORKSPACE."""
+"""What cuBLAS keeps from its first product in each thread on. Hopper's is measured (assets/measured/memory-h100.json); the
+others' is PyTorch's default."""
 LT_WORKSPACE = MIB
 """cuBLASLt's, which adds a bias."""
+
+
+def workspace(gpu: str | None) -> int:
+    """Bytes for one thread."""
+    return WORKSPACE.get((gpu or "").split("-")[0], WORKSPACE[""])
 
 
 def lines(case: Case) -> list[Line]:
@@ -105,7 +111,7 @@ def _optimizer(case: Case) -> list[Line]:
         sizes["N_max"] = Size(max(math.prod(shape) for _, shape in case.tensors))
         found = line(sizes, "optimizer states", "optimizer", "", {"N_rc": each}, MOMENTS, "a row and a column a matrix")
         note = "the update of the largest tensor"
-        found += line(sizes, "optimizer's temporaries", "activations", "", {"N_max": each}, (OPTIMIZER,), note)
+        found += line(sizes, "optimizer's temporaries", "temporaries", "", {"N_max": each}, (OPTIMIZER,), note)
     elif kind.bits == 8:
         found = _blockwise(case, kind, sizes)
     else:
@@ -115,7 +121,7 @@ def _optimizer(case: Case) -> list[Line]:
         )
     if name == "adamw" and kind.library == "torch":
         note = "the roots of the second moments, of all tensors at once"
-        found += line(sizes, "optimizer's temporaries", "activations", "", {"N": each}, (OPTIMIZER,), note)
+        found += line(sizes, "optimizer's temporaries", "temporaries", "", {"N": each}, (OPTIMIZER,), note)
     return found
 
 
@@ -140,7 +146,7 @@ def _blockwise(case: Case, kind: optimizers.Optimizer, sizes: dict[str, Size]) -
 
 
 def _workspace(case: Case) -> list[Line]:
-    size = WORKSPACE.get((case.spec.gpu or "").split("-")[0], WORKSPACE[""])
+    size = workspace(case.spec.gpu)
     biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
     size += LT_WORKSPACE if biased else 0
     note = "for each of two threads: PyTorch runs the backward pass in one of its own"

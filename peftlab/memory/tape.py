@@ -91,7 +91,8 @@ class Recorder(TorchDispatchMode):
         key, wide = self._count, tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
         self._keys[address], self._parts[key] = key, self.part
         self._made[key] = (self.tape, len(self.tape))
-        self.tape.append(Entry(key, size, "logits" if wide else "activations", self.part))
+        kind = "temporaries" if self.phase.startswith("optimizer") else "logits" if wide else "activations"
+        self.tape.append(Entry(key, size, kind, self.part))
         weakref.finalize(storage, self._drop, address)
 
     def _drop(self, address: int) -> None:

@@ -21,13 +21,10 @@ from ..catalog import models
 from ..errors import SpecError
 from ..spec import RunSpec, parse_layers
 from . import kernels, step
-from .allocator import MIB
 from .report import Moment, Overtaken
+from .states import workspace
 from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 
-WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
-"""What cuBLAS keeps from the first product on. Hopper's is measured (assets/measured/memory-h100.json);
-the others' is PyTorch's default of 8.1 MiB and 1 MiB for cuBLASLt."""
 READ = (
     "model", "method", "rank", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size",
     "lr_ratio", "train_norms", "precision", "adapter_precision", "quantization", "double_quantization", "optimizer",
@@ -61,7 +58,7 @@ def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: 
     Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon as `overtaken` says so.
     """
     read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
-    key = read, WORKSPACE.get((spec.gpu or "").split("-")[0], WORKSPACE[""]), logits
+    key = read, workspace(spec.gpu), logits
 
     def stop() -> None:
         if overtaken():
@@ -82,7 +79,7 @@ def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: 
         _one_at_a_time.release()
 
 
-def _trace(spec: RunSpec, workspace: int, logits: int | None, stop: Callable[[], None]) -> Trace:
+def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, stop: Callable[[], None]) -> Trace:
     entry = models.find(spec.model or "")
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
@@ -98,7 +95,7 @@ def _trace(spec: RunSpec, workspace: int, logits: int | None, stop: Callable[[],
     tapes = _record(spec, entry.config, kept, logits, stop)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
-    return _replay(full, workspace, shape.n_layers)
+    return _replay(full, workspace_bytes, shape.n_layers)
 
 
 def _kinds(config: Mapping[str, Any], depth: int, adapted: set[int]) -> list[tuple[Any, bool]]:
@@ -184,8 +181,8 @@ def _record(
     return recorder.phases
 
 
-def _replay(tapes: Mapping[str, Sequence[Entry]], workspace: int, depth: int) -> Trace:
-    player = Player(workspace)
+def _replay(tapes: Mapping[str, Sequence[Entry]], workspace_bytes: int, depth: int) -> Trace:
+    player = Player(workspace_bytes)
     player.play(tapes["weights"])
     for optimizer in ("optimizer", "optimizer again", "optimizer again"):
         moments: list[Moment] = []
