@@ -18,6 +18,7 @@ from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import DEFAULT, MODELS, find
 from peftlab.memory import CONVENTIONS, ClosedForm, Overtaken, closed_form, exact
 from peftlab.memory.conventions import EXACT
+from peftlab.methods import METHODS
 
 BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
 """Settings that some methods read and counts depend on."""
@@ -64,7 +65,9 @@ def newest(work: Any) -> Any:
 
     def asking(request: gr.Request, *args: Any) -> Any:
         asked.again(request.session_hash)
-        return work(*args)
+        result = work(*args)
+        asked.again(request.session_hash)
+        return result
 
     return asking
 
@@ -172,7 +175,9 @@ def build(spec: gr.State) -> page.View:
                 folded = [_control(name) for name in FOLDED]
             with gr.Accordion("Your own config.json", open=False):
                 text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
-                upload = gr.UploadButton("Upload it", file_types=[".json"], size="sm")
+                with gr.Row():
+                    use = gr.Button("Use it", size="sm", min_width=80)
+                    upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
             with gr.Accordion("Count as a lecture does", open=False):
                 convention = gr.Dropdown(
                     [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())],
@@ -237,12 +242,27 @@ def build(spec: gr.State) -> page.View:
             *picture(spec, convention, view, *closed(spec, convention, share)),
         )
 
-    def traced(spec: RunSpec, visitor: str | None, convention: str, share: float, *rest: Any) -> tuple:
-        """Once the sliders rest: what the trace says, unless the visitor has moved on."""
+    def traced(
+        spec: RunSpec,
+        visitor: str | None,
+        batch: int,
+        length: int,
+        rank: int,
+        convention: str,
+        share: float,
+        *view: Any,
+    ) -> tuple:
+        """Once the sliders rest: what the trace says, unless the visitor has moved on.
+
+        A slider tells the server nothing while it moves, so only the three that the page draws by may differ from `spec`.
+        """
         overtaken = asked.again(visitor)
-        view, values = rest[: len(costs.VIEW)], rest[len(costs.VIEW) :]
-        spec = _without_automatic(methods.edit(spec, FIELDS, values)[0])
+        ranked = "rank" in METHODS[spec.method or "lora"].settings
+        spec = spec.but(batch_size=batch, sequence_length=length, **({"rank": rank} if ranked else {}))
+        spec = _without_automatic(spec)
         _, forms = closed(spec, convention, share)
+        if forms[1] is None:  # counted by a convention since
+            raise Overtaken
         reports = tuple(exact(s, overtaken) for s in both(spec))
         if overtaken():
             raise Overtaken
@@ -287,7 +307,7 @@ def build(spec: gr.State) -> page.View:
     )
     bars.submit(
         ask,
-        [spec, *looks, *fields],
+        [spec, *sliding, *looks],
         [problem, spec, *drawn],
         trigger_mode="multiple",
         **quiet,
@@ -321,7 +341,7 @@ def build(spec: gr.State) -> page.View:
             return gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)
         return changed, *show(changed, *looks)
 
-    text.submit(newest(own_config), [spec, text, *looks], [spec, *shown], **quiet)
+    gr.on([use.click, text.submit], newest(own_config), [spec, text, *looks], [spec, *shown], **quiet)
     upload.upload(
         newest(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
         [spec, upload, *looks],

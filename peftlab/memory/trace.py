@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .. import architecture as architectures
 from .. import methods, optimizers
 from ..catalog import models
-from ..errors import SpecError
+from ..errors import PeftlabError, SpecError
 from ..spec import RunSpec, parse_layers
 from . import kernels, step
 from .report import Moment, Overtaken
@@ -70,7 +70,16 @@ def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: 
         stop()
     try:
         if key not in _known:
-            found = _trace(*key, stop)
+            try:
+                found = _trace(*key, stop)
+            except (PeftlabError, Overtaken):
+                raise
+            except Exception as error:  # anybody's architecture, in transformers' code
+                said = str(error).splitlines()[0][:160] if str(error) else ""
+                raise SpecError(
+                    f"model={spec.model}: its step could not be traced ({type(error).__name__}: {said}); the closed form's "
+                    "figure stands"
+                ) from error
             if len(_known) >= KNOWN:
                 del _known[next(iter(_known))]
             _known[key] = found

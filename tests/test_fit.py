@@ -1,0 +1,167 @@
+"""What fits where: every answer is held against the prediction that it stands for, and against its neighbour that must not fit."""
+
+import pytest
+
+from peftlab import RunSpec, SpecError, predict, resolve
+from peftlab.catalog.gpus import GPUS
+from peftlab.catalog.models import MODELS
+from peftlab.memory import cheapest_changes, closed_form, exact, fits, gpu_grid, largest, largest_model, storage
+from peftlab.memory.fit import CHANGES, CLUSTER
+from peftlab.spec import SETTINGS
+
+BILLION = 10**9
+ON = {"gpu": "h100-80gb"}
+RUNS = [
+    RunSpec(model="llama-3.1-8b", rank=16, **ON),
+    RunSpec(model="llama-3.1-8b", method="full", **ON),
+    RunSpec(model="gemma-3-270m", method="full", precision="bf16", batch_size=4, sequence_length=512, **ON),
+    RunSpec(model="llama-3.1-70b", method="lora", batch_size=16, sequence_length=4096, **ON),
+    RunSpec(model="llama-3.1-8b", method="qlora", batch_size=64, sequence_length=8192, **ON),
+    RunSpec(model="gpt2", method="houlsby", **ON),
+    RunSpec(model="mixtral-8x7b", method="full", **ON),
+]
+EACH_RUN = pytest.mark.parametrize("spec", RUNS, ids=lambda s: f"{s.model} {s.method or 'lora'}")
+
+
+def process(spec):
+    try:
+        return predict(spec).process
+    except SpecError:
+        return float("inf")
+
+
+def test_fits():
+    found = fits(30 * BILLION)
+    assert [f.gpu.key for f in found] == list(GPUS)
+    for fit in found:
+        assert (fit.n_gpus == 1) == (fit.gpu.memory_bytes >= 30 * BILLION)
+        assert (fit.n_gpus - 1) * fit.gpu.memory_bytes < 30 * BILLION <= fit.n_gpus * fit.gpu.memory_bytes
+    sizes = [f.gpu.memory_bytes for f in found]
+    assert sizes == sorted(sizes)
+
+
+@EACH_RUN
+def test_the_grid_is_what_predict_says(spec):
+    report = predict(spec)
+    frugal = spec.but(gradient_checkpointing=True)
+    shared = {(n, less): process((frugal if less else spec).but(n_gpus=n, sharding="fsdp")) for n in CLUSTER for less in (0, 1)}
+    for fit in gpu_grid(report):
+        room = fit.gpu.memory_bytes
+        assert fit.share == pytest.approx(report.process / room)
+        if report.process <= room:
+            assert (fit.n_gpus, fit.checkpointed) == (1, False)
+        elif process(frugal) <= room:
+            assert (fit.n_gpus, fit.checkpointed) == (1, True)
+        elif fit.n_gpus:
+            assert shared[fit.n_gpus, fit.checkpointed] <= room
+            assert not any(shared[n, fit.checkpointed] <= room for n in CLUSTER if n < fit.n_gpus)
+            assert not (fit.checkpointed and any(shared[n, 0] <= room for n in CLUSTER))
+        else:
+            assert min(shared.values()) > room
+
+
+def test_the_grid_has_every_answer():
+    found = [fit for spec in RUNS for fit in gpu_grid(predict(spec))]
+    assert {f.gpu.key for f in found} == set(GPUS) and len(found) == len(GPUS) * len(RUNS)
+    kinds = {(min(f.n_gpus, 2), f.checkpointed) for f in found}
+    assert kinds == {(1, False), (1, True), (2, False), (2, True), (0, False)}
+
+
+def test_the_grid_where_no_step_is_predicted():
+    report = predict(RunSpec(model="100B", method="full"), "12n")
+    assert gpu_grid(report) == fits(report.states)
+
+
+def test_the_grid_of_a_traced_run_uses_its_own_process(tiny_model):
+    report = exact(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64))
+    assert all(f.n_gpus == 1 and f.share == report.process / f.gpu.memory_bytes for f in gpu_grid(report))
+
+
+@EACH_RUN
+@pytest.mark.parametrize("setting", ["batch_size", "sequence_length"])
+def test_the_largest_fits_and_one_more_does_not(spec, setting):
+    form, about = closed_form(spec), SETTINGS[setting]
+    for gpu in GPUS.values():
+        found = largest(form, setting, gpu.memory_bytes)
+        if not found:
+            assert process(spec.but(**{setting: int(about.low)})) > gpu.memory_bytes
+            continue
+        assert about.low <= found <= about.high
+        assert process(spec.but(**{setting: found})) <= gpu.memory_bytes
+        assert found == about.high or process(spec.but(**{setting: found + 1})) > gpu.memory_bytes
+
+
+def test_nothing_at_all_has_no_largest():
+    assert largest(closed_form(RUNS[0]), "batch_size", 10**6) == 0 == largest(closed_form(RUNS[0]), "sequence_length", 10**6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "full"}, {"method": "qlora"}, {"method": "ia3"}, {"method": "bitfit"}], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("gpu", ["rtx-3060", "t4", "a100-40gb", "h100-80gb", "b200"])
+def test_the_largest_model_fits_and_no_larger_one_does(settings, gpu):
+    if gpu not in GPUS:
+        gpu = next(iter(GPUS))
+    spec, room = RunSpec(batch_size=1, sequence_length=512, **ON, **settings), GPUS[gpu].memory_bytes
+    found = largest_model(spec, room)
+    assert found and process(spec.but(model=found)) <= room
+    larger = [m for m in MODELS.values() if m.is_causal and (m.total_parameters or 0) > MODELS[found].total_parameters]
+    assert all(process(spec.but(model=m.key)) > room for m in larger)
+
+
+def test_no_model_fits_no_memory():
+    assert largest_model(RunSpec(**ON), 10**8) is None
+
+
+CHANGED = [
+    (RunSpec(model="llama-3.1-8b", rank=16, batch_size=8, sequence_length=1024, **ON), "rtx-4090"),
+    (RunSpec(model="llama-3.1-8b", method="full", **ON), "h100-80gb"),
+    (RunSpec(model="llama-3.1-8b", method="full", **ON), "rtx-4090"),
+    (RunSpec(model="gemma-3-270m", method="full", batch_size=16, sequence_length=2048, **ON), "rtx-4090"),
+    (RunSpec(model="llama-3.1-70b", rank=16, batch_size=4, sequence_length=1024, **ON), "h100-80gb"),
+    (RunSpec(model="smollm2-1.7b", method="full", precision="bf16", batch_size=1, sequence_length=128, **ON), "t4"),
+    (RunSpec(model="smollm2-1.7b", method="houlsby", batch_size=2, sequence_length=2048, **ON), "t4"),
+]
+
+
+@pytest.mark.parametrize("spec, gpu", CHANGED, ids=lambda v: v if isinstance(v, str) else f"{v.model} {v.method or 'lora'}")
+def test_the_cheapest_changes_do_and_fewer_do_not(spec, gpu):
+    from itertools import combinations
+
+    spec, room = resolve(spec), GPUS[gpu].memory_bytes
+    assert process(spec) > room
+    found, changed = cheapest_changes(spec, room)
+    assert process(changed) <= room and set(found) <= set(CHANGES) and len(set(found)) == len(found)
+    assert [CHANGES.index(c) for c in found] == sorted(CHANGES.index(c) for c in found)
+    for n in range(1, len(found) + 1):
+        for chosen in combinations(CHANGES, n):
+            if chosen == found:
+                return
+            changes = [c.apply(spec) for c in chosen]
+            if all(changes):
+                assert process(RunSpec(**spec.to_dict() | {k: v for c in changes for k, v in c.items()})) > room
+
+
+def test_every_change_is_somebodys_cheapest():
+    seen = {change.words for spec, gpu in CHANGED for change in cheapest_changes(resolve(spec), GPUS[gpu].memory_bytes)[0]}
+    assert seen == {change.words for change in CHANGES}
+
+
+def test_a_change_says_what_it_costs_and_keeps_the_rest():
+    spec = resolve(CHANGED[0][0])
+    found, changed = cheapest_changes(spec, GPUS["rtx-4090"].memory_bytes)
+    assert all(c.cost and c.words for c in CHANGES)
+    moved = {k for c in found for k in c.apply(spec)}
+    assert {k for k, v in changed.to_dict().items() if spec.to_dict().get(k) != v} <= moved
+    assert (changed.batch_size or 1) * (changed.accumulation or 1) == spec.batch_size * spec.accumulation
+
+
+def test_where_no_change_helps_there_is_none():
+    assert cheapest_changes(resolve(RunSpec(model="gpt3-175b", method="full", **ON)), GPUS["t4"].memory_bytes) is None
+
+
+def test_storage_is_16_bit():
+    disk = storage(predict(RunSpec(model="100B"), "8n", 500_000_000), 50)
+    assert (disk.tasks, disk.full, disk.adapters, disk.base) == (50, 10 * 10**12, 50 * BILLION, 200 * BILLION)
+    disk = storage(predict(RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj")), 3)
+    assert (disk.full, disk.adapters, disk.base) == (6 * 6_738_415_616, 6 * 4_194_304, 2 * 6_738_415_616)
