@@ -25,6 +25,7 @@ from peftlab.memory import (
     serve,
     storage,
 )
+from peftlab.memory.case import SYMBOLS
 
 VIEW = (50, 16, 2048, 2.5, round(100 * measured_utilisation(), 1))
 """Tasks to store, answers written at once, tokens each keeps, price of a GPU hour, and utilisation in percent."""
@@ -124,15 +125,33 @@ def derivation(form: ClosedForm) -> str:
             (
                 f'<span class="key {line.kind}"></span>{escape(line.name)}{note}',
                 f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>",
-                words.size(form.bytes_of(line)),
+                words.size(form.value(line.size)),
             )
         )
     spec = form.states.spec
-    legend = (
-        f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}; L layers, h hidden size, "
-        "N parameters. The bytes at the closed form's peak."
-    )
-    return f'<p class="note">{legend}</p>' + table(("component", "symbols, then numbers", "bytes"), rows, "derivation")
+    run = f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}"
+    written = " ".join(line.symbols for line in form.lines())
+    known = ", ".join(f"{symbol}: {meaning}" for symbol, meaning in SYMBOLS.items() if symbol in written)
+    legend = f'<p class="note">{run}; {escape(known)}. The bytes at the closed form’s peak, on one GPU.</p>'
+    return legend + table(("component", "symbols, then numbers", "bytes"), rows, "derivation") + _between_gpus(form)
+
+
+def _between_gpus(form: ClosedForm) -> str:
+    """What several GPUs, or the CPU's memory, add."""
+    if form.several is None:
+        return ""
+    spec, rows = form.states.spec, []
+    for buffer in form.several.buffers:
+        source = f"<br><small>{escape(buffer.source)}</small>"
+        rows.append(
+            (f"buffer{source}", f"<code>{escape(buffer.derivation)}</code>", words.size(form.value(buffer.size)))
+        )
+    sent, cpu = form.value(form.several.sent), form.value(form.several.in_cpu)
+    rows.append(("sent by each GPU in a step", "", words.size(sent)))
+    if cpu:
+        rows.append(("in the CPU's memory, for each GPU", "", words.size(cpu)))
+    head = (f"each of {spec.n_gpus} GPUs, {spec.sharding}", "formula", "bytes")
+    return table(head, rows, "derivation") + f'<p class="note">{escape(form.several.note)}</p>'
 
 
 def compute_and_disk(

@@ -351,11 +351,14 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from .bench import record_calculators, record_memory, record_train
+    from .bench.calculators import markdown
 
     if args.what == "memory":
         document = record_memory(args.out, args.at_once, lambda line: print(line, file=sys.stderr, flush=True))
     elif args.what == "calculators":
         document = record_calculators(args.out)
+        for comparison in () if args.json else document["comparisons"]:
+            print(markdown(comparison))
     else:
         document = record_train(_spec(args), args.out, args.adapter_out, _say)
     if args.json:

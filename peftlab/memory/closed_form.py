@@ -106,8 +106,9 @@ class ClosedForm:
         peak = max(self.moments, key=lambda name: total(self.moments[name].values()).value(*at))
         return tuple(line for line in derivation(self.states.spec) if peak in line.moments)
 
-    def bytes_of(self, line: Line) -> int:
-        return round(line.size.value(*self._at()))
+    def value(self, size: Polynomial) -> int:
+        """At the spec's own batch, length and rank."""
+        return round(size.value(*self._at()))
 
     def _at(self) -> tuple[int, int, int]:
         spec = self.states.spec
