@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -131,7 +132,11 @@ def derivation(form: ClosedForm) -> str:
     spec = form.states.spec
     run = f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}"
     written = " ".join(line.symbols for line in form.lines())
-    known = ", ".join(f"{symbol}: {meaning}" for symbol, meaning in SYMBOLS.items() if symbol in written)
+    known = ", ".join(
+        f"{symbol}: {meaning}"
+        for symbol, meaning in SYMBOLS.items()
+        if re.search(rf"(?<![^\W\d]){symbol}(?!\w)", written)
+    )
     legend = f'<p class="note">{run}; {escape(known)}. The bytes at the closed form’s peak, on one GPU.</p>'
     return legend + table(("component", "symbols, then numbers", "bytes"), rows, "derivation") + _between_gpus(form)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from . import architecture as architectures
 from . import tasks
 from .catalog.gpus import GPU, GPUS
 from .compare import BASE, ComparisonReport
@@ -141,6 +142,11 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
         found.append(
             "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast to "
             "the adapter's fp32."
+        )
+    experts = architectures.of(spec.model or "").facts
+    if experts.experts:
+        found.append(
+            f"All {experts.experts} experts of every layer weigh, though a token meets {experts.experts_per_token} of them."
         )
     if chosen.outside:
         found.append(
