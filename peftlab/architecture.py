@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -36,8 +37,8 @@ ROLES: dict[str, tuple[str, ...]] = {
 """What a linear layer does, by the names families give it. A fused projection has several roles, joined by +."""
 
 MOST_PARAMETERS = 10**14
-MOST_CALLS = 60_000
-"""Tensor operations in building one model: twice those of a thousand layers of Llama, and a few seconds."""
+BUILD_SECONDS = 5.0
+"""Known models take 0.1 s, and a thousand layers of Llama 2 s."""
 MOST_ON_CPU = 10**7
 """Elements of a tensor that is made on the CPU even so: XLNet's are."""
 LIMITS: tuple[tuple[str, float, int], ...] = (
@@ -54,7 +55,7 @@ IGNORED = {
     "transformers_version", "dtype", "torch_dtype", "name_or_path", "auto_map", "quantization_config",
     "compression_config", "attn_implementation", "experts_implementation", "use_kernels", "id2label", "label2id",
     "task_specific_params", "problem_type", "finetuning_task", "tokenizer_class", "model_max_length",
-    "initializer_range", "torchscript",
+    "initializer_range", "torchscript", "sinusoidal_embeddings",
 }  # fmt: skip
 """Says nothing about shapes, or names code to run. What transformers counts as a setting of generation is ignored too."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -308,7 +309,7 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     from transformers import CONFIG_MAPPING
 
     kind, values, whole = _text_model(config)
-    config_class = CONFIG_MAPPING[kind]
+    config_class: Any = CONFIG_MAPPING[kind]
     if isinstance(labels := values.get("id2label"), dict) and len(labels) != 2:
         values["num_labels"] = len(labels)
     defaults = {f.name: f.default for f in fields(config_class)}
@@ -369,8 +370,8 @@ def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
         low, high = next((low, high) for pattern, low, high in LIMITS if re.search(pattern, name))
         if not low <= value <= high:
             raise SpecError(
-                f"{shown(name)}={shown(value)}: {'at least 0 and ' if low == 0 else ''}at most {high:,} here; use the number of "
-                "the model's own config.json"
+                f"{shown(name)}={shown(value)}: {'at least 0 and ' if low == 0 else ''}at most {high:,} here; use the number "
+                "of the model's own config.json"
             )
     return value
 
@@ -406,7 +407,7 @@ def _check_heads(kind: str, values: Mapping[str, Any], parsed: Any) -> None:
 
 
 def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
-    """The transformers class to build: the config's own, else the one that writes or fills in text."""
+    """The class to build: the one that the config names, if it is a model of that config, else one that writes text."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
@@ -416,10 +417,10 @@ def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
     for name in [*(named if isinstance(named, list) else [])[:1], *(t.get(k) for k in (kind, whole) for t in tables)]:
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):  # and no function of that name
-            if cls.config_class and isinstance(parsed, cls.config_class):
-                return cls
+        cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if is_model and cls.config_class and isinstance(parsed, cls.config_class):
+            return cls
     part = "" if kind == whole else f" (the text model of {whole})"
     raise SpecError(
         f"model_type={kind}{part}: transformers builds no language model of it alone; name one such as llama"
@@ -449,19 +450,19 @@ def shown(value: Any, most: int = 40) -> str:
 
 
 def _bounded() -> Any:
-    """Counts what is done to tensors, and stops where a config asks for far more than any model."""
+    """Stops a build where a config asks for far more modules than any model, or for a large table on the CPU."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Bounded(TorchFunctionMode):
-        calls = 0
+    deadline = time.monotonic() + BUILD_SECONDS
 
+    class Bounded(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.calls += 1
-            real = args and isinstance(args[0], torch.Tensor) and not args[0].is_meta and args[0].numel() > MOST_ON_CPU
-            if self.calls > MOST_CALLS or real:
+            on_cpu = args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu"
+            if time.monotonic() > deadline or (on_cpu and args[0].numel() > MOST_ON_CPU):
                 raise SpecError(
-                    "this config makes far more modules or larger tables than any known model; check its layers and experts"
+                    f"this config takes more than {BUILD_SECONDS:g} s to build, or much memory, and known models take neither; "
+                    "check its layers, experts and positions"
                 )
             return func(*args, **(kwargs or {}))
 

@@ -120,8 +120,9 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
     if spec.method != "full" and b.total > a.total:
         more = batch - a.bytes["activations"] - a.bytes["logits"]
         found.append(
-            f"{name} needs more memory than full fine-tuning here. The reason: it saves {size(saved)} of gradients and "
-            f"optimizer states, and what it keeps for the backward pass grows by {size(more)}."
+            f"{name} needs more memory than full fine-tuning here. The reason: at the peak it spares "
+            f"{size(more - (b.total - a.total))} of weights, gradients and optimizer states, and keeps {size(more)} more for the "
+            "backward pass."
         )
     elif spec.method != "full" and saved > 0 and b.total > 0.75 * a.total:
         found.append(

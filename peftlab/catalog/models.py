@@ -129,9 +129,9 @@ def from_config(text: str) -> BaseModel:
     packed = zlib.compress(json.dumps(named, sort_keys=True, separators=(",", ":")).encode(), 9)
     key = CONFIG + base64.urlsafe_b64encode(packed).decode().rstrip("=")
     if len(key) > KEY_LENGTH:
-        largest = max(config, key=lambda field: len(json.dumps(config[field])))
+        largest = architecture.shown(max(config, key=lambda field: len(json.dumps(config[field]))))
         raise SpecError(
-            f"config.json: {len(key):,} characters when packed; a link holds {KEY_LENGTH:,}; leave out {architecture.shown(largest)}"
+            f"config.json: {len(key):,} characters when packed; a link holds {KEY_LENGTH:,}; leave out {largest}"
         )
     architecture.of(key)  # what only building it shows is refused here and not later
     return find(key)
