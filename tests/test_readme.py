@@ -60,3 +60,26 @@ def test_the_reason_for_amp_is_measured(precision):
     done = json.loads((ROOT / f"assets/measured/precision-full-{precision}-h100.json").read_text())["events"][-1]
     source = (ROOT / "peftlab/resolve.py").read_text(encoding="utf-8")
     assert f"{words.score(done['eval']['after']['exact_match'])} in {precision}" in source
+
+
+def test_how_exact_the_memory_is_comes_from_the_recording():
+    found = [row for row in memory_rows() if "error" not in row]
+    for quantity in ("peak_allocated_bytes", "peak_reserved_bytes"):
+        errors = [row["predicted"][quantity] / row["measured"][quantity] - 1 for row in found]
+        said = f"{sum(map(abs, errors)) / len(errors):.2%}", f"{max(errors, key=abs):+.2%}"
+        assert all(text in README for text in said), (quantity, said)
+    assert f"{len(found)} steps of {len({r['spec']['model'] for r in found})} models" in README
+
+
+def memory_rows():
+    return json.loads((ROOT / "assets/measured/memory-h100.json").read_text())["rows"]
+
+
+def test_other_calculators_are_quoted_from_the_recording():
+    comparison = json.loads((ROOT / "assets/measured/calculators.json").read_text())["comparisons"][0]
+    for line in comparison["table"]:
+        if line["group"] == "all" and line["covered"] and line["quantity"] != "process":
+            version = "" if line["version"] == "this tree" else " " + line["version"]
+            errors = f"{line['mean_absolute_error']:.1%} | {line['worst_error']:+.1%}"
+            row = f"| {line['tool']}{version} | {line['quantity']} | {line['covered']} of {line['rows']} | {errors} |"
+            assert row in README

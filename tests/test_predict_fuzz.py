@@ -1,0 +1,154 @@
+"""Ten thousand specs, sound and unsound: a prediction that holds together, or an error of ours that says what is wrong."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peftlab import RunSpec, SpecError, predict
+from peftlab.__main__ import main
+from peftlab.catalog.gpus import GPUS
+from peftlab.catalog.models import MODELS
+from peftlab.memory import CONVENTIONS
+from peftlab.memory.report import KINDS
+from peftlab.methods import METHODS
+from peftlab.spec import SETTINGS
+
+NUMBERS = st.one_of(
+    st.integers(1, 64), st.sampled_from([128, 512, 2048, 8192, 65536, 10_000_000]), st.sampled_from([0, -1, 2**31, 10**30]),
+    st.sampled_from([0.5, 1e-9, 1e300, float("nan"), float("inf")]),
+)  # fmt: skip
+WRONG = st.sampled_from(["", " ", "x", "nosuch", "8", "1e3", "True", [], {}, ("a",), b"", object, "é\0", "-", "../.."])
+NAMES = {
+    "model": [*MODELS, "7B", "100B", "1.5k", "0B", "999999T", "gpt-2", "/nowhere", "llama"],
+    "method": [*METHODS, "LoRA", "lorra"],
+    "gpu": [*GPUS, "h100"],
+    "target_modules": ["all-linear", "query,value", "q_proj,v_proj", "c_attn", "down", "nothing", ",", "q_proj,,"],
+    "layers": ["all", "first:4", "last:4", "0-3,7", "first:1000", "99", "3-1", "-", "last:0", "0-999999999"],
+    "task": ["ticket", "voice", "intent", "tickets"],
+}
+
+
+def sound(name):
+    """Values that the setting takes on its own."""
+    about = SETTINGS[name]
+    if about.choices or name in NAMES:
+        return st.sampled_from(about.choices or [n for n in NAMES[name] if n not in ("0B", "999999T")])
+    if about.type is bool:
+        return st.booleans()
+    low, high = about.low or about.above or 0, min(about.high or 64, 8192 if name == "sequence_length" else 64)
+    return st.integers(max(1, int(low)), int(high)) if about.type is int else st.floats(max(low, 1e-6), min(high, 1.0))
+
+
+def value(name):
+    """Sound nine times in ten."""
+    anything = st.one_of(NUMBERS, st.sampled_from(NAMES[name]) if name in NAMES else WRONG, WRONG, st.none())
+    return st.integers(0, 9).flatmap(lambda n: sound(name) if n else anything)
+
+
+SEVERAL = st.sampled_from([{}, {}, {}, {"n_gpus": 8, "sharding": "fsdp"}, {"n_gpus": 4, "sharding": "zero2", "offload": "optimizer"}])
+FEW = st.lists(st.sampled_from(sorted(set(SETTINGS) - {"model", "method"})), max_size=8, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: value(name) for name in ("model", "method", *names)})
+)
+RUNS = st.tuples(FEW, SEVERAL).map(lambda pair: pair[0] | pair[1])
+found = Counter()
+
+
+def holds_together(report):
+    assert report.states == report.weights + report.gradients + report.optimizer
+    assert min(report.frozen_weights, report.trainable_weights, report.gradients, report.optimizer, report.outside, report.cpu) >= 0
+    for moment in report.moments:
+        assert set(moment.bytes) <= set(KINDS) and min(moment.bytes.values()) >= 0, moment
+        assert moment.total == sum(moment.bytes.values()) <= report.allocated
+    if report.moments:
+        assert report.allocated == report.peak.total == sum(report.peak.bytes.values())
+        assert report.allocated <= report.reserved < report.process == report.needed
+    else:
+        assert report.allocated is report.reserved is report.process is None and report.needed == report.states
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["states_bytes"] == report.states and data["peak_allocated_bytes"] == report.allocated
+
+
+def grows(spec, report):
+    """Twice the examples, the tokens or the rank never takes less."""
+    for name in ("batch_size", "sequence_length", "rank"):
+        old = getattr(report.spec, name)
+        if old is None:
+            continue
+        try:
+            more = predict(spec.but(**{name: 2 * old}))
+        except SpecError:
+            continue
+        assert more.allocated >= report.allocated, (name, old)
+
+
+@settings(max_examples=10_000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(values=RUNS, convention=st.sampled_from(["exact"] * 8 + [*CONVENTIONS, "13n"]), trainable=st.sampled_from([None, None, 10**6]))
+def test_any_spec_is_predicted_or_refused(values, convention, trainable):
+    try:
+        spec = RunSpec.from_dict(values)
+        report = predict(spec, convention, trainable)
+    except SpecError as error:
+        assert str(error) and "\n" not in str(error)
+        found["refused"] += 1
+        return
+    found["a step" if report.moments else "states"] += 1
+    found[report.spec.method] += 1
+    holds_together(report)
+    if report.moments:
+        grows(spec, report)
+
+
+def test_enough_of_them_were_predicted():
+    if not found:
+        pytest.skip("the fuzz did not run")
+    assert found["a step"] > 1500 and found["states"] > 300 and found["refused"] > 1000, found
+    assert all(found[method] for method in METHODS), found
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(values=RUNS, json_too=st.booleans())
+def test_any_command_line_ends_with_0_or_2(values, json_too, capsys_of_all):
+    argv = ["memory", "--json"] if json_too else ["memory"]
+    for name, given_value in values.items():
+        if isinstance(given_value, bool):
+            argv.append(f"--{'' if given_value else 'no-'}{name.replace('_', '-')}")
+        elif given_value is not None:
+            argv += [f"--{name.replace('_', '-')}", str(given_value)]
+    status = main(argv)
+    out, err = capsys_of_all.readouterr()
+    assert status in (0, 2) and "Traceback" not in err
+    if status == 2:
+        assert out == "" and len(err.splitlines()) == 1
+    elif json_too:
+        assert json.loads(out)["spec"]["model"]
+
+
+@pytest.fixture(scope="module")
+def capsys_of_all():
+    """`capsys` is a function's own, and Hypothesis calls one function many times."""
+    import contextlib
+    import io
+
+    class Both:
+        def __enter__(self):
+            self.out, self.err = io.StringIO(), io.StringIO()
+            self.stack = contextlib.ExitStack()
+            self.stack.enter_context(contextlib.redirect_stdout(self.out))
+            self.stack.enter_context(contextlib.redirect_stderr(self.err))
+            return self
+
+        def readouterr(self):
+            texts = self.out.getvalue(), self.err.getvalue()
+            for stream in (self.out, self.err):
+                stream.seek(0)
+                stream.truncate()
+            return texts
+
+        def __exit__(self, *_):
+            self.stack.close()
+
+    with Both() as both:
+        yield both
