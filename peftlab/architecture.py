@@ -60,6 +60,8 @@ IGNORED = {
 """Says nothing about shapes, or names code to run. What transformers counts as a setting of generation is ignored too."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """All are 0 here: a class's own may lie outside a config's vocabulary, which transformers refuses."""
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Without these there is no text model with attention; transformers knows how each family calls them."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
@@ -319,8 +321,17 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
         if (name in defaults or not hasattr(config_class, name) or isinstance(getattr(config_class, name), property))
         and (value is not None or defaults.get(name) is not None)  # null is no window, where the default is one
     }
+    for name in NEEDED:
+        for own in {name, config_class.attribute_map.get(name, name)} & set(values):
+            _check_count(own, values[own])
     parsed = config_class(**values, **{name: 0 for name in TOKENS if name in defaults})
-    _check_heads(kind, values, parsed)
+    for name in NEEDED:
+        if _get(parsed, name) is None:
+            raise SpecError(
+                f"{name} is missing: {kind} has none, and text models with attention are counted here; try llama"
+            )
+        _check_count(name, _get(parsed, name))
+    _check_heads(values, parsed)
     cls = _model_class(kind, values.get("architectures"), parsed, whole)
     return {**values, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
 
@@ -383,16 +394,15 @@ def _ignored() -> frozenset[str]:
     return frozenset(GenerationConfig().to_dict()) | IGNORED
 
 
-def _check_heads(kind: str, values: Mapping[str, Any], parsed: Any) -> None:
-    """Raises SpecError where the numbers that every text model has are missing or do not fit each other."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        value = _get(parsed, name)
-        if value is None:
-            raise SpecError(
-                f"{name} is missing: {kind} has none, and text models with attention are counted here; try llama"
-            )
-        if type(value) is not int or value < 1:
-            raise SpecError(f"{name}={shown(value)}: a model has at least 1; use the number of its own config.json")
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise SpecError(
+            f"{name}={shown(repr(value))}: this is a whole number of at least 1; use that of the model's own config.json"
+        )
+
+
+def _check_heads(values: Mapping[str, Any], parsed: Any) -> None:
+    """Raises SpecError where heads do not divide what they share."""
     hidden, heads = parsed.hidden_size, _get(parsed, "num_attention_heads")
     kv_heads = heads if (given := _get(parsed, "num_key_value_heads")) is None else given
     sizes = {_get(parsed, name) for name in HEAD_SIZES} - {None, hidden // heads}
@@ -445,7 +455,7 @@ def _in_words(config: Mapping[str, Any]) -> Iterator[None]:
 
 def shown(value: Any, most: int = 40) -> str:
     """A value from a config as one short line that can be printed."""
-    text = " ".join(str(value).encode(errors="replace").decode().split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -178,7 +178,7 @@ def _from_file(model: str, path: Path) -> BaseModel:
         with file.open("rb") as opened:
             text = opened.read(FILE_BYTES + 1)
         if len(text) > FILE_BYTES:
-            raise SpecError("it is larger than 1 MB")
+            raise SpecError("it is larger than 1 MB; name the model's folder")
         config = _read(text)[1]
     except (OSError, SpecError) as error:
         raise SpecError(f"model={model}: {file} is not a model's config.json ({error})") from None

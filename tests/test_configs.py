@@ -1,0 +1,426 @@
+"""Any config.json is a model or is refused in words, fast; the Hub answers within 5 s or is said not to."""
+
+import base64
+import json
+import re
+import socket
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import CONFIGS, GPT2, LLAMA
+
+from demos import page
+from peftlab import RunSpec, SpecError, architecture
+from peftlab.catalog import models
+from peftlab.catalog.models import MODELS
+
+VISION = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "vision_config": {"depth": 10**9},
+}
+
+
+def pasted(config, **changes):
+    return models.from_config(json.dumps({**config, **changes}))
+
+
+def refused(work, *args, **kwargs):
+    """The one line that `work` is refused with, within two seconds."""
+    start = time.monotonic()
+    with pytest.raises(SpecError) as refusal:
+        work(*args, **kwargs)
+    assert time.monotonic() - start < 2
+    said = str(refusal.value)
+    assert "\n" not in said and len(said) < 600 and "; " in said  # what is wrong; what to do
+    return said
+
+
+def packed(config) -> str:
+    code = base64.urlsafe_b64encode(zlib.compress(json.dumps(config).encode(), 9)).decode()
+    return "config:" + code.rstrip("=")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """The families' code is imported, so that what is timed is the work itself."""
+    for config in CONFIGS.values():
+        architecture.build(config)
+
+
+@pytest.mark.parametrize(
+    "key", ["llama-3.1-8b", "gemma-3-270m", "mixtral-8x7b", "gpt2", "opt-350m", "phi-3-mini", "t5-base"]
+)
+def test_a_pasted_config_counts_as_the_catalogues_own(key):
+    own = MODELS[key]
+    entry = pasted(own.config, _name_or_path="some/Where-7B", torch_dtype="bfloat16", quantization_config={"bits": 4})
+    assert entry == models.find(entry.key) and entry.name == "Where-7B" and entry.is_causal == own.is_causal
+    models._from_key.cache_clear()
+    models._read.cache_clear()
+    assert architecture.of(entry.key) == architecture.of(key)
+
+
+def test_the_key_travels_in_a_link_and_from_a_visitor():
+    spec = RunSpec(model=pasted(LLAMA).key)
+    assert len(spec.model) < 400 and RunSpec.from_query(spec.to_query()) == spec
+    assert page.public({"model": spec.model}) == spec
+
+
+def test_what_says_nothing_about_shapes_leaves_the_key_alone():
+    noise = {
+        "dtype": "float16", "torch_dtype": None, "transformers_version": "4.1", "eos_token_id": [1, 2], "bos_token_id": -1,
+        "pad_token_id": 10**6, "auto_map": {"AutoConfig": "a--b.C"}, "temperature": 0.1, "_attn_implementation": "x/y",
+        "attn_implementation": "kernels-community/flash-attn", "rope_scaling": None, "use_cache": True, "to_dict": 3,
+    }  # fmt: skip
+    assert pasted(LLAMA, **noise) == pasted(LLAMA)
+    assert pasted(LLAMA, **noise).config == architecture.normal(LLAMA)
+
+
+def test_a_name_is_the_last_part_or_the_family():
+    assert pasted(LLAMA).name == "llama from config.json"
+    assert pasted(LLAMA, _name_or_path="C:\\models\\mine\\").name == "mine"
+    assert pasted(LLAMA, _name_or_path="a/<b>\ud800x").name == "bx"
+    assert pasted(LLAMA, _name_or_path=5).name == "llama from config.json"
+
+
+def test_null_is_kept_where_it_is_not_the_default():
+    mistral = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    assert architecture.of(pasted(mistral, sliding_window=None).key).facts.window == 0
+    assert architecture.of(pasted(mistral).key).facts.window == 4096
+
+
+def test_a_config_that_names_no_class_gets_its_familys():
+    nameless = {name: value for name, value in LLAMA.items() if name != "architectures"}
+    assert (
+        pasted(nameless)
+        == pasted(LLAMA)
+        == pasted(LLAMA, architectures=["pipeline"])
+        == pasted(LLAMA, architectures=[])
+    )
+    assert pasted(LLAMA).is_causal
+    assert pasted({"model_type": "bert"}).config["architectures"] == ["BertForMaskedLM"]
+
+
+def test_of_a_multimodal_config_the_text_model_counts():
+    text = {name: value for name, value in CONFIGS["gemma3"].items() if name not in ("architectures", "model_type")}
+    entry = pasted(VISION, text_config=text)
+    assert architecture.of(entry.key) == architecture.build(CONFIGS["gemma3"]) and entry.is_causal
+    llava = {"model_type": "llava", "tie_word_embeddings": True, "text_config": {**LLAMA}}
+    del llava["text_config"]["tie_word_embeddings"]
+    assert architecture.of(pasted(llava).key) == architecture.build(CONFIGS["llama-tied"])
+
+
+def test_a_layer_that_differs_from_the_others_is_counted_as_it_is():
+    shape = architecture.build({
+        "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 0,
+    })  # fmt: skip
+    assert {m.d_out for m in shape.modules if m.short_name == "q_proj"} == {64, 128} and shape.facts.head_size == 16
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 60_000, "not JSON"),
+        ('{"hidden_size": ' + "9" * 5000 + "}", "not JSON"),
+        ("[1]", "an object, not a list"),
+        ("null", "an object, not a NoneType"),
+        ("{}", "model_type is missing"),
+        ('{"model_type": 5}', "model_type is missing"),
+        ('{"model_type": ""}', "model_type is missing"),
+        (" " * 70_000, "at most 64 kB"),
+    ],
+)
+def test_a_text_that_is_no_config(text, said):
+    assert said in refused(models.from_config, text)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model_type": "lama"}, "model_type=lama: .* llama"),
+        ({"model_type": "x\ny\ud800" * 50}, "model_type=x y"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}, "never runs"),
+        ({"model_type": "vit"}, "no language model of it"),
+        ({"model_type": "gemma3"}, "text_config is missing"),
+        ({"model_type": "gemma3", "text_config": 5}, "text_config is missing"),
+        ({"model_type": "llava", "text_config": {"hidden_size": 64}}, "model_type=missing"),
+        ({"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 64}}, "text model of qwen2_5_vl"),
+        ({"num_attention_heads": 5}, "multiple of the number of attention heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3: .*try 4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_key_value_heads": [2, 2, 2]}, "num_key_value_heads"),
+        *[({n: v}, re.escape(f"{n}={v!r}: ")) for n in architecture.NEEDED for v in (0, -1, "64", True, None, 2.5, [64], {"a": 1})],
+        ({"num_key_value_heads": "2"}, "expected int"),
+        ({"intermediate_size": -1}, "intermediate_size=-1: at least 0"),
+        ({"intermediate_size": 1.5}, "intermediate_size"),
+        ({"num_attention_heads": 100_001}, "num_attention_heads=100001: .*at most 100,000"),
+        ({"num_hidden_layers": 1001}, "num_hidden_layers=1001: .*at most 1,000"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers=10*: "),
+        ({"vocab_size": 10_000_001}, "vocab_size=10000001: .*at most 10,000,000"),
+        ({"num_labels": 10**9}, "num_labels=1000000000"),
+        ({"hidden_size": 10**9}, "hidden_size=1000000000"),
+        ({"hidden_size": 2**20, "intermediate_size": 10**8, "num_attention_heads": 4}, "953,615,085,731,840 parameters"),
+        ({"model_type": "mixtral", "num_local_experts": 10_001}, "num_local_experts=10001: .*at most 10,000"),
+        ({"hidden_act": "nosuch"}, "KeyError"),
+        ({"rope_scaling": {"rope_type": "nosuch", "factor": 2.0}}, "nosuch"),
+        ({"layer_types": ["full_attention"]}, "num_hidden_layers"),
+        ({"deep": [[[[[[[[[[1]]]]]]]]]]}, "nested"),
+        ({"get_text_config\n": 10**12}, "get_text_config=1000000000000"),
+        ({"model_type": "nllb-moe", "num_experts": 9999, "encoder_layers": 999, "encoder_sparse_step": 1}, "5 s|much memory"),
+        ({f"note_{i}": zlib.crc32(b"%d" % i) % 10**8 for i in range(1500)}, "a link holds 8,192"),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_model(changes, said, monkeypatch):
+    monkeypatch.setattr(architecture, "BUILD_SECONDS", 1.0)
+    message = refused(pasted, LLAMA, **changes)
+    assert re.search(said, message), message
+
+
+@pytest.mark.parametrize(
+    "kind, missing",
+    [
+        ("mamba", "num_attention_heads"),
+        ("vit", "vocab_size"),
+        ("encoder-decoder", "hidden_size"),
+        ("gemma3", "text_config"),
+    ],
+)
+def test_a_kind_that_has_no_such_numbers(kind, missing):
+    assert f"{missing} is missing" in refused(models.from_config, json.dumps({"model_type": kind}))
+
+
+@pytest.mark.parametrize("name", ["n_embd", "n_layer", "n_head", "hidden_size"])
+def test_a_familys_own_names_are_checked_too(name):
+    assert f"{name}=0: " in refused(pasted, GPT2, **{name: 0})
+
+
+def test_nothing_is_built_before_the_numbers_are_checked(monkeypatch):
+    monkeypatch.setattr(architecture, "_bounded", lambda: pytest.fail("a model is being built"))
+    for changes in ({"n_layer": 10**6}, {"n_head": 7}, {"vocab_size": 0}, {"n_embd": "64"}, {"model_type": "mamba"}):
+        refused(architecture.build, {**GPT2, **changes})
+
+
+@pytest.mark.parametrize("count", ["1000000T", "101T", "9" * 400 + "B", "0B", "0.0001K"])
+def test_a_bare_count_has_limits(count):
+    assert "100T" in refused(models.find, count)
+
+
+def test_the_largest_counts_pass():
+    assert (
+        models.find("100T").total_parameters == architecture.MOST_PARAMETERS
+        and models.find("0.001K").total_parameters == 1
+    )
+
+
+def bomb() -> str:
+    return "config:" + base64.urlsafe_b64encode(zlib.compress(b" " * 6_000_000, 9)).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "config:",
+        "config:!",
+        "config:é",
+        "config:abcd",
+        "config:" + "A" * 100_000,
+        pasted(LLAMA).key[:-8],
+        bomb(),
+        packed([1]),
+        packed({}),
+        packed({**LLAMA, "num_hidden_layers": 10**9}),
+        packed({**LLAMA, "model_type": "mine"}),
+    ],
+    ids=lambda key: key[:20],
+)
+def test_a_key_that_is_damaged_or_hostile(key):
+    assert len(bomb()) < models.KEY_LENGTH
+    said = refused(models.find, key)
+    assert len(said) < 300
+
+
+def test_a_key_that_somebody_made_runs_through_the_same_checks():
+    entry = models.find(
+        packed({**LLAMA, "attn_implementation": "a/b", "_name_or_path": "<script>", "pad_token_id": 10**9})
+    )
+    assert entry.config == architecture.normal(LLAMA) and entry.name == "script"
+
+
+@pytest.mark.parametrize(
+    "model", ["config:../x", "config:", "config:" + "A" * 9000, "x" * 5000, f"{'x' * 5000}/y", "config:a/b"]
+)
+def test_a_visitor_names_no_more_than_before(model):
+    with pytest.raises(SpecError, match="no such model"):
+        page.public({"model": model})
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ("[]", "an object"),
+        ('{"model_type": "lama"}', "llama"),
+        (json.dumps({**LLAMA, "vocab_size": 0}), "vocab_size=0"),
+    ],
+)
+def test_a_file_runs_through_the_same_checks(tmp_path, config, said):
+    (tmp_path / "config.json").write_text(config)
+    message = refused(models.find, str(tmp_path))
+    assert said in message and "not a model's config.json" in message
+
+
+def test_a_file_may_be_large_but_not_huge(tmp_path):
+    labels = {str(i): f"LABEL_{i}" for i in range(5000)}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "id2label": labels}))
+    assert architecture.of(str(tmp_path)) == architecture.build(LLAMA)
+    (tmp_path / "config.json").write_bytes(b" " * 2_000_000)
+    assert "1 MB" in refused(models.find, str(tmp_path))
+
+
+VALUES = st.one_of(
+    st.integers(-3, 70),
+    st.sampled_from([101, 1001, 10**5, 10**7, 10**9, 2**63, 10**30]),
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=8) | st.integers(0, 4),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=6,
+    ),
+)
+FIELDS = sorted({name for config in CONFIGS.values() for name in config} | {
+    "head_dim", "hidden_act", "rope_scaling", "rope_parameters", "rope_theta", "layer_types", "text_config", "attention_bias",
+    "sliding_window", "num_experts", "max_window_layers", "n_inner", "attention_dropout", "id2label", "per_layer_config",
+    "_name_or_path", "attribute_map", "sub_configs", "__class__", "__dict__", "self", "name",
+})  # fmt: skip
+
+
+@settings(max_examples=300, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
+def test_any_change_of_a_config_makes_a_model_or_is_refused(family, changes):
+    try:
+        entry = pasted(CONFIGS[family], **changes)
+    except SpecError as refusal:
+        assert "\n" not in str(refusal) and str(refusal).isprintable()
+    else:
+        assert architecture.of(entry.key).total_parameters > 0
+        assert models.find(entry.key) == entry and page.public({"model": entry.key}).model == entry.key
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Points the Hub at a server of the test's own, with nothing remembered and nothing cached."""
+
+    def at(port):
+        url = f"http://127.0.0.1:{port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        models._asked.cache_clear()
+
+    yield at
+    models._asked.cache_clear()
+
+
+@pytest.fixture
+def answers(hub):
+    """A Hub that answers every request with `answers.status`, `answers.code` and `answers.body`, and counts them."""
+
+    class Answer(BaseHTTPRequestHandler):
+        status, code, body, asked = 200, "", b"{}", 0
+
+        def do_HEAD(self):
+            Answer.asked += 1
+            self.send_response(self.status)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{zlib.crc32(self.body)}"')
+            self.send_header("Content-Length", str(len(self.body)))
+            if self.code:
+                self.send_header("X-Error-Code", self.code)
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(self.body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub(server.server_port)
+    yield Answer
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_config_from_the_hub(answers):
+    answers.body = json.dumps(LLAMA).encode()
+    assert architecture.of("some/one") == architecture.build(LLAMA)
+    asked = answers.asked
+    assert models.find("some/one").hub_id == "some/one" and answers.asked == asked  # a minute long
+    models._asked.cache_clear()
+    answers.status = 500  # what was fetched before still counts
+    assert models.find("some/one").config == architecture.normal(LLAMA)
+
+
+@pytest.mark.parametrize(
+    "status, code, body, said",
+    [
+        (404, "RepoNotFound", b"", "no such model"),
+        (401, "RepoNotFound", b"", "no such model"),
+        (403, "GatedRepo", b"", "is gated; .*hf auth login"),
+        (404, "EntryNotFound", b"", "no config.json"),
+        (500, "", b"", "could not be asked"),
+        (200, "", b"<html>", "makes no model here .*not JSON"),
+        (200, "", b'{"model_type": "mine", "auto_map": {}}', "never runs"),
+        (200, "", b" " * 2_000_000, "2,000,000 bytes"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_and_remembered(answers, status, code, body, said):
+    answers.status, answers.code, answers.body = status, code, body
+    assert re.search(said, refused(models.find, "some/one"))
+    asked = answers.asked
+    assert refused(models.find, "some/one") and answers.asked == asked
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_hub_that_does_not_answer(hub, monkeypatch, drips):
+    assert models.HUB_SECONDS <= 5
+    monkeypatch.setattr(models, "HUB_SECONDS", 1.0)
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            with server.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+                while not stop.wait(0.2):
+                    connection.sendall(b"x")
+
+        if drips:
+            threading.Thread(target=drip, daemon=True).start()
+        hub(server.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(SpecError, match="did not answer in 5 s; paste its config.json"):
+            models.find("some/one")
+        assert 0.9 < time.monotonic() - start < 2
+        start = time.monotonic()
+        with pytest.raises(SpecError, match="did not answer"):  # the second slider move does not wait
+            models.find("some/one")
+        assert time.monotonic() - start < 0.1
+        stop.set()
+
+
+def test_offline_is_said(hub, monkeypatch):
+    hub(9)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused(models.find, "some/one")

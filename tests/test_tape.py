@@ -1,0 +1,151 @@
+"""A trace unrolled from a few layers is, moment by moment, the trace of the whole model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import CONFIGS, LLAMA
+
+from peftlab import RunSpec, resolve
+from peftlab.memory import trace
+from peftlab.memory.allocator import MIB
+from peftlab.memory.report import KINDS
+from peftlab.memory.tape import BEFORE, GIVE, NAME, WORKSPACE, Entry, Player, unroll
+from peftlab.optimizers import OPTIMIZERS
+
+DEPTH = 12
+GEMMA = CONFIGS["gemma3"] | {"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2}
+MOE = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
+DEEP = {
+    "llama": LLAMA,
+    "gemma3": GEMMA,
+    "gpt2": CONFIGS["gpt2"],
+    "opt": CONFIGS["opt"],
+    "qwen2": CONFIGS["qwen2"],
+    "qwen3": LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
+    "olmoe": LLAMA | {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"} | MOE,
+}
+CASES = [
+    *((family, {"method": "full"}) for family in DEEP),
+    *((family, {"gradient_checkpointing": True}) for family in ("llama", "gemma3", "opt", "olmoe")),
+    *(("llama", {"method": method}) for method in ("lora", "ia3", "ln", "head", "last-block", "prefix", "houlsby")),
+    ("gpt2", {"method": "dora"}),
+    ("gpt2", {"method": "houlsby", "gradient_checkpointing": True}),
+    ("qwen3", {"method": "ln", "gradient_checkpointing": True}),
+    ("llama", {"layers": "last:4"}),
+    ("llama", {"layers": "0-3,7", "gradient_checkpointing": True}),
+    ("gemma3", {"layers": "last:4", "method": "ia3"}),
+    ("gemma3", {"layers": "0-3,7", "method": "houlsby"}),
+    ("llama", {"method": "full", "accumulation": 3}),
+    ("llama", {"method": "full", "precision": "amp"}),
+    ("llama", {"quantization": "nf4", "method": "ia3"}),
+    *(("llama", {"method": "ln", "optimizer": name}) for name in OPTIMIZERS if name not in ("adamw", "adafactor")),
+    ("gpt2", {"method": "full", "optimizer": "adamw-8bit"}),
+]
+
+
+def the_whole(kinds):
+    return list(range(len(kinds))), list(range(len(kinds)))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Family → a config.json of 12 layers."""
+    paths = {}
+    for name, config in DEEP.items():
+        file = tmp_path_factory.mktemp(name) / "config.json"
+        file.write_text(json.dumps(config | {"n_layer" if "n_layer" in config else "num_hidden_layers": DEPTH}))
+        paths[name] = str(file)
+    return paths
+
+
+def both(spec, monkeypatch):
+    """The trace of a shallow copy, unrolled, and that of all layers."""
+    spec = resolve(spec)
+    monkeypatch.setattr(trace, "_known", {})
+    short = trace.trace(spec)
+    monkeypatch.setattr(trace, "_known", {})
+    monkeypatch.setattr(trace, "_shorten", the_whole)
+    return short, trace.trace(spec)
+
+
+@pytest.mark.parametrize("family, settings", CASES, ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v.values())))
+def test_unrolled_is_the_whole(family, settings, deep, monkeypatch):
+    spec = {"method": "lora", "precision": "bf16", "batch_size": 2, "sequence_length": 40, "gpu": "h100-80gb"} | settings
+    short, whole = both(RunSpec(model=deep[family], **spec), monkeypatch)
+    assert [(m.phase, m.part) for m in short.moments] == [(m.phase, m.part) for m in whole.moments]
+    for ours, theirs in zip(short.moments, whole.moments, strict=True):
+        assert ours == theirs
+    assert (short.after, short.reserved, short.depth) == (whole.after, whole.reserved, DEPTH)
+
+
+def test_adafactors_temporaries_are_nearly_those_of_the_whole(deep, monkeypatch):
+    """Its updates live from one parameter to the next, and the last of a shallow model is not the last of a deep one."""
+    spec = RunSpec(model=deep["llama"], method="full", optimizer="adafactor", batch_size=2, sequence_length=40)
+    short, whole = both(spec, monkeypatch)
+    assert (short.moments[:-1], short.after, short.reserved) == (whole.moments[:-1], whole.after, whole.reserved)
+    ours, theirs = short.moments[-1], whole.moments[-1]
+    assert ours.total == pytest.approx(theirs.total, rel=0.01)
+    assert replace(ours, bytes={**ours.bytes, "temporaries": 0}) == replace(theirs, bytes={**theirs.bytes, "temporaries": 0})
+
+
+def test_a_trace_records_few_layers(deep, monkeypatch):
+    seen = []
+    record = trace._record
+    monkeypatch.setattr(trace, "_known", {})
+    monkeypatch.setattr(trace, "_record", lambda *args: seen.append(args[2]) or record(*args))
+    trace.trace(resolve(RunSpec(model=deep["llama"], batch_size=1, sequence_length=16)))
+    assert seen == [[0, 1, 2, 10, 11]]
+
+
+def entries(*rows):
+    return [Entry(key, size, kind, part) for key, size, kind, part in rows]
+
+
+def test_unrolling_repeats_a_layers_entries():
+    """Three layers recorded, the middle one copied: each keeps one tensor forward and frees it backward."""
+    forward = entries(("e", 8, "activations", BEFORE), *((f"a{i}", 10 + i, "activations", i) for i in range(3)))
+    backward = entries(*((f"a{i}", GIVE, "", i) for i in (2, 1, 0)), ("e", GIVE, "", BEFORE))
+    copies, homes = [0, 1, 1, 1, 2], {}
+    up = unroll("forward", forward, copies, 3, homes)
+    down = unroll("backward", backward, copies, 3, homes)
+    assert [(e.size, e.part) for e in up] == [(8, -1), (10, 0), (11, 1), (11, 2), (11, 3), (12, 4)]
+    assert len({e.key for e in up}) == 6
+    assert [e.key for e in down] == [e.key for e in reversed(up)] and {e.size for e in down} == {GIVE}
+    assert [e.part for e in down] == [4, 3, 2, 1, 0, -1]
+
+
+def test_unrolling_finds_a_neighbours_tensor():
+    """What the layer before made and this one frees."""
+    tape = entries(("a0", 5, "activations", 0), ("a1", 5, "activations", 1), ("a0", GIVE, "", 1), ("a2", 5, "activations", 2), ("a1", GIVE, "", 2))
+    found = unroll("forward", tape, [0, 1, 1, 2], 3, {})
+    player = Player(0)
+    player.play(found, "forward")
+    assert player.live["activations"] == 512 and player.total == 512
+
+
+def test_unrolling_to_the_same_depth_changes_nothing_but_names():
+    tape = entries(("a", 5, "activations", 0), ("b", 6, "logits", 1), ("a", NAME, "gradients", 1), ("b", GIVE, "", 2))
+    found = unroll("forward", tape, [0, 1], 2, {})
+    assert [(e.size, e.kind, e.part) for e in found] == [(e.size, e.kind, e.part) for e in tape]
+
+
+def test_the_player_counts_by_kind_and_keeps_the_highest():
+    player = Player(32 * MIB)
+    moments = player.play(
+        entries(("w", 1000, "activations", -1), ("w", NAME, "frozen_weights", -1), ("x", 600, "activations", 0), ("x", GIVE, "", 0),
+                ("y", 100, "logits", 0), ("c", WORKSPACE, "workspace", 1)), "forward",
+    )  # fmt: skip
+    assert [(m.phase, m.part) for m in moments] == [("forward", -1), ("forward", 0), ("forward", 1)]
+    assert [m.total for m in moments] == [1024, 2048, 1024 + 512 + 32 * MIB]
+    assert moments[1].bytes["activations"] == 1024 and moments[1].bytes["frozen_weights"] == 1024
+    assert set(moments[0].bytes) == set(KINDS)
+    assert player.total == sum(player.live.values()) == 1024 + 512 + 32 * MIB
+    assert player.allocator.reserved == 2 * MIB + 32 * MIB
+
+
+def test_the_optimizer_is_one_moment():
+    player = Player(0)
+    moments = player.play(entries(("a", 512, "optimizer", -1), ("b", 512, "activations", 0), ("b", GIVE, "", 0), ("c", 512, "optimizer", 3)), "optimizer")
+    assert [(m.phase, m.total) for m in moments] == [("optimizer", 1024)]
+    assert player.total == 1024
