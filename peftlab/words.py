@@ -121,8 +121,8 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
         more = batch - a.bytes["activations"] - a.bytes["logits"]
         found.append(
             f"{name} needs more memory than full fine-tuning here. The reason: at the peak it spares "
-            f"{size(more - (b.total - a.total))} of weights, gradients and optimizer states, and keeps {size(more)} more for the "
-            "backward pass."
+            f"{size(more - (b.total - a.total))} of weights, gradients and optimizer states, and keeps {size(more)} more for "
+            "the backward pass."
         )
     elif spec.method != "full" and saved > 0 and b.total > 0.75 * a.total:
         found.append(

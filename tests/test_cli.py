@@ -75,19 +75,23 @@ KINDS = {"frozen_weights", "trainable_weights", "gradients", "optimizer", "activ
 
 
 def test_memory(document, run):
-    data = document("memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb")
-    assert KEYS <= set(data) and data["source"] == "closed-form" and KINDS <= set(data["components"])
+    data = document(
+        "memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb"
+    )
+    assert set(data) >= KEYS and data["source"] == "closed-form" and set(data["components"]) >= KINDS
     assert sum(data["components"][kind] for kind in KINDS) == data["peak_allocated_bytes"]
     assert data["peak_allocated_bytes"] == max(moment["bytes"] for moment in data["timeline"])
     assert data["peak_allocated_bytes"] < data["peak_reserved_bytes"] < data["process_bytes"]
-    _, said, _ = run("memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb")
+    _, said, _ = run(
+        "memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb"
+    )
     assert f"{words.size(data['peak_allocated_bytes'])} allocated, {words.size(data['process_bytes'])} in all" in said
     assert "--exact traces it" in said and "smallest GPU that holds it" in said
 
 
 def test_memory_by_a_convention(document, run):
     data = document("memory", "--model", "7B", "--method", "full", "--convention", "12n", "--tasks", 50)
-    assert KEYS <= set(data) and data["source"] == "closed-form" and data["states_bytes"] == 84_000_000_000
+    assert set(data) >= KEYS and data["source"] == "closed-form" and data["states_bytes"] == 84_000_000_000
     assert {"weights", "gradients", "optimizer", "activations", "logits"} <= set(data["components"])
     for name in ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "timeline"):
         assert data[name] is None

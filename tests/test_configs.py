@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import CONFIGS, GPT2, LLAMA
 
 from demos import page
-from peftlab import RunSpec, SpecError, architecture
+from peftlab import RunSpec, SpecError, architecture, configs
 from peftlab.catalog import models
 from peftlab.catalog.models import MODELS
 
@@ -79,7 +79,7 @@ def test_what_says_nothing_about_shapes_leaves_the_key_alone():
         "attn_implementation": "kernels-community/flash-attn", "rope_scaling": None, "use_cache": True, "to_dict": 3,
     }  # fmt: skip
     assert pasted(LLAMA, **noise) == pasted(LLAMA)
-    assert pasted(LLAMA, **noise).config == architecture.normal(LLAMA)
+    assert pasted(LLAMA, **noise).config == configs.normal(LLAMA)
 
 
 def test_a_name_is_the_last_part_or_the_family():
@@ -159,7 +159,7 @@ def test_a_text_that_is_no_config(text, said):
         ({"num_key_value_heads": 3}, "num_key_value_heads=3: .*try 4"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
         ({"num_key_value_heads": [2, 2, 2]}, "num_key_value_heads"),
-        *[({n: v}, re.escape(f"{n}={v!r}: ")) for n in architecture.NEEDED for v in (0, -1, "64", True, None, 2.5, [64], {"a": 1})],
+        *[({n: v}, re.escape(f"{n}={v!r}: ")) for n in configs.NEEDED for v in (0, -1, "64", True, None, 2.5, [64], {"a": 1})],
         ({"num_key_value_heads": "2"}, "expected int"),
         ({"intermediate_size": -1}, "intermediate_size=-1: at least 0"),
         ({"intermediate_size": 1.5}, "intermediate_size"),
@@ -181,7 +181,7 @@ def test_a_text_that_is_no_config(text, said):
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_model(changes, said, monkeypatch):
-    monkeypatch.setattr(architecture, "BUILD_SECONDS", 1.0)
+    monkeypatch.setattr(configs, "BUILD_SECONDS", 1.0)
     message = refused(pasted, LLAMA, **changes)
     assert re.search(said, message), message
 
@@ -205,7 +205,7 @@ def test_a_familys_own_names_are_checked_too(name):
 
 
 def test_nothing_is_built_before_the_numbers_are_checked(monkeypatch):
-    monkeypatch.setattr(architecture, "_bounded", lambda: pytest.fail("a model is being built"))
+    monkeypatch.setattr(configs, "_bounded", lambda: pytest.fail("a model is being built"))
     for changes in ({"n_layer": 10**6}, {"n_head": 7}, {"vocab_size": 0}, {"n_embd": "64"}, {"model_type": "mamba"}):
         refused(architecture.build, {**GPT2, **changes})
 
@@ -217,8 +217,7 @@ def test_a_bare_count_has_limits(count):
 
 def test_the_largest_counts_pass():
     assert (
-        models.find("100T").total_parameters == architecture.MOST_PARAMETERS
-        and models.find("0.001K").total_parameters == 1
+        models.find("100T").total_parameters == configs.MOST_PARAMETERS and models.find("0.001K").total_parameters == 1
     )
 
 
@@ -253,7 +252,7 @@ def test_a_key_that_somebody_made_runs_through_the_same_checks():
     entry = models.find(
         packed({**LLAMA, "attn_implementation": "a/b", "_name_or_path": "<script>", "pad_token_id": 10**9})
     )
-    assert entry.config == architecture.normal(LLAMA) and entry.name == "script"
+    assert entry.config == configs.normal(LLAMA) and entry.name == "script"
 
 
 @pytest.mark.parametrize(
@@ -370,7 +369,7 @@ def test_a_config_from_the_hub(answers):
     assert models.find("some/one").hub_id == "some/one" and answers.asked == asked  # a minute long
     models._asked.cache_clear()
     answers.status = 500  # what was fetched before still counts
-    assert models.find("some/one").config == architecture.normal(LLAMA)
+    assert models.find("some/one").config == configs.normal(LLAMA)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 from tiny import CONFIGS, attached, fresh
 
-from peftlab import RunSpec, SpecError, architecture, count
+from peftlab import RunSpec, SpecError, architecture, configs, count
 from peftlab.catalog.models import MODELS
 from peftlab.methods import METHODS
 
@@ -189,7 +189,7 @@ def test_oft_has_one_rotation_for_each_block(model, b):
 
 @pytest.mark.parametrize("model", ["gpt2", "opt-125m", "opt-350m", "smollm2-135m", "llama-2-7b", "qwen3-0.6b"])
 def test_bitfit_is_the_sum_of_the_biases(model):
-    meta = architecture.build_meta(MODELS[model].config)
+    meta = configs.build_meta(MODELS[model].config)
     biases = sum(p.numel() for n, p in meta.named_parameters() if n.endswith("bias"))
     modules = [m for m in meta.modules() if "Norm" in type(m).__name__]
     norms = sum(m.weight.numel() for m in modules if getattr(m, "weight", None) is not None)

@@ -63,7 +63,11 @@ def test_the_timeline_of_a_trace_names_its_layers(tiny_model):
     places = list(figure.data[0].text)
     assert places[:2] == ["forward, embedding", "forward, layer 1"] and places[-1] == "optimizer"
     assert {"backward, layer 3", "forward, head and loss", "backward, embedding"} <= set(places)
-    assert len(places) == len(report.moments) and list(figure.layout.xaxis.ticktext) == ["forward", "backward", "optimizer"]
+    assert len(places) == len(report.moments) and list(figure.layout.xaxis.ticktext) == [
+        "forward",
+        "backward",
+        "optimizer",
+    ]
 
 
 def test_the_timeline_has_the_buffers_between_gpus():

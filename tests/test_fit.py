@@ -44,7 +44,11 @@ def test_fits():
 def test_the_grid_is_what_predict_says(spec):
     report = predict(spec)
     frugal = spec.but(gradient_checkpointing=True)
-    shared = {(n, less): process((frugal if less else spec).but(n_gpus=n, sharding="fsdp")) for n in CLUSTER for less in (0, 1)}
+    shared = {
+        (n, less): process((frugal if less else spec).but(n_gpus=n, sharding="fsdp"))
+        for n in CLUSTER
+        for less in (0, 1)
+    }
     for fit in gpu_grid(report):
         room = fit.gpu.memory_bytes
         assert fit.share == pytest.approx(report.process / room)
@@ -92,7 +96,11 @@ def test_the_largest_fits_and_one_more_does_not(spec, setting):
 
 
 def test_nothing_at_all_has_no_largest():
-    assert largest(closed_form(RUNS[0]), "batch_size", 10**6) == 0 == largest(closed_form(RUNS[0]), "sequence_length", 10**6)
+    assert (
+        largest(closed_form(RUNS[0]), "batch_size", 10**6)
+        == 0
+        == largest(closed_form(RUNS[0]), "sequence_length", 10**6)
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,9 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize("spec, gpu", CHANGED, ids=lambda v: v if isinstance(v, str) else f"{v.model} {v.method or 'lora'}")
+@pytest.mark.parametrize(
+    "spec, gpu", CHANGED, ids=lambda v: v if isinstance(v, str) else f"{v.model} {v.method or 'lora'}"
+)
 def test_the_cheapest_changes_do_and_fewer_do_not(spec, gpu):
     from itertools import combinations
 
@@ -143,7 +153,9 @@ def test_the_cheapest_changes_do_and_fewer_do_not(spec, gpu):
 
 
 def test_every_change_is_somebodys_cheapest():
-    seen = {change.words for spec, gpu in CHANGED for change in cheapest_changes(resolve(spec), GPUS[gpu].memory_bytes)[0]}
+    seen = {
+        change.words for spec, gpu in CHANGED for change in cheapest_changes(resolve(spec), GPUS[gpu].memory_bytes)[0]
+    }
     assert seen == {change.words for change in CHANGES}
 
 

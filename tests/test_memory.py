@@ -141,7 +141,9 @@ def test_a_prediction_is_a_whole_step(spec):
     assert report.allocated == report.peak.total == max(m.total for m in report.moments)
     for moment in report.moments:
         assert set(moment.bytes) <= set(KINDS) and min(moment.bytes.values()) >= 0
-        assert moment.bytes["frozen_weights"] + moment.bytes["trainable_weights"] == pytest.approx(report.weights, rel=1e-6)
+        assert moment.bytes["frozen_weights"] + moment.bytes["trainable_weights"] == pytest.approx(
+            report.weights, rel=1e-6
+        )
     assert report.states < report.allocated < report.reserved < report.process == report.reserved + report.context
     assert report.needed == report.process
     after = report.moments[-1]

@@ -10,7 +10,7 @@ import pytest
 
 from demos import memory_bars, memory_calculator
 from peftlab import RunSpec, predict, resolve, words
-from peftlab.memory import closed_form, exact
+from peftlab.memory import exact
 
 SPECS = (
     RunSpec(model="llama-3.1-8b", rank=16),
@@ -34,7 +34,10 @@ def value_of(spec, at=None):
 def evaluated(run, at):
     """Bytes by kind at the peak, as DRAW's `parts` evaluates them."""
     moments = [
-        {kind: max(0, sum(c * at[0] ** i * at[1] ** j * at[2] ** k for c, i, j, k in terms)) for kind, terms in m.items()}
+        {
+            kind: max(0, sum(c * at[0] ** i * at[1] ** j * at[2] ** k for c, i, j, k in terms))
+            for kind, terms in m.items()
+        }
         for m in run["form"]["moments"]
     ]
     return max(moments, key=lambda kinds: sum(kinds.values()))
@@ -54,7 +57,9 @@ def test_the_pages_polynomials_are_predict(spec):
         for run, asked in zip(runs, memory_calculator.both(spec), strict=False):
             report, parts = predict(moved(asked, at)), evaluated(run, at)
             assert sum(parts.values()) == pytest.approx(report.allocated, rel=1e-9, abs=16)
-            assert run["form"]["reserve"] * sum(parts.values()) + run["form"]["context"] == pytest.approx(report.process, rel=1e-9, abs=16)
+            assert run["form"]["reserve"] * sum(parts.values()) + run["form"]["context"] == pytest.approx(
+                report.process, rel=1e-9, abs=16
+            )
 
 
 def test_full_fine_tuning_is_one_bar():
@@ -117,11 +122,18 @@ def test_the_pages_script_says_what_python_does():
     """At 56 random places of the sliders: the bytes, and the whole opening sentence."""
     draw = random.Random(0)
     cases = [
-        {"value": value_of(spec), "points": [(draw.randint(1, 64), draw.randrange(16, 8192, 16), draw.randint(1, 256)) for _ in range(7)]}
+        {
+            "value": value_of(spec),
+            "points": [(draw.randint(1, 64), draw.randrange(16, 8192, 16), draw.randint(1, 256)) for _ in range(7)],
+        }
         for spec in SPECS
     ]
     done = subprocess.run(
-        [NODE, "-e", HARNESS], input=json.dumps({"draw": memory_bars.DRAW, "cases": cases}), capture_output=True, text=True, check=True
+        [NODE, "-e", HARNESS],
+        input=json.dumps({"draw": memory_bars.DRAW, "cases": cases}),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for spec, case, answers in zip(SPECS, cases, json.loads(done.stdout), strict=True):
         for at, answer in zip(case["points"], answers, strict=True):
@@ -142,7 +154,11 @@ def test_the_pages_script_shows_the_exact_figures_only_where_they_hold(tiny_mode
     value = memory_bars.bars_value(reports, forms, memory_calculator.at(spec))
     case = {"value": value, "points": [(2, 64, 4), (2, 64, 5), (3, 64, 4), (2, 64, 4)]}
     done = subprocess.run(
-        [NODE, "-e", HARNESS], input=json.dumps({"draw": memory_bars.DRAW, "cases": [case]}), capture_output=True, text=True, check=True
+        [NODE, "-e", HARNESS],
+        input=json.dumps({"draw": memory_bars.DRAW, "cases": [case]}),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     (answers,) = json.loads(done.stdout)
     shown = [answer["parts"] for answer in answers]

@@ -50,7 +50,9 @@ def value(name):
     return st.integers(0, 9).flatmap(lambda n: sound(name) if n else anything)
 
 
-SEVERAL = st.sampled_from([{}, {}, {}, {"n_gpus": 8, "sharding": "fsdp"}, {"n_gpus": 4, "sharding": "zero2", "offload": "optimizer"}])
+SEVERAL = st.sampled_from(
+    [{}, {}, {}, {"n_gpus": 8, "sharding": "fsdp"}, {"n_gpus": 4, "sharding": "zero2", "offload": "optimizer"}]
+)
 FEW = st.lists(st.sampled_from(sorted(set(SETTINGS) - {"model", "method"})), max_size=8, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: value(name) for name in ("model", "method", *names)})
 )
@@ -60,7 +62,17 @@ found = Counter()
 
 def holds_together(report):
     assert report.states == report.weights + report.gradients + report.optimizer
-    assert min(report.frozen_weights, report.trainable_weights, report.gradients, report.optimizer, report.outside, report.cpu) >= 0
+    assert (
+        min(
+            report.frozen_weights,
+            report.trainable_weights,
+            report.gradients,
+            report.optimizer,
+            report.outside,
+            report.cpu,
+        )
+        >= 0
+    )
     for moment in report.moments:
         assert set(moment.bytes) <= set(KINDS) and min(moment.bytes.values()) >= 0, moment
         assert moment.total == sum(moment.bytes.values()) <= report.allocated
@@ -87,7 +99,11 @@ def grows(spec, report):
 
 
 @settings(max_examples=10_000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(values=RUNS, convention=st.sampled_from(["exact"] * 8 + [*CONVENTIONS, "13n"]), trainable=st.sampled_from([None, None, 1000]))
+@given(
+    values=RUNS,
+    convention=st.sampled_from(["exact"] * 8 + [*CONVENTIONS, "13n"]),
+    trainable=st.sampled_from([None, None, 1000]),
+)
 def test_any_spec_is_predicted_or_refused(values, convention, trainable):
     try:
         spec = RunSpec.from_dict(values)

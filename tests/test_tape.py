@@ -69,9 +69,17 @@ def both(spec, monkeypatch):
     return short, trace.trace(spec)
 
 
-@pytest.mark.parametrize("family, settings", CASES, ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v.values())))
+@pytest.mark.parametrize(
+    "family, settings", CASES, ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v.values()))
+)
 def test_unrolled_is_the_whole(family, settings, deep, monkeypatch):
-    spec = {"method": "lora", "precision": "bf16", "batch_size": 2, "sequence_length": 40, "gpu": "h100-80gb"} | settings
+    spec = {
+        "method": "lora",
+        "precision": "bf16",
+        "batch_size": 2,
+        "sequence_length": 40,
+        "gpu": "h100-80gb",
+    } | settings
     short, whole = both(RunSpec(model=deep[family], **spec), monkeypatch)
     assert [(m.phase, m.part) for m in short.moments] == [(m.phase, m.part) for m in whole.moments]
     for ours, theirs in zip(short.moments, whole.moments, strict=True):
@@ -86,7 +94,9 @@ def test_adafactors_temporaries_are_nearly_those_of_the_whole(deep, monkeypatch)
     assert (short.moments[:-1], short.after, short.reserved) == (whole.moments[:-1], whole.after, whole.reserved)
     ours, theirs = short.moments[-1], whole.moments[-1]
     assert ours.total == pytest.approx(theirs.total, rel=0.01)
-    assert replace(ours, bytes={**ours.bytes, "temporaries": 0}) == replace(theirs, bytes={**theirs.bytes, "temporaries": 0})
+    assert replace(ours, bytes={**ours.bytes, "temporaries": 0}) == replace(
+        theirs, bytes={**theirs.bytes, "temporaries": 0}
+    )
 
 
 def test_a_trace_records_few_layers(deep, monkeypatch):
@@ -117,7 +127,13 @@ def test_unrolling_repeats_a_layers_entries():
 
 def test_unrolling_finds_a_neighbours_tensor():
     """What the layer before made and this one frees."""
-    tape = entries(("a0", 5, "activations", 0), ("a1", 5, "activations", 1), ("a0", GIVE, "", 1), ("a2", 5, "activations", 2), ("a1", GIVE, "", 2))
+    tape = entries(
+        ("a0", 5, "activations", 0),
+        ("a1", 5, "activations", 1),
+        ("a0", GIVE, "", 1),
+        ("a2", 5, "activations", 2),
+        ("a1", GIVE, "", 2),
+    )
     found = unroll("forward", tape, [0, 1, 1, 2], 3, {})
     player = Player(0)
     player.play(found, "forward")
@@ -146,6 +162,11 @@ def test_the_player_counts_by_kind_and_keeps_the_highest():
 
 def test_the_optimizer_is_one_moment():
     player = Player(0)
-    moments = player.play(entries(("a", 512, "optimizer", -1), ("b", 512, "activations", 0), ("b", GIVE, "", 0), ("c", 512, "optimizer", 3)), "optimizer")
+    moments = player.play(
+        entries(
+            ("a", 512, "optimizer", -1), ("b", 512, "activations", 0), ("b", GIVE, "", 0), ("c", 512, "optimizer", 3)
+        ),
+        "optimizer",
+    )
     assert [(m.phase, m.total) for m in moments] == [("optimizer", 1024)]
     assert player.total == 1024

@@ -69,7 +69,9 @@ def test_the_memory_sentence_of_full_fine_tuning_alone():
     largest = list(GPUS.values())[-1]
     n = -(-full.needed // largest.memory_bytes)
     assert said.startswith("Full fine-tuning of Llama 3.1 8B needs") and "less" not in said
-    assert said.endswith(f"It fits one {words.gpu_name(largest)}." if n == 1 else f"It takes {n} × {words.gpu_name(largest)}.")
+    assert said.endswith(
+        f"It fits one {words.gpu_name(largest)}." if n == 1 else f"It takes {n} × {words.gpu_name(largest)}."
+    )
 
 
 @pytest.mark.parametrize("convention, verb", [("exact", "it takes"), ("8n", "these alone take")])
@@ -134,7 +136,10 @@ def test_surprises_give_the_reports_numbers():
 
 
 def test_nothing_is_a_surprise_where_a_convention_counts():
-    assert surprises(convention="12n")[2] == [] and surprises(method="full", gradient_checkpointing=True, batch_size=1, sequence_length=64)[2] == []
+    assert (
+        surprises(convention="12n")[2] == []
+        and surprises(method="full", gradient_checkpointing=True, batch_size=1, sequence_length=64)[2] == []
+    )
 
 
 @pytest.mark.parametrize(

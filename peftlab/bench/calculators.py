@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from .. import architecture as architectures
-from .. import methods
+from .. import configs, methods
 from ..catalog import models
 from ..count import count
 from ..memory import predict
@@ -219,7 +219,7 @@ def _accelerate(row: Row) -> dict[str, int]:
 
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "amp": "bfloat16"}
     spec = _full_adam(row, *names)
-    total, _ = calculate_maximum_sizes(architectures.build_meta(models.find(spec.model or "").config or {}).float())
+    total, _ = calculate_maximum_sizes(configs.build_meta(models.find(spec.model or "").config or {}).float())
     usage = max(estimate_training_usage(total, names[spec.precision or ""]).values())
     return {"peak allocated": usage, "model states": usage}
 

@@ -64,12 +64,12 @@ def measure(spec: RunSpec) -> dict[str, Any]:
     import torch
 
     from .. import architecture as architectures
-    from .. import methods
+    from .. import configs, methods
     from ..memory import step
 
     entry, shape = models.find(spec.model or ""), architectures.of(spec.model or "")
     assert entry.config is not None
-    model = architectures.build_meta(entry.config).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
+    model = configs.build_meta(entry.config).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
     model.config._attn_implementation = spec.attention
     if spec.quantization not in (None, "none"):
         _quantize(model, {name for m in shape.linear() for _, name in m.names()}, spec)

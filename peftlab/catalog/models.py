@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .. import architecture
+from .. import configs
 from ..errors import SpecError
 from ..spec import closest
 
@@ -100,9 +100,9 @@ def find(model: str) -> BaseModel:
     count = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT])", model.strip(), re.IGNORECASE)
     if count:
         total = float(count[1]) * UNITS[count[2].upper()]
-        if not 1 <= total <= architecture.MOST_PARAMETERS:
+        if not 1 <= total <= configs.MOST_PARAMETERS:
             raise SpecError(
-                f"model={architecture.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B"
+                f"model={configs.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B"
             )
         return BaseModel(model, f"{model.upper()} parameters", round(total), source="a bare count")
     try:
@@ -129,11 +129,11 @@ def from_config(text: str) -> BaseModel:
     packed = zlib.compress(json.dumps(named, sort_keys=True, separators=(",", ":")).encode(), 9)
     key = CONFIG + base64.urlsafe_b64encode(packed).decode().rstrip("=")
     if len(key) > KEY_LENGTH:
-        largest = architecture.shown(max(config, key=lambda field: len(json.dumps(config[field]))))
+        largest = configs.shown(max(config, key=lambda field: len(json.dumps(config[field]))))
         raise SpecError(
             f"config.json: {len(key):,} characters when packed; a link holds {KEY_LENGTH:,}; leave out {largest}"
         )
-    architecture.of(key)  # what only building it shows is refused here and not later
+    configs.build_meta(config)  # what only building it shows is refused here and not later
     return find(key)
 
 
@@ -160,7 +160,7 @@ def _from_key(key: str) -> BaseModel:
 
 @lru_cache(maxsize=64)
 def _read(text: str | bytes) -> tuple[str, dict[str, Any]]:
-    """(name that the config gives itself, `architecture.normal` of it); SpecError where it is no config."""
+    """(name that the config gives itself, `configs.normal` of it); SpecError where it is no config."""
     try:
         values = json.loads(text.lstrip("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
@@ -169,7 +169,7 @@ def _read(text: str | bytes) -> tuple[str, dict[str, Any]]:
         raise SpecError(f"config.json is an object, not a {type(values).__name__}; paste the whole file, from {{ to }}")
     name = values.get("_name_or_path")
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] if isinstance(name, str) else ""
-    return re.sub(r"[^\w.+ -]", "", last)[:60], architecture.normal(values)
+    return re.sub(r"[^\w.+ -]", "", last)[:60], configs.normal(values)
 
 
 def _from_file(model: str, path: Path) -> BaseModel:

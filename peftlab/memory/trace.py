@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import architecture as architectures
-from .. import methods, optimizers
+from .. import configs, methods, optimizers
 from ..catalog import models
 from ..errors import PeftlabError, SpecError
 from ..spec import RunSpec, parse_layers
@@ -249,7 +249,7 @@ def _meta(spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
         short["num_hidden_layers"] = len(kept)
     if short.get("layer_types"):
         short["layer_types"] = [short["layer_types"][i] for i in kept]
-    model = architectures.build_meta(short).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
+    model = configs.build_meta(short).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
     shape = architectures.describe(model)
     if spec.layers:
         wanted = set(parse_layers(spec.layers, architectures.of(spec.model or "").n_layers))

@@ -127,7 +127,9 @@ def test_charts_are_drawn_in_the_readers_theme(app, open_page):
     for theme, colour in (("light", "rgb(0, 114, 178)"), ("dark", "rgb(86, 180, 233)")):
         page = open_page(app.url + f"?__theme={theme}", theme=theme)
         page.wait_for_selector(".js-plotly-plot path.js-fill")
-        fills = page.eval_on_selector_all(".js-plotly-plot path.js-fill", "all => all.map(e => getComputedStyle(e).fill)")
+        fills = page.eval_on_selector_all(
+            ".js-plotly-plot path.js-fill", "all => all.map(e => getComputedStyle(e).fill)"
+        )
         assert colour in fills
 
 
