@@ -196,10 +196,9 @@ def describe(model: Any) -> Architecture:
             continue
         layer = re.search(r"\.(\d+)\.", name)
         pattern = name.replace(f".{layer[1]}.", ".*.", 1) if layer else name
-        shapes = {
-            n: tuple(p.shape) for n, p in own.items() if n != "bias" or id(p) not in owner
-        }  # BERT ties its bias too
-        tied = any(id(p) in owner for p in own.values())
+        fresh = {n: p for n, p in own.items() if n != "bias" or id(p) not in owner}  # BERT ties its head's bias too
+        shapes = {n: tuple(p.shape) for n, p in fresh.items()}
+        tied = any(id(p) in owner for p in fresh.values())
         owner.update({id(p): name for p in own.values()})
         group = groups.setdefault(
             (pattern, tuple(shapes.items()), tied),

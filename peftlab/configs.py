@@ -37,7 +37,7 @@ IGNORED = {
 }  # fmt: skip
 """Says nothing about shapes, or names code to run. What transformers counts as a setting of generation is ignored too."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""All are 0 here: a class's own may lie outside a config's vocabulary, which transformers refuses."""
+"""0 where a family has its own, which may lie outside the config's vocabulary; left out where it has none."""
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Without these there is no text model with attention; transformers knows how each family calls them."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
@@ -74,6 +74,12 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
         return _parse(config)[0]
 
 
+def layer_types(config: Mapping[str, Any]) -> list[str] | None:
+    """What tells the layers apart, such as how far each sees; None for a family whose layers are all alike."""
+    with in_words(config):
+        return getattr(_parse(config)[1], "layer_types", None)
+
+
 def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """(`normal`, transformers' config, class to build)"""
     from transformers import CONFIG_MAPPING
@@ -92,7 +98,7 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     for name in NEEDED:
         for own in {name, config_class.attribute_map.get(name, name)} & set(values):
             _check_count(own, values[own])
-    parsed = config_class(**values, **{name: 0 for name in TOKENS if name in defaults})
+    parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
     for name in NEEDED:
         if get(parsed, name) is None:
             raise SpecError(

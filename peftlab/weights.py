@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hardware
+from . import configs, hardware
 from .catalog import models
 from .catalog.models import BaseModel, Wheel
 from .errors import SpecError, WeightsError
@@ -67,7 +67,7 @@ def folder_of(entry: BaseModel) -> Path:
 def source_of(entry: BaseModel) -> Source | None:
     """What is on disk, ready to load; None when nothing is, or when it is not whole."""
     folder = folder_of(entry)
-    if not (folder / "config.json").exists():
+    if entry.key.startswith(models.CONFIG) or not (folder / "config.json").exists():
         return None
     weights = sorted(folder.glob("*.safetensors"))
     size = sum(w.stat().st_size for w in weights)
@@ -84,7 +84,7 @@ def fetch(model: str) -> Iterator[Progress]:
     """
     entry = models.find(model)
     if entry.config is None or (entry.hub_id is None and entry.folder is None):
-        raise SpecError(f"model={model}: there are no weights to fetch; it can be counted, not run")
+        raise SpecError(f"model={configs.shown(model)}: there are no weights to fetch; it can be counted, not run")
     if (source := source_of(entry)) is not None:
         yield Progress("ready", source.where, source.size, source.size)
         return

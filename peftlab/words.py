@@ -119,10 +119,15 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
     found = []
     if spec.method != "full" and b.total > a.total:
         more = batch - a.bytes["activations"] - a.bytes["logits"]
+        spared = more - (b.total - a.total)
         found.append(
-            f"{name} needs more memory than full fine-tuning here. The reason: at the peak it spares "
-            f"{size(more - (b.total - a.total))} of weights, gradients and optimizer states, and keeps {size(more)} more for "
-            "the backward pass."
+            f"{name} needs more memory than full fine-tuning here. The reason: "
+            + (
+                f"at the peak it spares {size(spared)} of weights, gradients and optimizer states, and keeps {size(more)} more "
+                "for the backward pass."
+                if spared > 0
+                else f"it trains {chosen.trainable_parameters:,} numbers, beside a model of {chosen.total_parameters:,}."
+            )
         )
     elif spec.method != "full" and saved > 0 and b.total > 0.75 * a.total:
         found.append(
@@ -139,7 +144,7 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
             f"Activations and logits are {percent(batch / b.total)} of the peak. They follow batch × length, not the number of "
             "trained parameters."
         )
-    if spec.rank and spec.precision == "bf16" and spec.adapter_precision == "fp32" and spec.attention:
+    if spec.rank and spec.precision == "bf16" and spec.adapter_precision == "fp32" and not spec.gradient_checkpointing:
         found.append(
             "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast to "
             "the adapter's fp32."

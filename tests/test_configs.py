@@ -116,6 +116,14 @@ def test_of_a_multimodal_config_the_text_model_counts():
     assert architecture.of(pasted(llava).key) == architecture.build(CONFIGS["llama-tied"])
 
 
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "xlm-roberta", "electra", "bart", "falcon", "gpt_neox", "deepseek_v3"]
+)
+def test_every_family_counts_what_transformers_counts(kind):
+    model = configs.build_meta({"model_type": kind})  # a head may share its bias as well as its weight
+    assert architecture.describe(model).total_parameters == sum(p.numel() for p in model.parameters())
+
+
 def test_a_layer_that_differs_from_the_others_is_counted_as_it_is():
     shape = architecture.build({
         "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 512,

@@ -196,7 +196,7 @@ def test_the_closed_form_refuses_what_has_no_step():
 def test_the_derivation_adds_up_to_the_peak():
     for spec in EXACT:
         form = closed_form(spec)
-        assert sum(form.bytes_of(line) for line in form.lines()) == pytest.approx(form.report().allocated, abs=64)
+        assert sum(form.value(line.size) for line in form.lines()) == pytest.approx(form.report().allocated, abs=64)
         assert {line.kind for line in form.lines()} <= set(KINDS)
 
 
@@ -220,3 +220,17 @@ def test_the_designs_gpus_are_there():
         "h200",
         "b200",
     } <= set(GPUS)
+
+
+def test_only_large_states_are_paged():
+    small = predict(RunSpec(model="smollm2-135m", rank=8, optimizer="paged-adamw-8bit"))
+    assert small.outside == 0 and small.optimizer > 0
+    full = predict(RunSpec(model="smollm2-135m", method="full", optimizer="paged-adamw-8bit"))
+    assert 0.99 * 2 * 134_515_008 < full.outside <= 2 * 134_515_008
+
+
+def test_no_more_is_trained_than_there_is():
+    with pytest.raises(SpecError, match="trainable-parameters=1000000: 1K parameters has 1000"):
+        predict(RunSpec(model="1K", method="lora"), "exact", 10**6)
+    with pytest.raises(SpecError, match="optimizer=adafactor.*choose adamw"):
+        predict(RunSpec(model="7B", method="full", optimizer="adafactor"))

@@ -26,21 +26,25 @@ DEEP = {
     "olmoe": LLAMA | {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"} | MOE,
 }
 CASES = [
-    *((family, {"method": "full"}) for family in DEEP),
-    *((family, {"gradient_checkpointing": True}) for family in ("llama", "gemma3", "opt", "olmoe")),
-    *(("llama", {"method": method}) for method in ("lora", "ia3", "ln", "head", "last-block", "prefix", "houlsby")),
+    *(("llama", {"method": method}) for method in ("full", "lora", "ia3", "head", "last-block", "prefix", "houlsby")),
+    ("gemma3", {"method": "full"}),
+    ("gemma3", {"method": "ia3", "gradient_checkpointing": True}),
+    ("gemma3", {"method": "ia3", "layers": "last:4"}),
     ("gpt2", {"method": "dora"}),
-    ("gpt2", {"method": "houlsby", "gradient_checkpointing": True}),
-    ("qwen3", {"method": "ln", "gradient_checkpointing": True}),
-    ("llama", {"layers": "last:4"}),
-    ("llama", {"layers": "0-3,7", "gradient_checkpointing": True}),
-    ("gemma3", {"layers": "last:4", "method": "ia3"}),
-    ("gemma3", {"layers": "0-3,7", "method": "houlsby"}),
-    ("llama", {"method": "full", "accumulation": 3}),
-    ("llama", {"method": "full", "precision": "amp"}),
-    ("llama", {"quantization": "nf4", "method": "ia3"}),
-    *(("llama", {"method": "ln", "optimizer": name}) for name in OPTIMIZERS if name not in ("adamw", "adafactor")),
     ("gpt2", {"method": "full", "optimizer": "adamw-8bit"}),
+    ("opt", {"method": "full", "gradient_checkpointing": True}),
+    ("qwen2", {"method": "ln", "precision": "amp"}),
+    ("qwen3", {"method": "ln", "gradient_checkpointing": True}),
+    ("olmoe", {"method": "full"}),
+    ("olmoe", {"method": "ln", "gradient_checkpointing": True}),
+    ("llama", {"method": "ia3", "layers": "0-3,7", "gradient_checkpointing": True}),
+    ("llama", {"method": "ln", "accumulation": 3}),
+    ("llama", {"quantization": "nf4", "layers": "last:4"}),
+    *(
+        ("llama", {"method": "ln", "optimizer": name})
+        for name in OPTIMIZERS
+        if name not in ("adamw", "adamw-8bit", "adafactor")
+    ),
 ]
 
 
@@ -93,7 +97,7 @@ def test_adafactors_temporaries_are_nearly_those_of_the_whole(deep, monkeypatch)
     short, whole = both(spec, monkeypatch)
     assert (short.moments[:-1], short.after, short.reserved) == (whole.moments[:-1], whole.after, whole.reserved)
     ours, theirs = short.moments[-1], whole.moments[-1]
-    assert ours.total == pytest.approx(theirs.total, rel=0.01)
+    assert ours.total == pytest.approx(theirs.total, rel=0.02)
     assert replace(ours, bytes={**ours.bytes, "temporaries": 0}) == replace(
         theirs, bytes={**theirs.bytes, "temporaries": 0}
     )

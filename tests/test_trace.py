@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peftlab import RunSpec, SpecError, resolve
+from peftlab import RunSpec, SpecError, configs, resolve
 from peftlab.__main__ import main
+from peftlab.catalog.models import MODELS
 from peftlab.memory import Overtaken, exact, predict
 from peftlab.memory import trace as tracing
 from peftlab.memory.report import KINDS
@@ -277,3 +278,9 @@ def test_what_cannot_be_traced_says_so(settings, said):
 def test_a_convention_is_not_traced(capsys):
     assert main(["memory", "--exact", "--convention", "8n"]) == 2
     assert "leave the convention out" in capsys.readouterr().err
+
+
+def test_gemmas_layers_are_told_apart():
+    types = configs.layer_types(MODELS["gemma-3-270m"].config)
+    assert [i for i, kind in enumerate(types) if kind == "full_attention"] == [5, 11, 17]
+    assert configs.layer_types(MODELS["gpt2"].config) is None

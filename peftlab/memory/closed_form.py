@@ -22,6 +22,7 @@ from .lines import Line
 from .polynomial import RANK, Polynomial, constant, total
 from .report import MemoryReport, Moment
 from .sharding import Sharded, plan
+from .states import paged
 
 INT8_BYTES = 1
 
@@ -44,6 +45,11 @@ def predict_states(spec: RunSpec, convention: str = EXACT, trainable_parameters:
     rule = conventions.find(convention)
     entry = models.find(spec.model or "")
     method = methods.find(spec.method or "")
+    if rule is None and spec.optimizer == "adafactor" and not (entry.config and entry.is_causal):
+        raise SpecError(
+            f"optimizer=adafactor: it keeps a number for each row and column, and {spec.model} has none here; choose adamw, "
+            "or name a model that writes text"
+        )
     if entry.config is None:
         total = entry.total_parameters or 0
         trainable = total if method.key == "full" else trainable_parameters
@@ -52,6 +58,8 @@ def predict_states(spec: RunSpec, convention: str = EXACT, trainable_parameters:
                 f"model={spec.model}: a bare count has no layers for {method.key} to adapt; give the number of trained "
                 f"parameters (--trainable-parameters {total // 200}), or name a model"
             )
+        if trainable > total:
+            raise SpecError(f"trainable-parameters={trainable}: {entry.name} has {total}; train {total} at most")
         shape, name, added = None, entry.name, 0 if method.in_place else trainable
     else:
         report = count(spec)
@@ -96,7 +104,7 @@ class ClosedForm:
             moments=moments,
             reserved=round(RESERVE * self.allocated(*at)),
             context=self.context,
-            outside=_paged(self.states),
+            outside=paged(self.states.spec),
             cpu=round(self.several.in_cpu.value(*at)) if self.several else 0,
         )
 
@@ -159,7 +167,7 @@ def exact(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: 
         moments=found.moments,
         reserved=found.reserved,
         context=context(spec.gpu),
-        outside=_paged(states),
+        outside=paged(spec),
     )
     if spec.n_gpus == 1 and spec.sharding == spec.offload == "none":
         return report
@@ -208,12 +216,6 @@ def _gathered(spec: RunSpec) -> int:
         for layer in m.layers or (-1,):
             layers[layer] += m.weight + m.bias
     return max(layers.values()) * BYTES[spec.precision or "fp32"]
-
-
-def _paged(states: MemoryReport) -> int:
-    """Bytes of optimizer states that are outside PyTorch's memory."""
-    kind = optimizers.find(states.spec)
-    return states.trainable_parameters * kind.states * (kind.bits or 0) // 8 if kind.paged else 0
 
 
 def _report(

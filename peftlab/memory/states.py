@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from .. import optimizers
+from ..spec import RunSpec
+from . import case as cases
 from .case import Case
 from .conventions import NF4_BITS
 from .lines import Line, Size, Sum, line
@@ -128,6 +130,15 @@ def _optimizer(case: Case) -> list[Line]:
 def _rows_and_columns(shape: tuple[float, ...]) -> float:
     n = math.prod(shape)
     return n / shape[-1] + n / shape[-2] if len(shape) > 1 else n
+
+
+def paged(spec: RunSpec) -> int:
+    """Bytes of optimizer states that live outside PyTorch's memory."""
+    kind = optimizers.find(spec)
+    large = sum(
+        n * math.prod(shape) for n, shape in cases.case(spec).tensors if math.prod(shape) >= optimizers.SMALLEST_PAGED
+    )
+    return round(large * kind.states * (kind.bits or 0) / 8) if kind.paged else 0
 
 
 def _blockwise(case: Case, kind: optimizers.Optimizer, sizes: dict[str, Size]) -> list[Line]:

@@ -100,20 +100,12 @@ def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, stop: Callab
     chosen = {n for t in methods.targets(shape, spec, entry.name) for n in (t.layers if t.module.layers else ())}
     kept = copies = list(range(shape.n_layers))
     if not methods.find(spec.method or "").before_layers:
-        kept, copies = _shorten(_kinds(entry.config, shape.n_layers, chosen))
+        types = configs.layer_types(entry.config) or [""] * shape.n_layers
+        kept, copies = _shorten([(kind, i in chosen) for i, kind in enumerate(types)])
     tapes = _record(spec, entry.config, kept, logits, stop)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
     return _replay(full, workspace_bytes, shape.n_layers)
-
-
-def _kinds(config: Mapping[str, Any], depth: int, adapted: set[int]) -> list[tuple[Any, bool]]:
-    """What tells one layer from another: how far it sees, and whether a method changes it."""
-    types: Any = config.get("layer_types")
-    if not types:
-        period = int(config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 1)
-        types = [(i + 1) % period == 0 for i in range(depth)]
-    return [(types[i], i in adapted) for i in range(depth)]
 
 
 def _shorten(kinds: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -247,8 +239,8 @@ def _meta(spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
     short = {**config, **{name: len(kept) for name in ("num_hidden_layers", "n_layer") if name in config}}
     if "num_hidden_layers" not in short and "n_layer" not in short:
         short["num_hidden_layers"] = len(kept)
-    if short.get("layer_types"):
-        short["layer_types"] = [short["layer_types"][i] for i in kept]
+    if types := configs.layer_types(config):
+        short["layer_types"] = [types[i] for i in kept]
     model = configs.build_meta(short).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
     shape = architectures.describe(model)
     if spec.layers:
