@@ -85,7 +85,7 @@ COMPONENTS = (
     ("trainable_weights", "trained", "trained weights"),
     ("gradients", "gradients", "gradients"),
     ("optimizer", "optimizer", "optimizer states"),
-    ("temporaries", "overhead", "optimizer's temporaries"),
+    ("temporaries", "overhead", "temporaries"),
     ("activations", "activations", "activations"),
     ("logits", "logits", "logits"),
     ("communication", "overhead", "buffers between GPUs"),
@@ -102,19 +102,19 @@ def _bar_label(figure: Any, y: str, text: str) -> None:
 def memory_timeline(report: MemoryReport, theme: str) -> Any:
     """Memory through one training step, stacked by kind, with the peak marked. For a report that has moments."""
     c = PALETTE[theme]
-    moments = report.moments
-    peak = max(moments, key=lambda m: m.total)
+    wide = max(1.0, len(report.moments) / 16)  # the optimizer is one moment, and would be a hairline
+    points = [(float(i), m) for i, m in enumerate(report.moments)]
+    points += [(x + wide, m) for x, m in points[-1:] if m.phase == "optimizer"]
+    end = points[-1][0]
     figure = _figure(
         theme, 320, title={"text": "Through one training step: allocated memory, GB"}, hovermode="x unified"
     )
-    x = list(range(len(moments)))
-    places = [_place(m, report) for m in moments]
     for kind, colour, label in COMPONENTS:
-        values = [m.bytes.get(kind, 0) for m in moments]
+        values = [m.bytes.get(kind, 0) for _, m in points]
         if not any(values):
             continue
         figure.add_scatter(
-            x=x,
+            x=[x for x, _ in points],
             y=[v / 1e9 for v in values],
             name=label,
             mode="lines",
@@ -124,22 +124,19 @@ def memory_timeline(report: MemoryReport, theme: str) -> Any:
             customdata=[words.size(v) for v in values],
             hovertemplate="%{customdata}",
         )
-    at = moments.index(peak)
+    figure.data[0].text = [_place(m, report) for _, m in points]
+    figure.data[0].hovertemplate = "<b>%{text}</b><br>%{customdata}"
+    at, peak = max(points, key=lambda point: point[1].total)
     figure.add_annotation(
-        x=at, y=peak.total / 1e9, text=f"<b>peak {words.size(peak.total)}</b><br>{places[at]}", showarrow=True, ax=0, ay=-34,
-        arrowcolor=c["text"], align="center",
+        x=at, y=peak.total / 1e9, text=f"<b>peak {words.size(peak.total)}</b><br>{_place(peak, report)}", showarrow=True,
+        ax=0, ay=-34, arrowcolor=c["text"], xanchor="right" if at > 0.8 * end else "left" if at < 0.2 * end else "center",
     )  # fmt: skip
-    phases = list(dict.fromkeys(m.phase.split()[0] for m in moments))
-    middles = [[i for i, m in enumerate(moments) if m.phase.startswith(phase)] for phase in phases]
+    phases = list(dict.fromkeys(m.phase.split()[0] for m in report.moments))
+    places = [[x for x, m in points if m.phase.startswith(phase)] for phase in phases]
     figure.update_xaxes(
-        tickvals=[sum(where) / len(where) for where in middles],
-        ticktext=phases,
-        showgrid=False,
-        range=[0, len(moments) - 0.9],
+        tickvals=[(min(xs) + max(xs)) / 2 for xs in places], ticktext=phases, showgrid=False, range=[0, end]
     )
     figure.update_yaxes(range=[0, 1.28 * peak.total / 1e9], rangemode="tozero")
-    figure.data[0].text = places
-    figure.data[0].hovertemplate = "<b>%{text}</b><br>%{customdata}"
     return figure
 
 
