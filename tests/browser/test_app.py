@@ -93,6 +93,7 @@ DRAG = """async () => {
 
 def test_bars_follow_a_dragged_batch_at_once_and_the_exact_figure_follows(app, open_page):
     page = open_page(app.url)
+    expect(page.locator(".chip")).to_contain_text("is ready", timeout=300_000)  # until then the page asks how far it is
     page.wait_for_function(TRACED, timeout=60_000)
     sent = []
     page.on("request", lambda request: sent.append(request.url) if "/queue/join" in request.url else None)
