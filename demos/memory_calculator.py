@@ -257,8 +257,8 @@ def build(spec: gr.State) -> page.View:
         A slider tells the server nothing while it moves, so only the three that the page draws by may differ from `spec`.
         """
         overtaken = asked.again(visitor)
-        ranked = "rank" in METHODS[spec.method or "lora"].settings
-        spec = spec.but(batch_size=batch, sequence_length=length, **({"rank": rank} if ranked else {}))
+        moved = "rank" in METHODS[spec.method or "lora"].settings and rank != at(spec)[2]
+        spec = spec.but(batch_size=batch, sequence_length=length, **({"rank": rank} if moved else {}))
         spec = _without_automatic(spec)
         _, forms = closed(spec, convention, share)
         if forms[1] is None:  # counted by a convention since
