@@ -16,7 +16,7 @@ from .errors import SpecError
 
 MOST_PARAMETERS = 10**14
 BUILD_SECONDS = 20.0
-"""Known models take 0.1 s, and a thousand layers of Llama 2 s."""
+"""Far more than any known model takes."""
 MOST_ON_CPU = 10**7
 """Elements of a tensor that is made on the CPU even so: XLNet's are."""
 LIMITS: tuple[tuple[str, float, int], ...] = (

@@ -234,3 +234,16 @@ def test_no_more_is_trained_than_there_is():
         predict(RunSpec(model="1K", method="lora"), "exact", 10**6)
     with pytest.raises(SpecError, match="optimizer=adafactor.*choose adamw"):
         predict(RunSpec(model="7B", method="full", optimizer="adafactor"))
+
+
+def test_what_is_added_to_allocated_is_measured():
+    import statistics
+
+    from peftlab.bench.memory import recorded_memory
+    from peftlab.memory.closed_form import RESERVE, context
+
+    rows = [row["measured"] for document in recorded_memory() for row in document["rows"]]
+    reserve = statistics.median(row["peak_reserved_bytes"] / row["peak_allocated_bytes"] for row in rows)
+    assert round(reserve, 2) == RESERVE
+    alone = [row["process_bytes"] - row["peak_reserved_bytes"] for row in rows if row["process_bytes"]]
+    assert statistics.median(alone) == pytest.approx(context("h100-80gb"), rel=0.01)

@@ -3,7 +3,7 @@ import pytest
 from peftlab import RunSpec, SpecError, count, predict, resolve
 from peftlab.memory import fits
 from peftlab.memory.polynomial import BATCH, LENGTH, RANK, Polynomial, constant
-from peftlab.memory.sharding import plan, shard
+from peftlab.memory.sharding import plan
 from peftlab.memory.strategies import PHASES, STATES, STRATEGIES
 
 BILLION = 10**9
@@ -18,6 +18,10 @@ LAYER = 436_224_000
 def value(size, spec=LORA):
     spec = resolve(spec)
     return size.value(spec.batch_size, spec.sequence_length, spec.rank or 1)
+
+
+def shard(moments, spec, largest_layer, trainable):
+    return plan(moments, spec, largest_layer, trainable).moments
 
 
 def step(frozen, trainable, gradients, optimizer, activations=10 * BILLION):

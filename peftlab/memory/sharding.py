@@ -40,13 +40,6 @@ class Sharded:
     """What the strategy does, with its sources."""
 
 
-def shard(
-    moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynomial
-) -> dict[str, dict[str, Polynomial]]:
-    """The moments on each of `n_gpus` GPUs, with a kind `communication`. Arguments and errors are those of `plan`."""
-    return plan(moments, spec, largest_layer, trainable).moments
-
-
 def plan(moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynomial) -> Sharded:
     """A name in `moments` begins with forward, backward, optimizer or after; any other is taken for backward.
 
