@@ -68,14 +68,13 @@ def to_link(spec: RunSpec, convention: str) -> str:
 def first_as_it_is(view: page.View) -> Callable[..., tuple[Any, ...]]:
     """`view.show`, but for the first look at a tab that nothing has changed.
 
-    A page selects its own tab when it loads, and an answer to that would undo what an early visitor has just chosen. Only
-    empty numbers are sent: without that the browser takes them for zero.
+    A page selects its own tab when it loads, and an answer to that would undo what an early visitor has just chosen.
     """
 
     def show(visited: bool, spec: RunSpec, *inputs: Any) -> tuple[Any, ...]:
-        first, values = not visited and spec == page.OPENING, view.show(spec, *inputs)
-        kept = [isinstance(output, gr.Number) or not first for output in view.outputs]
-        return (True, *(value if keep else gr.skip() for value, keep in zip(values, kept, strict=True)))
+        if not visited and spec == page.OPENING:
+            return (True, *page.skipped(view.outputs))
+        return (True, *view.show(spec, *inputs))
 
     return show
 
@@ -121,20 +120,23 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     views = ((memory_tab, memory), (lora_tab, lora), (live_tab, live))
     for tab, view in views:
         visited = gr.State(False)
-        tab.select(first_as_it_is(view), [visited, spec, *view.inputs], [visited, *view.outputs], **quiet)
+        tab.select(page.looking(first_as_it_is(view)), [visited, spec, *view.inputs], [visited, *view.outputs], **quiet)
     compare_tab.select(compare.show, [spec, *compare.inputs], compare.outputs, **quiet)
 
-    def open_link(request: gr.Request) -> tuple[Any, ...]:
+    def open_link(params: Mapping[str, str]) -> tuple[Any, ...]:
         """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
-        asked, convention, tab, problem = from_link(request.query_params)
+        asked, convention, tab, problem = from_link(params)
         opening = gr.Tabs(selected=tab) if tab else gr.skip()
         if asked is None:
             return (gr.skip(), opening, problem, *[gr.skip()] * len(every_output))
         shown = (memory.show(asked, convention), lora.show(asked), live.show(asked))
         return (asked, opening, problem, *chain(*shown))
 
+    def load(request: gr.Request) -> Any:
+        return page.changing(open_link)(request, request.query_params)
+
     every_output = [output for _, view in views for output in view.outputs]
-    opened = demo.load(open_link, None, [spec, tabs, link_problem, *every_output], **quiet)
+    opened = demo.load(load, None, [spec, tabs, link_problem, *every_output], **quiet)
     assert live.resume is not None
     opened.then(live.resume.work, live.resume.state, live.resume.outputs, **quiet)
     convention = memory.inputs[0]

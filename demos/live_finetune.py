@@ -160,15 +160,15 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             method = methods.method_choice("lora", DEFAULT)
             about = page.note(methods.method_card("lora", DEFAULT))
             own = methods.method_settings(page.OPENING, *OWN)
-            steps = page.number("steps")
-            learning_rate = page.number("learning_rate")
+            steps = page.text("steps")
+            learning_rate = page.text("learning_rate")
             with gr.Accordion("More settings", open=False):
                 model = page.choice("model", runnable(), DEFAULT)
                 preset = methods.preset_choice(list(PRESETS))
                 folded = methods.method_settings(page.OPENING, *FOLDED)
-                batch_size = page.number("batch_size")
+                batch_size = page.text("batch_size")
                 quantization = page.choice("quantization")
-                seed = page.number("seed")
+                seed = page.text("seed")
             note = page.note(page.settings_line(here(page.OPENING)))
             reset = gr.Button("Reset to automatic", size="sm")
         with gr.Column(elem_classes="main"):
@@ -208,7 +208,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         if job is None:
             yield (gr.skip(),) * len(live)
             return
-        drawn, first = -1, True
+        drawn = -1
         for events in job.follow():
             points = sum(e["type"] in ("step", "eval") for e in events)
             begun = any(e["type"] == "start" for e in events)  # until then, the recorded run stays on screen
@@ -218,7 +218,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             drawn = points if begun else drawn
             pack = _zip(job) if over else None
             yield (
-                error if first or over else gr.skip(),  # a refused second press stays readable meanwhile
+                error if over else gr.skip(),  # a refused second press stays readable meanwhile
                 words.live_sentence(events),
                 status(events),
                 *lines,
@@ -227,7 +227,6 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                 gr.update(interactive=not over),
                 gr.update(value=pack, visible=pack is not None),
             )
-            first = False
 
     def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
         try:
@@ -237,8 +236,11 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         except SpecError as error:
             yield (gr.skip(), gr.skip(), gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))
             return
+        page.changes.again(request.session_hash)
+        started: tuple = (chosen, job.id, [*[i for i in mine if i != job.id], job.id][-8:])
         for picture in follow(job):
-            yield chosen, job.id, [*[i for i in mine if i != job.id], job.id][-8:], *picture
+            yield *started, *picture
+            started = (gr.skip(),) * 3  # what is set on another tab while this runs stays set
 
     def again(run: str) -> Iterator[tuple]:
         """A page that comes back finds its run where it is."""
@@ -253,7 +255,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     gr.on(
         [control.input for control in fields],
-        page.refusing(update, 6 + len(follows)),
+        page.changing(page.refusing(update, 6 + len(follows))),
         [spec, *fields],
         [problem, spec, lesson, about, panel, note, method, *follows],
         trigger_mode="always_last",
@@ -269,6 +271,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         concurrency_limit=None,
         api_visibility="private",
     )
+    go.click(None, None, problem, js="() => ''", show_progress="hidden", api_visibility="private")
     go.click(
         begin,
         [spec, mine, *fields],
@@ -295,14 +298,16 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     shown = [task, model, method, *follows, steps, batch_size, seed, lesson, about, panel, note]
     preset.input(
-        page.refusing(use_preset, 2 + len(shown)),
+        page.changing(page.refusing(use_preset, 2 + len(shown))),
         [spec, preset, *fields],
         [problem, spec, preset, *shown],
         show_progress="hidden",
         api_visibility="private",
     )
     reset.click(
-        lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain)),
+        page.changing(
+            lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain))
+        ),
         spec,
         [spec, *shown],
         show_progress="hidden",

@@ -83,7 +83,7 @@ def build(spec: gr.State) -> page.View:
             page.drawer_handle()
             model = page.model_choice(page.OPENING.model)
             rank = page.slider("rank", 1, 256, page.OPENING.rank or 8)
-            alpha = page.number("alpha")
+            alpha = page.text("alpha")
             preset = methods.preset_choice([key for key in PRESETS if key.startswith("alpha")])
             names = architecture.of(page.OPENING.model or "").target_names()
             targets = gr.CheckboxGroup(
@@ -137,7 +137,7 @@ def build(spec: gr.State) -> page.View:
     refresh = [problem, spec, targets, *drawn]
     gr.on(
         [control.input for control in (*fields, matrix)],
-        page.refusing(update, len(refresh) - 1),
+        page.changing(page.refusing(update, len(refresh) - 1)),
         [spec, matrix, *fields],
         refresh,
         trigger_mode="always_last",
@@ -152,7 +152,7 @@ def build(spec: gr.State) -> page.View:
         return (spec, methods.preset_says(key), *show(spec))
 
     preset.input(
-        use_preset,
+        page.changing(use_preset),
         [spec, preset],
         [spec, preset, *shown],
         show_progress="hidden",
@@ -161,7 +161,7 @@ def build(spec: gr.State) -> page.View:
     )
     for button, lesson in zip(lessons, LESSONS.values(), strict=True):
         button.click(
-            lambda lesson=lesson: (lesson, *show(lesson)),
+            page.changing(lambda lesson=lesson: (lesson, *show(lesson))),
             None,
             [spec, *shown],
             show_progress="hidden",
@@ -169,7 +169,7 @@ def build(spec: gr.State) -> page.View:
             api_visibility="private",
         )
     reset.click(
-        lambda spec: (plain := RunSpec(model=spec.model, method="lora", task=spec.task), *show(plain)),
+        page.changing(lambda spec: (plain := RunSpec(model=spec.model, method="lora", task=spec.task), *show(plain))),
         spec,
         [spec, *shown],
         show_progress="hidden",

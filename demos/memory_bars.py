@@ -75,20 +75,21 @@ const draw = () => {
   const source = element.querySelector('.source');
   source.innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
 };
+const moved = () => Object.fromEntries(SLIDERS.map((name, i) => [name, at[i]]).filter(([, n], i) => n !== props.value.at[i]));
 const rest = () => {
   clearTimeout(timer);
   if (props.value.runs.every((run) => run.form) && !props.value.runs.every(isExact))
-    timer = setTimeout(() => trigger('submit'), REST);
+    timer = setTimeout(() => trigger('submit', {moved: moved()}), REST);
 };
 draw(); rest();
 watch('value', () => { at = props.value.at; draw(); rest(); });
 new ResizeObserver(draw).observe(element);
 window.addEventListener('peftlab-moved', (e) => { at = e.detail; draw(); rest(); });
-""".replace("REST", str(REST))
+""".replace("REST", str(REST)).replace("SLIDERS", str(list(SLIDERS)))
 
 
 def bars(value: dict[str, Any], sentence: str) -> gr.HTML:
-    """`submit` is sent once the sliders rest and the exact figures are wanted."""
+    """`submit` is sent once the sliders rest and the exact figures are wanted, with the sliders `moved` since the value."""
     return gr.HTML(
         value,
         html_template=f'<h2 class="sentence" aria-live="polite">{sentence}</h2><div class="bars"></div>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import DEFAULT, MODELS, find
 from peftlab.memory import CONVENTIONS, ClosedForm, Overtaken, closed_form, exact
 from peftlab.memory.conventions import EXACT
-from peftlab.methods import METHODS
 
 BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
 """Settings that some methods read and counts depend on."""
@@ -43,33 +41,8 @@ LESSONS = {
 }  # fmt: skip
 
 
-class Asked:
-    """The last question of each visitor, so that the trace of an earlier one can stop."""
-
-    def __init__(self) -> None:
-        self._last: Counter[str] = Counter()
-
-    def again(self, visitor: str | None) -> Any:
-        """A function that tells whether the visitor has asked again since."""
-        name = visitor or ""
-        self._last[name] += 1
-        mine = self._last[name]
-        return lambda: self._last[name] != mine
-
-
-asked = Asked()
-
-
-def newest(work: Any) -> Any:
-    """`work`, after which no answer to an earlier question is shown."""
-
-    def asking(request: gr.Request, *args: Any) -> Any:
-        asked.again(request.session_hash)
-        result = work(*args)
-        asked.again(request.session_hash)
-        return result
-
-    return asking
+traces = page.Asked()
+"""Exact figures that were asked for."""
 
 
 def both(spec: RunSpec) -> tuple[RunSpec, RunSpec]:
@@ -245,32 +218,32 @@ def build(spec: gr.State) -> page.View:
     def traced(
         spec: RunSpec,
         visitor: str | None,
-        batch: int,
-        length: int,
-        rank: int,
+        moved: dict[str, int],
         convention: str,
         share: float,
         *view: Any,
     ) -> tuple:
         """Once the sliders rest: what the trace says, unless the visitor has moved on.
 
-        A slider tells the server nothing while it moves, so only the three that the page draws by may differ from `spec`.
+        A slider tells the server nothing while it moves: `moved` has those that the page draws by and `spec` does not know.
         """
-        overtaken = asked.again(visitor)
-        moved = "rank" in METHODS[spec.method or "lora"].settings and rank != at(spec)[2]
-        spec = spec.but(batch_size=batch, sequence_length=length, **({"rank": rank} if moved else {}))
-        spec = _without_automatic(spec)
+        changed, asked = page.changes.since(visitor), traces.again(visitor)
+        spec = _without_automatic(methods.edit(spec, tuple(moved), tuple(moved.values()))[0])
+
+        def overtaken() -> bool:
+            return changed() or asked()
+
         _, forms = closed(spec, convention, share)
         if forms[1] is None:  # counted by a convention since
             raise Overtaken
         reports = tuple(exact(s, overtaken) for s in both(spec))
         if overtaken():
             raise Overtaken
-        return spec, *picture(spec, convention, view, reports, forms)
+        return spec if moved else gr.skip(), *picture(spec, convention, view, reports, forms)
 
-    def ask(spec: RunSpec, request: gr.Request, *rest: Any) -> tuple:
+    def ask(request: gr.Request, event: gr.EventData, spec: RunSpec, *looks: Any) -> tuple:
         try:
-            return page.refusing(traced, 1 + len(drawn))(spec, request.session_hash, *rest)
+            return page.refusing(traced, 1 + len(drawn))(spec, request.session_hash, event.moved, *looks)
         except Overtaken:
             return (gr.skip(),) * (2 + len(drawn))
 
@@ -299,7 +272,7 @@ def build(spec: gr.State) -> page.View:
     gr.on([s.input for s in sliding], None, sliding, None, js=memory_bars.MOVED, **quiet)
     gr.on(
         [control.input for control in (*fields, *looks) if control not in sliding],
-        newest(page.refusing(update, len(refresh) - 1)),
+        page.changing(page.refusing(update, len(refresh) - 1)),
         [spec, *looks, *fields],
         refresh,
         trigger_mode="always_last",
@@ -307,7 +280,7 @@ def build(spec: gr.State) -> page.View:
     )
     bars.submit(
         ask,
-        [spec, *sliding, *looks],
+        [spec, *looks],
         [problem, spec, *drawn],
         trigger_mode="multiple",
         **quiet,
@@ -315,13 +288,13 @@ def build(spec: gr.State) -> page.View:
     shown = [problem, *fields, share, convention, *shown_with_method, *drawn]
     for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
         button.click(
-            newest(lambda share, *view, lesson=lesson, rule=rule: (lesson, *show(lesson, rule, share, *view))),
+            page.changing(lambda share, *view, lesson=lesson, rule=rule: (lesson, *show(lesson, rule, share, *view))),
             [share, *view],
             [spec, *shown],
             **quiet,
         )
     reset.click(
-        newest(
+        page.changing(
             lambda spec, *looks: (
                 plain := RunSpec(model=spec.model, method=spec.method, task=spec.task),
                 *show(plain, *looks),
@@ -341,9 +314,9 @@ def build(spec: gr.State) -> page.View:
             return gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)
         return changed, *show(changed, *looks)
 
-    gr.on([use.click, text.submit], newest(own_config), [spec, text, *looks], [spec, *shown], **quiet)
+    gr.on([use.click, text.submit], page.changing(own_config), [spec, text, *looks], [spec, *shown], **quiet)
     upload.upload(
-        newest(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
+        page.changing(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
         [spec, upload, *looks],
         [spec, *shown],
         **quiet,
@@ -354,7 +327,7 @@ def build(spec: gr.State) -> page.View:
 def _control(name: str) -> Any:
     if name == "gpu":
         return page.choice("gpu", [("automatic: an H100", ""), *page.choices_of(GPUS)], "")
-    return page.number(name) if name in ("accumulation", "n_gpus") else page.choice(name)
+    return page.text(name) if name in ("accumulation", "n_gpus") else page.choice(name)
 
 
 def _blank(name: str, value: Any) -> Any:

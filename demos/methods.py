@@ -114,7 +114,7 @@ def method_settings(spec: RunSpec, *names: str) -> list[Any]:
         elif name == "target_modules":
             control = page.choice(name, TARGETS, "all-linear", allow_custom_value=True)
         else:
-            control = page.number(name)
+            control = page.text(name)
         control.visible = name in METHODS[spec.method or "lora"].settings
         made.append(control)
     return made

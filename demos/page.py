@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -176,12 +177,8 @@ def slider(name: str, low: float, high: float, value: float, step: float = 1) ->
     return gr.Slider(low, high, value, step=step, **described(name))
 
 
-def number(name: str, value: float | None = None) -> gr.Number:
-    about = SETTINGS[name]
-    return gr.Number(value, placeholder=about.automatic, precision=0 if about.type is int else None, **described(name))
-
-
 def text(name: str) -> gr.Textbox:
+    """For a name or a number; empty means automatic, which gr.Number on a hidden tab would send as 0."""
     return gr.Textbox(placeholder=SETTINGS[name].automatic, max_lines=1, **described(name))
 
 
@@ -284,6 +281,58 @@ def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
         return ("", *result)
 
     return guarded
+
+
+class Asked:
+    """What each visitor last asked for, so that no answer to an earlier question undoes it."""
+
+    def __init__(self) -> None:
+        self._last: Counter[str] = Counter()
+
+    def again(self, visitor: str | None) -> Callable[[], bool]:
+        """The visitor asks. Returns whether they have asked again since."""
+        self._last[visitor or ""] += 1
+        return self.since(visitor)
+
+    def since(self, visitor: str | None) -> Callable[[], bool]:
+        """Whether the visitor has asked again since now."""
+        name = visitor or ""
+        now = self._last[name]
+        return lambda: self._last[name] != now
+
+
+changes = Asked()
+"""Changes of the settings, on whichever tab."""
+
+
+def changing(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, a change of the settings: nothing is shown of it if another one was made meanwhile."""
+
+    def change(request: gr.Request, *args: Any) -> Any:
+        overtaken = changes.again(request.session_hash)
+        answer = work(*args)
+        if overtaken():
+            return skipped(answer)
+        changes.again(request.session_hash)  # whoever looked meanwhile saw the settings as they were
+        return answer
+
+    return change
+
+
+def looking(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, which shows the settings as they are: nothing is shown of it if they changed meanwhile."""
+
+    def look(request: gr.Request, *args: Any) -> Any:
+        overtaken = changes.since(request.session_hash)
+        answer = work(*args)
+        return skipped(answer) if overtaken() else answer
+
+    return look
+
+
+def skipped(answer: Any) -> Any:
+    """As many outputs, each left as it is."""
+    return tuple(gr.skip() for _ in answer)
 
 
 @dataclass(frozen=True)

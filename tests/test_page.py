@@ -1,7 +1,9 @@
 """What the page takes from visitors: links that round-trip, and no way to this machine's files."""
 
 import random
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
 import app
@@ -46,3 +48,42 @@ def test_no_visitor_names_a_file(model):
 def test_hub_ids_and_counts_pass():
     for model in ("HuggingFaceTB/SmolLM2-135M", "1.5b", "gpt2"):
         assert page.public({"model": model}) == RunSpec(model=model)
+
+
+ME, YOU = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="you")
+
+
+def is_skipped(answer) -> bool:
+    return all(part == gr.skip() for part in answer)
+
+
+def test_a_slow_look_does_not_undo_a_change_made_meanwhile():
+    """A page asks for the exact figures as it opens; the link's settings arrive before they are there."""
+    change = page.changing(lambda: ("rank 32",))
+    look = page.looking(lambda then: (then(), "rank 8"))
+    assert look(ME, lambda: None) == (None, "rank 8")
+    assert is_skipped(look(ME, lambda: change(ME)))
+    assert not is_skipped(look(ME, lambda: change(YOU)))  # somebody else's
+
+
+def test_a_look_begun_during_a_change_saw_the_settings_before_it():
+    overtaken = []
+
+    def slowly():
+        overtaken.append(page.changes.since("me"))
+        return ("rank 32",)
+
+    assert page.changing(slowly)(ME) == ("rank 32",)
+    assert overtaken[0]()
+
+
+def test_of_two_changes_the_later_one_stands():
+    later = page.changing(lambda: ("rank 32", "alpha 8"))
+    answers = []
+
+    def slowly():
+        answers.append(later(ME))
+        return ("rank 16", "alpha 16")
+
+    assert is_skipped(page.changing(slowly)(ME))
+    assert answers == [("rank 32", "alpha 8")]

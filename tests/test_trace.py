@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from peftlab import RunSpec, SpecError, configs, resolve
 from peftlab.__main__ import main
@@ -185,17 +186,28 @@ def test_few_layers_are_kept(kinds, most):
 def test_whoever_is_overtaken_stops_at_once(tiny_model, monkeypatch):
     monkeypatch.setattr(tracing, "_known", {})
     spec = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
-    asked = []
+    asked, operations = [], []
 
-    def after_twenty():
-        asked.append(1)
-        return len(asked) > 20
+    def stop_at(last=None):
+        asked.clear()
 
-    with pytest.raises(Overtaken):
-        trace(spec, after_twenty)
-    assert len(asked) == 21 and not tracing._known
-    fresh = trace(spec)
-    monkeypatch.setattr(tracing, "_known", {})
+        def overtaken():
+            asked.append(1)
+            operations.append(_len_torch_dispatch_stack())
+            return len(asked) == last
+
+        return overtaken
+
+    fresh = trace(spec, stop_at())
+    assert len(asked) > 6
+    assert set(operations) == {2}, (
+        "an exception inside an operation, where a mode is off the stack, can end the process"
+    )
+    for last in range(1, len(asked) + 1):
+        monkeypatch.setattr(tracing, "_known", {})
+        with pytest.raises(Overtaken):
+            trace(spec, stop_at(last))
+        assert len(asked) == last and not tracing._known
     assert trace(spec) == fresh
 
 

@@ -153,24 +153,26 @@ def _record(
     kernels.register()
     depth = len(kept)
     model = _meta(spec, config, kept)
-    recorder = Recorder(model.config.vocab_size, depth, stop)
+    recorder = Recorder(model.config.vocab_size, depth)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         _fake(model, recorder)
         trained = [p for p in model.parameters() if p.requires_grad]
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")
-        _watch(model, recorder)
+        _watch(model, recorder, stop)
         kind = optimizers.find(spec)
         own = kind.library == "torch"
         optimizer = step.optimizer(trained, spec) if own else optimizers.BlockwiseStates(trained, kind)
         for again in ("", " again")[: min(spec.accumulation or 1, 2)]:
             recorder.part = BEFORE
             for phase in step.micro(model, spec, "cpu", logits):
+                stop()
                 recorder.begin(phase + again)
             gc.collect(1)  # a model's own reference cycles hold tensors; a real step is long enough to collect them
             recorder.begin("gradients")
             recorder.name((p.grad for p in trained if p.grad is not None), "gradients")
         for phase in ("optimizer", "optimizer again"):
+            stop()
             recorder.begin(phase)
             optimizer.step()
             recorder.begin(phase + " states")
@@ -202,8 +204,11 @@ def _layers(model: Any, depth: int) -> tuple[str, Any]:
     return next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
 
 
-def _watch(model: Any, recorder: Recorder) -> None:
-    """Tells the recorder which part of the model is at work: the layers in turn, and back again."""
+def _watch(model: Any, recorder: Recorder, stop: Callable[[], None]) -> None:
+    """Tells the recorder which part of the model is at work: the layers in turn, and back again.
+
+    `stop` may raise: it is asked between layers, since an exception inside an operation can end the process.
+    """
     _, layers = _layers(model, recorder.depth)
 
     def at(part: int) -> Callable[..., None]:
@@ -221,6 +226,7 @@ def _watch(model: Any, recorder: Recorder) -> None:
 
     def end(part: int) -> Callable[..., None]:
         def leave(module: Any, args: Any, out: Any) -> None:
+            stop()
             if recorder.phase.startswith("forward"):
                 recorder.part = part + 1
                 hidden = out[0] if isinstance(out, tuple) else out
