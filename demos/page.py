@@ -260,10 +260,11 @@ def claims_table(tab: str) -> str:
     """What the lectures say beside what is computed here, as HTML."""
     rows = []
     for c in (c for c in CLAIMS if c.tab == tab):
-        show = words.size if c.unit == "bytes" else lambda n: f"{n:,.0f}"
+        show = {"bytes": words.size, "percent": lambda n: words.percent(n / 100)}.get(c.unit, lambda n: f"{n:,.0f}")
+        begin = "" if c.least is None else f"{show(c.least)} to " if c.least else "under "
         verdict = '<span class="bad">differs</span>' if c.differs else '<span class="good">holds</span>'
         rows.append(
-            f"<tr><td>{escape(c.says)}<br><small>{escape(c.source)}</small></td><td>{show(c.claimed)}</td>"
+            f"<tr><td>{escape(c.says)}<br><small>{escape(c.source)}</small></td><td>{begin}{show(c.claimed)}</td>"
             f"<td>{show(c.computed())}</td><td>{verdict}<br><small>{escape(c.why)}</small></td></tr>"
         )
     head = "<tr><th>The lecture</th><th>says</th><th>exact</th><th></th></tr>"

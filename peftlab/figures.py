@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from math import ceil, floor, log10
 from typing import Any
 
+from . import architecture as architectures
 from . import words
+from .catalog.claims import CLAIMS
+from .catalog.models import MODELS
 from .compare import BASE, ComparisonReport
-from .count import ModuleCount
+from .count import ModuleCount, ParameterReport, count
+from .errors import SpecError
 from .memory import MemoryReport, Moment
 from .methods import Drawing
+from .spec import RunSpec
 
 THEMES = ("light", "dark")
 PALETTE = {
@@ -187,6 +193,99 @@ def rank_curve(module: ModuleCount, rank: int, theme: str) -> Any:
     figure.update_xaxes(range=[0, end], title_text="rank")
     figure.update_yaxes(range=[0, 1.3 * d_in * d_out], rangemode="tozero")
     return figure
+
+
+def percent_by_size(rank: int, target_modules: str, marked: str, theme: str) -> Any:
+    """Percent that LoRA trains, in every layer, against a model's parameters: the catalogue, with `marked` in colour.
+
+    A percent that the lecture gives for this rank and these modules is a dotted line: it holds it constant. Raises
+    SpecError where LoRA does not suit `marked`.
+    """
+    c = PALETTE[theme]
+    spec = RunSpec(model=marked, method="lora", rank=rank, target_modules=target_modules)
+    mine, roles = count(spec), _by_role(marked, target_modules)
+    models = [*_others(spec.but(target_modules=roles)), mine]
+    sizes, shares = [r.total_parameters for r in models], [r.trainable_percent for r in models]
+    title = f"LoRA of rank {rank} on {words.where(mine.spec)}: % trained, by the model's size (log scales)"
+    figure = _figure(theme, 360, title={"text": title})
+    top = max(shares) * max(2, (max(shares) / min(shares)) ** 0.3)
+    for claimed in _claimed_percents(rank, roles):
+        figure.add_scatter(
+            x=[min(sizes) / 1.5, max(sizes) * 1.5], y=[claimed] * 2, mode="lines+markers+text", hoverinfo="skip",
+            line={"color": c["overhead"], "width": 2, "dash": "dot"},
+            marker={"size": 8, "opacity": 0},  # unseen, it holds the text off the line
+            text=[f"the lecture:<br>{words.percent(claimed / 100)}", ""], textposition="bottom right",
+        )  # fmt: skip
+    figure.add_scatter(  # the name stands above every point, so that it covers none
+        x=[mine.total_parameters] * 2, y=[mine.trainable_percent, top], mode="lines+text", hoverinfo="skip",
+        line={"color": c["trained"], "width": 1.5},
+        text=["", f" <b>{escape(mine.model_name)}</b> <br> {words.percent(mine.trainable_percent / 100)} "],
+        textposition="bottom left" if mine.total_parameters**2 > min(sizes) * max(sizes) else "bottom right",
+    )  # fmt: skip
+    for reports, colour, size in ((models[:-1], "frozen", 10), (models[-1:], "trained", 16)):
+        figure.add_scatter(
+            x=[r.total_parameters for r in reports],
+            y=[r.trainable_percent for r in reports],
+            mode="markers+text",
+            marker={"color": c[colour], "size": size, "line": {"color": c["surface"], "width": 1}},
+            text=["with experts " if _experts(r) else "" for r in reports],  # why these are far below the others
+            textposition="middle left",
+            customdata=[_derived(r) for r in reports],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    figure.update_xaxes(**_decades(min(sizes) / 1.5, max(sizes) * 1.5), title_text="parameters of the model")
+    figure.update_yaxes(**_decades(min(shares) / 1.4, top * 1.1))
+    return figure
+
+
+def _by_role(model: str, target_modules: str) -> str:
+    """Modules that one model names, in words that every family understands."""
+    if target_modules == "all-linear":
+        return target_modules
+    found = architectures.of(model).targets(target_modules)
+    return ",".join(sorted({role for m in found for role in (m.role or m.short_name).split("+")}))
+
+
+def _others(spec: RunSpec) -> list[ParameterReport]:
+    """Counts for the catalogue's models that `spec` suits, but for its own and for those of another's shapes."""
+    shape = MODELS[spec.model].shape_of if spec.model in MODELS else None
+    reports = []
+    for key, entry in MODELS.items():
+        if entry.config is None or entry.shape_of or key in (spec.model, shape):
+            continue
+        try:
+            reports.append(count(spec.but(model=key)))
+        except SpecError:  # without modules of these roles, or too narrow for the rank
+            continue
+    return reports
+
+
+def _claimed_percents(rank: int, roles: str) -> list[float]:
+    """What the lecture gives for LoRA of this rank on modules of these roles: one number, whatever the size."""
+    runs = [(c.claimed, c.run) for c in CLAIMS if c.quantity == "trainable_percent" and c.least is None]
+    return sorted({n for n, r in runs if r.rank == rank and _by_role(r.model or "", r.target_modules or "") == roles})
+
+
+def _experts(report: ParameterReport) -> int:
+    return architectures.of(report.spec.model or "").facts.experts
+
+
+def _derived(report: ParameterReport) -> str:
+    rank, trained = report.spec.rank or 1, report.trainable_parameters
+    return (
+        f"<b>{escape(report.model_name)}</b><br>{rank} × {trained // rank:,} inputs and outputs<br>"
+        f"= {trained:,} trained,<br>{words.percent(report.trainable_percent / 100)} of {report.total_parameters:,}"
+        + ("<br>(its experts get no adapter)" if _experts(report) else "")
+    )
+
+
+def _decades(low: float, high: float) -> dict[str, Any]:
+    """A log axis with a tick for each power of ten, written as people do: 0.01, 1, 100M, 10B."""
+    powers = range(ceil(log10(low)), floor(log10(high)) + 1)
+    names = [f"{10 ** (p % 3)}{'KMBT'[p // 3 - 1]}" if p >= 3 else words.significant(10.0**p) for p in powers]
+    return {
+        "type": "log", "range": [log10(low), log10(high)], "tickvals": [10.0**p for p in powers], "ticktext": names,
+    }  # fmt: skip
 
 
 def loss_curve(events: Sequence[dict[str, Any]], steps: int, theme: str) -> Any:

@@ -27,7 +27,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
     if gpu:
         gpus.find(gpu)
     on_gpu = gpu is not None or machine.device == "cuda"
-    rank = spec.rank or method.defaults.get("rank", 8)
+    rank = spec.rank or method.defaults.get("rank", methods.USUAL_RANK)
     automatic: dict[str, Any] = {
         "model": model.key,
         "method": method.key,

@@ -69,8 +69,9 @@ SENTENCES = {
     "chosen": "{method} needs {chosen}: {ratio}× {less}, and {where}.",
     "one": "{it} one {gpu}",
     "several": "{it_takes} {n} × {gpu}",
+    "lora": "{what} on {where} trains {trained} of {total} numbers: {percent}. The adapter is {size}.",
 }
-"""The Memory tab's sentence. The page fills the same words on every move of a slider."""
+"""Opening sentences. The page fills the same words on every move of a slider."""
 
 
 def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
@@ -174,18 +175,25 @@ def method_name(report: MemoryReport | ParameterReport) -> str:
     return ", ".join((report.method_name, *named))
 
 
+WHERE = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v_proj": "q and v"}
+"""Target modules that have a name of their own."""
+
+
 def where(spec: Any) -> str:
     """Target modules in words."""
-    names = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v_proj": "q and v"}
-    text = names.get(spec.target_modules or "", (spec.target_modules or "").replace(",", ", "))
+    text = WHERE.get(spec.target_modules or "", (spec.target_modules or "").replace(",", ", "))
     return text if spec.layers in (None, "all") else f"{text} of layers {spec.layers}"
 
 
 def lora_sentence(report: ParameterReport) -> str:
-    return (
-        f"Rank {report.spec.rank} on {escape(where(report.spec))} trains "
-        f"{bold(f'{report.trainable_parameters:,}', 'trained')} of {bold(f'{report.total_parameters:,}', 'frozen')} numbers: "
-        f"{bold(percent(report.trainable_percent / 100), 'trained')}. The adapter is {size(report.adapter_bytes)}."
+    rank = report.spec.rank
+    return SENTENCES["lora"].format(
+        what=f"Rank {rank}" if report.spec.method == "lora" else f"{escape(report.method_name)}, rank {rank},",
+        where=escape(where(report.spec)),
+        trained=bold(f"{report.trainable_parameters:,}", "trained"),
+        total=bold(f"{report.total_parameters:,}", "frozen"),
+        percent=bold(percent(report.trainable_percent / 100), "trained"),
+        size=size(report.adapter_bytes),
     )
 
 

@@ -3,9 +3,11 @@ import re
 
 import pytest
 
-from peftlab import RunSpec, count, figures, predict, words
+from peftlab import RunSpec, SpecError, count, figures, predict, words
 from peftlab.bench import recorded_runs
+from peftlab.catalog.models import MODELS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
+from peftlab.count import why_not
 
 THEMES = pytest.mark.parametrize("theme", figures.THEMES)
 EVENTS = [
@@ -86,6 +88,59 @@ def test_the_rank_curve_has_the_matrix_and_the_break_even(theme):
     even = module.d_in * module.d_out / (module.d_in + module.d_out)
     texts = [a.text for a in figure.layout.annotations]
     assert any(f"{module.d_in * module.d_out:,}" in t for t in texts) and any(f"{even:.0f}" in t for t in texts)
+
+
+def scatter(figure):
+    """(parameters, percent) of every model drawn, the marked one last."""
+    points = [line for line in figure.data if line.mode == "markers+text"]
+    return [point for line in points for point in zip(line.x, line.y, strict=True)], points
+
+
+def counted(model, rank, targets):
+    report = count(RunSpec(model=model, rank=rank, target_modules=targets))
+    return report.total_parameters, report.trainable_percent
+
+
+@THEMES
+def test_percents_by_size_are_counts(theme):
+    figure = figures.percent_by_size(16, "all-linear", "gemma-3-270m", theme)
+    points, (others, mine) = scatter(figure)
+    shapes = [key for key, entry in MODELS.items() if not entry.shape_of and not why_not("lora", key)]
+    assert sorted(points) == sorted(counted(key, 16, "all-linear") for key in shapes)
+    assert points[-1] == counted("gemma-3-270m", 16, "all-linear")
+    assert (mine.marker.color, others.marker.color) == tuple(figures.PALETTE[theme][k] for k in ("trained", "frozen"))
+    assert mine.customdata[0] == (
+        "<b>Gemma 3 270M</b><br>16 × 237,312 inputs and outputs<br>= 3,796,992 trained,<br>1.42% of 268,098,176"
+    )
+    assert "log scales" in figure.layout.title.text and figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert list(figure.layout.xaxis.ticktext) == ["100M", "1B", "10B", "100B"] and drawn(figure)
+
+
+def test_percents_by_size_follow_roles_into_other_families():
+    points, _ = scatter(figures.percent_by_size(8, "q_proj,v_proj", "llama-2-7b", "light"))
+    for model in ("gpt2", "bert-base", "t5-base", "phi-3-mini", "gemma-3-270m"):
+        assert counted(model, 8, "query,value") in points
+
+
+def test_a_copy_of_a_shape_is_drawn_once():
+    points, (_, mine) = scatter(figures.percent_by_size(8, "all-linear", "smollm2-135m-instruct", "light"))
+    assert len(points) == len(set(points)) and "SmolLM2 135M Instruct" in mine.customdata[0]
+
+
+@pytest.mark.parametrize(("rank", "percent"), [(8, 0.06), (16, 0.12), (64, 0.48)])
+def test_the_lectures_percent_is_a_line_at_its_own_ranks_and_modules(rank, percent):
+    def lines(rank, targets):
+        figure = figures.percent_by_size(rank, targets, "llama-2-70b", "light")
+        return [list(line.y) for line in figure.data if line.line.dash == "dot"]
+
+    assert lines(rank, "q_proj,v_proj") == lines(rank, "v_proj,q_proj") == [[percent] * 2]
+    assert not lines(rank, "all-linear") and not lines(rank + 1, "q_proj,v_proj")
+
+
+def test_models_too_narrow_for_the_rank_and_a_bare_count_are_not_drawn():
+    assert scatter(figures.percent_by_size(256, "all-linear", "llama-2-7b", "light"))[0]
+    with pytest.raises(SpecError, match="bare count"):
+        figures.percent_by_size(8, "all-linear", "7B", "light")
 
 
 @THEMES

@@ -7,7 +7,7 @@ evaluates them here; the page evaluates the same terms in the browser.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
@@ -36,6 +36,7 @@ class Term:
 
 
 SIZES = ("d_in", "d_out", "weight", "bias")
+USUAL_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Method:
     """A term to add to the loss, from the model."""
     after_step: Callable[[Any, int], None] | None = None
     """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""
+    rank_limit: str = ""
+    """A key of RANK_LIMITS: which of the adapted matrices' own ranks the run's may not exceed; empty for none."""
     before_layers: bool = False
     """It makes tensors for all layers before the first of them runs."""
     if_nothing: str = ""
@@ -140,6 +143,13 @@ class Method:
         """Parameters for one of `module` in the saved adapter."""
         return round(sum(term.value(module, spec) for term in self.saved or self.terms))
 
+
+RANK_LIMITS: dict[str, tuple[Callable[[Iterable[int]], int], str]] = {
+    "largest": (max, "no adapted matrix has a rank above"),
+    "smallest": (min, "the smallest adapted matrix has rank"),
+}
+RANK_REFUSAL = "rank={rank}: {which} {limit}, so a larger update is wasted; try {usual}, or {limit} at most"
+"""The page fills the same words."""
 
 METHODS: dict[str, Method] = {}
 
@@ -169,7 +179,17 @@ def targets(architecture: Architecture, spec: RunSpec, model_name: str = "the mo
         raise SpecError(f"method={method.key}: {model_name} {error}") from None
     if not any(method.trained(t.module, spec) for t in chosen):
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
+    _check_rank(method, chosen, spec.rank or 0)
     return chosen
+
+
+def _check_rank(method: Method, chosen: list[Target], rank: int) -> None:
+    if not method.rank_limit:
+        return
+    extreme, which = RANK_LIMITS[method.rank_limit]
+    limit = extreme(min(t.module.d_in, t.module.d_out) for t in chosen)
+    if rank > limit:
+        raise SpecError(RANK_REFUSAL.format(rank=rank, which=which, limit=limit, usual=min(limit, USUAL_RANK)))
 
 
 class Unsuited(SpecError):

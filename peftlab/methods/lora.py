@@ -17,14 +17,10 @@ INPUT = (Keep(("d_in",), of="input"), DROPPED, Keep(("rank",)))
 PARALLEL = Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1)
 
 
-def select(architecture: Architecture, spec: RunSpec) -> list[Target]:
-    return _within(linear_targets(architecture, spec), spec, max)
-
-
 def quantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
     if spec.quantization == "none":
         raise SpecError("quantization=none: QLoRA is LoRA on a quantized base; set it to nf4 or int8, or use lora")
-    return select(architecture, spec)
+    return linear_targets(architecture, spec)
 
 
 def unquantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
@@ -33,18 +29,7 @@ def unquantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
             f"quantization={spec.quantization}: PiSSA takes W apart by its singular values, for which W must be whole; "
             "set it to none, or use qlora"
         )
-    return _within(linear_targets(architecture, spec), spec, min)
-
-
-def _within(chosen: list[Target], spec: RunSpec, extreme: Any) -> list[Target]:
-    """Refuses a rank above that of the largest (`max`) or smallest (`min`) adapted matrix."""
-    limit = extreme((min(t.module.d_in, t.module.d_out) for t in chosen), default=0)
-    if chosen and (spec.rank or 0) > limit:
-        which = "no adapted matrix has a rank above" if extreme is max else "the smallest adapted matrix has rank"
-        raise SpecError(
-            f"rank={spec.rank}: {which} {limit}, so a larger update is wasted; try {min(limit, 8)}, or {limit} at most"
-        )
-    return chosen
+    return linear_targets(architecture, spec)
 
 
 def attach(model: Any, targets: list[Target], spec: RunSpec, **variant: Any) -> Any:
@@ -142,11 +127,12 @@ def _register(key: str, **rest: Any) -> None:
     usual: dict[str, Any] = {
         "terms": BA,
         "keeps": INPUT,
-        "select": select,
+        "select": linear_targets,
         "attach": attach,
         "merge": through_peft.merge,
         "drawing": PARALLEL,
         "settings": SETTINGS,
+        "rank_limit": "largest",
     }
     register(Method(key, **{**usual, **rest}))
 
@@ -186,6 +172,7 @@ _register(
     "pissa",
     select=unquantized,
     attach=principal,
+    rank_limit="smallest",
     drawing=Drawing(("W − BA at the start",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 5e-4, "alpha": lambda spec: float(spec["rank"])},
 )
@@ -209,8 +196,8 @@ _register(
         Keep(("rank", "d_in"), each="model"),  # the two random matrices
         Keep(("rank", "d_out"), each="model"),
     ),
-    select=linear_targets,
     attach=vectors,
+    rank_limit="",
     drawing=Drawing(("W",), ("A, random", "*× d", "B, random", "*× b"), leaves=0, joins=1),
     settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
     defaults={"learning_rate": 8e-2, "rank": 256},

@@ -1,0 +1,354 @@
+// The LoRA tab, drawn by the page alone. The server sends a model's shapes and the registry's terms once; every slider,
+// tick and click after that is answered here, and the settings are reported once the reader pauses.
+
+// --- counting: the registry's terms, as peftlab/methods evaluates them
+
+const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
+const valueOf = (terms, sizes) =>
+  Math.round(terms.reduce((sum, [c, factors]) => sum + c * product(factors.map((name) => sizes[name])), 0));
+const chosenOf = ({modules}, {targets, layers}, nLayers) =>
+  modules.map((m) => !targets.has(m.name) ? 0
+    : m.layers.length ? m.layers.filter((layer) => layers.has(layer)).length : +(layers.size === nLayers));
+
+/** Trained and saved parameters: {each: per module kind, rows: over its layers, trained, saved, chosen}. */
+const count = (data, settings) => {
+  const method = data.methods[settings.method], chosen = chosenOf(data, settings, data.n_layers);
+  const each = data.modules.map((m) => valueOf(method.terms, {...m, rank: settings.rank}));
+  const kept = data.modules.map((m) => valueOf(method.saved, {...m, rank: settings.rank}));
+  const total = (one) => one.reduce((sum, n, i) => sum + n * chosen[i], 0);
+  return {each, chosen, rows: each.map((n, i) => n * chosen[i]), trained: total(each), saved: total(kept)};
+};
+
+/** Alpha as the run would have it: set, or by the method's own rule. */
+const alphaOf = (data, {method, rank, alpha}) => {
+  const rule = data.methods[method].alpha;
+  return rule === null ? null : alpha ?? rule[0] + rule[1] * rank;
+};
+const scaleOf = (data, settings) => {
+  const alpha = alphaOf(data, settings);
+  return alpha === null ? 1 : alpha / (data.methods[settings.method].root ? Math.sqrt(settings.rank) : settings.rank);
+};
+
+// --- words: those of peftlab/words.py
+
+const fill = (text, values) => text.replace(/{(\w+)}/g, (_, name) => values[name]);
+const whole = (n) => n.toLocaleString('en-US');
+const significant = (n) => {
+  if (!n) return '0';
+  const digits = 2 - Math.floor(Math.log10(Math.abs(n))), scale = 10 ** digits;
+  return (Math.round(n * scale) / scale).toLocaleString('en-US', {maximumFractionDigits: Math.max(0, digits)});
+};
+const size = (n) => {
+  for (const [unit, scale] of [['TB', 1e12], ['GB', 1e9], ['MB', 1e6], ['kB', 1e3]])
+    if (n >= scale) return significant(n / scale) + ' ' + unit;
+  return Math.round(n) + ' B';
+};
+const percent = (share) => significant(100 * share) + '%';
+const bold = (text, meaning) => `<b class="${meaning}">${text}</b>`;
+/** A set of layers as `layers` takes it; empty for all. */
+const layersText = (layers, n) => {
+  if (layers.size === n) return '';
+  const runs = [];
+  for (const layer of [...layers].sort((a, b) => a - b)) {
+    const run = runs[runs.length - 1];
+    if (run && layer === run[1] + 1) run[1] = layer; else runs.push([layer, layer]);
+  }
+  return runs.map(([a, b]) => a === b ? `${a}` : `${a}-${b}`).join(',');
+};
+const targetsText = (data, targets) => {
+  const names = data.modules.filter((m) => targets.has(m.name)).map((m) => m.name);
+  return names.length === data.modules.length ? 'all-linear' : names.join(',');
+};
+const whereText = (data, {targets, layers}) => {
+  const text = targetsText(data, targets), which = layersText(layers, data.n_layers);
+  const said = data.words.where[text] ?? text.replaceAll(',', ', ');
+  return which ? `${said} of layers ${which}` : said;
+};
+/** What is wrong with the settings, in words; empty when nothing is. */
+const refusal = (data, settings) => {
+  const method = data.methods[settings.method], {rank, alpha, targets, layers} = settings;
+  if (!targets.size) return data.words.no_target;
+  if (!layers.size) return data.words.no_layer;
+  if (!Number.isInteger(rank) || rank < 1) return fill(data.words.bad_rank, {rank});
+  if (alpha !== null && !(alpha > 0)) return fill(data.words.bad_alpha, {alpha});
+  if (!chosenOf(data, settings, data.n_layers).some(Boolean)) return data.words.no_layer;
+  if (!method.limit) return '';
+  const ranks = data.modules.filter((m) => targets.has(m.name)).map((m) => Math.min(m.d_in, m.d_out));
+  const limit = method.limit === 'largest' ? Math.max(...ranks) : Math.min(...ranks);
+  if (rank <= limit) return '';
+  return fill(data.words.rank, {rank, limit, which: data.words[method.limit], usual: Math.min(limit, data.words.usual_rank)});
+};
+const sentence = (data, settings, counted) => fill(data.words.sentence, {
+  what: fill(settings.method === 'lora' ? 'Rank {rank}' : '{name}, rank {rank},', {name: data.methods[settings.method].name, rank: settings.rank}),
+  where: whereText(data, settings),
+  trained: bold(whole(counted.trained), 'trained'),
+  total: bold(whole(data.total), 'frozen'),
+  percent: bold(percent(counted.trained / data.total), 'trained'),
+  size: size(counted.saved * data.bytes),
+});
+
+// --- the state: what the server sent, and what the reader has done since
+
+const REST = 400; // milliseconds without a move after which the settings are reported
+const COLUMN = [2, -1, 3, 1, -2], ROW = [1, -2, 2, 3, -1]; // of the small example; further ranks rotate them
+const stage = element.closest('.stage');
+let data, settings, shown, toyRank = 1, timer = null;
+
+const $ = (name) => element.querySelector(name);
+const knob = (name, kind) => stage.querySelector(`[data-knob="${name}"]${kind ? `[type=${kind}]` : ''}`);
+/** Ranks that the slider stops at: every one to 16, then eight to the octave, up to the largest that a matrix has. */
+const stops = (top) => {
+  const ranks = [];
+  for (let rank = 1; rank < top; rank += 2 ** Math.max(0, Math.floor(Math.log2(rank)) - 3)) ranks.push(rank);
+  return [...ranks, top];
+};
+const nearest = (ranks, rank) => ranks.findIndex((r) => r >= rank) < 0 ? ranks.length - 1 : ranks.findIndex((r) => r >= rank);
+const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
+
+const read = () => {
+  data = props.value;
+  const {method, rank, alpha, targets, layers} = data.at;
+  settings = {method, rank, alpha: alpha ?? null, targets: new Set(targets), layers: new Set(layers)};
+  data.ranks = stops(Math.max(...data.modules.map((m) => Math.min(m.d_in, m.d_out))));
+  shown = data.modules.find((m) => m.name === shown?.name) ?? data.modules.find((m) => targets.includes(m.name)) ?? data.modules[0];
+};
+
+const report = () => {
+  if (refusal(data, settings)) return;
+  const layers = layersText(settings.layers, data.n_layers), targets = targetsText(data, settings.targets);
+  trigger('submit', {model: data.key, settings: {
+    method: settings.method, rank: settings.rank, alpha: settings.alpha,
+    target_modules: targets === 'all-linear' ? null : targets, layers: layers || null,
+  }});
+};
+const moved = () => {
+  clearTimeout(timer);
+  paint();
+};
+const released = () => {
+  moved();
+  timer = setTimeout(report, REST);
+};
+
+// --- the picture
+
+const box = (name, meaning) => `<figure class="matrix ${meaning}"><div></div><figcaption><b>${name}</b> <span></span></figcaption></figure>`;
+const build = () => {
+  $('.matrices').innerHTML = `${box('W', 'frozen')}<span class="sign">+</span><div class="update">${box('ΔW', 'trained delta')}` +
+    `<span class="sign">=</span><span class="sign times"></span>${box('B', 'trained')}<span class="sign">×</span>${box('A', 'trained')}</div>`;
+  const deepest = Math.max(...data.modules.map((m) => m.layers.length), 1);
+  const rows = [...data.modules.map((m) => [m.name, m.parameters * (m.layers.length || 1), m]), ...data.rest.map((r) => [r.name, r.parameters, null])];
+  const unit = 230 / rows.reduce((sum, [, n]) => sum + n, 0);
+  $('.map').innerHTML = rows.map(([name, n, m]) => {
+    const height = Math.max(1, n * unit).toFixed(1);
+    const cells = m && m.layers.length > 1 ? m.layers.map((layer) => `<i data-layer="${layer}"></i>`).join('') : '<i></i>';
+    const strip = `<div class="strip" style="height:${height}px">${cells}</div>`;
+    return m
+      ? `<div class="map-row" data-module="${name}"><label><input type="checkbox" data-knob="target" value="${name}"><span>${name}</span></label>${strip}<output></output></div>`
+      : `<div class="map-row rest"><span class="map-name">${name}</span>${strip}<span class="map-count">${whole(n)} frozen</span></div>`;
+  }).join('');
+  $('.layers').innerHTML = Array.from({length: data.n_layers}, (_, i) =>
+    `<button type="button" data-layer="${i}" tabindex="${i ? -1 : 0}" aria-label="layer ${i}"></button>`).join('');
+  toy();
+};
+
+const paint = () => {
+  const wrong = refusal(data, settings);
+  $('.problem').textContent = wrong;
+  sync();
+  if (wrong) return;
+  const counted = count(data, settings);
+  $('.sentence').innerHTML = sentence(data, settings, counted);
+  paintMatrices(counted);
+  paintAxis(counted);
+  paintMap(counted);
+  paintTotals(counted);
+};
+
+/** The controls beside the picture show what the settings are. */
+const sync = () => {
+  const {method, rank, alpha, targets} = settings, auto = alphaOf(data, {...settings, alpha: null});
+  const range = knob('rank', 'range'), number = knob('rank', 'number');
+  range.max = data.ranks.length - 1;
+  range.value = nearest(data.ranks, rank);
+  range.setAttribute('aria-valuetext', `rank ${rank}`);
+  if (document.activeElement !== number) number.value = rank;
+  knob('method').value = method;
+  stage.querySelector('.alpha-knob').hidden = auto === null;
+  for (const kind of ['range', 'number'])
+    if (document.activeElement !== knob('alpha', kind) || alpha === null) knob('alpha', kind).value = alpha ?? auto;
+  knob('automatic').disabled = alpha === null;
+  element.querySelectorAll('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
+};
+
+const paintMatrices = ({each}) => {
+  const m = shown, unit = Math.max(m.d_in, m.d_out), {rank} = settings, scale = scaleOf(data, settings);
+  const sizes = [[m.d_out, m.d_in], [m.d_out, m.d_in], [m.d_out, rank], [rank, m.d_in]];
+  $('.matrices').querySelectorAll('.matrix').forEach((figure, i) => {
+    const [height, width] = sizes[i], drawn = figure.firstChild;
+    drawn.style.setProperty('--h', (height / unit).toFixed(5));
+    drawn.style.setProperty('--w', (width / unit).toFixed(5));
+    figure.querySelector('span').innerHTML = `${whole(height)} × ${whole(width)}<small>` + [
+      `${whole(height * width)} frozen`, 'as large as W', `${whole(height * width)} trained`, `${whole(height * width)} trained`][i] + '</small>';
+  });
+  $('.times').textContent = `${significant(scale)} ×`;
+  const breath = scale / (scale + 1);
+  element.style.setProperty('--breath', breath.toFixed(3));
+  $('.matrices').setAttribute('aria-label', fill(data.words.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
+  const even = evenOf(m), one = each[data.modules.indexOf(m)], base = m.d_in * m.d_out;
+  const past = fill(data.words[rank >= even ? 'past' : 'before'], {rank, even: Math.round(even), times: significant(even / rank)});
+  $('.finding').innerHTML = fill(data.words.matrix, {name: m.full, one: whole(one), base: whole(base), share: percent(one / base)}) +
+    ' ' + past + (m.swapped ? ' ' + data.words.swapped : '');
+  const alpha = alphaOf(data, settings);
+  $('.scale').innerHTML = alpha === null ? data.words.no_alpha : fill(data.words.scale, {
+    alpha: significant(alpha), rank, plain: bold(significant(alpha / rank), data.methods[settings.method].root ? '' : 'trained'),
+    root: bold(significant(alpha / Math.sqrt(rank)), data.methods[settings.method].root ? 'trained' : ''),
+  });
+  toyFinding();
+};
+
+const paintAxis = () => {
+  const m = shown, even = evenOf(m), {rank} = settings, end = Math.max(1.25 * even, 1.15 * rank);
+  const wide = Math.max(260, $('.rank-axis').clientWidth), high = 190, left = 4, right = 12, top = 26, foot = 34;
+  const x = (r) => left + (wide - left - right) * r / end, most = Math.max(m.d_in * m.d_out, rank * (m.d_in + m.d_out)) * 1.08;
+  const y = (n) => high - foot - (high - foot - top) * n / most;
+  const dot = [x(rank), y(rank * (m.d_in + m.d_out))];
+  $('.rank-axis').innerHTML = `<svg viewBox="0 0 ${wide} ${high}" width="${wide}" height="${high}" role="img" aria-label="${fill(data.words.axis, {even: Math.round(even)})}">` +
+    `<rect class="past" x="${x(even)}" y="${top}" width="${x(end) - x(even)}" height="${high - foot - top}"/>` +
+    `<path class="frozen" d="M${x(0)} ${y(m.d_in * m.d_out)}H${x(end)}"/><path class="trained" d="M${x(0)} ${y(0)}L${x(end)} ${y(end * (m.d_in + m.d_out))}"/>` +
+    `<path class="even" d="M${x(even)} ${top}V${high - foot}"/><path class="base" d="M${x(0)} ${high - foot}H${x(end)}"/>` +
+    `<circle cx="${dot[0]}" cy="${dot[1]}" r="8"/><text class="frozen" x="${x(0)}" y="${y(m.d_in * m.d_out) - 8}">the matrix itself: ${whole(m.d_in * m.d_out)}</text>` +
+    `<text class="muted" text-anchor="end" x="${x(even) - 6}" y="${high - foot - 8}">r* = ${whole(Math.round(even))}</text>` +
+    `<text class="muted" x="${x(0)}" y="${high - 10}">0</text>` +
+    `<text class="trained" text-anchor="${rank > 0.85 * end ? 'end' : rank < 0.12 * end ? 'start' : 'middle'}" x="${dot[0]}" y="${high - 10}">${rank > 0.03 * end ? '' : '&#160;&#160;&#160;'}rank ${whole(rank)}</text></svg>`;
+};
+
+const paintMap = ({each, chosen, rows}) => {
+  const {targets, layers} = settings;
+  element.querySelectorAll('.map-row[data-module]').forEach((row, i) => {
+    const m = data.modules[i], share = m.parameters ? each[i] / m.parameters : 0;
+    row.classList.toggle('targeted', targets.has(m.name));
+    row.classList.toggle('shown', m === shown);
+    row.style.setProperty('--share', `${Math.round(30 + 70 * Math.sqrt(Math.min(1, share)))}%`);
+    row.querySelector('output').innerHTML = chosen[i]
+      ? `<b class="trained">${whole(rows[i])}</b> <small>${whole(each[i])} × ${chosen[i]}: ${percent(share)}</small>`
+      : `0 <small>of ${whole(m.parameters * (m.layers.length || 1))}</small>`;
+    if (row.dataset.drawn === String([...layers])) return;
+    row.dataset.drawn = String([...layers]);
+    row.querySelectorAll('i[data-layer]').forEach((cell) => cell.classList.toggle('on', layers.has(+cell.dataset.layer)));
+    row.querySelectorAll('i:not([data-layer])').forEach((cell) => cell.classList.toggle('on', layers.size === data.n_layers));
+  });
+  element.querySelectorAll('.layers button').forEach((button) =>
+    button.setAttribute('aria-pressed', layers.has(+button.dataset.layer)));
+  const which = layersText(layers, data.n_layers);
+  $('.layers-said').textContent = which ? `Layers ${which}: ${layers.size} of ${data.n_layers}` : `All ${data.n_layers} layers`;
+};
+
+const paintTotals = ({trained, saved}) => {
+  const full = data.total * data.adam, mine = trained * data.adam;
+  const tile = (name, number, note) => `<div><dt>${name}</dt><dd>${number}<small>${note}</small></dd></div>`;
+  $('.totals').innerHTML = tile('Trained', bold(whole(trained), 'trained'), `of ${whole(data.total)}`) +
+    tile('Share', bold(percent(trained / data.total), 'trained'), 'of the model') +
+    tile('Adapter file', bold(size(saved * data.bytes), 'trained'), `${data.bytes} bytes a parameter`) +
+    tile("Adam's two moments", bold(size(mine), ''), `${size(full)} for full fine-tuning: ${mine < full ? size(full - mine) + ' saved' : size(mine - full) + ' more'}`);
+};
+
+// --- the small matrices that one can watch multiply
+
+const toyB = (i, k) => COLUMN[(i + 2 * k) % 5] * (k % 2 ? -1 : 1), toyA = (k, j) => ROW[(j + k) % 5];
+const toySum = (i, j) => Array.from({length: toyRank}, (_, k) => toyB(i, k) * toyA(k, j));
+const toy = () => {
+  const five = [0, 1, 2, 3, 4], ranks = Array.from({length: toyRank}, (_, k) => k);
+  const largest = Math.max(...five.flatMap((i) => five.map((j) => Math.abs(toySum(i, j).reduce((a, b) => a + b, 0)))));
+  const number = (n) => String(n).replace('-', '−');
+  const table = (name, label, rows) => `<table class="${name}" aria-label="${label}">${rows.map((cells) => `<tr>${cells.join('')}</tr>`).join('')}</table>`;
+  $('.toy').innerHTML = table('toy-b', 'B', five.map((i) => ranks.map((k) => `<td data-i="${i}">${number(toyB(i, k))}</td>`))) +
+    '<span class="sign">×</span>' + table('toy-a', 'A', ranks.map((k) => five.map((j) => `<td data-j="${j}">${number(toyA(k, j))}</td>`))) +
+    '<span class="sign">=</span>' + table('toy-w', 'BA', five.map((i) => five.map((j) => {
+      const n = toySum(i, j).reduce((a, b) => a + b, 0);
+      return `<td data-i="${i}" data-j="${j}" tabindex="${i + j ? -1 : 0}"><i style="--v:${(Math.abs(n) / largest).toFixed(3)}" class="${n < 0 ? 'minus' : ''}"></i><span>${number(n)}</span></td>`;
+    })));
+  element.querySelectorAll('.toy-ranks button').forEach((b) => b.setAttribute('aria-pressed', +b.value === toyRank));
+};
+const toyFinding = (i, j) => {
+  const scale = scaleOf(data, settings), number = (n) => n < 0 ? `(−${-n})` : n;
+  if (i === undefined) {
+    const many = 10 * toyRank;
+    $('.toy-said').innerHTML = fill(data.words[many < 25 ? 'toy' : 'toy_past'], {rank: toyRank, numbers: bold(many, 'trained')});
+    return;
+  }
+  const parts = toySum(i, j), sum = parts.reduce((a, b) => a + b, 0);
+  const terms = parts.map((_, k) => `${number(toyB(i, k))} × ${number(toyA(k, j))}`).join(' + ');
+  $('.toy-said').innerHTML = `Row ${i + 1} of B times column ${j + 1} of A: ${terms} = ${bold(sum, 'trained')}; in ΔW, times ${significant(scale)}: ${significant(Math.abs(sum * scale)) * Math.sign(sum || 1)}.`;
+};
+const light = (cell) => {
+  const {i, j} = cell?.dataset ?? {};
+  element.querySelectorAll('.toy td').forEach((td) => {
+    const of = td.closest('table').className;
+    td.classList.toggle('lit', cell !== null && (of === 'toy-b' ? td.dataset.i === i : of === 'toy-a' ? td.dataset.j === j : td === cell));
+  });
+  if (cell) toyFinding(+i, +j); else toyFinding();
+};
+
+// --- what the reader does
+
+const set = (name, value) => { settings = {...settings, [name]: value}; };
+const flip = (kept, one) => { const other = new Set(kept); if (!other.delete(one)) other.add(one); return other; };
+const heard = (target) => {
+  const {knob: name} = target.dataset, number = target.value === '' ? NaN : +target.value;
+  if (name === 'rank') set('rank', target.type === 'range' ? data.ranks[number] : number);
+  else if (name === 'alpha') set('alpha', number);
+  else if (name === 'target') set('targets', flip(settings.targets, target.value));
+  else if (name === 'method') settings = {...settings, method: target.value, rank: data.methods[target.value].usual, alpha: null};
+};
+/** Arrow keys move through a group of which one member is in the tab order. */
+const walk = (event, members, columns) => {
+  const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key];
+  const at = members.indexOf(event.target), next = members[at + step];
+  if (at < 0 || !next) return;
+  event.preventDefault();
+  event.target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+};
+
+stage.addEventListener('input', ({target}) => { if (target.dataset.knob) { heard(target); moved(); } });
+stage.addEventListener('change', ({target}) => { if (target.dataset.knob) released(); });
+stage.addEventListener('click', ({target}) => {
+  const layer = target.closest('.layers button'), cell = target.closest('.strip i'), row = target.closest('.map-row[data-module]');
+  const some = target.closest('[data-layers]'), ranks = target.closest('.toy-ranks button');
+  if (target.closest('[data-knob=automatic]')) set('alpha', null);
+  else if (layer) set('layers', flip(settings.layers, +layer.dataset.layer));
+  else if (some?.matches('button')) {
+    const n = data.n_layers, half = Math.ceil(n / 2), keep = {all: () => true, first: (i) => i < half, last: (i) => i >= n - half};
+    set('layers', new Set(Array.from({length: n}, (_, i) => i).filter(keep[some.dataset.layers])));
+  } else if (cell && row) set('targets', flip(settings.targets, row.dataset.module));
+  else if (ranks) { toyRank = +ranks.value; toy(); return toyFinding(); }
+  else return;
+  released();
+});
+element.addEventListener('keydown', (event) => {
+  const group = event.target.closest('.layers, .toy-w');
+  if (group) walk(event, [...group.querySelectorAll('button, td')], group.matches('.layers') ? 1 : 5);
+});
+for (const kind of ['pointerover', 'focusin']) element.addEventListener(kind, ({target}) => {
+  const row = target.closest('.map-row[data-module]'), cell = target.closest('.toy-w td');
+  if (cell) light(cell);
+  if (row && row.dataset.module !== shown.name) {
+    shown = data.modules.find((m) => m.name === row.dataset.module);
+    if (!refusal(data, settings)) paint();
+  }
+});
+for (const kind of ['pointerout', 'focusout']) element.addEventListener(kind, ({target}) => { if (target.closest('.toy-w td')) light(null); });
+const begin = () => {
+  if (!knob('rank', 'range')) return setTimeout(begin, 20);
+  read();
+  build();
+  paint();
+};
+begin();
+watch('value', begin);
+let width = 0;
+new ResizeObserver(() => {
+  if (data && element.clientWidth !== width && !refusal(data, settings)) { width = element.clientWidth; paintAxis(); }
+}).observe(element);

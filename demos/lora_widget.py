@@ -1,0 +1,178 @@
+"""The LoRA tab's own instrument: counted and drawn in the page from shapes and terms that Python sends once."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from demos import page
+from peftlab import RunSpec, architecture, resolve, words
+from peftlab.catalog.models import find
+from peftlab.count import BYTES
+from peftlab.methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
+from peftlab.spec import parse_layers
+
+FAMILY = tuple(key for key, method in METHODS.items() if "rank" in method.settings)
+"""The methods that have a rank."""
+SCRIPT = (Path(__file__).parent / "lora_widget.js").read_text()
+ADAM = 8
+"""Bytes of optimizer state a trained parameter: Adam's two moments in fp32."""
+WORDS = {
+    "sentence": words.SENTENCES["lora"],
+    "where": words.WHERE,
+    "no_target": "no target module is ticked: nothing would be trained; tick at least one",
+    "no_layer": "no layer is chosen: nothing would be trained; choose at least one",
+    "bad_rank": "rank={rank}: a rank is a whole number of at least 1; try 8",
+    "bad_alpha": "alpha={alpha}: ΔW is multiplied by alpha, so at 0 the adapter does nothing; it must be above 0, try 16",
+    "rank": RANK_REFUSAL,
+    "usual_rank": USUAL_RANK,
+    "matrix": "<b>{name}</b>, drawn to scale: one adapter has {one} numbers against {base}: {share}.",
+    "before": "It breaks even at rank {even} = dk / (d + k), {times} times rank {rank}.",
+    "past": "Rank {rank} is past break-even, {even} = dk / (d + k): the adapter is larger than the matrix, and still can "
+    "express no more than the matrix trained whole.",
+    "swapped": "It is stored as inputs × outputs (Conv1D) and drawn as outputs × inputs, the way it multiplies.",
+    "scale": "ΔW = (alpha / r) · BA. With alpha {alpha} and rank {rank}, LoRA multiplies BA by alpha / r = {plain}; rsLoRA by "
+    "alpha / √r = {root}, so that the update does not fade as the rank grows.",
+    "no_alpha": "This method has no alpha: its trained vectors are the scale.",
+    "spoken": "W is {d_out} by {d_in} and frozen; B is {d_out} by {rank} and A is {rank} by {d_in}, both trained; their "
+    "product, the update, is as large as W. Drawn to one scale.",
+    "axis": "An adapter's parameters rise with its rank and reach the matrix's own at rank {even}",
+    "toy": "Rank {rank}: {numbers} trained numbers stand for 25. Touch a number of BA to see what made it.",
+    "toy_past": "Rank {rank}: {numbers} numbers for 25, past break-even (5 · 5 / (5 + 5) = 2.5).",
+    **{key: said for key, (_, said) in RANK_LIMITS.items()},
+}
+
+
+def value(spec: RunSpec) -> dict[str, Any]:
+    """What the page needs to know of `spec` and its model. Raises SpecError where LoRA has nothing to do there."""
+    spec = of_family(spec)
+    entry = find(spec.model or "")
+    shape = architecture.of(spec.model or "")
+    of = resolve(spec)
+    wanted = shape.targets(of.target_modules or "all-linear")
+    linear = shape.linear() + [m for m in wanted if m.head]
+    names = shape.target_names() + [m.short_name for m in wanted if m.head]
+    layers = parse_layers(of.layers or "all", shape.n_layers)
+    return {
+        "key": spec.model,
+        "model": escape(entry.name),
+        "total": shape.total_parameters,
+        "n_layers": shape.n_layers,
+        "modules": [
+            {
+                "name": name,
+                "full": escape(m.name),
+                "role": m.role,
+                "d_in": m.d_in,
+                "d_out": m.d_out,
+                "swapped": m.kind == "conv1d",
+                "parameters": m.weight + m.bias,
+                "layers": m.layers,
+            }
+            for name, m in zip(names, linear, strict=True)
+        ],
+        "rest": _rest(shape, linear),
+        "methods": {key: _method(METHODS[key], spec) for key in FAMILY},
+        "bytes": BYTES[of.adapter_precision or "fp32"],
+        "adam": ADAM,
+        "words": WORDS,
+        "at": {
+            "method": spec.method,
+            "rank": of.rank,
+            "alpha": spec.alpha,
+            "targets": [name for name, m in zip(names, linear, strict=True) if m in wanted],
+            "layers": layers,
+        },
+    }
+
+
+def of_family(spec: RunSpec) -> RunSpec:
+    """`spec`, with LoRA in place of a method that has no rank."""
+    return spec if spec.method in FAMILY else spec.but(method="lora")
+
+
+def _rest(shape: architecture.Architecture, linear: list[architecture.Module]) -> list[dict[str, Any]]:
+    """What LoRA leaves alone by default: embeddings, norms, the head."""
+    rest: dict[str, int] = {}
+    for m in shape.modules:
+        if m not in linear and (m.weight + m.bias):
+            name = m.role or m.short_name
+            rest[name] = rest.get(name, 0) + (m.weight + m.bias) * m.count
+    return [{"name": name, "parameters": n} for name, n in rest.items()]
+
+
+def _method(method: Method, spec: RunSpec) -> dict[str, Any]:
+    """How a method counts, and its rule for alpha as (constant, per rank); None where it has no alpha."""
+    plain = RunSpec(model=spec.model, method=method.key)
+    one, two = (resolve(plain.but(rank=r)).alpha for r in (1, 2))
+    return {
+        "name": method.name,
+        "terms": [[t.coefficient, t.factors] for t in method.terms],
+        "saved": [[t.coefficient, t.factors] for t in method.saved or method.terms],
+        "limit": method.rank_limit,
+        "usual": resolve(plain).rank,
+        "alpha": None if one is None or two is None else [2 * one - two, two - one],
+        "root": any("√" in box for box in method.drawing.branch),
+    }
+
+
+def knobs(spec: RunSpec) -> gr.HTML:
+    """The controls, which the page's script reads: method, rank and alpha."""
+    given = value(spec)["at"]
+    options = "".join(
+        f'<option value="{key}"{" selected" if key == given["method"] else ""}>{escape(METHODS[key].name)}</option>'
+        for key in FAMILY
+    )
+    return gr.HTML(
+        f'<label class="chooser"><span>Method</span><small>Of those that have a rank</small>'
+        f'<select data-knob="method">{options}</select></label>'
+        + _slider("rank", "Rank", page.described("rank")["info"], 'min="0" max="64"', 'min="1"')
+        + '<div class="alpha-knob">'
+        + _slider("alpha", "Alpha", page.described("alpha")["info"], 'min="0" max="128"', 'min="0" step="any"')
+        + '<button type="button" class="small-button" data-knob="automatic">Automatic alpha</button></div>',
+        js_on_load=None,
+        elem_classes="knobs",
+    )
+
+
+def _slider(name: str, label: str, info: str, of_range: str, of_number: str) -> str:
+    return (
+        f'<div class="knob"><span>{label}</span><small>{escape(info)}</small><div>'
+        f'<input type="range" data-knob="{name}" aria-label="{label}" {of_range}>'
+        f'<input type="number" data-knob="{name}" aria-label="number input for {label}" {of_number}></div></div>'
+    )
+
+
+def picture(given: dict[str, Any], sentence: str) -> gr.HTML:
+    """`submit` is sent once the reader pauses, with the `model` and the `settings` then."""
+    return gr.HTML(given, html_template=TEMPLATE.replace("SENTENCE", sentence), js_on_load=SCRIPT)
+
+
+TEMPLATE = """
+<h2 class="sentence" aria-live="polite">SENTENCE</h2>
+<div class="problem" role="alert"></div>
+<div class="lora-top">
+  <div><div class="matrices" role="img"></div><p class="note finding"></p></div>
+  <section aria-label="A small example">
+    <div class="toy-ranks" role="group" aria-label="Rank of the small example">A 5 × 5 update of rank
+      <button type="button" value="1">1</button><button type="button" value="2">2</button>
+      <button type="button" value="3">3</button></div>
+    <div class="toy"></div><p class="note toy-said" aria-live="polite"></p></section>
+</div>
+<div class="lora-pair">
+  <div><h3>Parameters of one adapter, by rank</h3><div class="rank-axis"></div></div>
+  <div><h3>What alpha does</h3><p class="note scale"></p></div>
+</div>
+<h3>Where the parameters are: the whole model, its areas to scale</h3>
+<p class="note">Tick a module to give it an A and a B in every chosen layer. Deeper colour: a larger adapter against its matrix.</p>
+<div class="map"></div>
+<div class="map-row layer-row"><span class="layers-said" aria-live="polite"></span>
+  <div class="layers" role="group" aria-label="Layers, from the first"></div>
+  <span class="layer-buttons"><button type="button" class="small-button" data-layers="all">all</button>
+  <button type="button" class="small-button" data-layers="first">first half</button>
+  <button type="button" class="small-button" data-layers="last">last half</button></span></div>
+<dl class="totals"></dl>
+"""

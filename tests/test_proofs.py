@@ -1,0 +1,201 @@
+"""The proofs on tiny models: what they report is recomputed here by other means."""
+
+import math
+
+import pytest
+from tiny import digest, drain, make_tokenizer, said
+
+from peftlab import RunSpec, SpecError, adapters, architecture, methods, proofs, resolve, tasks, weights
+from peftlab.generate import Decoding
+
+PROMPT = "what colour is the sky"
+MERGEABLE = sorted(key for key, method in methods.METHODS.items() if method.merge)
+
+
+def saved(model, method, folder, noise=0.1, **settings):
+    """An adapter on disk whose trained parameters have all been moved, and the base it belongs to, in fp32."""
+    import torch
+
+    spec = resolve(RunSpec(model=str(model), method=method, quantization="none", **settings))
+    base = weights.load(spec.but(precision="fp32"))
+    chosen = "lora" if method == "qlora" else method  # the same adapter on a base that is whole
+    torch.manual_seed(0)
+    targets = methods.targets(architecture.of(spec.model), spec.but(method=chosen))
+    attached = methods.find(chosen).attach(weights.share(base.model), targets, spec)
+    with torch.no_grad():
+        for p in attached.parameters():
+            if p.requires_grad:
+                p.add_(noise * torch.randn(p.shape))
+    return base, adapters.read(adapters.save(attached, spec, folder / method))
+
+
+@pytest.fixture
+def lora(tiny_model, tmp_path):
+    return saved(tiny_model, "lora", tmp_path, rank=4)
+
+
+def text_of(model, base, max_new_tokens, instruction=""):
+    ids = tasks.prompt_ids(base.tokenizer, instruction, PROMPT)
+    (tokens,) = said(model, [ids], Decoding(max_new_tokens), eos=base.tokenizer.eos_token_id)
+    return base.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def instruction_of(adapter):
+    return tasks.find(adapter.spec.task).instruction
+
+
+def test_the_merged_weight_is_w_plus_scaled_ba_and_the_dial_scales_it(lora):
+    import numpy as np
+
+    base, adapter = lora
+    apart, merged = adapters.apply(base, adapter), adapters.merge(base, adapter)
+    half = proofs._between(base.model, merged, 0.5)
+    name = "model.layers.1.self_attn.v_proj"
+    layer = apart.get_submodule(f"base_model.model.{name}")
+    w, a, b = (
+        t.weight.detach().double().numpy()
+        for t in (base.model.get_submodule(name), layer.lora_A["default"], layer.lora_B["default"])
+    )
+    assert w.shape == (32, 64) and a.shape == (4, 64) and b.shape == (32, 4)
+    for model, share in ((merged, 1.0), (half, 0.5), (proofs._between(base.model, merged, -2), -2)):
+        found = model.get_submodule(name).weight.detach().numpy()
+        assert np.abs(found - (w + share * (8 / 4) * b @ a)).max() < 1e-6
+    untouched = "model.layers.1.input_layernorm"
+    assert half.get_submodule(untouched).weight.data_ptr() == base.model.get_submodule(untouched).weight.data_ptr()
+
+
+def test_agreement_counts_what_numpy_counts_on_a_small_matrix():
+    import numpy as np
+    import torch
+
+    apart = np.array([[0.0, 2.0, 1.0], [3.0, 2.5, 0.0], [1.0, 0.0, 5.0]], dtype=np.float32)
+    merged = apart + np.array([[0.1, 0.0, 0.0], [-0.25, 0.5, 0.0], [0.0, 0.0, -0.75]], dtype=np.float32)
+    tokenizer = make_tokenizer(chat=False)
+    found = proofs._agreement("fp32", torch.tensor(apart), torch.tensor(merged), tokenizer)
+    assert found.largest_difference == np.abs(apart - merged).max() == 0.75 and found.positions == 3
+    assert found.flips == (proofs.Flip(1, tokenizer.decode([0]), tokenizer.decode([1]), 0.5),)
+
+
+def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_moves_the_logits(lora):
+    import torch
+
+    base, adapter = lora
+    before = digest(base.model)
+    report = proofs.merge_check(adapter, PROMPT, max_new_tokens=8)
+    whole, rounded = report.agreements
+    assert (whole.precision, rounded.precision) == ("fp32", "bf16")
+    assert 0 < whole.largest_difference < 1e-4 < rounded.largest_difference < report.adapter_moves
+    assert whole.flips == () and report.adapter_moves > 0.5
+    apart = adapters.apply(base, adapter)
+    prompt = tasks.prompt_ids(base.tokenizer, instruction_of(adapter), PROMPT)
+    (answer,) = said(apart, [prompt], Decoding(8), eos=base.tokenizer.eos_token_id)
+    assert report.prompt_tokens == len(prompt) and whole.positions == rounded.positions == len(prompt + answer)
+    assert report.answer == base.tokenizer.decode(answer, skip_special_tokens=True)
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        outs = [m(ids).logits.double().numpy() for m in (base.model, apart, adapters.merge(base, adapter))]
+    assert report.adapter_moves == pytest.approx(abs(outs[1] - outs[0]).max(), rel=1e-4)
+    assert whole.largest_difference == pytest.approx(abs(outs[1] - outs[2]).max(), rel=1e-3)
+    assert digest(base.model) == before
+    assert report.to_dict()["agreements"][1]["precision"] == "bf16"
+
+
+def test_bf16_rounds_parameters_and_no_buffers_of_a_private_copy(lora):
+    import torch
+
+    base, _ = lora
+    copy = proofs._rounded(base.model, torch.bfloat16)
+    assert {str(p.dtype) for p in copy.parameters()} == {"torch.bfloat16"}
+    assert {str(b.dtype) for b in copy.buffers()} == {"torch.float32"}
+    assert {str(p.dtype) for p in base.model.parameters()} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_every_method_that_merges_can_be_checked_and_dialled(method, gpt2_model, tiny_model, tmp_path):
+    model = gpt2_model if method == "bitfit" else tiny_model  # the Llama has no biases
+    base, adapter = saved(model, method, tmp_path, noise=0.02)
+    before = digest(base.model)
+    report = proofs.merge_check(adapter, PROMPT, max_new_tokens=4)
+    assert report.adapter_moves > 0 and report.agreements[0].largest_difference < 1e-4
+    instruction = instruction_of(adapter)
+    stops = dict(proofs.dial(adapter, PROMPT, stops=(0, 1), max_new_tokens=6))
+    assert stops[0] == text_of(base.model, base, 6, instruction)
+    assert stops[1] == text_of(adapters.apply(base, adapter), base, 6, instruction)
+    assert digest(base.model) == before
+
+
+def test_the_dial_goes_from_the_base_to_the_adapter_and_beyond_and_touches_neither(lora):
+    base, adapter = lora
+    apart = adapters.apply(base, adapter)
+    before = digest(base.model), digest(apart)
+    turned = proofs.dial(adapter, PROMPT, max_new_tokens=12)
+    first, text = next(turned)
+    assert first == 0 and text == text_of(base.model, base, 12, instruction_of(adapter))
+    stops = {first: text, **dict(turned)}
+    assert tuple(stops) == proofs.STOPS and stops[1] == text_of(apart, base, 12, instruction_of(adapter))
+    assert stops[0] != stops[1]
+    assert (digest(base.model), digest(apart)) == before
+
+
+def test_a_tied_head_stays_tied_at_every_stop(tied_model, tmp_path):
+    base, adapter = saved(tied_model, "full", tmp_path, noise=0.05)
+    between = proofs._between(base.model, adapters.merge(base, adapter), 0.5)
+    head, embedding = between.get_output_embeddings().weight, between.get_input_embeddings().weight
+    assert head is embedding and not head.equal(base.model.get_input_embeddings().weight)
+
+
+def test_latency_reports_all_four_with_what_they_add(lora):
+    import torch
+
+    base, adapter = lora
+    before = digest(base.model)
+    shares, report = drain(proofs.latency(adapter, PROMPT, tokens=3, rounds=3))
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1 and len(shares) == 4 * 4 + 1
+    speeds = {s.what: s for s in report.speeds}
+    assert list(speeds) == ["base", "apart", "merged", "serial"]
+    for speed in speeds.values():
+        assert 0 < speed.lower <= speed.seconds <= speed.upper
+        assert speed.ratio == speed.seconds / speeds["base"].seconds
+    assert (report.tokens, report.rounds, report.precision) == (3, 3, "fp32")
+    assert report.device and report.versions["torch"] == torch.__version__ and report.prompt_tokens > 5
+    added = {name: (s.added_modules > 0, s.added_parameters) for name, s in speeds.items()}
+    rank_4 = 4 * (26_880 // 8)
+    assert added == {
+        "base": (False, 0), "merged": (False, 0), "apart": (True, rank_4), "serial": (True, 12_768),
+    }  # fmt: skip
+    assert digest(base.model) == before and math.isfinite(report.to_dict()["speeds"][0]["seconds"])
+
+
+def test_the_merged_model_has_the_bases_own_tree_and_the_others_have_an_adapter_in_theirs(lora):
+    base, adapter = lora
+    models = proofs.contenders(base, adapter)
+    tree = {name: [(n, type(m)) for n, m in model.named_modules()] for name, model in models.items()}
+    assert tree["merged"] == tree["base"]
+    assert any("lora_A" in n for n, _ in tree["apart"])
+    assert sum(n.endswith(".adapter") for n, _ in tree["serial"]) == 2 * 3  # after each sub-layer of three layers
+    assert not any(p.requires_grad for model in models.values() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prefix"])
+def test_what_cannot_be_merged_is_refused_in_words_by_every_proof(method, tiny_model, tmp_path):
+    settings = {"virtual_tokens": 4, "sequence_length": 64} if method == "prefix" else {}
+    _, adapter = saved(tiny_model, method, tmp_path, **settings)
+    for proof in (
+        lambda: proofs.merge_check(adapter, PROMPT),
+        lambda: next(proofs.dial(adapter, PROMPT)),
+        lambda: drain(proofs.latency(adapter, PROMPT)),
+    ):
+        with pytest.raises(SpecError, match=f"method={method}: it cannot be merged"):
+            proof()
+
+
+def test_values_that_prove_nothing_are_refused(lora):
+    _, adapter = lora
+    with pytest.raises(SpecError, match="rounds=1.*at least 2; try 5"):
+        next(proofs.latency(adapter, PROMPT, rounds=1))
+    with pytest.raises(SpecError, match="stop=nan.*finite.*from 0 to 2"):
+        next(proofs.dial(adapter, PROMPT, stops=(0, math.nan)))
+    with pytest.raises(SpecError, match="the prompt is empty"):
+        proofs.merge_check(adapter, " ")
+    with pytest.raises(SpecError, match="tokens=0"):
+        next(proofs.latency(adapter, PROMPT, tokens=0))
