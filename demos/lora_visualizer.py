@@ -40,6 +40,7 @@ def build(spec: gr.State) -> page.View:
             )
             with gr.Row(elem_classes="lessons"):
                 lessons = [gr.Button(name, size="sm") for name in LESSONS]
+            lora_widget.rest()
             with gr.Accordion("The lecture's counts, recomputed", open=False):
                 gr.HTML(page.claims_table("lora"))
 

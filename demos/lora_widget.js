@@ -94,7 +94,7 @@ const COLUMN = [2, -1, 3, 1, -2], ROW = [1, -2, 2, 3, -1]; // of the small examp
 const stage = element.closest('.stage');
 let data, settings, shown, toyRank = 1, timer = null;
 
-const $ = (name) => element.querySelector(name);
+const $ = (name) => stage.querySelector(`.main ${name}`);
 const knob = (name, kind) => stage.querySelector(`[data-knob="${name}"]${kind ? `[type=${kind}]` : ''}`);
 /** Ranks that the slider stops at: every one to 16, then eight to the octave, up to the largest that a matrix has. */
 const stops = (top) => {
@@ -154,7 +154,7 @@ const build = () => {
 
 const paint = () => {
   const wrong = refusal(data, settings);
-  $('.problem').textContent = wrong;
+  $('.problem.here').textContent = wrong;
   sync();
   if (wrong) return;
   const counted = count(data, settings);
@@ -178,7 +178,7 @@ const sync = () => {
   for (const kind of ['range', 'number'])
     if (document.activeElement !== knob('alpha', kind) || alpha === null) knob('alpha', kind).value = alpha ?? auto;
   knob('automatic').disabled = alpha === null;
-  element.querySelectorAll('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
+  stage.querySelectorAll('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
 };
 
 const paintMatrices = ({each}) => {
@@ -193,7 +193,7 @@ const paintMatrices = ({each}) => {
   });
   $('.times').textContent = `${significant(scale)} ×`;
   const breath = scale / (scale + 1);
-  element.style.setProperty('--breath', breath.toFixed(3));
+  stage.style.setProperty('--breath', breath.toFixed(3));
   $('.matrices').setAttribute('aria-label', fill(data.words.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
   const even = evenOf(m), one = each[data.modules.indexOf(m)], base = m.d_in * m.d_out;
   const past = fill(data.words[rank >= even ? 'past' : 'before'], {rank, even: Math.round(even), times: significant(even / rank)});
@@ -225,7 +225,7 @@ const paintAxis = () => {
 
 const paintMap = ({each, chosen, rows}) => {
   const {targets, layers} = settings;
-  element.querySelectorAll('.map-row[data-module]').forEach((row, i) => {
+  stage.querySelectorAll('.map-row[data-module]').forEach((row, i) => {
     const m = data.modules[i], share = m.parameters ? each[i] / m.parameters : 0;
     row.classList.toggle('targeted', targets.has(m.name));
     row.classList.toggle('shown', m === shown);
@@ -238,7 +238,7 @@ const paintMap = ({each, chosen, rows}) => {
     row.querySelectorAll('i[data-layer]').forEach((cell) => cell.classList.toggle('on', layers.has(+cell.dataset.layer)));
     row.querySelectorAll('i:not([data-layer])').forEach((cell) => cell.classList.toggle('on', layers.size === data.n_layers));
   });
-  element.querySelectorAll('.layers button').forEach((button) =>
+  stage.querySelectorAll('.layers button').forEach((button) =>
     button.setAttribute('aria-pressed', layers.has(+button.dataset.layer)));
   const which = layersText(layers, data.n_layers);
   $('.layers-said').textContent = which ? `Layers ${which}: ${layers.size} of ${data.n_layers}` : `All ${data.n_layers} layers`;
@@ -268,7 +268,7 @@ const toy = () => {
       const n = toySum(i, j).reduce((a, b) => a + b, 0);
       return `<td data-i="${i}" data-j="${j}" tabindex="${i + j ? -1 : 0}"><i style="--v:${(Math.abs(n) / largest).toFixed(3)}" class="${n < 0 ? 'minus' : ''}"></i><span>${number(n)}</span></td>`;
     })));
-  element.querySelectorAll('.toy-ranks button').forEach((b) => b.setAttribute('aria-pressed', +b.value === toyRank));
+  stage.querySelectorAll('.toy-ranks button').forEach((b) => b.setAttribute('aria-pressed', +b.value === toyRank));
 };
 const toyFinding = (i, j) => {
   const scale = scaleOf(data, settings), number = (n) => n < 0 ? `(−${-n})` : n;
@@ -283,7 +283,7 @@ const toyFinding = (i, j) => {
 };
 const light = (cell) => {
   const {i, j} = cell?.dataset ?? {};
-  element.querySelectorAll('.toy td').forEach((td) => {
+  stage.querySelectorAll('.toy td').forEach((td) => {
     const of = td.closest('table').className;
     td.classList.toggle('lit', cell !== null && (of === 'toy-b' ? td.dataset.i === i : of === 'toy-a' ? td.dataset.j === j : td === cell));
   });
@@ -327,11 +327,11 @@ stage.addEventListener('click', ({target}) => {
   else return;
   released();
 });
-element.addEventListener('keydown', (event) => {
+stage.addEventListener('keydown', (event) => {
   const group = event.target.closest('.layers, .toy-w');
   if (group) walk(event, [...group.querySelectorAll('button, td')], group.matches('.layers') ? 1 : 5);
 });
-for (const kind of ['pointerover', 'focusin']) element.addEventListener(kind, ({target}) => {
+for (const kind of ['pointerover', 'focusin']) stage.addEventListener(kind, ({target}) => {
   const row = target.closest('.map-row[data-module]'), cell = target.closest('.toy-w td');
   if (cell) light(cell);
   if (row && row.dataset.module !== shown.name) {
@@ -339,9 +339,9 @@ for (const kind of ['pointerover', 'focusin']) element.addEventListener(kind, ({
     if (!refusal(data, settings)) paint();
   }
 });
-for (const kind of ['pointerout', 'focusout']) element.addEventListener(kind, ({target}) => { if (target.closest('.toy-w td')) light(null); });
+for (const kind of ['pointerout', 'focusout']) stage.addEventListener(kind, ({target}) => { if (target.closest('.toy-w td')) light(null); });
 const begin = () => {
-  if (!knob('rank', 'range')) return setTimeout(begin, 20);
+  if (!knob('rank', 'range') || !$('.map')) return setTimeout(begin, 20);
   read();
   build();
   paint();

@@ -148,26 +148,31 @@ def _slider(name: str, label: str, info: str, of_range: str, of_number: str) -> 
 
 def picture(given: dict[str, Any], sentence: str) -> gr.HTML:
     """`submit` is sent once the reader pauses, with the `model` and the `settings` then."""
-    return gr.HTML(given, html_template=TEMPLATE.replace("SENTENCE", sentence), js_on_load=SCRIPT)
+    return gr.HTML(given, html_template=TOP.replace("SENTENCE", sentence), js_on_load=SCRIPT)
 
 
-TEMPLATE = """
+def rest() -> gr.HTML:
+    """The picture's lower half, which the same script fills."""
+    return gr.HTML(BELOW, js_on_load=None)
+
+
+TOP = """
 <h2 class="sentence" aria-live="polite">SENTENCE</h2>
-<div class="problem" role="alert"></div>
-<div class="lora-top">
-  <div><div class="matrices" role="img"></div><p class="note finding"></p></div>
+<div class="problem here" role="alert"></div>
+<div class="lora-top"><div class="matrices" role="img"></div></div>
+<div class="lora-pair"><p class="note finding"></p><p class="note scale"></p></div>
+"""
+BELOW = """
+<div class="lora-pair">
+  <div><h3>Parameters of one adapter, by rank</h3><div class="rank-axis"></div></div>
   <section aria-label="A small example">
-    <div class="toy-ranks" role="group" aria-label="Rank of the small example">A 5 × 5 update of rank
+    <div class="toy-ranks" role="group" aria-label="Rank of the small example">A 5 × 5 update, rank
       <button type="button" value="1">1</button><button type="button" value="2">2</button>
       <button type="button" value="3">3</button></div>
     <div class="toy"></div><p class="note toy-said" aria-live="polite"></p></section>
 </div>
-<div class="lora-pair">
-  <div><h3>Parameters of one adapter, by rank</h3><div class="rank-axis"></div></div>
-  <div><h3>What alpha does</h3><p class="note scale"></p></div>
-</div>
 <h3>Where the parameters are: the whole model, its areas to scale</h3>
-<p class="note">Tick a module to give it an A and a B in every chosen layer. Deeper colour: a larger adapter against its matrix.</p>
+<p class="note">Tick a module to give it an A and a B in every chosen layer. Deeper colour: more numbers for each of W's.</p>
 <div class="map"></div>
 <div class="map-row layer-row"><span class="layers-said" aria-live="polite"></span>
   <div class="layers" role="group" aria-label="Layers, from the first"></div>

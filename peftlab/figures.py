@@ -16,7 +16,7 @@ from . import words
 from .catalog.claims import CLAIMS
 from .catalog.models import MODELS
 from .compare import BASE, ComparisonReport
-from .count import ModuleCount, ParameterReport, count
+from .count import ParameterReport, count
 from .errors import SpecError
 from .memory import MemoryReport, Moment
 from .methods import Drawing
@@ -153,46 +153,6 @@ def _place(moment: Moment, report: MemoryReport) -> str:
     depth = max(m.part for m in report.moments)
     where = "embedding" if moment.part < 0 else "head and loss" if moment.part == depth else f"layer {moment.part + 1}"
     return f"{moment.phase}, {where}"
-
-
-def rank_curve(module: ModuleCount, rank: int, theme: str) -> Any:
-    """Parameters of one adapter against its rank, with the matrix itself and the break-even rank dk/(d+k)."""
-    c = PALETTE[theme]
-    d_in, d_out = module.d_in or 0, module.d_out or 0
-    even = d_in * d_out / (d_in + d_out)
-    end = max(1.25 * even, 1.15 * rank)
-    figure = _figure(theme, 300, title={"text": "Parameters of one adapter, by rank"})
-    figure.add_scatter(
-        x=[0, end],
-        y=[0, end * (d_in + d_out)],
-        mode="lines",
-        line={"color": c["trained"], "width": 3},
-        hovertemplate="rank %{x:.0f}: %{y:,.0f} parameters<extra></extra>",
-    )
-    figure.add_hline(y=d_in * d_out, line={"color": c["frozen"], "width": 3})
-    figure.add_annotation(
-        x=0, y=d_in * d_out, text=f"the matrix itself: {d_in * d_out:,}", showarrow=False, xanchor="left", yanchor="bottom",
-        font={"color": c["frozen"]},
-    )  # fmt: skip
-    figure.add_vline(x=even, line={"color": c["overhead"], "width": 2, "dash": "dot"})
-    figure.add_annotation(
-        x=even,
-        y=0.04 * d_in * d_out,
-        text=f"break-even {even:.0f} ",
-        showarrow=False,
-        xanchor="right",
-        yanchor="bottom",
-    )
-    figure.add_scatter(
-        x=[rank],
-        y=[rank * (d_in + d_out)],
-        mode="markers",
-        marker={"color": c["trained"], "size": 14, "line": {"color": c["surface"], "width": 2}},
-        hovertemplate=f"rank {rank}: {rank * (d_in + d_out):,} parameters<extra></extra>",
-    )
-    figure.update_xaxes(range=[0, end], title_text="rank")
-    figure.update_yaxes(range=[0, 1.3 * d_in * d_out], rangemode="tozero")
-    return figure
 
 
 def percent_by_size(rank: int, target_modules: str, marked: str, theme: str) -> Any:
@@ -372,33 +332,6 @@ def score_bars(report: ComparisonReport, name: str, theme: str) -> Any:
     figure.update_xaxes(range=[0, 115], tickvals=[0, 25, 50, 75, 100])
     figure.update_yaxes(showgrid=False, showticklabels=False, range=[-0.5, len(scores) - 0.2])
     return figure
-
-
-def matrices(module: ModuleCount, rank: int) -> str:
-    """W, B and A to one scale, as HTML whose proportions the page's CSS draws: h = Wx + (alpha/r)·BAx."""
-    d_in, d_out = module.d_in or 1, module.d_out or 1
-    unit = max(d_in, d_out)
-
-    def box(name: str, height: int, width: int, meaning: str, note: str) -> str:
-        return (
-            f'<figure class="matrix {meaning}"><div style="--h:{height / unit:.5f};--w:{width / unit:.5f}"></div>'
-            f"<figcaption><b>{name}</b> {height:,} × {width:,}<br>{note}</figcaption></figure>"
-        )
-
-    adapter = rank * (d_in + d_out)
-    return (
-        '<div class="matrices" role="img" aria-label="'
-        f"W is {d_out} by {d_in} and frozen; B is {d_out} by {rank} and A is {rank} by {d_in}, both trained. "
-        'Drawn to one scale.">'
-        + box("W", d_out, d_in, "frozen", f"{d_in * d_out:,} frozen")
-        + '<span class="sign">+</span>'
-        + box("B", d_out, rank, "trained", f"{d_out * rank:,}")
-        + '<span class="sign">×</span>'
-        + box("A", rank, d_in, "trained", f"{d_in * rank:,} trained")
-        + "</div>"
-        f'<p class="note">{escape(module.name)}, drawn to scale. One adapter has {adapter:,} numbers against '
-        f"{d_in * d_out:,}: {words.percent(adapter / (d_in * d_out))}.</p>"
-    )
 
 
 BOX, GAP, ROW = 36, 34, 62

@@ -51,6 +51,10 @@ class Agreement:
     """How many were compared: the tokens of prompt and answer."""
     flips: tuple[Flip, ...]
     """Where the likeliest token differs, in order."""
+    apart_off: float
+    """How far the logits kept apart are from those of fp32 kept apart, at most: what the precision itself costs."""
+    merged_off: float
+    """How far the merged ones are from the same: no farther means that merging adds nothing to that cost."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def merge_check(adapter: Adapter, prompt: str, max_new_tokens: int = 32) -> Merg
     """The same prompt through W₀ + BA kept apart and merged, in fp32 and in bf16.
 
     The adapter answers once, greedily, with at most `max_new_tokens`; then all models read that same text. Takes memory
-    for two copies of the logits, tokens × vocabulary. A quantized run's adapter is put on the whole base. Raises SpecError
+    for a few copies of the logits, tokens × vocabulary. A quantized run's adapter is put on the whole base. Raises SpecError
     for a method that cannot be merged and for a prompt that does not fit, AdapterError where the adapter does not.
     """
     import torch
@@ -82,10 +86,11 @@ def merge_check(adapter: Adapter, prompt: str, max_new_tokens: int = 32) -> Merg
     asked = _prompt_tokens(base, adapter, prompt, decoding)
     said = [t for (t,) in decode(pair[0], [asked], base.tokenizer.eos_token_id, decoding) if t is not None]
     ids = asked + said
-    moves = (_logits(pair[0], ids) - _logits(base.model, ids)).abs().max().item()
-    whole = _agreement("fp32", *(_logits(model, ids) for model in pair), base.tokenizer)
+    true = _logits(pair[0], ids)
+    moves = _gap(true, _logits(base.model, ids))
+    whole = _agreement("fp32", true, _logits(pair[1], ids), true, base.tokenizer)
     pair = _pair(replace(base, model=_rounded(base.model, torch.bfloat16)), adapter)
-    rounded = _agreement("bf16", *(_logits(model, ids) for model in pair), base.tokenizer)
+    rounded = _agreement("bf16", _logits(pair[0], ids), _logits(pair[1], ids), true, base.tokenizer)
     answer = base.tokenizer.decode(said, skip_special_tokens=True)
     return MergeReport(len(asked), answer, moves, (whole, rounded))
 
@@ -114,8 +119,12 @@ def _logits(model: Any, ids: Sequence[int]) -> Any:
         return model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].float()
 
 
-def _agreement(precision: str, apart: Any, merged: Any, tokenizer: Any) -> Agreement:
-    """Of two matrices of logits, tokens × vocabulary."""
+def _gap(one: Any, other: Any) -> float:
+    return (one - other).abs().max().item()
+
+
+def _agreement(precision: str, apart: Any, merged: Any, true: Any, tokenizer: Any) -> Agreement:
+    """Of matrices of logits, tokens × vocabulary; `true` are those of fp32 kept apart."""
     first, other = apart.argmax(-1), merged.argmax(-1)
     flips = tuple(
         Flip(
@@ -126,7 +135,7 @@ def _agreement(precision: str, apart: Any, merged: Any, tokenizer: Any) -> Agree
         )
         for position in (first != other).nonzero().flatten().tolist()
     )
-    return Agreement(precision, (apart - merged).abs().max().item(), len(apart), flips)
+    return Agreement(precision, _gap(apart, merged), len(apart), flips, _gap(apart, true), _gap(merged, true))
 
 
 def _rounded(model: Any, dtype: Any) -> Any:

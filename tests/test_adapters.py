@@ -4,7 +4,7 @@ import shutil
 import pytest
 from tiny import LLAMA, digest, make_model
 
-from peftlab import AdapterError, RunSpec, adapters, architecture, compare, count, methods, resolve, tasks, weights
+from peftlab import AdapterError, RunSpec, SpecError, adapters, architecture, compare, count, methods, resolve, tasks, weights
 from peftlab.adapters import MANIFEST
 from peftlab.catalog import models
 from peftlab.methods import METHODS
@@ -215,3 +215,35 @@ def test_a_bundled_adapters_record_is_what_its_scorer_says(adapter):
     assert measured["before"][task.metric] == pytest.approx(base.mean)
     assert measured["after"][task.metric] == pytest.approx(adapted.mean) and measured["items"] == 40
     assert adapted.mean > base.mean and adapted.forgetting == adapter.result["forgetting"]
+
+
+def test_a_merged_head_leaves_the_embedding_it_was_tied_to(tied_model, tmp_path):
+    base, spec, made = trained(tied_model, "lora", target_modules="lm_head")
+    before = digest(base.model)
+    adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
+    merged = adapters.merge(base, adapter)
+    assert logits(merged).allclose(logits(adapters.apply(base, adapter)), atol=1e-4)
+    assert merged.get_input_embeddings().weight.equal(base.model.get_input_embeddings().weight)
+    assert not merged.config.tie_word_embeddings and base.model.config.tie_word_embeddings
+    assert digest(base.model) == before
+
+
+def test_a_merged_norm_has_the_bases_type(tiny_model, tmp_path):
+    import torch
+
+    base, spec, made = trained(tiny_model, "ln")
+    adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
+    half = weights.load(resolve(RunSpec(model=str(tiny_model), precision="bf16")))
+    merged = adapters.merge(half, adapter)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert logits(merged).isfinite().all() and not logits(merged).equal(logits(half.model))
+
+
+def test_virtual_tokens_saved_elsewhere_are_refused_in_words(tiny_model, tmp_path):
+    base, spec, made = trained(tiny_model, "prompt", sequence_length=64)
+    folder = adapters.save(made, spec, tmp_path / "adapter")
+    (folder / MANIFEST).unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tiny_model)}))
+    with pytest.raises(SpecError, match="virtual tokens"):
+        adapters.merge(base, adapters.read(folder))

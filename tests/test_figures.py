@@ -1,5 +1,4 @@
 import json
-import re
 
 import pytest
 
@@ -76,18 +75,6 @@ def test_the_timeline_of_a_trace_names_its_layers(tiny_model):
 def test_the_timeline_has_the_buffers_between_gpus():
     report = predict(RunSpec(model="llama-3.1-8b", method="full", n_gpus=8, sharding="fsdp"))
     assert "buffers between GPUs" in timeline(report, "light")[1]
-
-
-@THEMES
-def test_the_rank_curve_has_the_matrix_and_the_break_even(theme):
-    module = next(m for m in count(RunSpec(model="llama-2-7b")).modules if m.name.endswith("down_proj"))
-    figure = figures.rank_curve(module, 64, theme)
-    line, point = figure.data
-    assert (point.x[0], point.y[0]) == (64, 64 * (module.d_in + module.d_out))
-    assert line.y[1] / line.x[1] == pytest.approx(module.d_in + module.d_out)
-    even = module.d_in * module.d_out / (module.d_in + module.d_out)
-    texts = [a.text for a in figure.layout.annotations]
-    assert any(f"{module.d_in * module.d_out:,}" in t for t in texts) and any(f"{even:.0f}" in t for t in texts)
 
 
 def scatter(figure):
@@ -174,17 +161,6 @@ def test_every_figure_comes_in_both_templates():
     for theme, picture in pictures.items():
         colours = picture["layout"]["template"]["layout"]
         assert colours["font"]["color"] == figures.PALETTE[theme]["text"]
-
-
-def test_matrices_are_to_scale_and_in_words():
-    module = next(m for m in count(RunSpec(model="gemma-3-270m")).modules if m.name.endswith("q_proj"))
-    page = figures.matrices(module, 16)
-    boxes = [tuple(map(float, b)) for b in re.findall(r"--h:([\d.]+);--w:([\d.]+)", page)]
-    d_in, d_out = module.d_in, module.d_out
-    unit = max(d_in, d_out)
-    want = [(d_out, d_in), (d_out, 16), (16, d_in)]
-    assert boxes == [(pytest.approx(h / unit, abs=1e-5), pytest.approx(w / unit, abs=1e-5)) for h, w in want]
-    assert f"B is {d_out} by 16 and A is 16 by {d_in}" in page and f"{16 * (d_in + d_out):,} numbers" in page
 
 
 def test_recorded_runs_say_where_they_come_from_and_can_be_drawn():

@@ -71,9 +71,11 @@ def test_agreement_counts_what_numpy_counts_on_a_small_matrix():
     apart = np.array([[0.0, 2.0, 1.0], [3.0, 2.5, 0.0], [1.0, 0.0, 5.0]], dtype=np.float32)
     merged = apart + np.array([[0.1, 0.0, 0.0], [-0.25, 0.5, 0.0], [0.0, 0.0, -0.75]], dtype=np.float32)
     tokenizer = make_tokenizer(chat=False)
-    found = proofs._agreement("fp32", torch.tensor(apart), torch.tensor(merged), tokenizer)
+    true = apart + np.float32(0.25)
+    found = proofs._agreement("bf16", *(torch.tensor(m) for m in (apart, merged, true)), tokenizer)
     assert found.largest_difference == np.abs(apart - merged).max() == 0.75 and found.positions == 3
     assert found.flips == (proofs.Flip(1, tokenizer.decode([0]), tokenizer.decode([1]), 0.5),)
+    assert (found.apart_off, found.merged_off) == (0.25, np.abs(merged - true).max())
 
 
 def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_moves_the_logits(lora):
@@ -85,6 +87,8 @@ def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_mo
     whole, rounded = report.agreements
     assert (whole.precision, rounded.precision) == ("fp32", "bf16")
     assert 0 < whole.largest_difference < 1e-4 < rounded.largest_difference < report.adapter_moves
+    assert (whole.apart_off, whole.merged_off) == (0, whole.largest_difference)
+    assert 1e-4 < rounded.apart_off < report.adapter_moves and rounded.merged_off < 4 * rounded.apart_off
     assert whole.flips == () and report.adapter_moves > 0.5
     apart = adapters.apply(base, adapter)
     prompt = tasks.prompt_ids(base.tokenizer, instruction_of(adapter), PROMPT)

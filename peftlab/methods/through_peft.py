@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from ..errors import SpecError
 from ..spec import RunSpec
 from . import Target
 
@@ -93,7 +94,24 @@ def leave_residual(model: Any, start: bool = False) -> None:
 
 
 def merge(model: Any) -> Any:
-    """The base with the adapter in its weights. `safe_merge` writes new weights: the old ones' storage is shared."""
+    """The base with the adapter in its weights, in their type. Raises SpecError for virtual tokens.
+
+    `safe_merge` writes new weights, since the old ones' storage is shared; a head gets a weight of its own first, or the
+    embedding tied to it would change too.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise SpecError("virtual tokens are no part of any weight, so this adapter cannot be merged; use it as it is")
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if hasattr(head, "get_base_layer") and head.get_base_layer().weight is embedding.weight:
+        layer = head.get_base_layer()
+        layer.weight = type(layer.weight)(layer.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):  # which peft would leave in the adapter's type
+            module.ln_tuning_layers.to(module.base_layer.weight.dtype)
     return model.merge_and_unload(safe_merge=True)
 
 
