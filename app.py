@@ -104,7 +104,7 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         with gr.Tab("Memory", id="memory") as memory_tab:
             memory = memory_calculator.build(spec)
         with gr.Tab("LoRA", id="lora") as lora_tab:
-            lora = lora_visualizer.build(spec)
+            lora = lora_visualizer.build(spec, mine)
         with gr.Tab("Live", id="live") as live_tab:
             live = live_finetune.build(spec, mine)
         with gr.Tab("Compare", id="compare") as compare_tab:
@@ -123,20 +123,20 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         tab.select(page.looking(first_as_it_is(view)), [visited, spec, *view.inputs], [visited, *view.outputs], **quiet)
     compare_tab.select(compare.show, [spec, *compare.inputs], compare.outputs, **quiet)
 
-    def open_link(params: Mapping[str, str]) -> tuple[Any, ...]:
+    def open_link(params: Mapping[str, str], mine: list[str]) -> tuple[Any, ...]:
         """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
         asked, convention, tab, problem = from_link(params)
         opening = gr.Tabs(selected=tab) if tab else gr.skip()
         if asked is None:
             return (gr.skip(), opening, problem, *[gr.skip()] * len(every_output))
-        shown = (memory.show(asked, convention), lora.show(asked), live.show(asked))
+        shown = (memory.show(asked, convention), lora.show(asked, mine), live.show(asked))
         return (asked, opening, problem, *chain(*shown))
 
-    def load(request: gr.Request) -> Any:
-        return page.changing(open_link)(request, request.query_params)
+    def load(request: gr.Request, mine: list[str]) -> Any:
+        return page.changing(open_link)(request, request.query_params, mine)
 
     every_output = [output for _, view in views for output in view.outputs]
-    opened = demo.load(load, None, [spec, tabs, link_problem, *every_output], **quiet)
+    opened = demo.load(load, mine, [spec, tabs, link_problem, *every_output], **quiet)
     assert live.resume is not None
     opened.then(live.resume.work, live.resume.state, live.resume.outputs, **quiet)
     convention = memory.inputs[0]

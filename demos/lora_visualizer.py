@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import lora_widget, methods, page
-from peftlab import RunSpec, count, words
+from demos import lora_widget, methods, page, proving, real_weights
+from demos.adapter_choice import bundled, choices
+from peftlab import RunSpec, SpecError, architecture, count, figures, resolve, scratch, words
 from peftlab.catalog.presets import PRESETS
+from peftlab.methods import METHODS
 from peftlab.resolve import with_preset
 
 FIELDS = ("method", "rank", "alpha", "target_modules", "layers")
@@ -22,9 +25,45 @@ LESSONS = {
     "70B: thin v": RunSpec(model="llama-2-70b", rank=64, target_modules="q_proj,v_proj"),
     "Past break-even": RunSpec(model="gemma-3-270m", rank=256),
 }
+FLOWS = {
+    "lora": "In parallel: the update is added to what W computes.",
+    "houlsby": "In series: a small network after each sub-layer, which the data must pass.",
+    "ia3": "Scaling: one learned number multiplies each feature.",
+    "prompt": "Virtual tokens: learned vectors before the text, at the input alone.",
+    "prefix": "Virtual tokens in every layer: learned keys and values before the text's own.",
+}
+"""Where a method touches the data."""
 
 
-def build(spec: gr.State) -> page.View:
+def flows(model: str) -> str:
+    """Each way to change the forward pass, drawn, with what it trains on this model."""
+
+    def card(key: str, says: str) -> str:
+        try:
+            report = count(RunSpec(model=model, method=key))
+            trains = f"{report.trainable_parameters:,} parameters: {words.percent(report.trainable_percent / 100)}"
+        except SpecError as error:
+            trains = escape(str(error))
+        name = METHODS[key].name
+        return f"<section><h3>{name}</h3>{figures.data_path(METHODS[key].drawing, name)}<p>{says} <b>{trains}</b></p></section>"
+
+    return f'<div class="flows">{"".join(card(key, says) for key, says in FLOWS.items())}</div>'
+
+
+def code(spec: RunSpec) -> str:
+    """A LoRA layer from scratch with the settings on screen, for the first matrix that they adapt."""
+    of = resolve(lora_widget.of_family(spec))
+    module = architecture.of(of.model or "").targets(of.target_modules or "all-linear")[0]
+    rank = min(of.rank or 1, module.d_in, module.d_out)
+    return scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)
+
+
+def by_size(spec: RunSpec) -> dict[str, Any]:
+    of = resolve(lora_widget.of_family(spec))
+    return figures.themed(figures.percent_by_size, of.rank, of.target_modules, of.model)
+
+
+def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
     with gr.Row(elem_classes="stage"):
         with page.controls():
             page.drawer_handle()
@@ -41,12 +80,32 @@ def build(spec: gr.State) -> page.View:
             with gr.Row(elem_classes="lessons"):
                 lessons = [gr.Button(name, size="sm") for name in LESSONS]
             lora_widget.rest()
+            with gr.Accordion("Four ways to change the forward pass", open=False):
+                paths = gr.HTML(flows(page.OPENING.model or ""))
+            with gr.Accordion("Percent against model size", open=False):
+                sizes = page.plot(by_size(page.OPENING), "LoRA's trained percent by the size of the model")
+            first = next(iter(bundled()))
+            with gr.Accordion("The mathematics, on real weights", open=False):
+                another = real_weights.build(first)
+            with gr.Accordion("Proofs by doing", open=False):
+                proved = proving.build(first)
+            with gr.Accordion("From scratch: the layer in thirty lines", open=False), gr.Row(elem_classes="panes"):
+                with gr.Column():
+                    script = _code(code(page.OPENING), "Runs as it is; its output equals peft's")
+                with gr.Column():
+                    _code(scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
+            with gr.Accordion("Why the lecture's merge_weights raises", open=False):
+                gr.Markdown(scratch.WHY)
             with gr.Accordion("The lecture's counts, recomputed", open=False):
                 gr.HTML(page.claims_table("lora"))
 
     def body(spec: RunSpec) -> tuple:
         count(lora_widget.of_family(spec))  # refuses what has nothing to train
-        return spec.model, lora_widget.value(spec), page.changed(spec)
+        return spec.model, lora_widget.value(spec), flows(spec.model or ""), *beside(spec)
+
+    def beside(spec: RunSpec) -> tuple:
+        """What follows the settings outside the picture."""
+        return page.changed(spec), by_size(spec), code(spec)
 
     def choose(spec: RunSpec, model: str) -> tuple:
         page.public({"model": model})
@@ -56,24 +115,25 @@ def build(spec: gr.State) -> page.View:
     def reported(event: gr.EventData, request: gr.Request, spec: RunSpec) -> tuple:
         """The settings once the reader has paused, unless they are of a model that is no longer on screen."""
         if event.model != spec.model:
-            return (gr.skip(),) * 3
+            return (gr.skip(),) * 5
         given = event.settings
-        return page.changing(page.refusing(settle, 2))(request, spec, [given.get(name) for name in FIELDS])
+        return page.changing(page.refusing(settle, 4))(request, spec, [given.get(name) for name in FIELDS])
 
     def settle(spec: RunSpec, values: list[Any]) -> tuple:
         chosen, _ = methods.edit(lora_widget.of_family(spec), FIELDS, values)
         count(chosen)
-        return chosen, page.changed(chosen)
+        return chosen, *beside(chosen)
 
     def use_preset(spec: RunSpec, key: str) -> tuple:
         spec = with_preset(lora_widget.of_family(spec), PRESETS[key]) if key else spec
         return (spec, methods.preset_says(key), *show(spec))
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    show = page.refusing(body, 3)  # a bare count from another tab has nothing to draw
-    shown = [problem, model, picture, note]
-    model.input(page.changing(page.refusing(choose, 4)), [spec, model], [problem, spec, model, picture, note], **quiet)
-    picture.submit(reported, spec, [problem, spec, note], trigger_mode="multiple", **quiet)
+    show = page.refusing(body, 6)  # a bare count from another tab has nothing to draw
+    followers = [note, sizes, script]
+    shown = [problem, model, picture, paths, *followers]
+    model.input(page.changing(page.refusing(choose, 7)), [spec, model], [problem, spec, *shown[1:]], **quiet)
+    picture.submit(reported, spec, [problem, spec, *followers], trigger_mode="multiple", **quiet)
     preset.input(page.changing(use_preset), [spec, preset], [spec, preset, *shown], **quiet)
     for button, lesson in zip(lessons, LESSONS.values(), strict=True):
         button.click(page.changing(lambda lesson=lesson: (lesson, *show(lesson))), None, [spec, *shown], **quiet)
@@ -83,8 +143,17 @@ def build(spec: gr.State) -> page.View:
         [spec, *shown],
         **quiet,
     )
-    return page.View(show, shown)
+
+    def show_with(spec: RunSpec, mine: list[str]) -> tuple:
+        known = gr.update(choices=choices(mine))
+        return *show(spec), known, known
+
+    return page.View(show_with, [*shown, another, proved], [mine])
+
+
+def _code(text: str, label: str) -> gr.Code:
+    return gr.Code(text, language="python", label=label, wrap_lines=True, interactive=False)
 
 
 if __name__ == "__main__":
-    page.run_alone("LoRA visualizer", build)
+    page.run_alone("LoRA visualizer", lambda spec: build(spec, gr.BrowserState([])))

@@ -32,11 +32,13 @@ const scaleOf = (data, settings) => {
 // --- words: those of peftlab/words.py
 
 const fill = (text, values) => text.replace(/{(\w+)}/g, (_, name) => values[name]);
-const whole = (n) => n.toLocaleString('en-US');
+const formats = {}; // made once: one costs more than a hundred uses
+const formatted = (n, digits = 0) => (formats[digits] ??= new Intl.NumberFormat('en-US', {maximumFractionDigits: digits})).format(n);
+const whole = (n) => formatted(n);
 const significant = (n) => {
   if (!n) return '0';
   const digits = 2 - Math.floor(Math.log10(Math.abs(n))), scale = 10 ** digits;
-  return (Math.round(n * scale) / scale).toLocaleString('en-US', {maximumFractionDigits: Math.max(0, digits)});
+  return formatted(Math.round(n * scale) / scale, Math.max(0, digits));
 };
 const size = (n) => {
   for (const [unit, scale] of [['TB', 1e12], ['GB', 1e9], ['MB', 1e6], ['kB', 1e3]])
@@ -57,7 +59,7 @@ const layersText = (layers, n) => {
 };
 const targetsText = (data, targets) => {
   const names = data.modules.filter((m) => targets.has(m.name)).map((m) => m.name);
-  return names.length === data.modules.length ? 'all-linear' : names.join(',');
+  return data.modules.every((m) => targets.has(m.name) !== (m.role === 'head')) ? 'all-linear' : names.join(',');
 };
 const whereText = (data, {targets, layers}) => {
   const text = targetsText(data, targets), which = layersText(layers, data.n_layers);
@@ -67,13 +69,15 @@ const whereText = (data, {targets, layers}) => {
 /** What is wrong with the settings, in words; empty when nothing is. */
 const refusal = (data, settings) => {
   const method = data.methods[settings.method], {rank, alpha, targets, layers} = settings;
+  const given = (n) => Number.isNaN(n) ? 'nothing' : n;
   if (!targets.size) return data.words.no_target;
   if (!layers.size) return data.words.no_layer;
-  if (!Number.isInteger(rank) || rank < 1) return fill(data.words.bad_rank, {rank});
-  if (alpha !== null && !(alpha > 0)) return fill(data.words.bad_alpha, {alpha});
-  if (!chosenOf(data, settings, data.n_layers).some(Boolean)) return data.words.no_layer;
-  if (!method.limit) return '';
-  const ranks = data.modules.filter((m) => targets.has(m.name)).map((m) => Math.min(m.d_in, m.d_out));
+  if (!Number.isInteger(rank) || rank < 1) return fill(data.words.bad_rank, {rank: given(rank)});
+  if (alpha !== null && !(alpha > 0 && alpha <= 1e6)) return fill(data.words.bad_alpha, {alpha: given(alpha)});
+  const chosen = chosenOf(data, settings, data.n_layers);
+  if (!chosen.some(Boolean)) return data.words.no_layer;
+  if (!method.limit) return rank <= 65536 ? '' : fill(data.words.bad_rank, {rank});
+  const ranks = data.modules.filter((_, i) => chosen[i]).map((m) => Math.min(m.d_in, m.d_out));
   const limit = method.limit === 'largest' ? Math.max(...ranks) : Math.min(...ranks);
   if (rank <= limit) return '';
   return fill(data.words.rank, {rank, limit, which: data.words[method.limit], usual: Math.min(limit, data.words.usual_rank)});
@@ -84,7 +88,7 @@ const sentence = (data, settings, counted) => fill(data.words.sentence, {
   trained: bold(whole(counted.trained), 'trained'),
   total: bold(whole(data.total), 'frozen'),
   percent: bold(percent(counted.trained / data.total), 'trained'),
-  size: size(counted.saved * data.bytes),
+  size: size(counted.saved * settings.bytes),
 });
 
 // --- the state: what the server sent, and what the reader has done since
@@ -92,9 +96,14 @@ const sentence = (data, settings, counted) => fill(data.words.sentence, {
 const REST = 400; // milliseconds without a move after which the settings are reported
 const COLUMN = [2, -1, 3, 1, -2], ROW = [1, -2, 2, 3, -1]; // of the small example; further ranks rotate them
 const stage = element.closest('.stage');
-let data, settings, shown, toyRank = 1, timer = null;
+let data, settings, shown, toyRank = 1, timer = null, places = {}, width = 600;
 
-const $ = (name) => stage.querySelector(`.main ${name}`);
+const $ = (name) => places[name] ??= stage.querySelector(`.main ${name}`);
+const all = (name) => places[name + ' all'] ??= [...stage.querySelectorAll(name)];
+/** Changes what is not so already: every write has the browser lay out the page anew. */
+const put = (place, html) => { if (place.written !== html) place.innerHTML = place.written = html; };
+const style = (place, name, value) => { if (place.style.getPropertyValue(name) !== value) place.style.setProperty(name, value); };
+const attribute = (place, name, value) => { if (place.getAttribute(name) !== String(value)) place.setAttribute(name, value); };
 const knob = (name, kind) => stage.querySelector(`[data-knob="${name}"]${kind ? `[type=${kind}]` : ''}`);
 /** Ranks that the slider stops at: every one to 16, then eight to the octave, up to the largest that a matrix has. */
 const stops = (top) => {
@@ -108,7 +117,7 @@ const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
 const read = () => {
   data = props.value;
   const {method, rank, alpha, targets, layers} = data.at;
-  settings = {method, rank, alpha: alpha ?? null, targets: new Set(targets), layers: new Set(layers)};
+  settings = {method, rank, bytes: data.bytes, alpha: alpha ?? null, targets: new Set(targets), layers: new Set(layers)};
   data.ranks = stops(Math.max(...data.modules.map((m) => Math.min(m.d_in, m.d_out))));
   shown = data.modules.find((m) => m.name === shown?.name) ?? data.modules.find((m) => targets.includes(m.name)) ?? data.modules[0];
 };
@@ -117,7 +126,7 @@ const report = () => {
   if (refusal(data, settings)) return;
   const layers = layersText(settings.layers, data.n_layers), targets = targetsText(data, settings.targets);
   trigger('submit', {model: data.key, settings: {
-    method: settings.method, rank: settings.rank, alpha: settings.alpha,
+    method: settings.method, rank: settings.rank === data.methods[settings.method].usual ? null : settings.rank, alpha: settings.alpha,
     target_modules: targets === 'all-linear' ? null : targets, layers: layers || null,
   }});
 };
@@ -134,6 +143,7 @@ const released = () => {
 
 const box = (name, meaning) => `<figure class="matrix ${meaning}"><div></div><figcaption><b>${name}</b> <span></span></figcaption></figure>`;
 const build = () => {
+  places = {};
   $('.matrices').innerHTML = `${box('W', 'frozen')}<span class="sign">+</span><div class="update">${box('ΔW', 'trained delta')}` +
     `<span class="sign">=</span><span class="sign times"></span>${box('B', 'trained')}<span class="sign">×</span>${box('A', 'trained')}</div>`;
   const deepest = Math.max(...data.modules.map((m) => m.layers.length), 1);
@@ -154,11 +164,11 @@ const build = () => {
 
 const paint = () => {
   const wrong = refusal(data, settings);
-  $('.problem.here').textContent = wrong;
+  put($('.problem.here'), wrong);
   sync();
   if (wrong) return;
   const counted = count(data, settings);
-  $('.sentence').innerHTML = sentence(data, settings, counted);
+  put($('.sentence'), sentence(data, settings, counted));
   paintMatrices(counted);
   paintAxis(counted);
   paintMap(counted);
@@ -169,8 +179,8 @@ const paint = () => {
 const sync = () => {
   const {method, rank, alpha, targets} = settings, auto = alphaOf(data, {...settings, alpha: null});
   const range = knob('rank', 'range'), number = knob('rank', 'number');
-  range.max = data.ranks.length - 1;
-  range.value = nearest(data.ranks, rank);
+  attribute(range, 'max', data.ranks.length - 1);
+  if (data.ranks[range.value] !== rank) range.value = nearest(data.ranks, rank);
   range.setAttribute('aria-valuetext', `rank ${rank}`);
   if (document.activeElement !== number) number.value = rank;
   knob('method').value = method;
@@ -178,79 +188,81 @@ const sync = () => {
   for (const kind of ['range', 'number'])
     if (document.activeElement !== knob('alpha', kind) || alpha === null) knob('alpha', kind).value = alpha ?? auto;
   knob('automatic').disabled = alpha === null;
-  stage.querySelectorAll('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
+  all('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
 };
 
 const paintMatrices = ({each}) => {
   const m = shown, unit = Math.max(m.d_in, m.d_out), {rank} = settings, scale = scaleOf(data, settings);
   const sizes = [[m.d_out, m.d_in], [m.d_out, m.d_in], [m.d_out, rank], [rank, m.d_in]];
-  $('.matrices').querySelectorAll('.matrix').forEach((figure, i) => {
-    const [height, width] = sizes[i], drawn = figure.firstChild;
-    drawn.style.setProperty('--h', (height / unit).toFixed(5));
-    drawn.style.setProperty('--w', (width / unit).toFixed(5));
-    figure.querySelector('span').innerHTML = `${whole(height)} × ${whole(width)}<small>` + [
-      `${whole(height * width)} frozen`, 'as large as W', `${whole(height * width)} trained`, `${whole(height * width)} trained`][i] + '</small>';
+  all('.matrices .matrix').forEach((figure, i) => {
+    const [high, wide] = sizes[i], drawn = figure.firstChild;
+    style(drawn, '--h', (high / unit).toFixed(5));
+    style(drawn, '--w', (wide / unit).toFixed(5));
+    put(figure.lastChild.lastChild, `${whole(high)} × ${whole(wide)}<small>` + [
+      `${whole(high * wide)} frozen`, 'as large as W', `${whole(high * wide)} trained`, `${whole(high * wide)} trained`][i] + '</small>');
   });
-  $('.times').textContent = `${significant(scale)} ×`;
-  const breath = scale / (scale + 1);
-  stage.style.setProperty('--breath', breath.toFixed(3));
-  $('.matrices').setAttribute('aria-label', fill(data.words.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
+  put($('.times'), `${significant(scale)} ×`);
+  for (const name of ['.delta', '.toy']) style($(name), '--breath', (scale / (scale + 1)).toFixed(3));
+  attribute($('.matrices'), 'aria-label', fill(data.words.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
   const even = evenOf(m), one = each[data.modules.indexOf(m)], base = m.d_in * m.d_out;
   const past = fill(data.words[rank >= even ? 'past' : 'before'], {rank, even: Math.round(even), times: significant(even / rank)});
-  $('.finding').innerHTML = fill(data.words.matrix, {name: m.full, one: whole(one), base: whole(base), share: percent(one / base)}) +
-    ' ' + past + (m.swapped ? ' ' + data.words.swapped : '');
+  put($('.finding'), fill(data.words.matrix, {name: m.full, one: whole(one), base: whole(base), share: percent(one / base)}) +
+    ' ' + past + (m.swapped ? ' ' + data.words.swapped : ''));
   const alpha = alphaOf(data, settings);
-  $('.scale').innerHTML = alpha === null ? data.words.no_alpha : fill(data.words.scale, {
+  put($('.scale'), alpha === null ? data.words.no_alpha : fill(data.words.scale, {
     alpha: significant(alpha), rank, plain: bold(significant(alpha / rank), data.methods[settings.method].root ? '' : 'trained'),
     root: bold(significant(alpha / Math.sqrt(rank)), data.methods[settings.method].root ? 'trained' : ''),
-  });
+  }));
   toyFinding();
 };
 
 const paintAxis = () => {
   const m = shown, even = evenOf(m), {rank} = settings, end = Math.max(1.25 * even, 1.15 * rank);
-  const wide = Math.max(260, $('.rank-axis').clientWidth), high = 190, left = 4, right = 12, top = 26, foot = 34;
-  const x = (r) => left + (wide - left - right) * r / end, most = Math.max(m.d_in * m.d_out, rank * (m.d_in + m.d_out)) * 1.08;
+  const high = 190, left = 4, right = 12, top = 26, foot = 34;
+  const x = (r) => left + (width - left - right) * r / end, most = Math.max(m.d_in * m.d_out, rank * (m.d_in + m.d_out)) * 1.08;
   const y = (n) => high - foot - (high - foot - top) * n / most;
-  const dot = [x(rank), y(rank * (m.d_in + m.d_out))];
-  $('.rank-axis').innerHTML = `<svg viewBox="0 0 ${wide} ${high}" width="${wide}" height="${high}" role="img" aria-label="${fill(data.words.axis, {even: Math.round(even)})}">` +
+  put($('.rank-axis'), `<svg viewBox="0 0 ${width} ${high}" width="${width}" height="${high}" role="img" aria-label="${fill(data.words.axis, {even: Math.round(even)})}">` +
     `<rect class="past" x="${x(even)}" y="${top}" width="${x(end) - x(even)}" height="${high - foot - top}"/>` +
     `<path class="frozen" d="M${x(0)} ${y(m.d_in * m.d_out)}H${x(end)}"/><path class="trained" d="M${x(0)} ${y(0)}L${x(end)} ${y(end * (m.d_in + m.d_out))}"/>` +
     `<path class="even" d="M${x(even)} ${top}V${high - foot}"/><path class="base" d="M${x(0)} ${high - foot}H${x(end)}"/>` +
-    `<circle cx="${dot[0]}" cy="${dot[1]}" r="8"/><text class="frozen" x="${x(0)}" y="${y(m.d_in * m.d_out) - 8}">the matrix itself: ${whole(m.d_in * m.d_out)}</text>` +
+    `<text class="frozen" x="${x(0)}" y="${y(m.d_in * m.d_out) - 8}">the matrix itself: ${whole(m.d_in * m.d_out)}</text>` +
     `<text class="muted" text-anchor="end" x="${x(even) - 6}" y="${high - foot - 8}">r* = ${whole(Math.round(even))}</text>` +
-    `<text class="muted" x="${x(0)}" y="${high - 10}">0</text>` +
-    `<text class="trained" text-anchor="${rank > 0.85 * end ? 'end' : rank < 0.12 * end ? 'start' : 'middle'}" x="${dot[0]}" y="${high - 10}">${rank > 0.03 * end ? '' : '&#160;&#160;&#160;'}rank ${whole(rank)}</text></svg>`;
+    `<text class="muted" x="${x(0)}" y="${high - 10}">0</text><circle r="8"/><text class="trained" y="${high - 10}"></text></svg>`);
+  const svg = $('.rank-axis').firstChild, label = svg.lastChild, dot = label.previousSibling;
+  attribute(dot, 'cx', x(rank));
+  attribute(dot, 'cy', y(rank * (m.d_in + m.d_out)));
+  attribute(label, 'x', x(rank));
+  attribute(label, 'text-anchor', rank > 0.85 * end ? 'end' : rank < 0.12 * end ? 'start' : 'middle');
+  put(label, `${rank > 0.03 * end ? '' : '&#160;&#160;&#160;'}rank ${whole(rank)}`);
 };
 
 const paintMap = ({each, chosen, rows}) => {
   const {targets, layers} = settings;
-  stage.querySelectorAll('.map-row[data-module]').forEach((row, i) => {
+  const drawn = layersText(layers, data.n_layers);
+  all('.map-row[data-module]').forEach((row, i) => {
     const m = data.modules[i], share = m.parameters ? each[i] / m.parameters : 0;
     row.classList.toggle('targeted', targets.has(m.name));
     row.classList.toggle('shown', m === shown);
-    row.style.setProperty('--share', `${Math.round(30 + 70 * Math.sqrt(Math.min(1, share)))}%`);
-    row.querySelector('output').innerHTML = chosen[i]
+    style(row.children[1], '--share', `${30 + 5 * Math.round(14 * Math.sqrt(Math.min(1, share)))}%`);
+    put(row.lastChild, chosen[i]
       ? `<b class="trained">${whole(rows[i])}</b> <small>${whole(each[i])} × ${chosen[i]}: ${percent(share)}</small>`
-      : `0 <small>of ${whole(m.parameters * (m.layers.length || 1))}</small>`;
-    if (row.dataset.drawn === String([...layers])) return;
-    row.dataset.drawn = String([...layers]);
+      : `0 <small>of ${whole(m.parameters * (m.layers.length || 1))}</small>`);
+    if (row.drawn === drawn) return;
+    row.drawn = drawn;
     row.querySelectorAll('i[data-layer]').forEach((cell) => cell.classList.toggle('on', layers.has(+cell.dataset.layer)));
     row.querySelectorAll('i:not([data-layer])').forEach((cell) => cell.classList.toggle('on', layers.size === data.n_layers));
   });
-  stage.querySelectorAll('.layers button').forEach((button) =>
-    button.setAttribute('aria-pressed', layers.has(+button.dataset.layer)));
-  const which = layersText(layers, data.n_layers);
-  $('.layers-said').textContent = which ? `Layers ${which}: ${layers.size} of ${data.n_layers}` : `All ${data.n_layers} layers`;
+  all('.layers button').forEach((button) => attribute(button, 'aria-pressed', layers.has(+button.dataset.layer)));
+  put($('.layers-said'), drawn ? `Layers ${drawn}: ${layers.size} of ${data.n_layers}` : `All ${data.n_layers} layers`);
 };
 
 const paintTotals = ({trained, saved}) => {
   const full = data.total * data.adam, mine = trained * data.adam;
   const tile = (name, number, note) => `<div><dt>${name}</dt><dd>${number}<small>${note}</small></dd></div>`;
-  $('.totals').innerHTML = tile('Trained', bold(whole(trained), 'trained'), `of ${whole(data.total)}`) +
+  put($('.totals'), tile('Trained', bold(whole(trained), 'trained'), `of ${whole(data.total)}`) +
     tile('Share', bold(percent(trained / data.total), 'trained'), 'of the model') +
-    tile('Adapter file', bold(size(saved * data.bytes), 'trained'), `${data.bytes} bytes a parameter`) +
-    tile("Adam's two moments", bold(size(mine), ''), `${size(full)} for full fine-tuning: ${mine < full ? size(full - mine) + ' saved' : size(mine - full) + ' more'}`);
+    tile('Adapter file', bold(size(saved * settings.bytes), 'trained'), `${settings.bytes} bytes a parameter`) +
+    tile("Adam's two moments", bold(size(mine), ''), `${size(full)} for full fine-tuning: ${mine < full ? size(full - mine) + ' saved' : size(mine - full) + ' more'}`));
 };
 
 // --- the small matrices that one can watch multiply
@@ -274,12 +286,12 @@ const toyFinding = (i, j) => {
   const scale = scaleOf(data, settings), number = (n) => n < 0 ? `(−${-n})` : n;
   if (i === undefined) {
     const many = 10 * toyRank;
-    $('.toy-said').innerHTML = fill(data.words[many < 25 ? 'toy' : 'toy_past'], {rank: toyRank, numbers: bold(many, 'trained')});
+    put($('.toy-said'), fill(data.words[many < 25 ? 'toy' : 'toy_past'], {rank: toyRank, numbers: bold(many, 'trained')}));
     return;
   }
   const parts = toySum(i, j), sum = parts.reduce((a, b) => a + b, 0);
   const terms = parts.map((_, k) => `${number(toyB(i, k))} × ${number(toyA(k, j))}`).join(' + ');
-  $('.toy-said').innerHTML = `Row ${i + 1} of B times column ${j + 1} of A: ${terms} = ${bold(sum, 'trained')}; in ΔW, times ${significant(scale)}: ${significant(Math.abs(sum * scale)) * Math.sign(sum || 1)}.`;
+  put($('.toy-said'), `Row ${i + 1} of B times column ${j + 1} of A: ${terms} = ${bold(sum, 'trained')}; in ΔW, times ${significant(scale)}: ${significant(Math.abs(sum * scale)) * Math.sign(sum || 1)}.`);
 };
 const light = (cell) => {
   const {i, j} = cell?.dataset ?? {};
@@ -299,7 +311,10 @@ const heard = (target) => {
   if (name === 'rank') set('rank', target.type === 'range' ? data.ranks[number] : number);
   else if (name === 'alpha') set('alpha', number);
   else if (name === 'target') set('targets', flip(settings.targets, target.value));
-  else if (name === 'method') settings = {...settings, method: target.value, rank: data.methods[target.value].usual, alpha: null};
+  else if (name === 'method') {
+    const {usual, bytes} = data.methods[target.value];
+    settings = {...settings, method: target.value, rank: usual, alpha: null, bytes};
+  }
 };
 /** Arrow keys move through a group of which one member is in the tab order. */
 const walk = (event, members, columns) => {
@@ -348,7 +363,9 @@ const begin = () => {
 };
 begin();
 watch('value', begin);
-let width = 0;
 new ResizeObserver(() => {
-  if (data && element.clientWidth !== width && !refusal(data, settings)) { width = element.clientWidth; paintAxis(); }
+  const axis = data && $('.rank-axis').clientWidth;
+  if (!axis || Math.max(260, axis) === width) return;
+  width = Math.max(260, axis);
+  if (!refusal(data, settings)) paintAxis();
 }).observe(element);

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from demos import page
+from demos import methods, page
 from peftlab import RunSpec, architecture, resolve, words
 from peftlab.catalog.models import find
 from peftlab.count import BYTES
@@ -17,6 +18,8 @@ from peftlab.spec import parse_layers
 
 FAMILY = tuple(key for key, method in METHODS.items() if "rank" in method.settings)
 """The methods that have a rank."""
+FIELDS = ("method", "rank", "alpha", "target_modules", "layers")
+"""What the page reports."""
 SCRIPT = (Path(__file__).parent / "lora_widget.js").read_text()
 ADAM = 8
 """Bytes of optimizer state a trained parameter: Adam's two moments in fp32."""
@@ -25,8 +28,9 @@ WORDS = {
     "where": words.WHERE,
     "no_target": "no target module is ticked: nothing would be trained; tick at least one",
     "no_layer": "no layer is chosen: nothing would be trained; choose at least one",
-    "bad_rank": "rank={rank}: a rank is a whole number of at least 1; try 8",
-    "bad_alpha": "alpha={alpha}: ΔW is multiplied by alpha, so at 0 the adapter does nothing; it must be above 0, try 16",
+    "bad_rank": "rank={rank}: a rank is a whole number from 1 to 65,536; try 8",
+    "bad_alpha": "alpha={alpha}: ΔW is multiplied by alpha, so at 0 the adapter does nothing; it must be above 0 and at most "
+    "1,000,000; try 16",
     "rank": RANK_REFUSAL,
     "usual_rank": USUAL_RANK,
     "matrix": "<b>{name}</b>, drawn to scale: one adapter has {one} numbers against {base}: {share}.",
@@ -114,9 +118,19 @@ def _method(method: Method, spec: RunSpec) -> dict[str, Any]:
         "saved": [[t.coefficient, t.factors] for t in method.saved or method.terms],
         "limit": method.rank_limit,
         "usual": resolve(plain).rank,
+        "bytes": BYTES[resolve(plain).adapter_precision or "fp32"],
         "alpha": None if one is None or two is None else [2 * one - two, two - one],
         "root": any("√" in box for box in method.drawing.branch),
     }
+
+
+def settled(spec: RunSpec, settings: Mapping[str, Any]) -> RunSpec:
+    """`spec` with what the page reported. Raises SpecError.
+
+    A new method leaves behind what only the old one read, but for the modules and layers that the page still shows.
+    """
+    spec, _ = methods.edit(of_family(spec), ["method"], [settings.get("method")])
+    return methods.edit(spec, FIELDS, [settings.get(name) for name in FIELDS])[0]
 
 
 def knobs(spec: RunSpec) -> gr.HTML:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from html import escape
@@ -13,40 +12,12 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos import page
+from demos.adapter_choice import bundled, choices, of, task_of
 from demos.gpu import on_gpu
-from peftlab import PeftlabError, RunSpec, adapters, compare, figures, jobs, tasks, words
-from peftlab.adapters import Adapter
+from peftlab import PeftlabError, RunSpec, compare, figures, tasks, words
 from peftlab.compare import ComparisonReport
 from peftlab.generate import Decoding
 from peftlab.tasks import METRICS, TASKS
-
-
-def bundled() -> dict[str, Adapter]:
-    return {a.name: a for a in adapters.bundled()}
-
-
-def of(key: str) -> Adapter:
-    """A bundled adapter by name, or one just trained by its run's id; nothing else on the disk can be named."""
-    if key in bundled():
-        return bundled()[key]
-    folder = jobs.RUNS / key / "adapter"
-    if not re.fullmatch(r"[\w-]+", key) or not folder.exists():
-        raise gr.Error(f"The adapter {key} is not here any more; choose another one")
-    return adapters.read(folder)
-
-
-def choices(mine: list[str]) -> list[tuple[str, str]]:
-    """Own adapters first, the newest at the top, then the bundled ones."""
-    own = [i for i in reversed(mine) if re.fullmatch(r"[\w-]+", i) and (jobs.RUNS / i / "adapter").exists()]
-    return [(f"yours: {_label(of(i))}", i) for i in own] + [(f"bundled: {_label(a)}", k) for k, a in bundled().items()]
-
-
-def _label(adapter: Adapter) -> str:
-    return f"{task_of(adapter).name}, {adapter.spec.method}, {adapter.saved[:16].replace('T', ' ')} UTC"
-
-
-def task_of(adapter: Adapter) -> tasks.Task:
-    return tasks.find(adapter.spec.task or tasks.DEFAULT)
 
 
 def recorded_pair(report: ComparisonReport | None, prompt: str) -> tuple[str, str] | None:

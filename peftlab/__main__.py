@@ -71,6 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--max-new-tokens", type=_count, default=64)
     compare.add_argument("--temperature", type=float, default=0.0)
     compare.add_argument("--seed", type=int, default=0)
+    study = command("study", _study, "what an adapter did to each matrix, as JSON; progress on stderr")
+    study.add_argument("--adapter", type=Path, required=True, help="an adapter folder")
+    study.add_argument(
+        "--targets", help="roles or names, such as query,value or all-linear (default: what the adapter trained)"
+    )
+    study.add_argument(
+        "--keep",
+        type=_count,
+        default=0,
+        help="top directions of each update to keep, to compare adapters by (default: none)",
+    )
+    study.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     bench = command("bench", _bench, "measure on this machine and write JSON", spec=True)
     bench.add_argument("what", choices=("train", "memory", "calculators"))
     bench.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -347,6 +359,53 @@ def _compare(args: argparse.Namespace) -> None:
                 for s in report.scores
             ]
         )
+
+
+def _study(args: argparse.Namespace) -> None:
+    from . import adapters, study, weights
+    from .resolve import resolve
+
+    adapter = adapters.read(args.adapter)
+    names = study.names(adapter, args.targets)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"out={args.out}: cannot be written ({error.strerror}); give a JSON file") from None
+    if args.out.is_dir():
+        raise SpecError(f"out={args.out}: that is a folder; give a JSON file, such as {args.out / study.FILE}")
+    base = weights.load(resolve(adapter.spec.but(precision="fp32", gpu=None, quantization="none")))
+    work = study.study(base, adapter, names, args.keep)
+    while True:
+        try:
+            share = next(work)
+        except StopIteration as finished:
+            found = finished.value
+            break
+        if sys.stderr.isatty():
+            print(f"studying {100 * share:.0f}%", end="\r", file=sys.stderr)
+    if not found.matrices:
+        where = f"none of {args.targets}" if args.targets else "no linear map that is studied by default"
+        raise SpecError(f"adapter={args.adapter}: it changes {where}; name in --targets what it does change")
+    args.out.write_text(found.to_json(), encoding="utf-8")
+    if args.json:
+        _print(found.to_dict())
+    else:
+        _table(
+            [("module", "shape", "rank", "rank for 90%", "‖ΔW‖/‖W‖", "amplification", "intruders")]
+            + [
+                (
+                    m.name,
+                    "×".join(map(str, m.shape)),
+                    m.delta.rank,
+                    m.delta.rank_for(0.9),
+                    "" if m.relative_size is None else words.percent(m.relative_size),
+                    "" if m.amplification.factor is None else f"{words.significant(m.amplification.factor)}×",
+                    f"{len(m.intruders.directions)} of {len(m.intruders.cosines)}",
+                )
+                for m in found.matrices
+            ]
+        )
+    print(f"study of {len(found.matrices)} matrices in {args.out}", file=sys.stderr, flush=True)
 
 
 def _bench(args: argparse.Namespace) -> None:

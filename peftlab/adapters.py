@@ -38,6 +38,11 @@ class Adapter:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def label(self) -> str:
+        """What tells it apart: its run's name, where a run calls the folder `adapter`."""
+        return self.folder.parent.name if self.name == "adapter" else self.name
+
 
 def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None = None) -> Path:
     """Writes what was trained: in peft's own format where peft attached it.
@@ -142,7 +147,8 @@ def _attached(model: Any, spec: RunSpec, file: Path) -> Any:
 def merge(base: weights.Base, adapter: Adapter) -> Any:
     """A model of the base's own modules with the adapter in its weights; the base stays as it was.
 
-    Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where it does not fit.
+    Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where it does not fit or
+    where a merged weight would not be finite.
     """
     method = methods.METHODS.get(adapter.spec.method or "")
     if method and method.merge is None:
@@ -153,7 +159,27 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
             "load the base with quantization none"
         )
     work = method.merge if method and method.merge else through_peft.merge
-    return work(apply(base, adapter)).requires_grad_(False).eval()
+    try:
+        merged = work(apply(base, adapter))
+        finite = all(p.isfinite().all() for p in merged.parameters())
+    except ValueError as error:  # peft looks for itself where it adds to a weight
+        if "NaNs detected" not in str(error):
+            raise
+        finite = False
+    if not finite:
+        raise AdapterError(_not_finite(adapter))
+    return merged.requires_grad_(False).eval()
+
+
+def _not_finite(adapter: Adapter) -> str:
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter.folder / TENSORS).values()
+    odd, total = sum(int((~t.isfinite()).sum()) for t in tensors), sum(t.numel() for t in tensors)
+    return (
+        f"{adapter.folder}: merged, it gives weights that are not finite ({odd:,} of its own {total:,} numbers are not; "
+        "none may be); train again at a lower learning rate"
+    )
 
 
 def bundled() -> list[Adapter]:

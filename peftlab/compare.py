@@ -90,13 +90,9 @@ def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base
     base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision or "fp32"]))  # no adapter is rounded
     models = {BASE: base.model}
     for a in chosen:
-        name = _name(a)
+        name = a.label
         models[str(a.folder) if name in models else name] = put(base, a)
     return base, models
-
-
-def _name(adapter: Adapter) -> str:
-    return adapter.folder.parent.name if adapter.name == "adapter" else adapter.name
 
 
 def prompt_tokens(
@@ -183,7 +179,7 @@ def recorded(adapter: Adapter) -> ComparisonReport | None:
     rows = adapter.result.get("heldout")
     if not rows:
         return None
-    name = _name(adapter)
+    name = adapter.label
     exchanges = tuple(
         Exchange(
             r["prompt"],

@@ -44,7 +44,7 @@ def themed(draw: Callable[..., Any], *args: Any) -> dict[str, Any]:
     return {theme: draw(*args, theme).to_plotly_json() for theme in THEMES}
 
 
-def _figure(theme: str, height: int, **layout: Any) -> Any:
+def blank(theme: str, height: int, **layout: Any) -> Any:
     import plotly.graph_objects as go
     import plotly.io as pio
 
@@ -112,9 +112,7 @@ def memory_timeline(report: MemoryReport, theme: str) -> Any:
     points = [(float(i), m) for i, m in enumerate(report.moments)]
     points += [(x + wide, m) for x, m in points[-1:] if m.phase == "optimizer"]
     end = points[-1][0]
-    figure = _figure(
-        theme, 320, title={"text": "Through one training step: allocated memory, GB"}, hovermode="x unified"
-    )
+    figure = blank(theme, 320, title={"text": "Through one training step: allocated memory, GB"}, hovermode="x unified")
     for kind, colour, label in COMPONENTS:
         values = [m.bytes.get(kind, 0) for _, m in points]
         if not any(values):
@@ -167,7 +165,7 @@ def percent_by_size(rank: int, target_modules: str, marked: str, theme: str) -> 
     models = [*_others(spec.but(target_modules=roles)), mine]
     sizes, shares = [r.total_parameters for r in models], [r.trainable_percent for r in models]
     title = f"LoRA of rank {rank} on {words.where(mine.spec)}: % trained, by the model's size (log scales)"
-    figure = _figure(theme, 360, title={"text": title})
+    figure = blank(theme, 360, title={"text": title})
     top = max(shares) * max(2, (max(shares) / min(shares)) ** 0.3)
     for claimed in _claimed_percents(rank, roles):
         figure.add_scatter(
@@ -252,7 +250,7 @@ def loss_curve(events: Sequence[dict[str, Any]], steps: int, theme: str) -> Any:
     """Training loss by step. Only points are added between calls, so the page keeps its reader's zoom."""
     c = PALETTE[theme]
     points = [(e["step"], e["loss"]) for e in events if e["type"] == "step"]
-    figure = _figure(theme, 300, title={"text": "Training loss, nats per answer token"}, uirevision="loss")
+    figure = blank(theme, 300, title={"text": "Training loss, nats per answer token"}, uirevision="loss")
     figure.add_scatter(
         x=[p[0] for p in points],
         y=[p[1] for p in points],
@@ -279,7 +277,7 @@ def metric_curve(events: Sequence[dict[str, Any]], steps: int, name: str, theme:
     """The held-out metric each time it was measured."""
     c = PALETTE[theme]
     points = [(e["step"], 100 * next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
-    figure = _figure(theme, 300, title={"text": f"{name} on held-out items, %"}, uirevision="metric")
+    figure = blank(theme, 300, title={"text": f"{name} on held-out items, %"}, uirevision="metric")
     colours = [c["frozen"]] + [c["trained"]] * (len(points) - 1)
     figure.add_scatter(
         x=[p[0] for p in points],
@@ -301,7 +299,7 @@ def metric_curve(events: Sequence[dict[str, Any]], steps: int, name: str, theme:
 def score_bars(report: ComparisonReport, name: str, theme: str) -> Any:
     """The metric of base and adapters with 95% intervals."""
     c = PALETTE[theme]
-    figure = _figure(
+    figure = blank(
         theme,
         60 + 80 * len(report.scores),
         bargap=0.55,

@@ -1,4 +1,4 @@
-"""The mathematics of low-rank updates: spectra, subspaces, amplification, intruders, and a study of an adapter by them.
+"""The mathematics of low-rank updates: spectra, subspaces, amplification and intruders.
 
 W is a linear map's weight, d_out × d_in; ΔW is what an adapter adds to it. The functions on matrices take 2-D tensors of
 any type, compute in fp32 (in fp64 for fp64), and take `Factors` instead, so that nothing is decomposed twice. They raise
@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Collection, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import adapters, architecture, weights
-from .adapters import Adapter
-from .architecture import Module
 from .errors import SpecError
 
 if TYPE_CHECKING:
@@ -24,8 +20,6 @@ if TYPE_CHECKING:
 
 ROUNDINGS = 100
 """A singular value below this many roundings of the largest (1.2e-5 of it in fp32) is one of a matrix without it."""
-AMPLIFIED = 8
-"""Directions of ΔW that a study looks for in W, or fewer where ΔW has fewer: adapters compare only over as many."""
 
 
 @dataclass(frozen=True)
@@ -156,78 +150,6 @@ class Overlap:
         return random_similarity(i, j, self.n)
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an adapter does to one linear map."""
-
-    name: str
-    """Full dotted name of the module."""
-    layer: int | None
-    """None for a module outside the layers."""
-    module: Module
-    """The kind that it is one of."""
-    weight: Tensor
-    """W in fp32, d_out × d_in, however the model stores it."""
-    delta: Tensor
-    """ΔW, the same."""
-
-
-@dataclass(frozen=True)
-class MatrixStudy:
-    """What there is to see in one adapted matrix."""
-
-    name: str
-    """Full dotted name of the module."""
-    short_name: str
-    role: str
-    """query, down, …, by `architecture.ROLES`; empty where unknown."""
-    layer: int | None
-    shape: tuple[int, int]
-    """d_out, d_in."""
-    weight: Spectrum
-    delta: Spectrum
-    amplification: Amplification
-    intruders: Intruders
-    directions: Directions | None = None
-    """None where none were kept."""
-
-    @property
-    def relative_size(self) -> float | None:
-        """‖ΔW‖_F / ‖W‖_F; None where W is zero."""
-        return _ratio(self.delta.norm, self.weight.norm)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MatrixStudy:
-        parts = {
-            "shape": tuple(data["shape"]),
-            "weight": Spectrum(tuple(data["weight"]["values"])),
-            "delta": Spectrum(tuple(data["delta"]["values"])),
-            "amplification": Amplification(**data["amplification"]),
-            "intruders": Intruders(tuple(data["intruders"]["cosines"]), data["intruders"]["threshold"]),
-            "directions": Directions(**data["directions"]) if data["directions"] else None,
-        }
-        return cls(**{**data, **parts})
-
-
-@dataclass(frozen=True)
-class Study:
-    """Every matrix of one adapter."""
-
-    adapter: str
-    model: str
-    method: str | None
-    """None for an adapter saved elsewhere."""
-    matrices: tuple[MatrixStudy, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, numbers to four digits: a chart shows three."""
-        return _rounded(asdict(self))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Study:
-        return cls(**{**data, "matrices": tuple(MatrixStudy.from_dict(m) for m in data["matrices"])})
-
-
 def factors(matrix: Tensor | Factors) -> Factors:
     """The singular value decomposition; itself for one that is made already."""
     import torch
@@ -312,9 +234,11 @@ def intruders(weight: Tensor | Factors, tuned: Tensor | Factors, k: int = 10, th
 
 
 def directions(delta: Tensor | Factors, k: int = 16) -> Directions:
-    """The top `k` singular vectors of an update on both sides, or as many as it has."""
+    """The top `k` ≥ 1 singular vectors of an update on both sides, or as many as it has."""
     import torch
 
+    if k < 1:
+        raise SpecError(f"k={k}: there is no direction to keep; try 16")
     d = factors(delta)
     count = min(k, d.rank)
 
@@ -335,83 +259,5 @@ def overlap(a: Directions, b: Directions, side: str = "right") -> Overlap:
     return Overlap(tuple(tuple(row) for row in similarity(of_a, of_b).tolist()), len(of_a))
 
 
-def updates(base: weights.Base, adapter: Adapter, names: Collection[str] | None = None) -> Iterator[Update]:
-    """Each linear map that the adapter changes, or those of them with these full names.
-
-    By difference, so that any method that merges will do: ΔW is the merged weight minus the base's, and both are fp64,
-    because an fp32 sum would round a ΔW of rank 8 to full rank. It takes 16 bytes a number of the named maps, in main
-    memory. Raises what `adapters.merge` does, and SpecError for a name that is no linear map.
-    """
-    found = _changed(base, adapter, names)
-    while found:
-        yield _update(*found.pop(0))
-
-
-def study(
-    base: weights.Base, adapter: Adapter, names: Collection[str] | None = None, keep: int = 0
-) -> Generator[float, None, Study]:
-    """All that there is to see in what `updates` gives, with the top `keep` directions of each. Yields the share done."""
-    yield 0.0
-    found, done = _changed(base, adapter, names), []
-    total = len(found)
-    while found:
-        done.append(_studied(_update(*found.pop(0)), keep))
-        yield len(done) / total
-    return Study(adapter.name, adapter.spec.model or "", adapter.spec.method, tuple(done))
-
-
-Place = tuple[str, "int | None", Module, "Tensor", "Tensor"]
-
-
-def _changed(base: weights.Base, adapter: Adapter, names: Collection[str] | None) -> list[Place]:
-    """(name, layer, kind, weight before, weight after) of each linear map that differs, in fp64 and as stored."""
-    import torch
-
-    kinds = [m for m in architecture.describe(base.model).modules if m.is_linear]
-    places = {name: (layer, kind) for kind in kinds for layer, name in kind.names()}
-    for name in sorted(set(names or ()) - set(places)):
-        raise SpecError(f"{name} is no linear map of {base.entry.name}; its first is {next(iter(places))}")
-    wanted = [name for name in places if names is None or name in names]
-    model = weights.share(base.model)
-    wide = {id(model.get_submodule(name).weight) for name in wanted}
-    for parameter in model.parameters():  # the rest in fp32: peft would round BA to a base in bf16
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to("cpu", torch.float64 if id(parameter) in wide else torch.float32)
-    merged = adapters.merge(replace(base, model=model, device="cpu"), adapter)
-    pairs = {name: (model.get_submodule(name).weight.data, merged.get_submodule(name).weight.data) for name in wanted}
-    return [(name, *places[name], *pair) for name, pair in pairs.items() if not torch.equal(*pair)]
-
-
-def _update(name: str, layer: int | None, kind: Module, before: Tensor, after: Tensor) -> Update:
-    weight, delta = before.float(), (after - before).float()
-    if kind.kind == "conv1d":
-        weight, delta = weight.T, delta.T
-    return Update(name, layer, kind, weight, delta)
-
-
-def _studied(update: Update, keep: int) -> MatrixStudy:
-    weight, delta = factors(update.weight), factors(update.delta)
-    return MatrixStudy(
-        name=update.name,
-        short_name=update.module.short_name,
-        role=update.module.role,
-        layer=update.layer,
-        shape=(update.module.d_out, update.module.d_in),
-        weight=spectrum(weight),
-        delta=spectrum(delta),
-        amplification=amplification(weight, delta, min(AMPLIFIED, delta.rank)),
-        intruders=intruders(weight, update.weight + update.delta),
-        directions=directions(delta, keep) if keep else None,
-    )
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

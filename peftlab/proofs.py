@@ -106,9 +106,9 @@ def _prompt_tokens(base: weights.Base, adapter: Adapter, prompt: str, decoding: 
 
 
 def _pair(base: weights.Base, adapter: Adapter) -> tuple[Any, Any]:
-    """Kept apart, and merged; the merged one in the base's type, to which peft does not bring a norm back."""
+    """Kept apart, and merged."""
     merged = adapters.merge(base, adapter)  # first, since it refuses what cannot be merged
-    return adapters.apply(base, adapter), _rounded(merged, base.model.dtype)
+    return adapters.apply(base, adapter), merged
 
 
 def _logits(model: Any, ids: Sequence[int]) -> Any:

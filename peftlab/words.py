@@ -6,7 +6,7 @@ ours (a model's name, an answer) is escaped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -15,6 +15,7 @@ from . import tasks
 from .catalog.gpus import GPU, GPUS
 from .compare import BASE, ComparisonReport
 from .count import ParameterReport
+from .lowrank import Spectrum
 from .memory import MemoryReport
 
 
@@ -194,6 +195,18 @@ def lora_sentence(report: ParameterReport) -> str:
         total=bold(f"{report.total_parameters:,}", "frozen"),
         percent=bold(percent(report.trainable_percent / 100), "trained"),
         size=size(report.adapter_bytes),
+    )
+
+
+def study_sentence(role: str, layer: int, weight: Spectrum, deltas: Mapping[str, Spectrum], share: float) -> str:
+    """How many directions hold `share` of the energy of W, and of each update by name."""
+    most = weight.rank_for(share)
+    needs = {name: delta.rank_for(share) for name, delta in deltas.items()}
+    said = ", ".join(f"of {escape(name)} {bold(str(n), 'trained')}" for name, n in needs.items())
+    end = "Only the update is low-rank." if max(needs.values()) < most / 4 else "Not every update here is low-rank."
+    return (
+        f"{percent(share)} of the energy of layer {layer}'s {escape(role)} matrix needs {bold(str(most), 'frozen')} of its "
+        f"{len(weight.values)} directions; of the update {said}. {end}"
     )
 
 

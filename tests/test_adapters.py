@@ -4,7 +4,19 @@ import shutil
 import pytest
 from tiny import LLAMA, digest, make_model
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters, architecture, compare, count, methods, resolve, tasks, weights
+from peftlab import (
+    AdapterError,
+    RunSpec,
+    SpecError,
+    adapters,
+    architecture,
+    compare,
+    count,
+    methods,
+    resolve,
+    tasks,
+    weights,
+)
 from peftlab.adapters import MANIFEST
 from peftlab.catalog import models
 from peftlab.methods import METHODS
@@ -231,7 +243,7 @@ def test_a_merged_head_leaves_the_embedding_it_was_tied_to(tied_model, tmp_path)
 def test_a_merged_norm_has_the_bases_type(tiny_model, tmp_path):
     import torch
 
-    base, spec, made = trained(tiny_model, "ln")
+    _, spec, made = trained(tiny_model, "ln")
     adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
     half = weights.load(resolve(RunSpec(model=str(tiny_model), precision="bf16")))
     merged = adapters.merge(half, adapter)
@@ -247,3 +259,37 @@ def test_virtual_tokens_saved_elsewhere_are_refused_in_words(tiny_model, tmp_pat
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tiny_model)}))
     with pytest.raises(SpecError, match="virtual tokens"):
         adapters.merge(base, adapters.read(folder))
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "oft", "ln", "full"])
+def test_what_is_not_finite_is_not_merged(method, tiny_model, tmp_path):
+    """peft's own check is a bare ValueError; ours says what to do, and holds for every method."""
+    import torch
+
+    base, spec, made = trained(tiny_model, method)
+    with torch.no_grad():
+        next(p for n, p in made.named_parameters() if p.requires_grad and "embed" not in n).view(-1)[:3] = torch.nan
+    adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
+    total = count(spec).trainable_parameters
+    with pytest.raises(
+        AdapterError, match=rf"not finite \(3 of its own {total:,} numbers .*; train again at a lower lear"
+    ):
+        adapters.merge(base, adapter)
+
+
+def test_an_update_too_large_for_the_weights_is_not_merged(tiny_model, tmp_path):
+    import torch
+
+    base, spec, made = trained(tiny_model, "lora")
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1e30)
+    adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
+    with pytest.raises(AdapterError, match=r"not finite \(0 of its own .* train again at a lower learning rate"):
+        adapters.merge(base, adapter)
+
+
+@pytest.mark.parametrize("folder, label", [("ticket", "ticket"), ("run/adapter", "run")])
+def test_a_runs_adapter_is_called_by_its_run(folder, label, tmp_path):
+    assert adapters.Adapter(tmp_path / folder, RunSpec(), {}).label == label

@@ -139,6 +139,8 @@ def test_a_spec_file_and_flags_that_win(document, tmp_path):
         (["compare", "--prompt", "x"], "adapter"),
         (["compare", "--adapter", "x", "--prompt", "a", "--task", "ticket"], "give one of them"),
         (["compare", "--adapter", "x", "--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["study", "--adapter", "x"], "out"),
+        (["study", "--adapter", "x", "--out", "y", "--keep", "0"], "keep"),
         (["fetch", "7B"], "no weights to fetch"),
         (["bench", "nothing", "--out", "x"], "train"),
         (["frobnicate"], "choose from"),
@@ -154,6 +156,8 @@ def test_a_wrong_argument_is_one_line_and_status_2(run, argv, said):
 
 def test_a_failure_while_running_is_status_1(run, tmp_path):
     status, out, err = run("compare", "--adapter", tmp_path, "--prompt", "x")
+    assert status == 1 and out == "" and "no adapter there" in err and len(err.splitlines()) == 1
+    status, out, err = run("study", "--adapter", tmp_path, "--out", tmp_path / "study.json")
     assert status == 1 and out == "" and "no adapter there" in err and len(err.splitlines()) == 1
     status, _, err = run("fetch", "smollm2-360m")
     assert status == 1 and "HF_HUB_OFFLINE" in err.splitlines()[-1] and "Traceback" not in err
@@ -260,6 +264,47 @@ def test_adapters_of_any_methods_are_compared_on_one_base(trained_by, document):
     chosen = [arg for method in ("full", "prefix", "compacter") for arg in ("--adapter", trained_by(method))]
     data = document("compare", *chosen)
     assert [s["model"] for s in data["scores"]] == ["base", "full", "prefix", "compacter"]
+
+
+def test_study_writes_what_an_adapter_did_to_each_matrix(trained_by, document, run):
+    from peftlab import adapters, study
+
+    folder = trained_by("lora")
+    file = folder / study.FILE
+    data = document("study", "--adapter", folder, "--targets", "query,v_proj", "--keep", 2, "--out", file)
+    assert json.loads(file.read_text()) == data and len(file.read_text().splitlines()) == 2 + 6
+    assert {m["role"] for m in data["matrices"]} == {"query", "value"}
+    assert all(m["directions"]["count"] == 2 for m in data["matrices"])
+    assert (data["adapter"], data["method"]) == ("lora", "lora")
+    assert study.recorded(adapters.read(folder)).to_dict() == data
+    status, out, err = run("study", "--adapter", folder, "--out", file.with_name("new") / "all.json")
+    assert status == 0 and "study of 21 matrices in" in err
+    assert len(out.splitlines()) == 1 + 21 and "rank for 90%" in out and "model.layers.2.mlp.down_proj" in out
+    assert json.loads((folder / "new" / "all.json").read_text())["matrices"][0]["directions"] is None
+
+
+def test_study_of_a_full_fine_tune_is_of_query_and_value(trained_by, document, tmp_path):
+    data = document("study", "--adapter", trained_by("full"), "--out", tmp_path / "full.json")
+    assert [m["short_name"] for m in data["matrices"]] == ["q_proj"] * 3 + ["v_proj"] * 3
+
+
+@pytest.mark.parametrize(
+    "method, more, said",
+    [
+        ("prompt", [], "method=prompt: it cannot be merged"),
+        ("ln", [], "it changes no linear map that is studied by default; name in --targets"),
+        ("lora", ["--targets", "lm_head"], "it changes none of lm_head; name in --targets"),
+        ("lora", ["--targets", "c_attn"], "targets=c_attn: the model has no linear module of that name; it has q_proj"),
+        ("lora", ["--targets", ""], "targets is empty"),
+        ("lora", ["--out", "/"], "out=/: that is a folder"),
+        ("lora", ["--out", "/dev/null/study.json"], "out=/dev/null/study.json: cannot be written"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused(method, more, said, trained_by, run, tmp_path):
+    file = tmp_path / "study.json"
+    status, out, err = run("study", "--adapter", trained_by(method), "--out", file, *more)
+    assert status == 2 and out == "" and not file.exists()
+    assert said in err and len(err.splitlines()) == 1 and "Traceback" not in err
 
 
 def test_bench_records_with_its_provenance(run, tiny_model, toy_file, tmp_path):

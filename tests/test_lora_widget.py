@@ -7,9 +7,11 @@ import subprocess
 
 import pytest
 
-from demos import lora_visualizer, lora_widget, methods
+from demos import lora_widget
 from peftlab import RunSpec, SpecError, architecture, count, resolve, words
 from peftlab.catalog.models import MODELS
+from peftlab.count import BYTES
+from peftlab.methods import METHODS
 from peftlab.spec import parse_layers
 
 DECODERS = [key for key, entry in MODELS.items() if entry.config is not None and entry.is_causal]
@@ -18,13 +20,14 @@ HARNESS = """
 const {script, cases} = JSON.parse(require('fs').readFileSync(0));
 const nothing = () => {};
 const stub = (listeners) => {
-  const places = {};
-  const one = {
-    style: {setProperty: nothing}, classList: {toggle: nothing}, dataset: {}, clientWidth: 600, setAttribute: nothing,
-    addEventListener: (name, f) => { listeners[name] = f; }, querySelectorAll: () => [],
-    querySelector: (name) => places[name] ??= stub({}),
+  const near = {}, found = (name) => near[name] ??= stub({});
+  return {
+    style: {getPropertyValue: nothing, setProperty: nothing}, classList: {toggle: nothing}, clientWidth: 600,
+    getAttribute: nothing, setAttribute: nothing, addEventListener: (name, f) => { listeners[name] = f; },
+    closest() { return this; }, querySelector: found, querySelectorAll: () => [],
+    get firstChild() { return found('first'); }, get lastChild() { return found('last'); },
+    get previousSibling() { return found('previous'); },
   };
-  return Object.assign(one, {closest: () => one});
 };
 class ResizeObserver { observe() {} }
 const said = cases.map(({value, points}) => {
@@ -40,7 +43,8 @@ const said = cases.map(({value, points}) => {
     props.value = {...value, at};
     reported = null;
     changed();
-    const refused = stage.querySelector('.main .problem.here').textContent;
+    if (at.then) listeners.input({target: {dataset: {knob: 'method'}, value: at.then}});
+    const refused = stage.querySelector('.main .problem.here').innerHTML;
     listeners.change({target: {dataset: {knob: 'rank'}}});
     paused();
     return {...page(), refused, reported, sentence: stage.querySelector('.main .sentence').innerHTML};
@@ -48,7 +52,10 @@ const said = cases.map(({value, points}) => {
 });
 console.log(JSON.stringify(said));
 """
-"""The page's own script with stand-ins for what the browser gives it. Each point is settings that the server sends."""
+"""The page's own script with stand-ins for what the browser gives it. Each point is settings that the server sends,
+and perhaps a method that the reader chooses `then`."""
+SPEC = RunSpec(model="smollm2-135m", method="lora")
+HERE = lora_widget.value(SPEC)["at"]
 needs_node = pytest.mark.skipif(not NODE, reason="no node")
 
 
@@ -90,7 +97,7 @@ def wanted(spec, at):
     return spec.but(
         method=at["method"],
         rank=None if at["rank"] == resolve(RunSpec(method=at["method"])).rank else at["rank"],
-        alpha=at["alpha"] if "alpha" in lora_widget.METHODS[at["method"]].settings else None,
+        alpha=at["alpha"] if "alpha" in METHODS[at["method"]].settings else None,
         target_modules=None if set(names) == set(shape.target_names()) else ",".join(names),
         layers=None if every else ",".join(map(str, sorted(at["layers"]))),
     )
@@ -119,14 +126,96 @@ def test_the_page_counts_says_and_reports_what_python_does():
             shape, layers = architecture.of(spec.model), answer["layers"] or "all"
             assert not answer["refused"], asked
             assert answer["trained"] == report.trainable_parameters
-            assert answer["saved"] * count.__globals__["BYTES"][report.spec.adapter_precision] == report.adapter_bytes
+            assert answer["saved"] * BYTES[report.spec.adapter_precision] == report.adapter_bytes
             said = asked.but(layers=layers, target_modules=answer["targets"])
             assert answer["sentence"] == words.lora_sentence(count(said))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
-            assert set(shape.targets(answer["targets"])) == set(shape.targets(asked.target_modules or "all-linear"))
+            assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")
             assert answer["reported"]["model"] == spec.model
-            names = lora_visualizer.FIELDS
-            edited, _ = methods.edit(spec, names, [answer["reported"]["settings"].get(n) for n in names])
-            plain = asked if asked.method == "lora" else asked.but(adapter_precision=None)
-            assert edited == plain.but(layers=edited.layers) and count(edited).names == report.names
+            settled = lora_widget.settled(spec, answer["reported"]["settings"])
+            own = asked if asked.method == "lora" else asked.but(adapter_precision=None)  # a new method has its own
+            assert settled == own.but(layers=settled.layers) and count(settled).names == report.names
     assert counted >= 200 and refused >= 10
+
+
+@needs_node
+def test_automatic_alpha_is_each_methods_own():
+    ranks = (1, 2, 3, 8, 64)
+    points = [HERE | {"method": method, "rank": rank} for method in lora_widget.FAMILY for rank in ranks]
+    for at, answer in zip(points, page([(SPEC, points)])[0], strict=True):
+        assert answer["alpha"] == resolve(SPEC.but(method=at["method"], rank=at["rank"])).alpha
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"targets": []}, "no target module is ticked: nothing would be trained; tick at least one"),
+        ({"layers": []}, "no layer is chosen: nothing would be trained; choose at least one"),
+        ({"rank": 0}, "rank=0: a rank is a whole number from 1 to 65,536; try 8"),
+        ({"rank": 2.5}, "rank=2.5: a rank is a whole number"),
+        (
+            {"rank": 100_000},
+            "rank=100000: no adapted matrix has a rank above 576, so a larger update is wasted; try 8, or 576",
+        ),
+        ({"rank": 100_000, "method": "vera"}, "rank=100000: a rank is a whole number from 1 to 65,536"),
+        ({"alpha": 0}, "alpha=0: ΔW is multiplied by alpha"),
+        ({"alpha": -1}, "it must be above 0 and at most 1,000,000; try 16"),
+        ({"alpha": 1e7}, "at most 1,000,000"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words_and_not_reported(changes, says):
+    answer, cured = page([(SPEC, [HERE | changes, HERE])])[0]
+    assert says in answer["refused"] and answer["reported"] is None
+    assert cured["refused"] == "" and cured["reported"]
+
+
+@needs_node
+def test_a_limit_is_that_of_the_modules_in_the_chosen_layers():
+    """OPT-350m's projections stand outside its layers, and are narrower."""
+    spec = RunSpec(model="opt-350m", method="pissa", rank=600, layers="0-3")
+    with pytest.raises(SpecError, match="the smallest adapted matrix has rank 512"):
+        count(spec.but(layers=None))
+    whole, some_layers = page([(spec, [point(spec) | {"layers": list(range(24))}, point(spec)])])[0]
+    assert "the smallest adapted matrix has rank 512" in whole["refused"]
+    assert some_layers["trained"] == count(spec).trainable_parameters and not some_layers["refused"]
+
+
+@needs_node
+def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
+    spec = SPEC.but(target_modules="q_proj,lm_head")
+    at, names = point(spec), architecture.of(SPEC.model).target_names()
+    assert at["targets"] == ["q_proj", "lm_head"]
+    points = [at, at | {"targets": [*names, "lm_head"]}, at | {"targets": names}]
+    for at, answer in zip(points, page([(spec, points)])[0], strict=True):
+        asked = spec.but(target_modules=",".join(at["targets"]))
+        assert answer["trained"] == count(asked).trainable_parameters
+        assert count(lora_widget.settled(spec, answer["reported"]["settings"])).names == count(asked).names
+    assert answer["targets"] == "all-linear"
+
+
+@needs_node
+def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
+    spec = SPEC.but(rank=16, alpha=64, target_modules="q_proj", layers="0-2", adapter_precision="bf16", dropout=0.1)
+    others = lora_widget.FAMILY[1:]
+    before, *after = page([(spec, [point(spec), *(point(spec) | {"then": method} for method in others)])])[0]
+    assert before["sentence"] == words.lora_sentence(count(spec))
+    for method, answer in zip(others, after, strict=True):
+        settled = lora_widget.settled(spec, answer["reported"]["settings"])
+        assert settled == SPEC.but(method=method, target_modules="q_proj", layers="0-2")
+        assert answer["sentence"] == words.lora_sentence(count(settled))
+
+
+def test_the_page_gets_what_it_draws():
+    value = lora_widget.value(RunSpec(model="gpt2", method="houlsby"))
+    assert value["at"]["method"] == "lora" and [m["swapped"] for m in value["modules"]] == [True] * 4
+    value = lora_widget.value(SPEC)
+    shape = architecture.of(SPEC.model)
+    every = sum(m["parameters"] * len(m["layers"]) for m in value["modules"]) + sum(
+        r["parameters"] for r in value["rest"]
+    )
+    assert every == value["total"] == shape.total_parameters
+    with pytest.raises(SpecError, match="it has q_proj, k_proj"):
+        lora_widget.value(SPEC.but(target_modules="nosuch"))
+    with pytest.raises(SpecError, match="bare count"):
+        lora_widget.value(RunSpec(model="7B"))

@@ -193,3 +193,16 @@ def said(model, prompts, decoding, eos=-1):
             if token is not None:
                 row.append(token)
     return rows
+
+
+def rand(*shape, seed=0):
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def basis(n, k, seed=0):
+    """n × k with orthonormal columns, uniformly random."""
+    import torch
+
+    return torch.linalg.qr(rand(n, k, seed=seed))[0]

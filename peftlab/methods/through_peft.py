@@ -109,9 +109,9 @@ def merge(model: Any) -> Any:
         layer = head.get_base_layer()
         layer.weight = type(layer.weight)(layer.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
-    for module in model.modules():
-        if isinstance(module, LNTuningLayer):  # which peft would leave in the adapter's type
-            module.ln_tuning_layers.to(module.base_layer.weight.dtype)
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, LNTuningLayer)]
+    for norm in norms:  # which peft would leave in the adapter's type
+        norm.ln_tuning_layers.to(norm.base_layer.weight.dtype)
     return model.merge_and_unload(safe_merge=True)
 
 

@@ -1,0 +1,218 @@
+"""Updates and studies of adapters on tiny real models, against numpy and the tensors that were saved."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import digest, drain, rand
+
+from peftlab import AdapterError, RunSpec, SpecError, adapters, architecture, lowrank, methods, resolve, study, weights
+from peftlab.methods import METHODS
+
+# updates
+
+
+def saved(folder, out, method, **settings):
+    """(base, adapter): every trained number moved, so that the update is large and of full rank where it can be."""
+    spec = resolve(RunSpec(model=str(folder), method=method, **settings))
+    base = weights.load(spec)
+    targets = methods.targets(architecture.of(str(folder)), spec)
+    model = methods.find(method).attach(weights.share(base.model), targets, spec)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    return base, adapters.read(adapters.save(model, spec, out / method))
+
+
+def stored(base, name):
+    """A base's weight, d_out × d_in."""
+    module = base.model.get_submodule(name)
+    weight = module.weight.data.float()
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+@pytest.mark.parametrize("model, precision", [("tiny_model", "fp32"), ("tiny_model", "bf16"), ("gpt2_model", "fp32")])
+def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, request, tmp_path):
+    folder = request.getfixturevalue(model)
+    base, adapter = saved(folder, tmp_path, "lora", rank=4, alpha=12.0, precision=precision, adapter_precision="fp32")
+    before, found = digest(base.model), list(study.updates(base, adapter))
+    kinds = architecture.of(str(folder)).linear()
+    assert {u.name for u in found} == {name for kind in kinds for _, name in kind.names()}
+    tensors = load_file(adapter.folder / adapters.TENSORS)
+    for u in found:
+        a, b = (tensors[f"base_model.model.{u.name}.lora_{side}.weight"].numpy() for side in "AB")
+        assert u.delta.numpy() == pytest.approx(b @ a * (12 / 4), abs=1e-5) and u.delta.dtype == torch.float32
+        assert u.weight.equal(stored(base, u.name)) and u.weight.shape == (u.module.d_out, u.module.d_in)
+        assert lowrank.spectrum(u.delta).rank == 4 and f".{u.layer}." in u.name
+    assert digest(base.model) == before and base.model.dtype == getattr(
+        torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    )
+
+
+def test_a_small_update_keeps_its_rank(tiny_model, tmp_path):
+    """As after one step: an fp32 sum would leave only the sum's rounding."""
+    base, adapter = saved(tiny_model, tmp_path, "lora", rank=4, alpha=1e-4)
+    assert {lowrank.spectrum(u.delta).rank for u in study.updates(base, adapter)} == {4}
+
+
+@pytest.mark.parametrize(
+    "model, method", [("tiny_model", "full"), ("gpt2_model", "full"), ("tied_model", "last-block")]
+)
+def test_of_weights_trained_in_place_it_is_the_difference(model, method, request, tmp_path):
+    folder = request.getfixturevalue(model)
+    base, adapter = saved(folder, tmp_path, method)
+    before, found = digest(base.model), list(study.updates(base, adapter))
+    tensors = load_file(adapter.folder / adapters.TENSORS)
+    linear = {n for kind in architecture.of(str(folder)).linear() for _, n in kind.names() if f"{n}.weight" in tensors}
+    assert {u.name for u in found if not u.module.head} == linear
+    for u in found:
+        if not u.module.head:
+            tuned = tensors[f"{u.name}.weight"].T if u.module.kind == "conv1d" else tensors[f"{u.name}.weight"]
+            assert u.delta.numpy() == pytest.approx((tuned - stored(base, u.name)).numpy(), abs=1e-6)
+            assert lowrank.spectrum(u.delta).rank == min(u.delta.shape)
+    assert {u.layer for u in found if not u.module.head} == ({2} if method == "last-block" else {0, 1, 2})
+    assert digest(base.model) == before
+
+
+FOLDED = [key for key, method in METHODS.items() if method.merge and method.defaults.get("quantization") is None]
+NO_LINEAR = {"ln"}
+
+
+@pytest.mark.parametrize("method", [m for m in FOLDED if m != "bitfit"])
+def test_whatever_merges_has_an_update_that_makes_the_merged_weight(method, tiny_model, tmp_path):
+    base, adapter = saved(tiny_model, tmp_path, method, sequence_length=96)
+    found, merged = list(study.updates(base, adapter)), adapters.merge(base, adapter)
+    assert bool(found) == (method not in NO_LINEAR)
+    for u in found:
+        assert (u.weight + u.delta).numpy() == pytest.approx(merged.get_submodule(u.name).weight.numpy(), abs=1e-4)
+    rest = {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {u.name for u in found}
+    assert all(merged.get_submodule(n).weight.equal(base.model.get_submodule(n).weight) for n in rest)
+
+
+def test_a_method_that_cannot_be_merged_says_so(tiny_model, tmp_path):
+    base, adapter = saved(tiny_model, tmp_path, "prompt", sequence_length=96)
+    with pytest.raises(SpecError, match="cannot be merged"):
+        next(study.updates(base, adapter))
+
+
+def test_only_what_is_named(tiny_model, tmp_path):
+    base, adapter = saved(tiny_model, tmp_path, "lora", target_modules="query,value", layers="last:2")
+    value = "model.layers.2.self_attn.v_proj"
+    (only,) = study.updates(base, adapter, [value, "model.layers.0.self_attn.v_proj"])  # layer 0 has no adapter
+    assert (only.name, only.layer, only.module.role) == (value, 2, "value")
+    with pytest.raises(SpecError, match=r"v_proj is no linear map of .*; its first is model\.layers\.0"):
+        next(study.updates(base, adapter, ["v_proj"]))
+
+
+# the study
+
+
+def test_a_study_says_of_each_matrix_what_the_functions_do(tiny_model, tmp_path):
+    base, adapter = saved(tiny_model, tmp_path, "lora", rank=4, target_modules="query,value")
+    shares, found = drain(study.study(base, adapter, keep=3))
+    assert shares == pytest.approx([n / 6 for n in range(7)])
+    assert (found.adapter, found.model, found.method) == ("lora", str(tiny_model), "lora")
+    for m, u in zip(found.matrices, study.updates(base, adapter), strict=True):
+        w, d = u.weight.numpy(), u.delta.numpy()
+        assert (m.name, m.layer, m.shape) == (u.name, u.layer, w.shape)
+        assert (m.role, m.short_name) in {("query", "q_proj"), ("value", "v_proj")}
+        assert m.weight.values == pytest.approx(np.linalg.svd(w, compute_uv=False), rel=1e-3, abs=1e-5)
+        assert m.delta.rank == 4 == m.amplification.directions
+        assert m.relative_size == pytest.approx(np.linalg.norm(d) / np.linalg.norm(w), rel=1e-5)
+        assert m.amplification == lowrank.amplification(u.weight, u.delta, 4)
+        assert m.intruders == lowrank.intruders(u.weight, u.weight + u.delta) and len(m.intruders.cosines) == 10
+        assert m.directions == lowrank.directions(u.delta, 3) and m.directions.count == 3
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_study_survives_json(keep, gpt2_model, tmp_path):
+    base, adapter = saved(gpt2_model, tmp_path, "lora", target_modules="c_attn")
+    found = drain(study.study(base, adapter, ["transformer.h.1.attn.c_attn"], keep))[1]
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    again = study.Study.from_dict(json.loads(text))
+    assert again.to_dict() == found.to_dict() and study.Study.from_dict(again.to_dict()) == again
+    (one,), (other,) = found.matrices, again.matrices
+    assert (other.directions, other.shape) == (one.directions, (192, 64)) and (one.directions is None) == (keep == 0)
+    assert other.weight.values == pytest.approx(one.weight.values, rel=5e-4)
+    assert other.amplification.factor == pytest.approx(one.amplification.factor, rel=2e-3)
+    assert max(len(str(value)) for value in other.weight.values) <= 9
+
+
+def test_a_full_fine_tune_keeps_enough_to_compare_with_and_is_small(tiny_model, tmp_path):
+    """1.4 characters a number: 1.3 MB for 16 directions of the 60 query and value matrices of SmolLM2."""
+    base, adapter = saved(tiny_model, tmp_path, "full")
+    query = "model.layers.0.self_attn.q_proj"
+    (m,) = drain(study.study(base, adapter, [query], keep=16))[1].matrices
+    (u,) = study.updates(base, adapter, [query])
+    other = rand(64, 4) @ rand(4, 64, seed=1)
+    exact = lowrank.similarity(lowrank.factors(u.delta).v[:, :16], lowrank.factors(other).v[:, :4])
+    kept = lowrank.overlap(m.directions, lowrank.directions(other))
+    assert np.array(kept.grid) == pytest.approx(exact.numpy(), abs=2e-3)
+    assert len(m.directions.left) + len(m.directions.right) < 16 * (64 + 64) * 1.4
+
+
+def test_a_files_lines_are_its_matrices_and_it_is_found_again(tiny_model, tmp_path):
+    base, adapter = saved(tiny_model, tmp_path, "lora", target_modules="query,value")
+    assert study.recorded(adapter) is None
+    found = drain(study.study(base, adapter, keep=2))[1]
+    text = found.to_json()
+    first, *lines, last = text.splitlines()
+    assert json.loads(text) == found.to_dict() and first.endswith('"matrices":[') and last == "]}"
+    assert [json.loads(line.rstrip(","))["name"] for line in lines] == [m.name for m in found.matrices]
+    assert ", " not in text and ": " not in text
+    (adapter.folder / study.FILE).write_text(text)
+    assert study.recorded(adapter) == study.Study.from_dict(found.to_dict())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"adapter":"a","model":"m","method":null,"matrices":[{}]}'])
+def test_a_recorded_study_that_cannot_be_read_is_refused(text, tiny_model, tmp_path):
+    _, adapter = saved(tiny_model, tmp_path, "lora")
+    (adapter.folder / study.FILE).write_text(text)
+    with pytest.raises(
+        AdapterError, match=r"study\.json: cannot be read .*write it again with python -m peftlab study"
+    ):
+        study.recorded(adapter)
+
+
+# which matrices
+
+
+@pytest.mark.parametrize(
+    "model, method, settings, short_names, layers",
+    [
+        ("tiny_model", "lora", {}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 3),
+        ("tiny_model", "lora", {"target_modules": "query,down", "layers": "last:2"}, {"q_proj", "down_proj"}, 2),
+        ("tiny_model", "lora", {"target_modules": "value,lm_head"}, {"v_proj"}, 3),
+        ("tiny_model", "full", {}, {"q_proj", "v_proj"}, 3),
+        ("tiny_model", "ia3", {}, {"k_proj", "v_proj", "down_proj"}, 3),
+        ("tiny_model", "ln", {}, set(), 0),
+        ("gpt2_model", "full", {}, {"c_attn"}, 3),
+    ],
+)
+def test_unasked_it_is_what_the_adapter_adapts(model, method, settings, short_names, layers, request, tmp_path):
+    _, adapter = saved(request.getfixturevalue(model), tmp_path, method, **settings)
+    names = study.names(adapter)
+    assert {name.rpartition(".")[2] for name in names} == short_names and len(names) == len(short_names) * layers
+
+
+def test_of_an_unknown_method_it_is_every_linear_map_and_only_what_changed_is_studied(tiny_model, tmp_path):
+    base, adapter = saved(tiny_model, tmp_path, "lora", target_modules="key")
+    (adapter.folder / adapters.MANIFEST).unlink()
+    elsewhere = adapters.read(adapter.folder)
+    names = study.names(elsewhere)
+    assert len(names) == 7 * 3 and "lm_head" not in names
+    assert {u.module.role for u in study.updates(base, elsewhere, names)} == {"key"}
+
+
+def test_asked_it_is_what_is_named(tiny_model, tmp_path):
+    _, adapter = saved(tiny_model, tmp_path, "lora", target_modules="query")
+    assert study.names(adapter, "lm_head") == ["lm_head"]
+    assert study.names(adapter, "gate,v_proj")[::3] == [f"model.layers.0.{n}_proj" for n in ("mlp.gate", "self_attn.v")]
+    with pytest.raises(SpecError, match="^targets=c_attn: .* it has q_proj, k_proj"):
+        study.names(adapter, "c_attn")
+    with pytest.raises(SpecError, match="^targets is empty; leave it out"):
+        study.names(adapter, " ,")
