@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from peftlab.catalog.presets import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import with_preset
 
-FIELDS = ("method", "rank", "alpha", "target_modules", "layers")
 LESSONS = {
     "Lecture 11.2: Gemma 3 270M, q and v": RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"),
     "7B, q and v": RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj"),
@@ -33,6 +33,34 @@ FLOWS = {
     "prefix": "Virtual tokens in every layer: learned keys and values before the text's own.",
 }
 """Where a method touches the data."""
+
+NOTES = (
+    (
+        "It calls B (d × r) the down-projection and A (r × k) the up-projection. It is the other way round: A projects down to "
+        "r numbers, B projects up again.",
+        "lecture-11-2, The Low-Rank Adaptation Hypothesis",
+    ),
+    (
+        "It says that the percentage stays constant across model scales. At a fixed rank it falls as a model widens, as "
+        "r(d + k) / dk; only the lecture's own extrapolation is constant.",
+        "lecture-11-2, LoRA Parameter Counts",
+    ),
+    (
+        "What it calls the reduction factor, r(d + k) / dk, is the share that remains, not how many times fewer.",
+        "lecture-11-2, LoRA: Parameter Count",
+    ),
+    (
+        "2 · d · r for a weight is right for a square matrix only. In general it is r(d + k), and Llama 3.1 8B's v is "
+        "1,024 × 4,096.",
+        "vanderbilt-slides, LoRA flavors",
+    ),
+)
+"""What the lectures say of LoRA without a number, and how it is."""
+
+
+def notes() -> str:
+    said = "".join(f"<li>{escape(text)} <small>{escape(source)}</small></li>" for text, source in NOTES)
+    return f'<ul class="notes">{said}</ul>'
 
 
 def flows(model: str) -> str:
@@ -88,7 +116,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
             with gr.Accordion("The mathematics, on real weights", open=False):
                 another = real_weights.build(first)
             with gr.Accordion("Proofs by doing", open=False):
-                proved = proving.build(first)
+                proved = proving.build(list(bundled())[-1])
             with gr.Accordion("From scratch: the layer in thirty lines", open=False), gr.Row(elem_classes="panes"):
                 with gr.Column():
                     script = _code(code(page.OPENING), "Runs as it is; its output equals peft's")
@@ -96,8 +124,8 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                     _code(scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
             with gr.Accordion("Why the lecture's merge_weights raises", open=False):
                 gr.Markdown(scratch.WHY)
-            with gr.Accordion("The lecture's counts, recomputed", open=False):
-                gr.HTML(page.claims_table("lora"))
+            with gr.Accordion("The lectures' tables, recomputed", open=False):
+                gr.HTML(page.claims_table("lora") + notes())
 
     def body(spec: RunSpec) -> tuple:
         count(lora_widget.of_family(spec))  # refuses what has nothing to train
@@ -116,11 +144,10 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         """The settings once the reader has paused, unless they are of a model that is no longer on screen."""
         if event.model != spec.model:
             return (gr.skip(),) * 5
-        given = event.settings
-        return page.changing(page.refusing(settle, 4))(request, spec, [given.get(name) for name in FIELDS])
+        return page.changing(page.refusing(settle, 4))(request, spec, event.settings)
 
-    def settle(spec: RunSpec, values: list[Any]) -> tuple:
-        chosen, _ = methods.edit(lora_widget.of_family(spec), FIELDS, values)
+    def settle(spec: RunSpec, settings: Mapping[str, Any]) -> tuple:
+        chosen = lora_widget.settled(spec, settings)
         count(chosen)
         return chosen, *beside(chosen)
 

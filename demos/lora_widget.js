@@ -151,8 +151,7 @@ const build = () => {
   const unit = 230 / rows.reduce((sum, [, n]) => sum + n, 0);
   $('.map').innerHTML = rows.map(([name, n, m]) => {
     const height = Math.max(1, n * unit).toFixed(1);
-    const cells = m && m.layers.length > 1 ? m.layers.map((layer) => `<i data-layer="${layer}"></i>`).join('') : '<i></i>';
-    const strip = `<div class="strip" style="height:${height}px">${cells}</div>`;
+    const strip = `<div class="strip" style="height:${height}px"><i style="${STRIPED}"></i></div>`;
     return m
       ? `<div class="map-row" data-module="${name}"><label><input type="checkbox" data-knob="target" value="${name}"><span>${name}</span></label>${strip}<output></output></div>`
       : `<div class="map-row rest"><span class="map-name">${name}</span>${strip}<span class="map-count">${whole(n)} frozen</span></div>`;
@@ -236,6 +235,15 @@ const paintAxis = () => {
   put(label, `${rank > 0.03 * end ? '' : '&#160;&#160;&#160;'}rank ${whole(rank)}`);
 };
 
+/** A module's layers, side by side, are the backgrounds of one element: an element for each would cost a frame its time. */
+const STRIPED = 'background-size: auto, auto, 100% 3px; background-position: 0 0, 0 0, 0 100%; background-repeat: repeat, no-repeat, no-repeat; box-shadow: none';
+const striped = (on, n) => {
+  const across = (of) => on.length ? `linear-gradient(90deg, ${on.map((is, i) => `${of(is)} ${100 * i / n}% ${100 * (i + 1) / n}%`)})` : 'none';
+  const gaps = n > 1 ? `repeating-linear-gradient(90deg, transparent 0 calc(${100 / n}% - 1px), var(--surface) 0 ${100 / n}%)` : 'none';
+  return [gaps, across((is) => is ? 'transparent' : 'color-mix(in srgb, var(--frozen) 55%, var(--surface))'),
+    across((is) => is ? 'var(--trained)' : 'transparent')].join(', ');
+};
+
 const paintMap = ({each, chosen, rows}) => {
   const {targets, layers} = settings;
   const drawn = layersText(layers, data.n_layers);
@@ -247,10 +255,13 @@ const paintMap = ({each, chosen, rows}) => {
     put(row.lastChild, chosen[i]
       ? `<b class="trained">${whole(rows[i])}</b> <small>${whole(each[i])} × ${chosen[i]}: ${percent(share)}</small>`
       : `0 <small>of ${whole(m.parameters * (m.layers.length || 1))}</small>`);
-    if (row.drawn === drawn) return;
-    row.drawn = drawn;
-    row.querySelectorAll('i[data-layer]').forEach((cell) => cell.classList.toggle('on', layers.has(+cell.dataset.layer)));
-    row.querySelectorAll('i:not([data-layer])').forEach((cell) => cell.classList.toggle('on', layers.size === data.n_layers));
+    const state = `${drawn} ${targets.has(m.name)}`;
+    if (row.drawn === state) return;
+    row.drawn = state;
+    const cell = row.children[1].firstChild;
+    const on = m.layers.length ? m.layers.map((layer) => layers.has(layer)) : [!drawn];
+    cell.classList.toggle('on', on.some(Boolean));
+    cell.style.backgroundImage = striped(targets.has(m.name) ? on : [], on.length);
   });
   all('.layers button').forEach((button) => attribute(button, 'aria-pressed', layers.has(+button.dataset.layer)));
   put($('.layers-said'), drawn ? `Layers ${drawn}: ${layers.size} of ${data.n_layers}` : `All ${data.n_layers} layers`);
@@ -327,7 +338,11 @@ const walk = (event, members, columns) => {
   next.focus();
 };
 
-stage.addEventListener('input', ({target}) => { if (target.dataset.knob) { heard(target); moved(); } });
+stage.addEventListener('input', ({target}) => {
+  if (!target.dataset.knob) return;
+  heard(target);
+  if (target.type === 'range') moved(); else released();
+});
 stage.addEventListener('change', ({target}) => { if (target.dataset.knob) released(); });
 stage.addEventListener('click', ({target}) => {
   const layer = target.closest('.layers button'), cell = target.closest('.strip i'), row = target.closest('.map-row[data-module]');

@@ -173,12 +173,12 @@ def rest() -> gr.HTML:
 TOP = """
 <h2 class="sentence" aria-live="polite">SENTENCE</h2>
 <div class="problem here" role="alert"></div>
-<div class="lora-top"><div class="matrices" role="img"></div></div>
+<div class="lora-top"><div class="matrices" style="contain: content" role="img"></div></div>
 <div class="lora-pair"><p class="note finding"></p><p class="note scale"></p></div>
 """
 BELOW = """
 <div class="lora-pair">
-  <div><h3>Parameters of one adapter, by rank</h3><div class="rank-axis"></div></div>
+  <div><h3>Parameters of one adapter, by rank</h3><div class="rank-axis" style="contain: content"></div></div>
   <section aria-label="A small example">
     <div class="toy-ranks" role="group" aria-label="Rank of the small example">A 5 × 5 update, rank
       <button type="button" value="1">1</button><button type="button" value="2">2</button>
@@ -193,5 +193,5 @@ BELOW = """
   <span class="layer-buttons"><button type="button" class="small-button" data-layers="all">all</button>
   <button type="button" class="small-button" data-layers="first">first half</button>
   <button type="button" class="small-button" data-layers="last">last half</button></span></div>
-<dl class="totals"></dl>
+<dl class="totals" style="contain: content"></dl>
 """

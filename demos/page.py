@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -257,17 +258,19 @@ def how(kind: str, tip: str) -> str:
 
 
 def claims_table(tab: str) -> str:
-    """What the lectures say beside what is computed here, as HTML."""
+    """What the lectures say beside what is computed here, table by table, as HTML."""
     rows = []
-    for c in (c for c in CLAIMS if c.tab == tab):
-        show = {"bytes": words.size, "percent": lambda n: words.percent(n / 100)}.get(c.unit, lambda n: f"{n:,.0f}")
-        begin = "" if c.least is None else f"{show(c.least)} to " if c.least else "under "
-        verdict = '<span class="bad">differs</span>' if c.differs else '<span class="good">holds</span>'
-        rows.append(
-            f"<tr><td>{escape(c.says)}<br><small>{escape(c.source)}</small></td><td>{begin}{show(c.claimed)}</td>"
-            f"<td>{show(c.computed())}</td><td>{verdict}<br><small>{escape(c.why)}</small></td></tr>"
-        )
-    head = "<tr><th>The lecture</th><th>says</th><th>exact</th><th></th></tr>"
+    for source, claims in groupby((c for c in CLAIMS if c.tab == tab), key=lambda c: c.source):
+        rows.append(f'<tr><th colspan="4" class="source">{escape(source)}</th></tr>')
+        for c in claims:
+            show = {"bytes": words.size, "percent": lambda n: words.percent(n / 100)}.get(c.unit, lambda n: f"{n:,.0f}")
+            begin = "" if c.least is None else f"{show(c.least)} to " if c.least else "under "
+            verdict = '<span class="bad">differs</span>' if c.differs else '<span class="good">holds</span>'
+            rows.append(
+                f"<tr><td>{escape(c.says)}</td><td>{begin}{show(c.claimed)}</td>"
+                f"<td>{show(c.computed())}</td><td>{verdict}<br><small>{escape(c.why)}</small></td></tr>"
+            )
+    head = "<tr><th></th><th>claimed</th><th>exact</th><th></th></tr>"
     return f'<div class="wide"><table class="data claims">{head}{"".join(rows)}</table></div>'
 
 

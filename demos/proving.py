@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -51,7 +52,7 @@ def merged_said(report: MergeReport) -> str:
         for a in report.agreements
     )
     flips = "; ".join(
-        f"token {f.position}: <code>{escape(f.apart)}</code> becomes <code>{escape(f.merged)}</code>, which trailed by "
+        f"token {f.position}: <code>{_quoted(f.apart)}</code> becomes <code>{_quoted(f.merged)}</code>, which trailed by "
         f"{words.significant(f.margin, 2)}"
         for a in report.agreements
         for f in a.flips
@@ -66,6 +67,11 @@ def merged_said(report: MergeReport) -> str:
         "<th>likeliest token differs</th><th>apart, off fp32</th><th>merged, off fp32</th></tr>"
         f"{rows}</table></div>" + (f'<p class="note">{flips}</p>' if flips else "")
     )
+
+
+def _quoted(token: str) -> str:
+    """Blanks and all."""
+    return escape(json.dumps(token, ensure_ascii=False), quote=False)
 
 
 def dialled(stops: list[tuple[float, str]]) -> str:

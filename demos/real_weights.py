@@ -39,7 +39,8 @@ LOOK = (
     ),
     (
         "Shared subspace",
-        "1 where the smaller subspace lies in the larger. Two random subspaces of ℝⁿ share max(i, j) / n.",
+        "1 where the smaller subspace lies in the larger; two random ones of ℝⁿ share max(i, j) / n. Left singular vectors: "
+        "what an update writes into, for B starts at zero, while two runs of one seed start from the same A.",
         "φ(i, j) = ‖Aᵢᵀ Bⱼ‖² / min(i, j)",
         "lora", "section 7.2, appendix G",
     ),
@@ -100,10 +101,10 @@ def _shared(here: dict[str, MatrixStudy]) -> tuple[Any, str]:
     if len(kept) < 2:
         return None, ""
     (a, of_a), (b, of_b) = list(kept.items())[:2]
-    overlap = lowrank.overlap(of_a, of_b)
+    overlap = lowrank.overlap(of_a, of_b, "left")  # B starts at zero, and A may have started alike in both
     i, j = len(overlap.grid), len(overlap.grid[0])
     said = (
-        f"φ({i}, {j}) of {escape(a)} and {escape(b)}, trained from different random starts, is "
+        f"What {escape(a)} and {escape(b)} write into: φ({i}, {j}) is "
         f"<b>{overlap.grid[-1][-1]:.2f}</b>; random subspaces of {overlap.n} dimensions would share {overlap.random(i, j):.3f}."
     )
     return figures.themed(draw.shared, overlap, a, b), said
@@ -208,7 +209,7 @@ def build(first: str) -> gr.Dropdown:
     own = gr.State(None)
     start = picture(None, known[0], depth // 2)
     gr.HTML(
-        f"<p>{escape(MODELS[DEFAULT].name)}, one task, three trainings: {', '.join(bundled())}.</p>",
+        f"<p>{escape(MODELS[DEFAULT].name)}, its weights and what training changed of them: {', '.join(bundled())}.</p>",
         elem_classes="note",
     )
     with gr.Row(elem_classes="run-row"):

@@ -1,4 +1,4 @@
-"""Pictures of results: plotly figures in the templates `peftlab-light` and `peftlab-dark`, and the matrices to scale.
+"""Pictures of results: plotly figures in the templates `peftlab-light` and `peftlab-dark`, and data paths as SVG.
 
 Every function is pure: a result dataclass (or a run's events) and a theme in, a figure out. `themed` makes both themes at
 once, because the page knows which one its reader uses and the server does not.

@@ -88,7 +88,7 @@ def test_the_lora_tab_offers_the_model(entries):
 
     from demos import lora_visualizer, page
 
-    assert "toy-model" in choices(lambda: lora_visualizer.build(gr.State(page.OPENING)))
+    assert "toy-model" in choices(lambda: lora_visualizer.build(gr.State(page.OPENING), gr.BrowserState([])))
 
 
 def test_a_model_too_large_or_no_writer_is_not_offered_live(entries, monkeypatch):

@@ -148,11 +148,10 @@ def test_lora_counts_and_refuses(app, open_page, size):
     expect(sentence(page)).to_contain_text("trains 20,971,520 of 8,030,261,248 numbers: 0.261%")
     page.get_by_role("button", name="Lecture 11.2: Gemma 3 270M, q and v").click()
     expect(sentence(page)).to_contain_text("Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%")
-    drawer(page)
     for name in ("q_proj", "v_proj"):
-        page.get_by_label(name, exact=True).locator("visible=true").click()
+        page.get_by_role("checkbox", name=name).uncheck()
     expect(page.locator(".problem:visible")).to_contain_text("no target module is ticked")
-    page.get_by_label("down_proj", exact=True).locator("visible=true").click()
+    page.get_by_role("checkbox", name="down_proj").check()
     expect(page.locator(".problem:visible")).to_have_count(0)
     expect(sentence(page)).to_contain_text("Rank 16 on down_proj")
 

@@ -1,0 +1,139 @@
+"""The LoRA tab, which the page counts and draws alone: how fast, with which keys, and what it says of bad input."""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+KNOB = "[data-knob={}][type={}]:visible"
+MOVES = """async () => {
+  const range = [...document.querySelectorAll('[data-knob=rank][type=range]')].find((e) => e.offsetWidth);
+  const sentence = range.closest('.stage').querySelector('.sentence'), times = [];
+  const repainted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  for (let stop = 0; stop < 60; stop++) {
+    await repainted();
+    const before = sentence.textContent, start = performance.now();
+    range.value = (stop + 20) % 60;
+    range.dispatchEvent(new Event('input', {bubbles: true}));
+    await repainted();
+    times.push(performance.now() - start);
+    if (sentence.textContent === before) throw new Error('the sentence is as it was');
+  }
+  return times;
+}"""
+
+
+def opened(page: Page) -> Page:
+    """With the LoRA tab on screen and drawn."""
+    expect(page.get_by_role("tab", name="LoRA", exact=True)).to_have_attribute("aria-selected", "true")
+    expect(page.locator(".layers button:visible").first).to_be_visible()
+    return page
+
+
+def sentence(page: Page):
+    return page.locator(".sentence:visible")
+
+
+def problem(page: Page):
+    return page.locator(".problem.here:visible")
+
+
+def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora"))
+    expect(page.locator(".chip")).to_contain_text("is ready", timeout=300_000)  # until then the page asks how far it is
+    page.wait_for_timeout(1500)  # and until its answer has come
+    page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": 6})
+    sent = []
+    page.on("request", lambda request: sent.append(request.url))
+    best = [float("inf")] * 60
+    for _ in range(3):  # each move at its best: others on the machine may hold up any one of them
+        best = [min(pair) for pair in zip(best, page.evaluate(MOVES), strict=True)]
+        if max(best) < 50:
+            break
+    print("ms of 60 moves:", sorted(map(round, best)))
+    assert not sent, "a slider that moves must not ask the server"
+    assert sorted(best)[30] < 100  # the aim is 50: others on a shared machine take their part of it
+
+
+def test_keys_change_rank_targets_and_layers_and_the_link_keeps_them(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora"))
+    page.locator("[data-knob=method]:visible").focus()
+    page.keyboard.press("Tab")
+    expect(page.locator(KNOB.format("rank", "range"))).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(sentence(page)).to_contain_text("Rank 9 on every linear layer")
+    page.get_by_role("checkbox", name="q_proj").focus()
+    page.keyboard.press("Space")
+    expect(sentence(page)).to_contain_text("Rank 9 on k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj trains")
+    page.get_by_role("button", name="layer 0", exact=True).focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("button", name="layer 2", exact=True)).to_be_focused()
+    page.keyboard.press("Space")
+    expect(sentence(page)).to_contain_text("of layers 1,3-31 trains")
+    page.wait_for_url(re.compile("rank=9.*target_modules=k_proj.*layers=1%2C3-31"))
+    again = opened(open_page(page.url))
+    expect(sentence(again)).to_have_text(sentence(page).inner_text())
+
+
+def test_bad_input_is_refused_on_the_spot_and_cured(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora&target_modules=q_proj"))
+    before = sentence(page).inner_text()
+    for name, bad, says, good in (
+        ("rank", "100000", "rank=100000: no adapted matrix has a rank above 4096", "8"),
+        ("alpha", "0", "alpha=0: ΔW is multiplied by alpha", "16"),
+    ):
+        box = page.locator(KNOB.format(name, "number"))
+        box.fill(bad)
+        expect(problem(page)).to_contain_text(says)
+        expect(sentence(page)).to_have_text(before)
+        box.fill(good)
+        expect(problem(page)).to_have_count(0)
+    page.get_by_role("checkbox", name="q_proj").uncheck()
+    expect(problem(page)).to_contain_text("no target module is ticked")
+    page.get_by_role("checkbox", name="q_proj").check()
+    expect(problem(page)).to_have_count(0)
+    expect(sentence(page)).to_have_text(before)
+    broken = open_page(app.url + "?tab=lora&target_modules=nosuch")
+    expect(broken.locator(".problem:visible")).to_contain_text("target-modules=nosuch: the model has no linear module")
+    expect(broken.locator(".problem:visible")).to_contain_text("it has q_proj, k_proj, v_proj")
+
+
+@pytest.mark.parametrize(("size", "theme"), [((1440, 900), "dark"), ((390, 844), "light")], ids=["dark", "phone"])
+def test_a_touched_number_shows_what_made_it(app, open_page, size, theme):
+    page = opened(open_page(app.url + f"?tab=lora&__theme={theme}", size, theme))
+    page.get_by_role("button", name="2", exact=True).locator("visible=true").click()
+    cell = page.locator(".toy-w td").nth(7)
+    cell.scroll_into_view_if_needed()
+    cell.hover()
+    expect(page.locator(".toy-b td.lit")).to_have_count(2)
+    expect(page.locator(".toy-a td.lit")).to_have_count(2)
+    said = re.compile(r"^Row 2 of B times column 3 of A: (.*) = (\S+); in ΔW, times 2")
+    expect(page.locator(".toy-said")).to_have_text(said)
+    sum_of, total = said.match(page.locator(".toy-said").inner_text()).groups()
+    assert eval(sum_of.replace("×", "*").replace("−", "-")) == int(total) == int(cell.inner_text().replace("−", "-"))
+    page.locator(".toy-w td").first.focus()
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".toy-said")).to_contain_text("Row 2 of B times column 1 of A")
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    for part in page.locator(".stage:visible .main > *:visible, .matrices, .rank-axis svg, .map-row, .totals").all():
+        if box := part.bounding_box():
+            assert box["x"] >= 0 and box["x"] + box["width"] <= size[0] + 0.5
+
+
+def test_a_screen_reader_finds_names_and_numbers(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora"))
+    spoken = "W is 4096 by 4096 and frozen; B is 4096 by 8 and A is 8 by 4096, both trained"
+    expect(page.get_by_role("img", name=re.compile(spoken)).locator("visible=true")).to_have_count(1)
+    expect(page.get_by_role("img", name=re.compile("reach the matrix's own at rank 2048"))).to_have_count(1)
+    for role, name in (
+        ("combobox", "Method"), ("slider", "Rank"), ("spinbutton", "number input for Rank"), ("slider", "Alpha"),
+        ("spinbutton", "number input for Alpha"), ("checkbox", "q_proj"), ("button", "layer 31"),
+    ):  # fmt: skip
+        expect(page.get_by_role(role, name=name).locator("visible=true").first).to_be_visible()
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('.stage input, .stage select, .stage button')].filter((e) => e.offsetWidth
+          && !e.getAttribute('aria-label') && !e.labels?.length && !e.textContent.trim()).map((e) => e.outerHTML)"""
+    )
+    assert not nameless
