@@ -133,7 +133,10 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         return (asked, opening, problem, *chain(*shown))
 
     def load(request: gr.Request, mine: list[str]) -> Any:
-        return page.changing(open_link)(request, request.query_params, mine)
+        answer = open_link(request.query_params, mine)
+        if answer[0] != gr.skip():  # the link has settings
+            page.made.again(request.session_hash)
+        return answer
 
     every_output = [output for _, view in views for output in view.outputs]
     opened = demo.load(load, mine, [spec, tabs, link_problem, *every_output], **quiet)

@@ -236,7 +236,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         except SpecError as error:
             yield (gr.skip(), gr.skip(), gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))
             return
-        page.changes.again(request.session_hash)
+        page.made.again(request.session_hash)
         started: tuple = (chosen, job.id, [*[i for i in mine if i != job.id], job.id][-8:])
         for picture in follow(job):
             yield *started, *picture

@@ -227,7 +227,7 @@ def build(spec: gr.State) -> page.View:
 
         A slider tells the server nothing while it moves: `moved` has those that the page draws by and `spec` does not know.
         """
-        changed, asked = page.changes.since(visitor), traces.again(visitor)
+        changed, asked = page.made.since(visitor), traces.again(visitor)
         spec = _without_automatic(methods.edit(spec, tuple(moved), tuple(moved.values()))[0])
 
         def overtaken() -> bool:
@@ -311,7 +311,7 @@ def build(spec: gr.State) -> page.View:
         try:
             changed = spec.but(model=from_config(text).key)
         except SpecError as error:
-            return gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)
+            return page.Refused((gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)))
         return changed, *show(changed, *looks)
 
     gr.on([use.click, text.submit], page.changing(own_config), [spec, text, *looks], [spec, *shown], **quiet)

@@ -274,6 +274,10 @@ def claims_table(tab: str) -> str:
     return f'<div class="wide"><table class="data claims">{head}{"".join(rows)}</table></div>'
 
 
+class Refused(tuple):
+    """An answer that says what was wrong and changes nothing."""
+
+
 def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
     """`work` with one output more, first: what was wrong, while everything else stays as it was."""
 
@@ -281,7 +285,7 @@ def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
         try:
             result = work(*args)
         except SpecError as error:
-            return (escape(str(error)), *[gr.skip()] * n_outputs)
+            return Refused((escape(str(error)), *[gr.skip()] * n_outputs))
         return ("", *result)
 
     return guarded
@@ -305,19 +309,20 @@ class Asked:
         return lambda: self._last[name] != now
 
 
-changes = Asked()
-"""Changes of the settings, on whichever tab."""
+changes, made = Asked(), Asked()
+"""Changes of the settings on whichever tab: those that were asked for, and those that were made."""
 
 
 def changing(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work`, a change of the settings: nothing is shown of it if another one was made meanwhile."""
+    """`work`, a change of the settings: nothing is shown of it if another one was asked for meanwhile."""
 
     def change(request: gr.Request, *args: Any) -> Any:
         overtaken = changes.again(request.session_hash)
         answer = work(*args)
         if overtaken():
             return skipped(answer)
-        changes.again(request.session_hash)  # whoever looked meanwhile saw the settings as they were
+        if not isinstance(answer, Refused):
+            made.again(request.session_hash)
         return answer
 
     return change
@@ -327,7 +332,7 @@ def looking(work: Callable[..., Any]) -> Callable[..., Any]:
     """`work`, which shows the settings as they are: nothing is shown of it if they changed meanwhile."""
 
     def look(request: gr.Request, *args: Any) -> Any:
-        overtaken = changes.since(request.session_hash)
+        overtaken = made.since(request.session_hash)
         answer = work(*args)
         return skipped(answer) if overtaken() else answer
 

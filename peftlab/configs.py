@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from .errors import SpecError
 
+_importing = threading.Lock()
 MOST_PARAMETERS = 10**14
 BUILD_SECONDS = 20.0
 """Far more than any known model takes."""
@@ -80,12 +82,17 @@ def layer_types(config: Mapping[str, Any]) -> list[str] | None:
         return getattr(_parse(config)[1], "layer_types", None)
 
 
+def library() -> Any:
+    """transformers. Its import puts another module in its own place: a second thread meanwhile would get an empty one."""
+    with _importing:
+        import transformers
+    return transformers
+
+
 def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """(`normal`, transformers' config, class to build)"""
-    from transformers import CONFIG_MAPPING
-
     kind, values, whole = _text_model(config)
-    config_class: Any = CONFIG_MAPPING[kind]
+    config_class: Any = library().CONFIG_MAPPING[kind]
     if isinstance(labels := values.get("id2label"), dict) and len(labels) != 2:
         values["num_labels"] = len(labels)
     defaults = {f.name: f.default for f in fields(config_class)}
@@ -112,14 +119,13 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
 
 def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     """(model_type, fields, model_type of the whole) of the text model in `config`, which is nearly always all of it."""
-    from transformers import CONFIG_MAPPING
-
+    known = library().CONFIG_MAPPING
     whole, text = config.get("model_type"), config.get("text_config")
     if not isinstance(whole, str) or not whole:
         raise SpecError(
             "model_type is missing: it says how the other numbers are read; paste a model's whole config.json"
         )
-    parts = getattr(CONFIG_MAPPING[whole], "sub_configs", {}) if whole in CONFIG_MAPPING else {}
+    parts = getattr(known[whole], "sub_configs", {}) if whole in known else {}
     kind, values = whole, dict(config)
     if isinstance(text, dict) and text:
         kind = getattr(parts.get("text_config"), "model_type", "") or text.get("model_type") or ""
@@ -127,14 +133,14 @@ def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     elif "text_config" in parts:
         raise SpecError(f"text_config is missing: a {whole} has its text model there; paste its whole config.json")
     values.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in known:
         name = f"model_type={shown(kind or 'missing')}"
         if "auto_map" in config:
             raise SpecError(
                 f"{name}: it needs code from its repository, which peftlab never runs; name a model that transformers "
                 "itself can build, such as llama"
             )
-        near = get_close_matches(shown(kind), list(CONFIG_MAPPING), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
+        near = get_close_matches(shown(kind), list(known), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
         raise SpecError(f"{name}: transformers does not know it; did you mean {' or '.join(near)}?")
     return kind, values, whole
 
@@ -163,9 +169,7 @@ def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
 
 @lru_cache(maxsize=1)
 def _ignored() -> frozenset[str]:
-    from transformers import GenerationConfig
-
-    return frozenset(GenerationConfig().to_dict()) | IGNORED
+    return frozenset(library().GenerationConfig().to_dict()) | IGNORED
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -192,7 +196,7 @@ def _check_heads(values: Mapping[str, Any], parsed: Any) -> None:
 
 def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
     """The class to build: the one that the config names, if it is a model of that config, else one that writes text."""
-    import transformers
+    transformers = library()
     from transformers.models.auto import modeling_auto as auto
 
     tables = (

@@ -310,8 +310,8 @@ def _short(error: BaseException) -> str:
 def convert(gguf: Path, folder: Path) -> None:
     """GGUF to a Hugging Face folder in bf16. Takes tens of seconds; run in its own process so that pages stay quick."""
     import torch
-    import transformers
 
+    transformers = configs.library()
     whole: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
         whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -347,7 +347,8 @@ def load(spec: RunSpec) -> Base:
     Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers = configs.library()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -368,7 +369,7 @@ def load(spec: RunSpec) -> Base:
             source = source_of(entry)
             assert source is not None
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder_of(entry),
                 dtype=dtype,
                 attn_implementation=spec.attention or "sdpa",
@@ -380,7 +381,7 @@ def load(spec: RunSpec) -> Base:
             if spec.quantization in (None, "none"):
                 model.to(device)
             _settle(model)
-            tokenizer = AutoTokenizer.from_pretrained(folder_of(entry))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(entry))
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             _loaded[key] = Base(entry, model, tokenizer, source, device)
@@ -406,17 +407,16 @@ def _quantized(spec: RunSpec, dtype: Any, device: str) -> dict[str, Any]:
         return {}
     from importlib.util import find_spec
 
-    from transformers import BitsAndBytesConfig
-
+    make = configs.library().BitsAndBytesConfig
     if find_spec("bitsandbytes") is None:
         raise SpecError(
             f"quantization={spec.quantization}: it needs the package bitsandbytes, which is not installed; "
             "pip install bitsandbytes, or set it to none"
         )
     config = (
-        BitsAndBytesConfig(load_in_8bit=True)
+        make(load_in_8bit=True)
         if spec.quantization == "int8"
-        else BitsAndBytesConfig(
+        else make(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=bool(spec.double_quantization),

@@ -4,10 +4,13 @@ import base64
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -431,3 +434,19 @@ def test_offline_is_said(hub, monkeypatch):
     hub(9)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused(models.find, "some/one")
+
+
+def test_two_threads_may_be_the_first_to_need_transformers():
+    """The page loads its model while it asks for the exact figures."""
+    script = """if True:
+        import threading
+        from peftlab import configs
+        start, said = threading.Barrier(4), []
+        def need():
+            start.wait()
+            said.append("llama" in configs.library().CONFIG_MAPPING)
+        threads = [threading.Thread(target=need) for _ in range(4)]
+        [t.start() for t in threads], [t.join() for t in threads]
+        assert said == [True] * 4, said
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)

@@ -70,7 +70,7 @@ def test_a_look_begun_during_a_change_saw_the_settings_before_it():
     overtaken = []
 
     def slowly():
-        overtaken.append(page.changes.since("me"))
+        overtaken.append(page.made.since("me"))
         return ("rank 32",)
 
     assert page.changing(slowly)(ME) == ("rank 32",)
@@ -87,3 +87,15 @@ def test_of_two_changes_the_later_one_stands():
 
     assert is_skipped(page.changing(slowly)(ME))
     assert answers == [("rank 32", "alpha 8")]
+
+
+def test_a_refused_change_drops_nobody_elses_answer():
+    """The exact figures on their way stay wanted: nothing else would ask for them again."""
+
+    def impossible():
+        raise SpecError("rank=0: no")
+
+    refused = page.changing(page.refusing(impossible, 2))
+    look = page.looking(lambda then: (then(), "exact"))
+    (answer, exact) = look(ME, lambda: refused(ME))
+    assert exact == "exact" and answer[0] == "rank=0: no" and is_skipped(answer[1:])

@@ -150,6 +150,7 @@ def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
 def _record(
     spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, stop: Callable[[], None]
 ) -> dict[str, list[Entry]]:
+    configs.library()
     kernels.register()
     depth = len(kept)
     model = _meta(spec, config, kept)
