@@ -117,7 +117,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
                 another = real_weights.build(first)
             with gr.Accordion("Proofs by doing", open=False):
                 proved = proving.build(list(bundled())[-1])
-            with gr.Accordion("From scratch: the layer in thirty lines", open=False), gr.Row(elem_classes="panes"):
+            with gr.Accordion("From scratch: the layer in plain torch", open=False), gr.Row(elem_classes="panes"):
                 with gr.Column():
                     script = _code(code(page.OPENING), "Runs as it is; its output equals peft's")
                 with gr.Column():

@@ -57,12 +57,13 @@ def merged_said(report: MergeReport) -> str:
         for a in report.agreements
         for f in a.flips
     )
-    whole = report.agreements[0]
+    whole, half = report.agreements
+    moved = [words.significant(a.largest_difference, 2) for a in (whole, half)]
     return (
         f"<p>The adapter moves a logit by up to <b>{words.significant(report.adapter_moves)}</b>. In fp32, merging moves one "
-        f"by at most <b>{words.significant(whole.largest_difference, 2)}</b> and changes {len(whole.flips)} of "
-        f"{whole.positions} likeliest tokens: the sum is the same. In bf16 both forms round, about as much as bf16 does "
-        "anyway.</p>"
+        f"by at most <b>{moved[0]}</b> and changes {len(whole.flips)} of {whole.positions} likeliest tokens. In bf16 it moves "
+        f"one by up to <b>{moved[1]}</b> and changes {len(half.flips)}, where bf16 alone, unmerged, is off by "
+        f"{words.significant(half.apart_off, 2)}.</p>"
         '<div class="wide"><table class="data"><tr><th></th><th>largest logit difference, apart to merged</th>'
         "<th>likeliest token differs</th><th>apart, off fp32</th><th>merged, off fp32</th></tr>"
         f"{rows}</table></div>" + (f'<p class="note">{flips}</p>' if flips else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .figures import PALETTE, blank
@@ -22,17 +22,13 @@ def energy(weight: Spectrum, deltas: Mapping[str, Spectrum], theme: str) -> Any:
     """Share of the energy that the first r directions keep, of W and of each update by name."""
     c = PALETTE[theme]
     chart = blank(theme, 360, title={"text": "Energy kept by the first r directions, % (r on a log scale)"})
-    lines = [("W", weight, "frozen", "solid")]
-    lines += [(name, delta, "trained", dash) for (name, delta), dash in zip(deltas.items(), DASHES, strict=False)]
-    for name, of, colour, dash in lines:
-        ranks = _ranks(of.rank)
-        shares = [100 * of.energy(r) for r in ranks]
+    for name, of, ranks, line in _lines(weight, deltas, c):
         chart.add_scatter(
             x=ranks,
-            y=shares,
+            y=[100 * of.energy(r) for r in ranks],
             mode="lines",
             name=name,
-            line={"color": c[colour], "width": 4 if name == "W" else 3, "dash": dash},
+            line=line,
             hovertemplate=f"{name}: the first %{{x}} keep %{{y:.1f}}%<extra></extra>",
         )
     chart.add_hline(y=90, line={"color": c["overhead"], "width": 1.5, "dash": "dot"})
@@ -42,6 +38,13 @@ def energy(weight: Spectrum, deltas: Mapping[str, Spectrum], theme: str) -> Any:
     chart.update_yaxes(range=[0, 106], tickvals=[0, 25, 50, 75, 90, 100])
     chart.update_layout(showlegend=True, legend={"x": 0.99, "y": 0.02, "xanchor": "right", "yanchor": "bottom"})
     return chart
+
+
+def _lines(weight: Spectrum, deltas: Mapping[str, Spectrum], colours: Mapping[str, str]) -> Iterator[tuple]:
+    """W and each update: name, spectrum, the ranks to draw, and how its line looks."""
+    yield "W", weight, _ranks(weight.rank), {"color": colours["frozen"], "width": 4}
+    for (name, delta), dash in zip(deltas.items(), DASHES, strict=False):
+        yield name, delta, _ranks(delta.rank), {"color": colours["trained"], "width": 3, "dash": dash}
 
 
 def _ranks(last: int) -> list[int]:
@@ -57,16 +60,13 @@ def singular_values(weight: Spectrum, deltas: Mapping[str, Spectrum], theme: str
     """Singular values over the largest of each matrix, so that their shapes compare."""
     c = PALETTE[theme]
     chart = blank(theme, 360, title={"text": "Singular values over the largest (log scales)"})
-    lines = [("W", weight, "frozen", "solid")]
-    lines += [(name, delta, "trained", dash) for (name, delta), dash in zip(deltas.items(), DASHES, strict=False)]
-    for name, of, colour, dash in lines:
-        ranks = _ranks(of.rank)
+    for name, of, ranks, line in _lines(weight, deltas, c):
         chart.add_scatter(
             x=ranks,
             y=[of.values[r - 1] / of.values[0] for r in ranks],
             mode="lines+markers" if of.rank < 12 else "lines",
             name=name,
-            line={"color": c[colour], "width": 4 if name == "W" else 3, "dash": dash},
+            line=line,
             hovertemplate=f"{name}, number %{{x}}: %{{y:.3g}} of the largest<extra></extra>",
         )
     chart.update_xaxes(type="log", title_text="number", range=[-0.03, 2.9], tickvals=[1, 2, 4, 8, 16, 64, 192, 576])
