@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import subprocess
@@ -38,6 +39,9 @@ def grid() -> Iterator[RunSpec]:
         yield RunSpec(model=model, method="lora", gradient_checkpointing=True, **small)
     for method in ("full", "lora", "houlsby"):
         yield RunSpec(model="smollm2-360m", method=method, **small | {"precision": "amp"})
+    yield RunSpec(  # so short that the optimizer's step is the peak
+        model="llama-3.2-1b", method="full", batch_size=1, sequence_length=128, precision="amp"
+    )
     for optimizer in ("sgd", "sgd-momentum", "adafactor", "lion", "adamw-8bit", "paged-adamw-8bit"):
         yield RunSpec(model="smollm2-360m", method="full", optimizer=optimizer, **small)
     yield RunSpec(model="smollm2-360m", method="full", optimizer_precision="fp32", **small)
@@ -111,11 +115,12 @@ def _quantize(model: Any, names: set[str], spec: RunSpec) -> None:
 
     library: Any = bnb.nn
     double = bool(spec.double_quantization)
+    drawn = functools.cache(torch.randn)  # drawing 8 billion numbers takes minutes
     for name, module in list(model.named_modules()):
         if name not in names:
             continue
         sizes = (module.in_features, module.out_features, module.bias is not None)
-        weight = torch.randn(module.weight.shape, dtype=module.weight.dtype)
+        weight = drawn(module.weight.shape, dtype=module.weight.dtype)
         if spec.quantization == "nf4":
             new = library.Linear4bit(*sizes, weight.dtype, double, "nf4", device="meta")
             new.weight = library.Params4bit(weight, False, compress_statistics=double, quant_type="nf4", module=new)
