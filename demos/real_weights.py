@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from demos import page
-from demos.adapter_choice import choices, of
+from demos.adapter_choice import choices, of, task_of
 from demos.gpu import on_gpu
 from peftlab import PeftlabError, RunSpec, adapters, architecture, figures, lowrank, resolve, study, weights, words
 from peftlab import study_figures as draw
@@ -20,7 +20,9 @@ from peftlab.catalog.papers import PAPERS
 from peftlab.study import MatrixStudy, Study
 
 YOURS, ADD = "yours", "Add it"
-KEEP = 16
+SHOWN = ("ticket-lora-r8", "ticket-lora-r64", "ticket-full")
+"""Bundled, of one task and the same matrices, from other seeds: from the smallest rank to the full fine-tune."""
+KEEP = 12
 """Directions kept of each update, to compare with another's."""
 SHARE = 0.9
 """Of the energy: how many directions keep it is what the sentence compares."""
@@ -61,10 +63,9 @@ LOOK = (
 
 @lru_cache(maxsize=1)
 def bundled() -> dict[str, Study]:
-    """The studies kept beside the bundled adapters, from the smallest rank to the full fine-tune."""
-    files = sorted(adapters.BUNDLED.glob(f"*/{study.FILE}"))
-    named = {_name(s): s for s in (Study.from_dict(json.loads(file.read_text())) for file in files)}
-    return {name: named[name] for name in draw.order(list(named))}
+    """The studies of `SHOWN`, by the names they are shown by."""
+    found = (Study.from_dict(json.loads((adapters.BUNDLED / name / study.FILE).read_text())) for name in SHOWN)
+    return {_name(s): s for s in found}
 
 
 def _name(of: Study) -> str:
@@ -73,8 +74,24 @@ def _name(of: Study) -> str:
     return f"LoRA, rank {max(m.delta.rank for m in of.matrices)}"
 
 
-def roles() -> list[str]:
-    return list(dict.fromkeys(m.role for s in bundled().values() for m in s.matrices))
+def roles(mine: Study | None) -> list[str]:
+    """Kinds of module that any study has a matrix of."""
+    studies = [*bundled().values(), *([mine] if mine else [])]
+    return list(dict.fromkeys(m.role for s in studies for m in s.matrices))
+
+
+def about() -> str:
+    """Which updates are shown, and how well each learned the task."""
+    made = [adapters.read(adapters.BUNDLED / name) for name in SHOWN]
+    task = task_of(made[0])
+    said = ", ".join(
+        f"{name} ({words.score(a.result['eval']['after'][task.metric])}, after {a.spec.steps:,} steps)"
+        for name, a in zip(bundled(), made, strict=True)
+    )
+    return (
+        f"{escape(MODELS[DEFAULT].name)}, its weights and what three runs on one task changed of them, each with the share of "
+        f"{made[0].result['eval']['items']} held-out items that it then got right: {said}."
+    )
 
 
 def picture(mine: Study | None, role: str, layer: int) -> tuple:
@@ -204,17 +221,15 @@ WORK = on_gpu(work)
 
 def build(first: str) -> gr.Dropdown:
     """Returns the choice of an adapter to add to the studied ones."""
-    known = roles()
-    depth = 1 + max(m.layer or 0 for s in bundled().values() for m in s.matrices)
+    known = roles(None)
+    smallest = [m for m in next(iter(bundled().values())).matrices if m.role == known[0]]
+    telling = max(smallest, key=lambda m: m.relative_size or 0).layer or 0
     own = gr.State(None)
-    start = picture(None, known[0], depth // 2)
-    gr.HTML(
-        f"<p>{escape(MODELS[DEFAULT].name)}, its weights and what training changed of them: {', '.join(bundled())}.</p>",
-        elem_classes="note",
-    )
+    start = picture(None, known[0], telling)
+    gr.HTML(f"<p>{about()}</p>", elem_classes="note")
     with gr.Row(elem_classes="run-row"):
         role = gr.Radio(known, value=known[0], label="Matrix")
-        layer = gr.Slider(0, depth - 1, depth // 2, step=1, label="Layer")
+        layer = gr.Slider(0, len(smallest) - 1, telling, step=1, label="Layer")
     problem = page.problem()
     said = page.note(start[0])
     with gr.Row(elem_classes="panes"):
@@ -255,21 +270,24 @@ def build(first: str) -> gr.Dropdown:
     )  # fmt: skip
 
     def join(key: str, role: str, layer: int) -> Iterator[tuple]:
-        skips = [gr.skip()] * len(drawn)
+        skips = [gr.skip()] * (2 + len(drawn))
         try:
             for share, found in WORK(key):
                 if found is None:
-                    yield "", gr.update(value=f"Studying, {words.score(share)}", interactive=False), gr.skip(), *skips
+                    yield "", gr.update(value=f"Studying, {words.score(share)}", interactive=False), *skips
                     continue
+                changed = {m.role for m in found.matrices}
+                role = role if role in changed else min(changed)
                 yield (
                     "",
                     gr.update(value=ADD, interactive=True),
                     found,
+                    gr.update(choices=roles(found), value=role),
                     *picture(found, role, layer),
                 )
         except PeftlabError as error:
-            yield escape(str(error)), gr.update(value=ADD, interactive=True), gr.skip(), *skips
+            yield escape(str(error)), gr.update(value=ADD, interactive=True), *skips
 
-    add.click(join, [adapter, role, layer], [problem, add, own, *drawn], show_progress="hidden", concurrency_id="generate",
-              concurrency_limit=1, api_visibility="private")  # fmt: skip
+    add.click(join, [adapter, role, layer], [problem, add, own, role, *drawn], show_progress="hidden",
+              concurrency_id="generate", concurrency_limit=1, api_visibility="private")  # fmt: skip
     return adapter

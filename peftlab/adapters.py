@@ -183,7 +183,8 @@ def _not_finite(adapter: Adapter) -> str:
 
 
 def bundled() -> list[Adapter]:
-    return [read(f.parent) for f in sorted(BUNDLED.glob(f"*/{MANIFEST}"))]
+    """Those in the repository that have their numbers: of a full fine-tune only its manifest and study are kept."""
+    return [read(f.parent) for f in sorted(BUNDLED.glob(f"*/{TENSORS}"))]
 
 
 def pack(folder: Path) -> Path:

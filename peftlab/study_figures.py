@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .figures import PALETTE, blank
@@ -111,7 +111,7 @@ def shared(overlap: Overlap, rows: str, columns: str, theme: str) -> Any:
         customdata=[[overlap.random(i + 1, j + 1) for j in range(len(row))] for i, row in enumerate(overlap.grid)],
         hovertemplate="φ(%{y}, %{x}) = %{z:.2f}; at random %{customdata:.3f}<extra></extra>",
     )
-    chart.update_xaxes(title_text=f"j, first directions of {columns}", showgrid=False)
+    chart.update_xaxes(title_text=f"j, of {columns}", showgrid=False)
     chart.update_yaxes(title_text=f"i, of {rows}", showgrid=False)
     return chart
 
@@ -128,8 +128,3 @@ def picture(matrix: Tensor, limit: float, colour: str) -> str:
     file = io.BytesIO()
     Image.fromarray(image.numpy(), "RGBA").save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def order(names: Sequence[str]) -> list[str]:
-    """Names of updates from the smallest rank to the full fine-tune."""
-    return sorted(names, key=lambda name: (("rank" not in name), len(name), name))

@@ -203,7 +203,12 @@ def study_sentence(role: str, layer: int, weight: Spectrum, deltas: Mapping[str,
     most = weight.rank_for(share)
     needs = {name: delta.rank_for(share) for name, delta in deltas.items()}
     said = ", ".join(f"of {escape(name)} {bold(str(n), 'trained')}" for name, n in needs.items())
-    end = "Only the update is low-rank." if max(needs.values()) < most / 4 else "Not every update here is low-rank."
+    widest = max(needs.values())
+    end = (
+        f"Only the updates are low-rank: W needs {significant(most / widest, 2)} times as many as the widest of them."
+        if widest < most / 2
+        else "Not every update here is low-rank."
+    )
     return (
         f"{percent(share)} of the energy of layer {layer}'s {escape(role)} matrix needs {bold(str(most), 'frozen')} of its "
         f"{len(weight.values)} directions; of the update {said}. {end}"

@@ -8,14 +8,17 @@ from peftlab import (
     AdapterError,
     RunSpec,
     SpecError,
+    __main__,
     adapters,
     architecture,
     compare,
     count,
     methods,
     resolve,
+    study,
     tasks,
     weights,
+    words,
 )
 from peftlab.adapters import MANIFEST
 from peftlab.catalog import models
@@ -197,15 +200,56 @@ def test_a_pack_holds_the_folder(tiny_model, tmp_path):
 BUNDLED = pytest.mark.parametrize("adapter", adapters.bundled(), ids=lambda a: a.name)
 
 
-def test_there_are_bundled_adapters():
-    assert len(adapters.bundled()) >= 2
+MANIFESTS = pytest.mark.parametrize(
+    "folder", sorted(f.parent for f in adapters.BUNDLED.glob("*/peftlab.json")), ids=str
+)
+CARD = (adapters.BUNDLED / "README.md").read_text(encoding="utf-8")
+
+
+@MANIFESTS
+def test_the_model_card_says_how_a_bundled_adapter_scores(folder):
+    made = adapters.read(folder)
+    measured, file = made.result["eval"], folder / adapters.TENSORS
+    before, after = (words.score(next(iter(measured[when].values()))) for when in ("before", "after"))
+    spec, full = made.spec, made.spec.method == "full"
+    row = [
+        f"`{folder.name}`",
+        "full fine-tuning" if full else f"LoRA, rank {spec.rank}",
+        "all weights" if full else spec.target_modules,
+        words.size(file.stat().st_size) if file.exists() else "not kept",
+        f"{before} → {after}",
+        f"{made.result['forgetting']:.2f}",
+        made.result["device"],
+    ]
+    assert f"| {' | '.join(row)} |" in CARD.splitlines()
+
+
+@MANIFESTS
+def test_the_model_cards_command_has_its_settings(folder):
+    line = next(line for line in CARD.splitlines() if line.endswith(f"--out runs/{folder.name}"))
+    asked = __main__._spec(__main__._parser().parse_args(line.split()[4:]))
+    assert resolve(asked).but(gpu=None) == adapters.read(folder).spec.but(gpu=None)
+
+
+@MANIFESTS
+def test_the_study_beside_a_bundled_adapter_is_of_it(folder):
+    found = study.recorded(adapters.read(folder))
+    assert (found.adapter, found.method) == (folder.name, adapters.read(folder).spec.method)
+    assert {m.role for m in found.matrices} == {"query", "value"} and len(found.matrices) == 60
+    most = 576 if found.method == "full" else adapters.read(folder).spec.rank
+    assert all(m.delta.rank <= most for m in found.matrices) and all(m.directions for m in found.matrices)
+
+
+def test_the_adapters_that_are_studied_together_are_small_and_start_apart():
+    folders = [adapters.BUNDLED / name for name in ("ticket-lora-r8", "ticket-lora-r64", "ticket-full")]
+    assert sum(f.stat().st_size for folder in folders for f in folder.iterdir()) < 12e6
+    assert len({adapters.read(folder).spec.seed for folder in folders}) == 3
 
 
 @BUNDLED
 def test_a_bundled_adapter_is_whole(adapter):
     from safetensors.torch import load_file
 
-    assert resolve(adapter.spec) == adapter.spec or resolve(adapter.spec).but(gpu=None) == adapter.spec.but(gpu=None)
     tensors = load_file(adapter.folder / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == count(adapter.spec).trainable_parameters
     config = json.loads((adapter.folder / "adapter_config.json").read_text())

@@ -58,11 +58,3 @@ def test_a_picture_has_a_pixel_a_number():
     image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
     assert image.size == (3, 2) and image.getpixel((1, 0)) == (0, 0x72, 0xB2, 255)
     assert [image.getpixel((x, y))[3] for y in range(2) for x in range(3)] == [0, 255, 127, 255, 25, 0]
-
-
-def test_the_full_fine_tune_comes_last():
-    assert draw.order(["full fine-tuning", "LoRA, rank 64", "LoRA, rank 8"]) == [
-        "LoRA, rank 8",
-        "LoRA, rank 64",
-        "full fine-tuning",
-    ]
