@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import tasks
 from .errors import SpecError
 from .tasks import Row, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PUBLIC_DOMAIN = Path(__file__).parent.parent / "assets" / "text" / "public-domain.txt"
 
@@ -36,41 +40,173 @@ class Decoding:
             raise SpecError(f"top-p={self.top_p:g}: it must be more than 0 and at most 1; try 1")
 
 
+SHARED = 8
+"""Fewest leading tokens, the same in all prompts of a batch, that are read once for all of them."""
+
+
 def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decoding) -> Iterator[list[int | None]]:
     """One token for each prompt at a time; None for a row that has ended. Stops when all have.
 
-    `prompts` are token ids of any lengths; shorter ones are padded on the left.
+    `prompts` are token ids of any lengths; shorter ones are padded on the left. On a GPU a token's numbers are fetched while
+    the next one is under way.
     """
     import torch
 
     device = next(model.parameters()).device
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     draw = torch.Generator(device=device).manual_seed(decoding.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = None
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for _ in range(decoding.max_new_tokens):
+    reader: _Reader | None = None
+    under_way: deque[_Fetched] = deque()
+    for step in range(decoding.max_new_tokens):
         with torch.inference_mode():
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
+            if reader is None:
+                reader = _Reader(model, prompts, eos)
+            elif step == 1 and device.type == "cuda":
+                reader = _Replayed.of(reader, decoding.max_new_tokens) or reader
+            token = _pick(reader.logits(), decoding, draw)
+            ended = ended | (token == eos)
+            reader.feed(token)
+            under_way.append(_Fetched(token, ended))
+        if step == 0 or device.type == "cpu" or len(under_way) > 1:
+            column = under_way.popleft().column()
+            yield column  # outside inference_mode, which would hold for the caller too, where streams interleave
+            if all(token is None for token in column):
+                return
+    for fetched in under_way:
+        yield fetched.column()
+
+
+class _Fetched:
+    """Tokens on their way to the host."""
+
+    def __init__(self, token: Tensor, ended: Tensor) -> None:
+        import torch
+
+        both = torch.stack((token, ended.to(token)))
+        self.done = None
+        self.host = both
+        if both.is_cuda:
+            self.host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def column(self) -> list[int | None]:
+        if self.done:
+            self.done.synchronize()
+        return [None if end else token for token, end in zip(*self.host.tolist(), strict=True)]
+
+
+class _Reader:
+    """A model that reads token by token, with a cache that grows. It begins with the prompts, what they share only once."""
+
+    def __init__(self, model: Any, prompts: Sequence[list[int]], eos: int) -> None:
+        import torch
+
+        self.model = model
+        self.cache: Any = None
+        device = next(model.parameters()).device
+        common = _common(prompts)
+        if common:
+            ids = torch.tensor([prompts[0][:common]], device=device)
+            positions = torch.arange(common, device=device)[None]
+            self.cache = model(
+                input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=True,
                 logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            token = _pick(out.logits[:, -1].float(), decoding, draw)
-            ended |= token == eos
-            ids = token[:, None]
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = positions[:, -1:] + 1
-            column = [None if end else t for end, t in zip(ended.tolist(), token.tolist(), strict=True)]
-        yield column  # outside inference_mode, which would hold for the caller too, and for good where streams interleave
-        if all(token is None for token in column):
-            return
+            ).past_key_values  # fmt: skip
+            self.cache.batch_repeat_interleave(len(prompts))
+        rest = [p[common:] for p in prompts]
+        width = max(map(len, rest))
+        self.ids = torch.tensor([[eos] * (width - len(p)) + p for p in rest], device=device)
+        own = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rest], device=device)
+        self.mask = torch.cat([own.new_ones(len(rest), common), own], 1)
+        self.positions = common + (own.cumsum(1) - 1).clamp(min=0)
+
+    def logits(self) -> Tensor:
+        """Of each row's next token, in fp32."""
+        out = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1].float()
+
+    def feed(self, token: Tensor) -> None:
+        import torch
+
+        self.ids = token[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+
+
+def _common(prompts: Sequence[list[int]]) -> int:
+    """How many leading tokens all prompts share, but for each one's last; 0 where they are not worth a pass of their own."""
+    if len(prompts) < 2:
+        return 0
+    longest = min(map(len, prompts)) - 1
+    first, last = min(prompts), max(prompts)
+    shared = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return shared if shared >= SHARED else 0
+
+
+class _Replayed(_Reader):
+    """One token as a CUDA graph, over a cache of fixed size. Where it cannot be captured, the same step runs eagerly."""
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, at: int) -> None:
+        self.model, self.cache = model, cache
+        self.ids, self.mask, self.positions, self.at = ids, mask, positions, at
+        self.graph: Any = None
+        self.tries = 0
+        self.out: Any = None
+
+    @classmethod
+    def of(cls, reader: _Reader, tokens: int) -> _Replayed | None:
+        """Goes on where `reader` is; None where its cache has let go of tokens that a sliding window no longer sees."""
+        import torch
+        from transformers.cache_utils import Cache, StaticLayer
+
+        layers = reader.cache.layers
+        seen = int(reader.cache.get_seq_length())
+        if any(layer.keys.shape[-2] != seen for layer in layers):
+            return None
+        fixed = []
+        for layer in layers:
+            static: Any = StaticLayer(max_cache_len=seen + tokens)
+            static.lazy_initialization(layer.keys, layer.values)
+            static.keys[:, :, :seen] = layer.keys
+            static.values[:, :, :seen] = layer.values
+            static.cumulative_length.fill_(seen)
+            fixed.append(static)
+        mask = torch.cat([reader.mask, reader.mask.new_zeros(len(reader.mask), tokens - 1)], 1)
+        return cls(
+            reader.model, reader.ids.clone(), mask, reader.positions.clone(), Cache(layers=fixed), reader.mask.shape[1]
+        )
+
+    def logits(self) -> Tensor:
+        import torch
+
+        self.tries += 1
+        if self.tries == 2 and self.ids.is_cuda:  # the first warmed up
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self.out = super().logits()
+                self.graph = graph
+            except RuntimeError:
+                pass
+        if self.graph is None:
+            return super().logits()
+        self.graph.replay()
+        return self.out
+
+    def feed(self, token: Tensor) -> None:
+        self.ids.copy_(token[:, None])
+        self.mask[:, self.at : self.at + 1] = 1
+        self.positions += 1
+        self.at += 1
 
 
 def _pick(logits: Any, decoding: Decoding, draw: Any) -> Any:

@@ -31,10 +31,10 @@ class Optimizer:
 
 
 def _torch(name: str, **options: Any) -> Callable[..., Any]:
-    def make(parameters: Any, rate: float) -> Any:
+    def make(parameters: Any, rate: float, **more: Any) -> Any:
         import torch
 
-        return getattr(torch.optim, name)(parameters, lr=rate, **options)
+        return getattr(torch.optim, name)(parameters, lr=rate, **options, **more)
 
     return make
 
@@ -59,6 +59,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 ADAMW_FP32 = Optimizer(_bitsandbytes("AdamW"), 2, bits=32, library="bitsandbytes")
 """AdamW whose states stay in fp32 when its parameters do not."""
+CAPTURABLE: dict[str, dict[str, Any]] = {
+    "adamw": {"fused": True, "capturable": True},
+    "sgd": {"fused": True},
+    "sgd-momentum": {"fused": True},
+}
+"""Those that can be part of a CUDA graph, and the options for it. The others count steps in Python."""
 
 
 def find(spec: RunSpec) -> Optimizer:

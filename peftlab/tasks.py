@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,16 +135,3 @@ def prompt_ids(tokenizer: Any, task_instruction: str, prompt: str) -> list[int]:
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     """Tokens of an answer and the end-of-turn token."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-
-def batches(task: Task, batch_size: int, seed: int) -> Iterator[list[Row]]:
-    """Training rows without end: every row once in a seeded order, then all again in another."""
-    draw = random.Random(seed)
-    waiting: list[Row] = []
-    while True:
-        while len(waiting) < batch_size:
-            epoch = list(task.train)
-            draw.shuffle(epoch)
-            waiting += epoch
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]

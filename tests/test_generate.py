@@ -1,5 +1,5 @@
 import pytest
-from tiny import drain, said
+from tiny import CONFIGS, attached, drain, fresh, said
 
 from peftlab import RunSpec, SpecError, generate, resolve, weights
 from peftlab.generate import Decoding, answer, decode, nats_per_token, stream
@@ -29,6 +29,59 @@ def test_greedy_equals_transformers(base):
 def test_a_batch_equals_each_alone(base):
     together = said(base.model, PROMPTS, Decoding(10))
     assert together == [said(base.model, [p], Decoding(10))[0] for p in PROMPTS]
+
+
+def continued(model, prompts, tokens, fixed):
+    """The logits of each row's next tokens after `prompts` when `tokens` follow, read with a growing or a fixed cache."""
+    import torch
+
+    seen = []
+    with torch.inference_mode():
+        reader = generate._Reader(model, prompts, 0)
+        for i, token in enumerate(tokens):
+            if fixed and i == 1:
+                reader = generate._Replayed.of(reader, len(tokens))
+            seen.append(reader.logits().clone())
+            reader.feed(torch.full((len(prompts),), token))
+    return torch.stack(seen)
+
+
+LIKE = [[9] * 10 + p for p in PROMPTS]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], LIKE], ids=["padded", "one", "alike"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_fixed_cache_reads_as_a_growing_one(family, prompts):
+    model, tokens = fresh(family).eval(), [31, 7, 200, 8, 5]
+    grown = continued(model, prompts, tokens, False)
+    assert continued(model, prompts, tokens, True).allclose(grown, atol=1e-5)
+
+
+def test_a_window_that_has_slid_is_left_to_the_growing_cache():
+    model = fresh("gemma3").eval()
+    long = [[7] * (model.config.sliding_window + 3)]
+    reader = generate._Reader(model, long, 0)
+    reader.feed(reader.logits().argmax(-1))
+    assert generate._Replayed.of(reader, 4) is None
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
+def test_after_virtual_tokens_too(method, tiny_model):
+    model = attached("llama", RunSpec(model=str(tiny_model), method=method, virtual_tokens=5, sequence_length=64)).eval()
+    tokens = [31, 7, 200, 8, 5]
+    grown = continued(model, LIKE, tokens, False)
+    assert continued(model, LIKE, tokens, True).allclose(grown, atol=1e-5)
+
+
+def test_what_prompts_share_is_read_once(base):
+    """And changes nothing: a batch of them equals each alone, which shares nothing."""
+    read = []
+    base.model.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(tuple(args[0].shape)))
+    together = said(base.model, LIKE, Decoding(10))
+    assert read[0] == (1, 10) and read[1] == (4, max(map(len, PROMPTS)))
+    base.model.get_input_embeddings()._forward_hooks.clear()
+    assert together == [said(base.model, [p], Decoding(10))[0] for p in LIKE]
+    assert generate._common([[1] * 20, [1] * 20]) == 19 and generate._common(PROMPTS) == 0
 
 
 def test_decoding_stops_when_every_row_has_ended(base):

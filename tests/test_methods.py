@@ -13,7 +13,7 @@ from peftlab.catalog.papers import PAPERS
 from peftlab.methods import METHODS, SIZES, lora
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.spec import SETTINGS
-from peftlab.train import engine
+from peftlab.train import gears
 
 DESIGN = [
     "full", "head", "last-block", "bitfit", "ln", "lora", "qlora", "rslora", "dora", "lora-plus", "pissa", "adalora", "vera",
@@ -142,7 +142,7 @@ def test_loraplus_groups_are_pefts(tiny_model, toy_task, tmp_path):
 
     spec = small(tiny_model, "lora-plus", lr_ratio=7, learning_rate=3e-4)
     model = run_of(spec, tmp_path).model
-    ours = {id(p): 3e-4 * g["scale"] for g in engine._optimizer(model, spec).param_groups for p in g["params"]}
+    ours = {id(p): 3e-4 * g["scale"] for g in gears._optimizer(model, spec, False).param_groups for p in g["params"]}
     peft = create_loraplus_optimizer(model, torch.optim.AdamW, lr=3e-4, loraplus_lr_ratio=7)
     theirs = {id(p): g["lr"] for g in peft.param_groups for p in g["params"]}
     assert ours == pytest.approx(theirs) and len(set(ours.values())) == 2

@@ -124,28 +124,6 @@ def test_labels_may_have_capitals(tmp_path):
     assert tasks.score("yes", Row("", "Yes"), task) == 1 and tasks.score("no", Row("", "Yes"), task) == 0
 
 
-@BUNDLED
-@pytest.mark.parametrize("size", [1, 4, 7])
-def test_an_epoch_has_every_row_once(task, size):
-    n = len(task.train)
-    stream = itertools.chain.from_iterable(tasks.batches(task, size, 3))
-    first, second = list(itertools.islice(stream, n)), list(itertools.islice(stream, n))
-    assert sorted(first, key=repr) == sorted(task.train, key=repr) == sorted(second, key=repr)
-    assert first != second
-
-
-def test_order_hangs_on_the_seed():
-    def first(seed):
-        return next(tasks.batches(TASKS["ticket"], 16, seed))
-
-    assert first(1) == first(1) != first(2)
-
-
-def test_a_batch_may_be_larger_than_the_task(toy_task):
-    batch = next(tasks.batches(toy_task, 20, 0))
-    assert len(batch) == 20 and set(batch) == set(toy_task.train)
-
-
 def write(folder, **changes):
     data = {"name": "n", "teaches": "t", "instruction": "i", "metric": "exact_match",
             "train": [{"prompt": "p", "answer": "a"}], "heldout": [{"prompt": "q", "answer": "a"}]}  # fmt: skip

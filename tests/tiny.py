@@ -150,17 +150,22 @@ def run_of(spec: RunSpec, out: Path):
     """A run of a resolved spec, as `train` starts it, but for the evaluations."""
     from peftlab import tasks, weights
     from peftlab.train import engine
+    from peftlab.train.batches import encode
 
-    base = weights.load(spec)
-    return engine._Run(spec, tasks.find(spec.task), base, out, engine._attached(base, spec))
+    base, task = weights.load(spec), tasks.find(spec.task)
+    return engine._Run(spec, task, base, out, engine._attached(base, spec), encode(base.tokenizer, task, task.train))
 
 
 def steps(run, n: int) -> list[float]:
     """The losses of n steps over the task's own stream of batches."""
-    from peftlab import tasks
+    import time
 
-    stream = tasks.batches(run.task, run.spec.batch_size, run.spec.seed)
-    return [run._step(next(stream))["loss"] for _ in range(n)]
+    stream, seen = iter(run.batches), []
+    for _ in range(n):
+        began = time.perf_counter()
+        list(run._launch(next(stream)))
+        seen += [event["loss"] for event in run._fetch(began)]
+    return seen
 
 
 def logits(model):

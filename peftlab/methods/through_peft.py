@@ -126,6 +126,8 @@ def _settled(model: Any) -> Any:
             module.register_forward_pre_hook(_with_scales)
     if model.active_peft_config.is_prompt_learning:
         model.forward = MethodType(_steered, model)
+        for name, tokens in model.prompt_tokens.items():  # else each pass copies them, and waits
+            model.prompt_tokens[name] = tokens.to(next(model.parameters()).device)
     return model
 
 

@@ -1,8 +1,6 @@
 """One training loop for every method. It yields small dicts, saves to disk, and cleans up after itself.
 
-Batches are padded on the right, where causal attention needs no mask. Padded on the left and masked, the same bf16 run went
-to NaN on an H100 twice at the same step. The vocabulary logits, the costliest part of a small model, are computed from the
-first answer on.
+Where the time goes on a GPU: not into waiting for numbers. Steps are queued, and their losses fetched a few times a second.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import adapters, hardware, methods, optimizers, tasks, weights
+from .. import adapters, hardware, methods, tasks, weights
 from .. import architecture as architectures
 from ..count import count
 from ..errors import RunError, SpecError
@@ -23,7 +21,10 @@ from ..generate import Answer, answer, mean_score, nats_per_token
 from ..memory import exact
 from ..resolve import resolve_here
 from ..spec import RunSpec
-from ..tasks import Row, Task
+from ..tasks import Task
+from . import fused
+from .batches import Batch, Batches, Pair, encode
+from .gears import CaptureError, Eager, choose
 
 STOP = "stop"
 """A file of this name in a run's folder ends the run after the step in progress. A file, because the worker process that
@@ -32,7 +33,8 @@ EVALUATIONS = 3
 """Times the held-out metric is measured: before, along the way and after."""
 EXAMPLES = 3
 WARMUP = 0.1
-CLIP = 1.0
+PAUSE = 0.15
+"""Seconds of steps between two looks at their losses: the page is told at least five times a second."""
 HOPELESS = 1.5
 """A loss this many times that of guessing tokens at random is no longer learning."""
 PATIENCE = 3
@@ -55,16 +57,17 @@ def train(spec: RunSpec, out: Path) -> Iterator[Event]:
     report = count(spec)
     yield {"type": "loading", "model": report.model_name}
     base = weights.load(spec)
-    rows = [_encode(base.tokenizer, task, row) for row in task.train]
-    _check_lengths(rows, spec)
+    pairs = encode(base.tokenizer, task, task.train)
+    _check_lengths(pairs, spec)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None
-    run = _Run(spec, task, base, out, _attached(base, spec))
+    run = _Run(spec, task, base, out, _attached(base, spec), pairs)
     yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
            "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
-           "heldout": len(task.heldout), "metric": task.metric}  # fmt: skip
+           "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
+           "why_eager": run.gear.why}  # fmt: skip
     try:
         yield from run.events()
     finally:
@@ -83,12 +86,8 @@ def _check(spec: RunSpec) -> None:
         raise SpecError("precision=amp: mixed precision needs a CUDA GPU; use fp32 or bf16 here")
 
 
-def _encode(tokenizer: Any, task: Task, row: Row) -> tuple[list[int], list[int]]:
-    return tasks.prompt_ids(tokenizer, task.instruction, row.prompt), tasks.answer_ids(tokenizer, row.answer)
-
-
-def _check_lengths(rows: Sequence[tuple[list[int], list[int]]], spec: RunSpec) -> None:
-    longest = max(len(p) + len(a) for p, a in rows)
+def _check_lengths(pairs: Sequence[Pair], spec: RunSpec) -> None:
+    longest = max(map(len, pairs))
     if longest > (spec.sequence_length or 0):
         raise SpecError(
             f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
@@ -102,6 +101,8 @@ def _attached(base: weights.Base, spec: RunSpec) -> Any:
     targets = methods.targets(shape, spec, base.entry.name)
     with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
+    if spec.precision != "amp":  # where types differ from one operation to the next
+        fused.quicken(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -127,17 +128,6 @@ def _cuda() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
-def _optimizer(model: Any, spec: RunSpec) -> Any:
-    """Over the model's trained parameters, a group for each learning rate that the method gives them."""
-    rate, method = spec.learning_rate or 0.0, methods.find(spec.method or "")
-    groups: dict[float, list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(method.rate(name, spec), []).append(parameter)
-    parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
-    return optimizers.find(spec).make(parameters, rate)
-
-
 def _rate(step: int, steps: int) -> float:
     """Share of the peak learning rate at `step` (from 0): a short linear rise, then a linear fall to zero."""
     rise = max(1, round(WARMUP * steps))
@@ -147,21 +137,30 @@ def _rate(step: int, steps: int) -> float:
 class _Run:
     """The state of one run, so that whatever ends it finds what it needs."""
 
-    def __init__(self, spec: RunSpec, task: Task, base: weights.Base, out: Path, model: Any) -> None:
+    def __init__(
+        self, spec: RunSpec, task: Task, base: weights.Base, out: Path, model: Any, pairs: Sequence[Pair]
+    ) -> None:
         self.spec, self.task, self.base, self.out, self.model = spec, task, base, out, model
-        self.method = methods.find(spec.method or "")
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(model, spec)
+        self.gear: Eager = choose(model, spec, base.device)
+        self.trained = self.gear.step.trained
+        self.batches = Batches(
+            pairs, spec.batch_size or 1, spec.accumulation or 1, spec.seed or 0, base.tokenizer.pad_token_id,
+            pinned=base.device == "cuda",
+        )  # fmt: skip
         self.good: tuple[int, list[Any]] = (0, [])
+        self.latest = self.good
+        self.every = max(1, (spec.steps or 1) // SNAPSHOTS)
         self.hopeless = 0
         self.steps_done = self.saved_at = self.tokens = 0
+        self.pending: list[Any] = []
+        self.stride = 1
         self.losses: list[float] = []
         self.began = time.perf_counter()
         self.training_seconds = 0.0
         self.scores: list[float] = []
         self.answers: list[list[Answer]] = []
-        self.piece = (0, 0, 0)
-        self.highest: tuple[int, tuple[int, int, int]] | None = None
+        self.largest = (0, 0, 0)
+        self.highest: int | None = None
 
     @property
     def adapter(self) -> Path:
@@ -175,7 +174,7 @@ class _Run:
         if self.steps_done > self.saved_at:
             self._save()
         (self.out / STOP).unlink(missing_ok=True)
-        self.optimizer = self.trained = self.model = None  # type: ignore[assignment]
+        self.gear = self.trained = self.model = None  # type: ignore[assignment]
 
     def _save(self, result: Event | None = None) -> None:
         adapters.save(self.model, self.spec, self.adapter, result)
@@ -186,14 +185,20 @@ class _Run:
         prose_before = nats_per_token(self.base.model, self.base.tokenizer)
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
-        stream = tasks.batches(
-            self.task, (self.spec.batch_size or 1) * (self.spec.accumulation or 1), self.spec.seed or 0
-        )
+        stream = iter(self.batches)
+        self._reset_peak()
         while self.steps_done < steps and not self.stopped():
-            yield self._step(next(stream))
+            began, at = time.perf_counter(), self.steps_done
+            stops = (steps, *checks, at + self.stride, at - at % self.every + self.every)
+            for _ in range(at, min(stop for stop in stops if stop > at)):
+                yield from self._launch(next(stream))
+            yield from self._fetch(began)
             if self.steps_done in checks and self.steps_done < steps:
+                self._note_peak()
                 self._save()
                 yield from self._evaluate("during")
+                self._reset_peak()
+        self._note_peak()
         stopped = self.steps_done < steps
         if not self.steps_done:
             yield {"type": "done", "adapter": None, "steps": 0, "stopped": True, "seconds": self._seconds(),
@@ -220,7 +225,7 @@ class _Run:
             },
             "forgetting": prose_after - prose_before if finished else None,
             "predicted_peak_bytes": self._predicted_peak(),
-            "measured_peak_bytes": self.highest[0] if self.highest else None,
+            "measured_peak_bytes": self.highest,
             "device": hardware.here().name,
         }
         self._save(done | ({"heldout": self._heldout()} if finished else {}))
@@ -237,45 +242,51 @@ class _Run:
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def _step(self, rows: list[Row]) -> Event:
-        import torch
-
-        begun = time.perf_counter()
-        self._reset_peak()
+    def _launch(self, pieces: list[Batch]) -> Iterator[Event]:
+        """Queues one step; tells when the gear had to be changed for it."""
+        step = self.steps_done + len(self.pending)
         self.model.train()
-        size = self.spec.batch_size or 1
-        pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
-        rate = (self.spec.learning_rate or 0) * _rate(self.steps_done, self.spec.steps or 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        total = 0.0
-        lengths = [sum(len(tasks.answer_ids(self.base.tokenizer, row.answer)) for row in piece) for piece in pieces]
-        with _seeded((self.spec.seed or 0) * 1_000_003 + self.steps_done):
-            for piece, length in zip(pieces, lengths, strict=True):
-                share = length / sum(lengths)  # of the step's answer tokens: accumulation is one batch in pieces
-                loss, held = self._loss(piece)
-                penalty = self.method.penalty(self.model) if self.method.penalty else 0.0
-                ((loss + penalty) * share).backward()
-                del held
-                total += loss.item() * share
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP).item()
-        self._check_sane(total, norm)
-        self.optimizer.step()
-        if self.method.after_step:
-            self.method.after_step(self.model, self.steps_done + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._note_peak()
-        self.steps_done += 1
-        self.losses.append(total)
-        seconds = time.perf_counter() - begun
-        self.training_seconds += seconds
-        left = ((self.spec.steps or 1) - self.steps_done) * self.training_seconds / self.steps_done
-        return {"type": "step", "step": self.steps_done, "steps": self.spec.steps, "loss": total, "seconds": seconds,
-                "learning_rate": rate, "gradient_norm": norm, "examples": self.steps_done * len(rows),
-                "eta_seconds": left}  # fmt: skip
+        self.gear.step.set_rate((self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1))
+        with _seeded((self.spec.seed or 0) * 1_000_003 + step):
+            try:
+                self.pending.append(self.gear.run(pieces))
+            except CaptureError as error:
+                self.gear = Eager(self.gear.step, str(error))
+                yield {"type": "gear", "gear": self.gear.name, "why_eager": self.gear.why}
+                self.pending.append(self.gear.run(pieces))
+        self.tokens += sum(piece.tokens for piece in pieces)
+        self.largest = max(self.largest, *(piece.shape for piece in pieces), key=lambda shape: shape[0] * shape[1])
+
+    def _fetch(self, began: float) -> Iterator[Event]:
+        """Waits for the queued steps, which `began` then, and tells their losses. Raises RunError where they diverged."""
+        results, self.pending = self.gear.fetch(self.pending), []
+        spent, spec = time.perf_counter() - began, self.spec
+        self.training_seconds += spent
+        self.stride = max(1, int(PAUSE * len(results) / spent))
+        events, failure = [], None
+        for loss, norm in results:
+            try:
+                self._check_sane(loss, norm)
+            except RunError as error:
+                failure = error
+                break
+            self.steps_done += 1
+            self.losses.append(loss)
+            left = ((spec.steps or 1) - self.steps_done) * self.training_seconds / self.steps_done
+            events.append({
+                "type": "step", "step": self.steps_done, "steps": spec.steps, "loss": loss, "gradient_norm": norm,
+                "seconds": spent / len(results), "eta_seconds": left,
+                "learning_rate": (spec.learning_rate or 0) * _rate(self.steps_done - 1, spec.steps or 1),
+                "examples": self.steps_done * (spec.batch_size or 1) * (spec.accumulation or 1),
+            })  # fmt: skip
+        yield from events
+        if failure:
+            raise failure
+        if not self.hopeless and self.steps_done % self.every == 0:
+            self.latest = (self.steps_done, [p.detach().to("cpu", copy=True) for p in self.trained])
 
     def _check_sane(self, loss: float, norm: float) -> None:
-        """Ends a run whose loss or gradient is not finite, or whose loss stays far above that of guessing at random.
+        """Ends a run whose next loss or gradient is not finite, or whose loss stays far above that of guessing at random.
 
         What it had learned when the loss was last seen to be sound is put back and saved. Raises RunError.
         """
@@ -284,8 +295,8 @@ class _Run:
         guessing = math.log(self.model.config.vocab_size)
         self.hopeless = self.hopeless + 1 if loss > HOPELESS * max([guessing, *self.losses[:1]]) else 0
         if math.isfinite(loss) and math.isfinite(norm) and self.hopeless < PATIENCE:
-            if not self.hopeless and self.steps_done % max(1, (self.spec.steps or 1) // SNAPSHOTS) == 0:
-                self.good = (self.steps_done, [p.detach().to("cpu", copy=True) for p in self.trained])
+            if not self.hopeless and self.latest[0] == self.steps_done:  # this loss is the first that comes from them
+                self.good = self.latest
             return
         what = f"loss is {loss:.3g}" if not math.isfinite(loss) or self.hopeless else f"gradient's norm is {norm:.3g}"
         failed, (self.steps_done, tensors) = self.steps_done + 1, self.good
@@ -301,28 +312,6 @@ class _Run:
         raise RunError(
             f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {rate / 4:g}. {kept}."
         )
-
-    def _loss(self, rows: list[Row]) -> tuple[Any, Any]:
-        """Mean cross-entropy over the answers' tokens, and the logits where the spec holds them through backward."""
-        import torch
-
-        pairs = [_encode(self.base.tokenizer, self.task, row) for row in rows]
-        width = max(len(p) + len(a) for p, a in pairs)
-        start = min(len(p) for p, _ in pairs) - 1  # the first position that predicts a token of an answer
-        self.piece = max(self.piece, (len(rows), width, width - start), key=lambda piece: piece[0] * piece[1])
-        pad = self.base.tokenizer.pad_token_id
-        self.tokens += sum(len(p) + len(a) for p, a in pairs)
-        device = self.base.device
-        ids = torch.tensor([p + a + [pad] * (width - len(p) - len(a)) for p, a in pairs], device=device)
-        labels = torch.tensor(
-            [[-100] * len(p) + a + [-100] * (width - len(p) - len(a)) for p, a in pairs], device=device
-        )
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
-            out = self.model(input_ids=ids, logits_to_keep=width - start, use_cache=False)
-        loss = torch.nn.functional.cross_entropy(
-            out.logits[:, :-1].float().flatten(0, 1), labels[:, start + 1 :].flatten()
-        )
-        return loss, out.logits if self.spec.hold_outputs else None
 
     def _evaluate(self, when: str) -> Iterator[Event]:
         """The held-out metric; before, that of the base itself, since untrained virtual tokens already change what it says.
@@ -357,20 +346,19 @@ class _Run:
     def _reset_peak(self) -> None:
         import torch
 
-        self.piece = (0, 0, 0)
         if self.base.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def _note_peak(self) -> None:
-        """Keeps the most bytes that the CUDA allocator held in a step, and the size of that step's largest piece."""
+        """Keeps the most bytes that the CUDA allocator held during steps."""
         import torch
 
         if self.base.device == "cuda":
-            self.highest = max(self.highest or (0, self.piece), (torch.cuda.max_memory_allocated(), self.piece))
+            self.highest = max(self.highest or 0, torch.cuda.max_memory_allocated())
 
     def _predicted_peak(self) -> int | None:
-        """Of the step that was highest; None on a CPU, whose memory is not measured."""
+        """Of a step with the largest batch; None on a CPU, whose memory is not measured."""
         if self.highest is None:
             return None
-        batch, width, kept = self.highest[1]
-        return exact(self.spec.but(batch_size=batch, sequence_length=max(width, 8)), logits=kept).allocated
+        batch, width, start = self.largest
+        return exact(self.spec.but(batch_size=batch, sequence_length=max(width, 8)), logits=width - start).allocated

@@ -1,0 +1,89 @@
+"""Training rows as tensors: every row once, little padding, labels where the answers are."""
+
+import itertools
+import random
+
+import pytest
+
+from peftlab.tasks import TASKS
+from peftlab.train.batches import IGNORED, PADDING, Batches, Pair, widths
+
+
+def pairs(lengths, prompt=3):
+    """Rows of these lengths whose tokens tell which row they are from."""
+    return [Pair([i] * prompt, [i] * (n - prompt)) for i, n in enumerate(lengths, 1)]
+
+
+def rows(batch):
+    """The rows of a batch: (prompt, answer) without padding."""
+    ids, labels = batch.data.tolist()
+    found = []
+    for row, label in zip(ids, labels, strict=True):
+        first = next(i for i, token in enumerate(label) if token != IGNORED)
+        last = max(i for i, token in enumerate(label) if token != IGNORED)
+        assert label[first : last + 1] == row[first : last + 1] and set(row[last + 1 :]) <= {0}
+        found.append((row[:first], row[first : last + 1]))
+    return found
+
+
+@pytest.mark.parametrize("size, pieces", [(1, 1), (4, 1), (2, 3), (7, 1)])
+def test_every_row_comes_once_an_epoch_but_for_what_waits(size, pieces):
+    lengths = random.Random(0).choices(range(4, 40), k=50)
+    made = Batches(pairs(lengths), size, pieces, seed=3, pad=0)
+    seen = []
+    for step in itertools.islice(made, 200):
+        assert len(step) == pieces and len({batch.shape for batch in step}) == 1
+        for batch in step:
+            assert batch.shape[0] == size
+            for prompt, answer in rows(batch):
+                assert len(prompt + answer) == lengths[prompt[0] - 1] and set(prompt) == set(answer)
+                seen.append(prompt[0])
+    counts = [seen.count(i) for i in range(1, 51)]
+    waiting = size * pieces * len(made.widths)
+    assert max(counts) - min(counts) <= 1 + waiting // 10 and min(counts) >= 1
+
+
+def test_counts_and_starts_are_those_of_the_rows():
+    made = Batches(pairs([5, 9, 9, 12], prompt=4), 2, 1, seed=0, pad=0)
+    for (batch,) in itertools.islice(made, 10):
+        found = rows(batch)
+        assert batch.tokens == sum(len(p) + len(a) for p, a in found) and batch.answers == sum(len(a) for _, a in found)
+        assert batch.start == 3 == batch.trimmed().start
+        assert batch.trimmed().data.shape[2] == max(len(p) + len(a) for p, a in found)
+        assert rows(batch.trimmed()) == found
+
+
+def test_order_hangs_on_the_seed():
+    def first(seed):
+        return rows(next(iter(Batches(pairs([6] * 64), 16, 1, seed, pad=0)))[0])
+
+    assert first(1) == first(1) != first(2)
+
+
+def test_a_batch_may_be_larger_than_the_task():
+    (batch,) = next(iter(Batches(pairs([6, 6, 6]), 20, 1, 0, pad=0)))
+    assert batch.shape[0] == 20 and {p[0] for p, _ in rows(batch)} == {1, 2, 3}
+
+
+def padding(lengths, found):
+    return sum(min(w for w in found if w >= n) - n for n in lengths) / sum(lengths)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.1, 0.02, 0.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_widths_are_the_fewest_that_keep_padding_low(limit, seed):
+    """Against every choice of widths."""
+    draw = random.Random(seed)
+    lengths = draw.choices(range(5, 14), k=draw.randint(1, 30))
+    found = widths(lengths, limit)
+    assert found == sorted(set(found)) and found[-1] == max(lengths)
+    assert padding(lengths, found) <= limit
+    for fewer in itertools.combinations(sorted(set(lengths))[:-1], len(found) - 2) if len(found) > 1 else ():
+        assert padding(lengths, [*fewer, max(lengths)]) > limit
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_bundled_tasks_need_few_widths(task):
+    """By words, of which a token is about a part."""
+    lengths = [len((task.instruction + row.prompt + row.answer).split()) for row in task.train]
+    assert len(widths(lengths)) <= 3 and padding(lengths, widths(lengths)) <= PADDING
