@@ -96,42 +96,64 @@ const sentence = (data, settings, counted) => fill(data.words.sentence, {
 const REST = 400; // milliseconds without a move after which the settings are reported
 const COLUMN = [2, -1, 3, 1, -2], ROW = [1, -2, 2, 3, -1]; // of the small example; further ranks rotate them
 const stage = element.closest('.stage');
-let data, settings, shown, toyRank = 1, timer = null, places = {}, width = 600;
+let data, settings, shown, toyRank = 1, timer = 0, late = 0, places = {}, width = 600;
 
 const $ = (name) => places[name] ??= stage.querySelector(`.main ${name}`);
 const all = (name) => places[name + ' all'] ??= [...stage.querySelectorAll(name)];
-/** Changes what is not so already: every write has the browser lay out the page anew. */
-const put = (place, html) => { if (place.written !== html) place.innerHTML = place.written = html; };
+/** Writes what is not there already. Where only words between the tags differ, only these: parsing and laying out the
+ * rest again took a third of a slow frame. */
+const put = (place, html) => {
+  if (place.written === html) return;
+  const parts = html.split(/(<[^>]*>)/), texts = parts.filter((part, i) => part && i % 2 === 0);
+  const tags = parts.map((part, i) => i % 2 ? part : part && ' ').join('');
+  if (place.tags !== tags || html.includes('&')) {
+    place.innerHTML = html;
+    place.texts = textsOf(place);
+  } else texts.forEach((text, i) => { if (place.texts[i].data !== text) place.texts[i].data = text; });
+  Object.assign(place, {written: html, tags});
+};
+const textsOf = (node) => [...node.childNodes].flatMap((child) => child.data === undefined ? textsOf(child) : [child]);
 const style = (place, name, value) => { if (place.style.getPropertyValue(name) !== value) place.style.setProperty(name, value); };
+const enter = (input, value) => { if (input.value !== String(value)) input.value = value; };
 const attribute = (place, name, value) => { if (place.getAttribute(name) !== String(value)) place.setAttribute(name, value); };
 const knob = (name, kind) => stage.querySelector(`[data-knob="${name}"]${kind ? `[type=${kind}]` : ''}`);
-/** Ranks that the slider stops at: every one to 16, then eight to the octave, up to the largest that a matrix has. */
+/** Numbers that a slider stops at: every one to 16, then eight to the octave, up to the largest. */
 const stops = (top) => {
-  const ranks = [];
-  for (let rank = 1; rank < top; rank += 2 ** Math.max(0, Math.floor(Math.log2(rank)) - 3)) ranks.push(rank);
-  return [...ranks, top];
+  const numbers = [];
+  for (let n = 1; n < top; n += 2 ** Math.max(0, Math.floor(Math.log2(n)) - 3)) numbers.push(n);
+  return [...numbers, top];
 };
-const nearest = (ranks, rank) => ranks.findIndex((r) => r >= rank) < 0 ? ranks.length - 1 : ranks.findIndex((r) => r >= rank);
+const nearest = (numbers, one) => numbers.findIndex((n) => n >= one) < 0 ? numbers.length - 1 : numbers.findIndex((n) => n >= one);
 const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
 
 const read = () => {
   data = props.value;
   const {method, rank, alpha, targets, layers} = data.at;
   settings = {method, rank, bytes: data.bytes, alpha: alpha ?? null, targets: new Set(targets), layers: new Set(layers)};
-  data.ranks = stops(Math.max(...data.modules.map((m) => Math.min(m.d_in, m.d_out))));
+  const largest = Math.max(...data.modules.map((m) => Math.min(m.d_in, m.d_out)));
+  data.stops = {rank: stops(largest), alpha: stops(Math.max(2 * largest, data.at.alpha ?? 0))};
   shown = data.modules.find((m) => m.name === shown?.name) ?? data.modules.find((m) => targets.includes(m.name)) ?? data.modules[0];
 };
 
 const report = () => {
+  timer = 0;
   if (refusal(data, settings)) return;
-  const layers = layersText(settings.layers, data.n_layers), targets = targetsText(data, settings.targets);
+  const layers = layersText(settings.layers, data.n_layers), asSent = layers === layersText(new Set(data.at.layers), data.n_layers);
+  const targets = targetsText(data, settings.targets);
   trigger('submit', {model: data.key, settings: {
     method: settings.method, rank: settings.rank === data.methods[settings.method].usual ? null : settings.rank, alpha: settings.alpha,
-    target_modules: targets === 'all-linear' ? null : targets, layers: layers || null,
+    target_modules: targets === 'all-linear' ? null : targets, layers: asSent ? data.at.layers_said : layers || null,
   }});
+};
+/** Who leaves within that time is not kept waiting: what they open next is to show the new settings. */
+const left = () => {
+  if (!timer) return;
+  clearTimeout(timer);
+  report();
 };
 const moved = () => {
   clearTimeout(timer);
+  timer = 0;
   paint();
 };
 const released = () => {
@@ -146,14 +168,14 @@ const build = () => {
   places = {};
   $('.matrices').innerHTML = `${box('W', 'frozen')}<span class="sign">+</span><div class="update">${box('ΔW', 'trained delta')}` +
     `<span class="sign">=</span><span class="sign times"></span>${box('B', 'trained')}<span class="sign">×</span>${box('A', 'trained')}</div>`;
-  const deepest = Math.max(...data.modules.map((m) => m.layers.length), 1);
   const rows = [...data.modules.map((m) => [m.name, m.parameters * (m.layers.length || 1), m]), ...data.rest.map((r) => [r.name, r.parameters, null])];
+  stage.classList.toggle('long-names', data.modules.some((m) => m.label.includes('.')));
   const unit = 230 / rows.reduce((sum, [, n]) => sum + n, 0);
   $('.map').innerHTML = rows.map(([name, n, m]) => {
     const height = Math.max(1, n * unit).toFixed(1);
-    const strip = `<div class="strip" style="height:${height}px"><i style="${STRIPED}"></i></div>`;
+    const strip = `<div class="strip" style="height:${height}px"><i></i></div>`;
     return m
-      ? `<div class="map-row" data-module="${name}"><label><input type="checkbox" data-knob="target" value="${name}"><span>${name}</span></label>${strip}<output></output></div>`
+      ? `<div class="map-row" data-module="${name}"><label title="${m.path}"><input type="checkbox" data-knob="target" value="${name}"><span>${m.label}</span></label>${strip}<output></output></div>`
       : `<div class="map-row rest"><span class="map-name">${name}</span>${strip}<span class="map-count">${whole(n)} frozen</span></div>`;
   }).join('');
   $('.layers').innerHTML = Array.from({length: data.n_layers}, (_, i) =>
@@ -166,10 +188,18 @@ const paint = () => {
   put($('.problem.here'), wrong);
   sync();
   if (wrong) return;
+  put($('.sentence'), sentence(data, settings, count(data, settings)));
+  paintMatrices();
+  if (!late) late = requestAnimationFrame(() => { late = requestAnimationFrame(paintRest); });
+};
+
+/** What a move changes besides, a frame after it: as they were when the frame comes. */
+const paintRest = () => {
+  late = 0;
+  if (refusal(data, settings)) return;
   const counted = count(data, settings);
-  put($('.sentence'), sentence(data, settings, counted));
-  paintMatrices(counted);
-  paintAxis(counted);
+  paintFindings(counted);
+  paintAxis();
   paintMap(counted);
   paintTotals(counted);
 };
@@ -177,21 +207,21 @@ const paint = () => {
 /** The controls beside the picture show what the settings are. */
 const sync = () => {
   const {method, rank, alpha, targets} = settings, auto = alphaOf(data, {...settings, alpha: null});
-  const range = knob('rank', 'range'), number = knob('rank', 'number');
-  attribute(range, 'max', data.ranks.length - 1);
-  if (data.ranks[range.value] !== rank) range.value = nearest(data.ranks, rank);
-  range.setAttribute('aria-valuetext', `rank ${rank}`);
-  if (document.activeElement !== number) number.value = rank;
-  knob('method').value = method;
+  for (const [name, value] of [['rank', rank], ['alpha', alpha ?? auto]]) {
+    const range = knob(name, 'range'), number = knob(name, 'number'), numbers = data.stops[name];
+    attribute(range, 'max', numbers.length - 1);
+    if (numbers[range.value] !== value) enter(range, nearest(numbers, value));
+    attribute(range, 'aria-valuetext', `${name} ${value}`);
+    if (document.activeElement !== number || name === 'alpha' && alpha === null) enter(number, value);
+  }
+  enter(knob('method'), method);
   stage.querySelector('.alpha-knob').hidden = auto === null;
-  for (const kind of ['range', 'number'])
-    if (document.activeElement !== knob('alpha', kind) || alpha === null) knob('alpha', kind).value = alpha ?? auto;
   knob('automatic').disabled = alpha === null;
   all('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
 };
 
-const paintMatrices = ({each}) => {
-  const m = shown, unit = Math.max(m.d_in, m.d_out), {rank} = settings, scale = scaleOf(data, settings);
+const paintMatrices = () => {
+  const m = shown, unit = Math.max(m.d_in, m.d_out), {rank} = settings;
   const sizes = [[m.d_out, m.d_in], [m.d_out, m.d_in], [m.d_out, rank], [rank, m.d_in]];
   all('.matrices .matrix').forEach((figure, i) => {
     const [high, wide] = sizes[i], drawn = figure.firstChild;
@@ -200,12 +230,16 @@ const paintMatrices = ({each}) => {
     put(figure.lastChild.lastChild, `${whole(high)} × ${whole(wide)}<small>` + [
       `${whole(high * wide)} frozen`, 'as large as W', `${whole(high * wide)} trained`, `${whole(high * wide)} trained`][i] + '</small>');
   });
-  put($('.times'), `${significant(scale)} ×`);
-  for (const name of ['.delta', '.toy']) style($(name), '--breath', (scale / (scale + 1)).toFixed(3));
+  put($('.times'), `${significant(scaleOf(data, settings))} ×`);
   attribute($('.matrices'), 'aria-label', fill(data.words.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
+};
+
+const paintFindings = ({each}) => {
+  const m = shown, {rank} = settings, scale = scaleOf(data, settings);
+  for (const name of ['.delta', '.toy']) style($(name), '--breath', (scale / (scale + 1)).toFixed(3));
   const even = evenOf(m), one = each[data.modules.indexOf(m)], base = m.d_in * m.d_out;
   const past = fill(data.words[rank >= even ? 'past' : 'before'], {rank, even: Math.round(even), times: significant(even / rank)});
-  put($('.finding'), fill(data.words.matrix, {name: m.full, one: whole(one), base: whole(base), share: percent(one / base)}) +
+  put($('.finding'), fill(data.words.matrix, {name: m.path, one: whole(one), base: whole(base), share: percent(one / base)}) +
     ' ' + past + (m.swapped ? ' ' + data.words.swapped : ''));
   const alpha = alphaOf(data, settings);
   put($('.scale'), alpha === null ? data.words.no_alpha : fill(data.words.scale, {
@@ -236,7 +270,6 @@ const paintAxis = () => {
 };
 
 /** A module's layers, side by side, are the backgrounds of one element: an element for each would cost a frame its time. */
-const STRIPED = 'background-size: auto, auto, 100% 3px; background-position: 0 0, 0 0, 0 100%; background-repeat: repeat, no-repeat, no-repeat; box-shadow: none';
 const striped = (on, n) => {
   const across = (of) => on.length ? `linear-gradient(90deg, ${on.map((is, i) => `${of(is)} ${100 * i / n}% ${100 * (i + 1) / n}%`)})` : 'none';
   const gaps = n > 1 ? `repeating-linear-gradient(90deg, transparent 0 calc(${100 / n}% - 1px), var(--surface) 0 ${100 / n}%)` : 'none';
@@ -319,8 +352,7 @@ const set = (name, value) => { settings = {...settings, [name]: value}; };
 const flip = (kept, one) => { const other = new Set(kept); if (!other.delete(one)) other.add(one); return other; };
 const heard = (target) => {
   const {knob: name} = target.dataset, number = target.value === '' ? NaN : +target.value;
-  if (name === 'rank') set('rank', target.type === 'range' ? data.ranks[number] : number);
-  else if (name === 'alpha') set('alpha', number);
+  if (name === 'rank' || name === 'alpha') set(name, target.type === 'range' ? data.stops[name][number] : number);
   else if (name === 'target') set('targets', flip(settings.targets, target.value));
   else if (name === 'method') {
     const {usual, bytes} = data.methods[target.value];
@@ -370,6 +402,9 @@ for (const kind of ['pointerover', 'focusin']) stage.addEventListener(kind, ({ta
   }
 });
 for (const kind of ['pointerout', 'focusout']) stage.addEventListener(kind, ({target}) => { if (target.closest('.toy-w td')) light(null); });
+stage.addEventListener('focusout', ({relatedTarget}) => { if (!stage.contains(relatedTarget)) left(); });
+document.addEventListener('pointerdown', ({target}) => { if (!stage.contains(target)) left(); }, true);
+document.addEventListener('visibilitychange', left);
 const begin = () => {
   if (!knob('rank', 'range') || !$('.map')) return setTimeout(begin, 20);
   read();

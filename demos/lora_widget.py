@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -58,7 +59,7 @@ def value(spec: RunSpec) -> dict[str, Any]:
     of = resolve(spec)
     wanted = shape.targets(of.target_modules or "all-linear")
     linear = shape.linear() + [m for m in wanted if m.head]
-    names = shape.target_names() + [m.short_name for m in wanted if m.head]
+    names = _told_apart([m.name for m in linear])
     layers = parse_layers(of.layers or "all", shape.n_layers)
     return {
         "key": spec.model,
@@ -68,7 +69,8 @@ def value(spec: RunSpec) -> dict[str, Any]:
         "modules": [
             {
                 "name": name,
-                "full": escape(m.name),
+                "label": escape(label).replace(".", ".<wbr>"),
+                "path": escape(m.name),
                 "role": m.role,
                 "d_in": m.d_in,
                 "d_out": m.d_out,
@@ -76,7 +78,7 @@ def value(spec: RunSpec) -> dict[str, Any]:
                 "parameters": m.weight + m.bias,
                 "layers": m.layers,
             }
-            for name, m in zip(names, linear, strict=True)
+            for name, label, m in zip(names, _labels(names, linear), linear, strict=True)
         ],
         "rest": _rest(shape, linear),
         "methods": {key: _method(METHODS[key], spec) for key in FAMILY},
@@ -89,8 +91,25 @@ def value(spec: RunSpec) -> dict[str, Any]:
             "alpha": spec.alpha,
             "targets": [name for name, m in zip(names, linear, strict=True) if m in wanted],
             "layers": layers,
+            "layers_said": spec.layers,
         },
     }
+
+
+def _told_apart(paths: list[str]) -> list[str]:
+    """The shortest end of each dotted path that is no other's."""
+    ends = [[".".join(path.split(".")[-n:]) for n in range(1, path.count(".") + 2)] for path in paths]
+    every = Counter(end for of_one in ends for end in of_one)
+    return [next((end for end in of_one if every[end] == 1), of_one[-1]) for of_one in ends]
+
+
+def _labels(names: list[str], linear: list[architecture.Module]) -> list[str]:
+    """What tells modules apart without the numbers of layers, where that can be."""
+    plain = [
+        ".".join(part for part in m.name.split(".") if part not in ("*", "block", "layer") and not part.isdigit())
+        for m in linear
+    ]
+    return _told_apart(plain) if len(set(plain)) == len(plain) else names
 
 
 def of_family(spec: RunSpec) -> RunSpec:
@@ -145,7 +164,7 @@ def knobs(spec: RunSpec) -> gr.HTML:
         f'<select data-knob="method">{options}</select></label>'
         + _slider("rank", "Rank", page.described("rank")["info"], 'min="0" max="64"', 'min="1"')
         + '<div class="alpha-knob">'
-        + _slider("alpha", "Alpha", page.described("alpha")["info"], 'min="0" max="128"', 'min="0" step="any"')
+        + _slider("alpha", "Alpha", page.described("alpha")["info"], 'min="0" max="64"', 'min="0" step="any"')
         + '<button type="button" class="small-button" data-knob="automatic">Automatic alpha</button></div>',
         js_on_load=None,
         elem_classes="knobs",
@@ -162,12 +181,12 @@ def _slider(name: str, label: str, info: str, of_range: str, of_number: str) -> 
 
 def picture(given: dict[str, Any], sentence: str) -> gr.HTML:
     """`submit` is sent once the reader pauses, with the `model` and the `settings` then."""
-    return gr.HTML(given, html_template=TOP.replace("SENTENCE", sentence), js_on_load=SCRIPT)
+    return gr.HTML(given, html_template=TOP.replace("SENTENCE", sentence), js_on_load=SCRIPT, elem_classes="drawn")
 
 
 def rest() -> gr.HTML:
     """The picture's lower half, which the same script fills."""
-    return gr.HTML(BELOW, js_on_load=None)
+    return gr.HTML(BELOW, js_on_load=None, elem_classes="drawn")
 
 
 TOP = """

@@ -23,6 +23,7 @@ const stub = (listeners) => {
   const near = {}, found = (name) => near[name] ??= stub({});
   return {
     style: {getPropertyValue: nothing, setProperty: nothing}, classList: {toggle: nothing}, clientWidth: 600,
+    childNodes: Array.from({length: 99}, () => ({data: ''})),
     getAttribute: nothing, setAttribute: nothing, addEventListener: (name, f) => { listeners[name] = f; },
     closest() { return this; }, querySelector: found, querySelectorAll: () => [],
     get firstChild() { return found('first'); }, get lastChild() { return found('last'); },
@@ -34,20 +35,20 @@ const said = cases.map(({value, points}) => {
   const listeners = {}, stage = stub(listeners), props = {value};
   let changed, paused, reported;
   const page = new Function(
-    'props', 'element', 'watch', 'trigger', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout',
+    'props', 'element', 'watch', 'trigger', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout', 'requestAnimationFrame',
     script + '; return () => ({settings, ...count(data, settings), alpha: alphaOf(data, {...settings, alpha: null}),' +
       'targets: targetsText(data, settings.targets), layers: layersText(settings.layers, data.n_layers)});')(
-    props, stage, (_, f) => { changed = f; }, (_, told) => { reported = told; }, {}, ResizeObserver,
-    (f) => { paused = f; }, nothing);
+    props, stage, (_, f) => { changed = f; }, (_, told) => { reported = told; }, {addEventListener: nothing}, ResizeObserver,
+    (f) => { paused = f; return 1; }, nothing, (f) => { f(); });
   return points.map((at) => {
     props.value = {...value, at};
     reported = null;
     changed();
     if (at.then) listeners.input({target: {dataset: {knob: 'method'}, value: at.then}});
-    const refused = stage.querySelector('.main .problem.here').innerHTML;
+    const refused = stage.querySelector('.main .problem.here').written;
     listeners.change({target: {dataset: {knob: 'rank'}}});
     paused();
-    return {...page(), refused, reported, sentence: stage.querySelector('.main .sentence').innerHTML};
+    return {...page(), refused, reported, sentence: stage.querySelector('.main .sentence').written};
   });
 });
 console.log(JSON.stringify(said));
@@ -81,12 +82,14 @@ def drawn(draw, model):
     """Settings of any method of the family, with a rank that may be too large."""
     shape = architecture.of(model)
     limits = [min(m.d_in, m.d_out) for m in shape.linear()]
+    layers = draw.choice([list(range(shape.n_layers)), some(draw, range(shape.n_layers))])
     return {
         "method": draw.choice(lora_widget.FAMILY),
         "rank": draw.choice([draw.randint(1, 16), draw.randint(1, 300), min(limits), max(limits), max(limits) + 1]),
         "alpha": draw.choice([None, 16, 0.5]),
         "targets": draw.choice([shape.target_names(), some(draw, shape.target_names())]),
-        "layers": draw.choice([list(range(shape.n_layers)), some(draw, range(shape.n_layers))]),
+        "layers": layers,
+        "layers_said": None if len(layers) == shape.n_layers else ",".join(map(str, layers)),
     }
 
 
@@ -204,6 +207,30 @@ def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
         settled = lora_widget.settled(spec, answer["reported"]["settings"])
         assert settled == SPEC.but(method=method, target_modules="q_proj", layers="0-2")
         assert answer["sentence"] == words.lora_sentence(count(settled))
+
+
+@needs_node
+@pytest.mark.parametrize("layers", [None, "all", "first:4", "last:4", "0-3", "0-3,7"])
+def test_layers_are_reported_in_the_words_they_came_in(layers):
+    spec = SPEC.but(layers=layers)
+    at = point(spec)
+    same, fewer = page([(spec, [at | {"rank": 3}, at])])[0]
+    assert same["reported"]["settings"]["layers"] == layers
+    assert lora_widget.settled(spec, same["reported"]["settings"]) == spec.but(rank=3)
+    assert fewer["reported"]["settings"]["rank"] is None
+
+
+def test_every_module_has_a_name_that_only_it_answers_to_and_another_label():
+    for model in (key for key, entry in MODELS.items() if entry.config is not None):
+        shape = architecture.of(model)
+        modules = lora_widget.value(RunSpec(model=model, method="lora"))["modules"]
+        assert [shape.targets(m["name"]) for m in modules] == [[m] for m in shape.linear()]
+        assert len({m["label"] for m in modules}) == len(modules)
+        if len({m.short_name for m in shape.linear()}) == len(modules):
+            assert [m["name"] for m in modules] == [m["label"] for m in modules] == shape.target_names()
+    assert [m["label"] for m in lora_widget.value(RunSpec(model="bert-base", method="lora"))["modules"]][3:6] == [
+        "attention.<wbr>output.<wbr>dense", "intermediate.<wbr>dense", "encoder.<wbr>output.<wbr>dense"
+    ]  # fmt: skip
 
 
 def test_the_page_gets_what_it_draws():

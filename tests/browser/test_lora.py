@@ -6,18 +6,23 @@ import pytest
 from playwright.sync_api import Page, expect
 
 KNOB = "[data-knob={}][type={}]:visible"
+BUDGET = 50
+"""Milliseconds from a move to the end of the frame that shows it."""
 MOVES = """async () => {
-  const range = [...document.querySelectorAll('[data-knob=rank][type=range]')].find((e) => e.offsetWidth);
-  const sentence = range.closest('.stage').querySelector('.sentence'), times = [];
+  const range = [...document.querySelectorAll('[data-knob=rank][type=range]')].find((e) => e.offsetWidth), times = [];
+  const stage = range.closest('.stage'), [sentence, picture, axis] = ['.sentence', '.matrices', '.rank-axis'].map((n) => stage.querySelector(n));
   const repainted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
   for (let stop = 0; stop < 60; stop++) {
-    await repainted();
-    const before = sentence.textContent, start = performance.now();
+    const start = performance.now();
     range.value = (stop + 20) % 60;
     range.dispatchEvent(new Event('input', {bubbles: true}));
     await repainted();
     times.push(performance.now() - start);
-    if (sentence.textContent === before) throw new Error('the sentence is as it was');
+    const rank = +range.getAttribute('aria-valuetext').slice(5), shows = (text) => { if (!text) throw new Error('rank ' + rank + ' is not shown'); };
+    shows(sentence.textContent.startsWith(`Rank ${rank} on`));
+    shows(picture.getAttribute('aria-label').includes(` by ${rank} and A is ${rank} by `) && picture.textContent.includes(` × ${rank}`));
+    await repainted();
+    shows(axis.textContent.endsWith(`rank ${rank}`));
   }
   return times;
 }"""
@@ -39,6 +44,12 @@ def problem(page: Page):
 
 
 def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
+    """On a processor throttled six times, each of 60 moves of the rank is on screen within 50 ms and sends no request.
+
+    A move's time is from its event until the frame is made that has its rank in the sentence, the picture and its
+    captions. The axis, the map and the totals come in the frame after, and the next move waits for that. Each move counts
+    at its best of up to eight rounds: others on the machine may hold up any one of them.
+    """
     page = opened(open_page(app.url + "?tab=lora"))
     expect(page.locator(".chip")).to_contain_text("is ready", timeout=300_000)  # until then the page asks how far it is
     page.wait_for_timeout(1500)  # and until its answer has come
@@ -46,13 +57,15 @@ def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
     sent = []
     page.on("request", lambda request: sent.append(request.url))
     best = [float("inf")] * 60
-    for _ in range(3):  # each move at its best: others on the machine may hold up any one of them
-        best = [min(pair) for pair in zip(best, page.evaluate(MOVES), strict=True)]
-        if max(best) < 50:
+    for _ in range(8):
+        times = page.evaluate(MOVES)
+        best = [min(pair) for pair in zip(best, times, strict=True)]
+        print(f"a round of moves in ms: median {sorted(times)[30]:.0f}, slowest {max(times):.0f}")
+        if max(best) <= BUDGET:
             break
-    print("ms of 60 moves:", sorted(map(round, best)))
+    print(f"each at its best: median {sorted(best)[30]:.0f}, slowest {max(best):.0f}")
     assert not sent, "a slider that moves must not ask the server"
-    assert sorted(best)[30] < 100  # the aim is 50: others on a shared machine take their part of it
+    assert max(best) <= BUDGET
 
 
 def test_keys_change_rank_targets_and_layers_and_the_link_keeps_them(app, open_page):
@@ -98,6 +111,33 @@ def test_bad_input_is_refused_on_the_spot_and_cured(app, open_page):
     broken = open_page(app.url + "?tab=lora&target_modules=nosuch")
     expect(broken.locator(".problem:visible")).to_contain_text("target-modules=nosuch: the model has no linear module")
     expect(broken.locator(".problem:visible")).to_contain_text("it has q_proj, k_proj, v_proj")
+
+
+def test_who_leaves_at_once_takes_the_settings_along(app, open_page):
+    """The settings are reported after 400 ms without a move, or as soon as the reader presses on something else."""
+    page = opened(open_page(app.url + "?tab=lora"))
+    page.evaluate(
+        "window.setTimeout = ((later) => (f, ms, ...rest) => ms === 400 ? 1 : later(f, ms, ...rest))(setTimeout)"
+    )
+    page.locator(KNOB.format("rank", "number")).fill("24")
+    expect(sentence(page)).to_contain_text("Rank 24 on")
+    page.get_by_role("tab", name="Memory", exact=True).hover()
+    page.mouse.down()
+    page.wait_for_url(re.compile("rank=24"))
+    page.mouse.up()
+    expect(sentence(page)).to_contain_text("LoRA, rank 24")
+
+
+def test_an_alpha_from_a_link_is_kept_and_drawn_however_large(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora&rank=8&alpha=256&layers=first:4"))
+    alpha = page.locator(KNOB.format("alpha", "range"))
+    expect(page.locator(KNOB.format("alpha", "number"))).to_have_value("256")
+    expect(alpha).to_have_attribute("aria-valuetext", "alpha 256")
+    assert 0 < int(alpha.input_value()) < int(alpha.get_attribute("max"))
+    alpha.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(KNOB.format("alpha", "number"))).to_have_value("288")
+    page.wait_for_url(re.compile("alpha=288.*layers=first(:|%3A)4"))
 
 
 @pytest.mark.parametrize(("size", "theme"), [((1440, 900), "dark"), ((390, 844), "light")], ids=["dark", "phone"])
