@@ -84,10 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     bench = command("bench", _bench, "measure on this machine and write JSON", spec=True)
-    bench.add_argument("what", choices=("train", "memory", "calculators"))
+    bench.add_argument("what", choices=("train", "generate", "record", "memory", "calculators"))
     bench.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     bench.add_argument("--at-once", type=_count, default=1, help="memory: processes that share the GPU")
-    bench.add_argument("--adapter-out", type=Path, help="where to keep the adapter")
+    bench.add_argument("--seeds", type=_count, default=1, help="train: runs of each trainer")
+    bench.add_argument("--peer", action="append", help="train: one of the trainers; repeatable (default: all)")
+    bench.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
     return parser
 
 
@@ -409,11 +411,18 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .bench import record_calculators, record_memory, record_train
+    from .bench import record_calculators, record_generation, record_memory, record_speed, record_train
     from .bench.calculators import markdown
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     if args.what == "memory":
-        document = record_memory(args.out, args.at_once, lambda line: print(line, file=sys.stderr, flush=True))
+        document = record_memory(args.out, args.at_once, say)
+    elif args.what == "generate":
+        document = record_generation(_spec(args), args.out, say)
+    elif args.what == "train":
+        document = record_speed(_spec(args), args.out, args.seeds, args.peer, say)
     elif args.what == "calculators":
         document = record_calculators(args.out)
         for comparison in () if args.json else document["comparisons"]:

@@ -60,7 +60,7 @@ def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decodin
     for step in range(decoding.max_new_tokens):
         with torch.inference_mode():
             if reader is None:
-                reader = _Reader(model, prompts, eos)
+                reader = _Reader(model, prompts, max(eos, 0))
             elif step == 1 and device.type == "cuda":
                 reader = _Replayed.of(reader, decoding.max_new_tokens) or reader
             token = _pick(reader.logits(), decoding, draw)
@@ -99,7 +99,7 @@ class _Fetched:
 class _Reader:
     """A model that reads token by token, with a cache that grows. It begins with the prompts, what they share only once."""
 
-    def __init__(self, model: Any, prompts: Sequence[list[int]], eos: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[list[int]], pad: int) -> None:
         import torch
 
         self.model = model
@@ -116,7 +116,7 @@ class _Reader:
             self.cache.batch_repeat_interleave(len(prompts))
         rest = [p[common:] for p in prompts]
         width = max(map(len, rest))
-        self.ids = torch.tensor([[eos] * (width - len(p)) + p for p in rest], device=device)
+        self.ids = torch.tensor([[pad] * (width - len(p)) + p for p in rest], device=device)
         own = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rest], device=device)
         self.mask = torch.cat([own.new_ones(len(rest), common), own], 1)
         self.positions = common + (own.cumsum(1) - 1).clamp(min=0)

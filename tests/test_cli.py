@@ -308,9 +308,9 @@ def test_what_cannot_be_studied_is_refused(method, more, said, trained_by, run, 
 
 
 def test_bench_records_with_its_provenance(run, tiny_model, toy_file, tmp_path):
-    file = tmp_path / "m" / "train.json"
+    file = tmp_path / "m" / "run.json"
     status, out, _ = run(
-        "bench", "train", "--model", tiny_model, "--task", toy_file, "--steps", 2, "--out", file, "--json"
+        "bench", "record", "--model", tiny_model, "--task", toy_file, "--steps", 2, "--out", file, "--json"
     )
     data = json.loads(file.read_text())
     assert status == 0 and json.loads(out) == data

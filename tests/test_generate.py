@@ -67,7 +67,9 @@ def test_a_window_that_has_slid_is_left_to_the_growing_cache():
 
 @pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
 def test_after_virtual_tokens_too(method, tiny_model):
-    model = attached("llama", RunSpec(model=str(tiny_model), method=method, virtual_tokens=5, sequence_length=64)).eval()
+    model = attached(
+        "llama", RunSpec(model=str(tiny_model), method=method, virtual_tokens=5, sequence_length=64)
+    ).eval()
     tokens = [31, 7, 200, 8, 5]
     grown = continued(model, LIKE, tokens, False)
     assert continued(model, LIKE, tokens, True).allclose(grown, atol=1e-5)

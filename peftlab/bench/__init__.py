@@ -1,7 +1,17 @@
 """Measurements a user can repeat. Each writes JSON with its command, hardware, library versions and date."""
 
 from .calculators import record_calculators
+from .generation import record_generation
 from .memory import record_memory
 from .record import MEASURED, record_train, recorded_runs
+from .training import record_speed
 
-__all__ = ["MEASURED", "record_calculators", "record_memory", "record_train", "recorded_runs"]
+__all__ = [
+    "MEASURED",
+    "record_calculators",
+    "record_generation",
+    "record_memory",
+    "record_speed",
+    "record_train",
+    "recorded_runs",
+]

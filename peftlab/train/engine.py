@@ -24,7 +24,7 @@ from ..spec import RunSpec
 from ..tasks import Task
 from . import fused
 from .batches import Batch, Batches, Pair, encode
-from .gears import CaptureError, Eager, choose
+from .gears import CaptureError, Eager, Step, choose
 
 STOP = "stop"
 """A file of this name in a run's folder ends the run after the step in progress. A file, because the worker process that
@@ -45,9 +45,10 @@ SNAPSHOTS = 10
 Event = dict[str, Any]
 
 
-def train(spec: RunSpec, out: Path) -> Iterator[Event]:
+def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) -> Iterator[Event]:
     """Fine-tunes and yields events; `out` gets the adapter. Raises SpecError before and RunError during the run.
 
+    To measure what they are worth: `eager` takes no graph, `plain` no fused operations.
     Events: `start`, then `eval` (the task's metric, held out), `step` (loss in nats per answer token, seconds, eta) and
     `progress` (of an evaluation), at last `done`, whose keys are those of the command line's contract.
     """
@@ -63,7 +64,7 @@ def train(spec: RunSpec, out: Path) -> Iterator[Event]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None
-    run = _Run(spec, task, base, out, _attached(base, spec), pairs)
+    run = _Run(spec, task, base, out, _attached(base, spec, plain), pairs, eager)
     yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
            "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
            "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
@@ -95,13 +96,13 @@ def _check_lengths(pairs: Sequence[Pair], spec: RunSpec) -> None:
         )
 
 
-def _attached(base: weights.Base, spec: RunSpec) -> Any:
+def _attached(base: weights.Base, spec: RunSpec, plain: bool = False) -> Any:
     """A private copy of the base with the method attached; only the method's own parameters require gradients."""
     shape = architectures.of(spec.model or "")
     targets = methods.targets(shape, spec, base.entry.name)
     with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
-    if spec.precision != "amp":  # where types differ from one operation to the next
+    if not plain and spec.precision != "amp":  # where types differ from one operation to the next
         fused.quicken(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -138,10 +139,17 @@ class _Run:
     """The state of one run, so that whatever ends it finds what it needs."""
 
     def __init__(
-        self, spec: RunSpec, task: Task, base: weights.Base, out: Path, model: Any, pairs: Sequence[Pair]
+        self,
+        spec: RunSpec,
+        task: Task,
+        base: weights.Base,
+        out: Path,
+        model: Any,
+        pairs: Sequence[Pair],
+        eager: bool = False,
     ) -> None:
         self.spec, self.task, self.base, self.out, self.model = spec, task, base, out, model
-        self.gear: Eager = choose(model, spec, base.device)
+        self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, base.device)
         self.trained = self.gear.step.trained
         self.batches = Batches(
             pairs, spec.batch_size or 1, spec.accumulation or 1, spec.seed or 0, base.tokenizer.pad_token_id,

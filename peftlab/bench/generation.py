@@ -1,0 +1,68 @@
+"""Our decoding beside transformers' generate: the same model, prompts and number of tokens."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import tasks, weights
+from ..generate import Decoding, decode
+from ..resolve import resolve_here
+from ..spec import RunSpec
+from ..train import engine
+from .record import provenance
+
+STREAMS = (1, 4)
+TOKENS = 128
+ROUNDS = 3
+
+
+def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Tokens a second of the base and of it with an untrained adapter, both ways, the rounds in turn; to `out`."""
+    spec = resolve_here(spec)
+    base, task = weights.load(spec), tasks.find(spec.task or "")
+    prompts = [tasks.prompt_ids(base.tokenizer, task.instruction, row.prompt) for row in task.heldout]
+    rows = []
+    for name, model in (("base", base.model), (spec.method, engine._attached(base, spec, plain=True).eval())):
+        for streams in STREAMS:
+            asked = prompts[:streams]
+            ours, theirs = _ours(model, asked, 2), _theirs(model, asked, 2)  # warms up
+            took: dict[str, list[float]] = {"peftlab": [], "transformers": []}
+            for _ in range(ROUNDS):
+                for who, say_it in (("peftlab", _ours), ("transformers", _theirs)):
+                    began = time.perf_counter()
+                    said = say_it(model, asked, TOKENS)
+                    took[who].append(time.perf_counter() - began)
+                    ours, theirs = (said, theirs) if who == "peftlab" else (ours, said)
+            row: dict[str, Any] = {"model": name, "streams": streams, "tokens": TOKENS, "same_text": ours == theirs}
+            row |= {who: streams * TOKENS / statistics.median(seconds) for who, seconds in took.items()}
+            rows.append(row)
+            say(f"{name}, {streams} at once: {row['peftlab']:.0f} tokens/s against {row['transformers']:.0f}")
+    document = provenance() | {"kind": "generation", "spec": spec.to_dict(), "rows": rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _ours(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    columns = list(decode(model, prompts, -1, Decoding(tokens)))
+    return [[token for token in row if token is not None] for row in zip(*columns, strict=True)]
+
+
+def _theirs(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    import torch
+
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+            pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+    return [row[width:].tolist() for row in out]
