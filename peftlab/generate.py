@@ -123,13 +123,16 @@ class _Reader:
 
     def logits(self) -> Tensor:
         """Of each row's next token, in fp32."""
+        import torch
+
+        last = torch.full((1,), -1, device=self.ids.device)  # as a slice, the head would copy its weight for each row
         out = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         self.cache = out.past_key_values
         return out.logits[:, -1].float()

@@ -23,6 +23,8 @@ class Machine:
     cores: int
     memory_bytes: int | None
     """Main memory; None where the system does not say."""
+    bf16: bool = False
+    """Whether a CPU has instructions that multiply bf16 numbers."""
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +37,7 @@ def here() -> Machine:
     if found:
         name, total = found
         return Machine("cuda", name, _catalogue_key(name, total), cores, memory)
-    return Machine("cpu", f"{cores} cores of {_processor()}", None, cores, memory)
+    return Machine("cpu", f"{cores} cores of {_processor()}", None, cores, memory, _multiplies_bf16())
 
 
 def versions() -> dict[str, str]:
@@ -76,11 +78,20 @@ def _catalogue_key(name: str, total: int) -> str | None:
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _multiplies_bf16() -> bool:
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
+
+
+def _cpuinfo(name: str) -> str:
+    """What Linux says of the first processor; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def _main_memory() -> int | None:

@@ -27,6 +27,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
     if gpu:
         gpus.find(gpu)
     on_gpu = gpu is not None or machine.device == "cuda"
+    whole = (spec.quantization or method.defaults.get("quantization", "none")) == "none"
     rank = spec.rank or method.defaults.get("rank", methods.USUAL_RANK)
     automatic: dict[str, Any] = {
         "model": model.key,
@@ -41,7 +42,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "block_size": 16,
         "lr_ratio": 16.0,
         "train_norms": False,
-        "precision": _precision(method, on_gpu),
+        "precision": _precision(method, on_gpu, machine.bf16 and whole),
         "adapter_precision": "fp32",
         "quantization": "none",
         "double_quantization": True,
@@ -77,15 +78,15 @@ def resolve_here(spec: RunSpec) -> RunSpec:
     return resolve(spec.but(gpu=None))
 
 
-def _precision(method: methods.Method, on_gpu: bool) -> str:
+def _precision(method: methods.Method, on_gpu: bool, bf16: bool) -> str:
     """bf16 weights lose small updates to rounding, so whatever trains the weights themselves keeps them in fp32.
 
     Full fine-tuning of the ticket task on an H100, exact records: 15% in bf16, 80% in fp32, 85% in amp
     (assets/measured/precision-full-*-h100.json).
     """
-    if not on_gpu:
-        return "fp32"
-    return "amp" if method.in_place else "bf16"
+    if method.in_place:
+        return "amp" if on_gpu else "fp32"
+    return "bf16" if on_gpu or bf16 else "fp32"
 
 
 def with_preset(spec: RunSpec, preset: Preset) -> RunSpec:

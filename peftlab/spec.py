@@ -69,7 +69,7 @@ class RunSpec:
     train_norms: bool | None = setting("BitFit: train the norms' parameters too", "no", type=bool)
     precision: str | None = setting(
         "number format of the base model",
-        "bf16 on CUDA, amp where its weights are trained; fp32 on CPU",
+        "bf16 on CUDA and on CPUs that multiply it, else fp32; where its weights are trained, amp and fp32",
         choices=("bf16", "fp16", "fp32", "amp"),
     )
     adapter_precision: str | None = setting("number format of the trained adapter", "fp32", choices=("bf16", "fp32"))

@@ -15,8 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model  # noqa: E402
 
-from peftlab import RunSpec, tasks  # noqa: E402
+from peftlab import RunSpec, hardware, tasks  # noqa: E402
 from peftlab.tasks import Task  # noqa: E402
+
+hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
 
 
 @pytest.fixture(scope="session")

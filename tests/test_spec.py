@@ -209,3 +209,13 @@ def test_defaults_are_the_designs():
             "offload": "none"}  # fmt: skip
     assert {k: spec[k] for k in want} == want
     assert json.loads(RunSpec(**spec).to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    "settings, precision",
+    [({}, "bf16"), ({"method": "full"}, "fp32"), ({"method": "qlora"}, "fp32"), ({"quantization": "int8"}, "fp32")],
+)
+def test_a_cpu_that_multiplies_bf16_does(settings, precision):
+    able = Machine("cpu", "a CPU", None, 2, None, True)
+    assert resolve(RunSpec(**settings), able).precision == precision
+    assert resolve(RunSpec(**settings), CPU).precision == "fp32"

@@ -143,7 +143,7 @@ def _steered(
     attention_mask: Any = None,
     position_ids: Any = None,
     past_key_values: Any = None,
-    logits_to_keep: int = 0,
+    logits_to_keep: Any = 0,
     **rest: Any,
 ) -> Any:
     """The forward pass after virtual tokens, which count as the first positions; logits for the real tokens only.
@@ -176,6 +176,6 @@ def _steered(
         logits_to_keep=logits_to_keep,
         **rest,
     )
-    if first and not in_cache and not logits_to_keep:
+    if first and not in_cache and isinstance(logits_to_keep, int) and not logits_to_keep:
         out.logits = out.logits[:, virtual:]
     return out

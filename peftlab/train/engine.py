@@ -5,11 +5,12 @@ Where the time goes on a GPU: not into waiting for numbers. Steps are queued, an
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ PATIENCE = 3
 """Hopeless steps in a row that end a run."""
 SNAPSHOTS = 10
 """Times in a run that its parameters are put by, should it diverge."""
+SMALL = 64e6
+"""Bytes of trained parameters up to which they are put by on their own device, which is sooner done."""
 
 Event = dict[str, Any]
 
@@ -110,6 +113,13 @@ def _attached(base: weights.Base, spec: RunSpec, plain: bool = False) -> Any:
     return model
 
 
+def _drops(model: Any) -> bool:
+    """Whether a training step draws random numbers: any dropout, of the method or the model's own."""
+    names = ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
+    chances = (getattr(module, name, 0) for module in model.modules() for name in names)
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
+
 _drawing = threading.Lock()
 
 
@@ -157,9 +167,12 @@ class _Run:
         )  # fmt: skip
         self.good: tuple[int, list[Any]] = (0, [])
         self.latest = self.good
+        small = sum(p.numel() * p.element_size() for p in self.trained) < SMALL
+        self.keep = base.device if small else "cpu"
         self.every = max(1, (spec.steps or 1) // SNAPSHOTS)
         self.hopeless = 0
         self.steps_done = self.saved_at = self.tokens = 0
+        self.draws = _drops(model)
         self.pending: list[Any] = []
         self.stride = 1
         self.losses: list[float] = []
@@ -183,6 +196,7 @@ class _Run:
             self._save()
         (self.out / STOP).unlink(missing_ok=True)
         self.gear = self.trained = self.model = None  # type: ignore[assignment]
+        gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
 
     def _save(self, result: Event | None = None) -> None:
         adapters.save(self.model, self.spec, self.adapter, result)
@@ -255,7 +269,7 @@ class _Run:
         step = self.steps_done + len(self.pending)
         self.model.train()
         self.gear.step.set_rate((self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1))
-        with _seeded((self.spec.seed or 0) * 1_000_003 + step):
+        with _seeded((self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext():
             try:
                 self.pending.append(self.gear.run(pieces))
             except CaptureError as error:
@@ -291,7 +305,7 @@ class _Run:
         if failure:
             raise failure
         if not self.hopeless and self.steps_done % self.every == 0:
-            self.latest = (self.steps_done, [p.detach().to("cpu", copy=True) for p in self.trained])
+            self.latest = (self.steps_done, [p.detach().to(self.keep, copy=True) for p in self.trained])
 
     def _check_sane(self, loss: float, norm: float) -> None:
         """Ends a run whose next loss or gradient is not finite, or whose loss stays far above that of guessing at random.

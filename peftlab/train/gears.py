@@ -68,8 +68,11 @@ class Step:
         import torch
 
         ids, labels = piece.data
+        last = torch.arange(
+            piece.start - ids.shape[1], 0, device=ids.device
+        )  # as a slice, the head would copy its weight
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
-            logits = self.model(input_ids=ids, logits_to_keep=ids.shape[1] - piece.start, use_cache=False).logits
+            logits = self.model(input_ids=ids, logits_to_keep=last, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels[:, piece.start + 1 :].flatten(), reduction="sum"
         )
