@@ -64,7 +64,7 @@ def status(events: Events) -> str:
         left = f"about {words.seconds(last['eta_seconds'])} of training left"
     elif last["type"] == "done" and last["steps"]:
         kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
-        speed = f"{words.significant(last['tokens_per_second'])} tokens/s"
+        speed = f"{words.significant(last['tokens_per_second'])} tokens/s, {words.gear(events)}"
         what = f"{kept} {words.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
         share = last["steps"] / steps
     done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")

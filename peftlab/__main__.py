@@ -308,7 +308,10 @@ def _say(event: dict[str, Any]) -> None:
         metric, value = next(iter(event["metrics"].items()))
         text = f"held out, {event['when']}: {metric} {words.score(value)} of {event['items']}"
     elif kind == "start":
-        text = f"{event['model']} from {event['source']}; {event['trainable_parameters']:,} parameters are trained"
+        text = (
+            f"{event['model']} from {event['source']}; {event['trainable_parameters']:,} parameters are trained, "
+            f"{words.gear([event])}"
+        )
     elif kind == "loading":
         text = f"loading {event['model']}"
     elif kind == "done":

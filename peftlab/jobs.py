@@ -15,7 +15,7 @@ from . import weights
 from .errors import PeftlabError, SpecError
 from .resolve import resolve_here
 from .spec import RunSpec
-from .train import STOP, train
+from .train import STOP, train, warm_up
 
 RUNS = Path("runs")
 Trainer = Callable[[RunSpec, Path], Iterator[dict[str, Any]]]
@@ -135,6 +135,7 @@ class Preparation:
             for progress in weights.fetch(self.spec.model or ""):
                 self.progress = progress if progress.stage != "ready" else weights.Progress("loading", progress.detail)
             weights.load(self.spec)
+            warm_up(self.spec)
             self.ready = True
         except PeftlabError as error:
             self.error = str(error)

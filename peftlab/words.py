@@ -215,6 +215,16 @@ def study_sentence(role: str, layer: int, weight: Spectrum, deltas: Mapping[str,
     )
 
 
+def gear(events: Sequence[dict[str, Any]]) -> str:
+    """How the steps of a run are launched, and why, from its events."""
+    said = [e for e in events if "gear" in e]
+    if not said:
+        return "steps launched one operation at a time"
+    if said[-1]["gear"] == "graph":
+        return "each step one CUDA graph"
+    return f"steps launched one operation at a time ({escape(said[-1]['why_eager'])})"
+
+
 def live_sentence(events: Sequence[dict[str, Any]]) -> str:
     """What a run has achieved so far, from its events."""
     start = next((e for e in events if e["type"] == "start"), None)

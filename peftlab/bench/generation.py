@@ -18,7 +18,7 @@ from .record import provenance
 
 STREAMS = (1, 4)
 TOKENS = 128
-ROUNDS = 3
+ROUNDS = 2
 
 
 def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:

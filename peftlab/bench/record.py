@@ -16,7 +16,7 @@ from ..compare import on_task
 from ..errors import RunError
 from ..resolve import resolve_here
 from ..spec import RunSpec
-from ..train import train
+from ..train import train, warm_up
 
 MEASURED = Path(__file__).parent.parent.parent / "assets" / "measured"
 KEPT_EVENTS = ("start", "step", "eval", "done")
@@ -38,6 +38,7 @@ def record_train(
 ) -> dict[str, Any]:
     """Trains and compares `spec`, and writes every loss and score to `out`. Raises RunError when the run fails."""
     spec = resolve_here(spec)
+    warm_up(spec)  # as the app does when it has loaded the model
     with tempfile.TemporaryDirectory() as scratch:
         events = []
         for event in train(spec, Path(scratch) / "run"):

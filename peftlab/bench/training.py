@@ -19,7 +19,7 @@ from ..generate import answer, mean_score
 from ..methods import METHODS
 from ..resolve import resolve_here
 from ..spec import RunSpec
-from ..train import engine, train
+from ..train import engine, train, warm_up
 from ..train.batches import IGNORED, Batches, encode
 from ..train.gears import CLIP
 from .record import provenance
@@ -66,7 +66,7 @@ class Watch:
 def _ours(spec: RunSpec, eager: bool, plain: bool) -> dict[str, Any]:
     """Through `train` as everybody has it, evaluations, saving and all."""
     with tempfile.TemporaryDirectory() as folder:
-        weights.load(spec)
+        warm_up(spec)  # as the app does when it has loaded the model
         began = time.perf_counter()
         events = list(train(spec, Path(folder) / "run", eager=eager, plain=plain))
         whole = time.perf_counter() - began

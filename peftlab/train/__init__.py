@@ -1,5 +1,5 @@
 """The training engine: a generator of events."""
 
-from .engine import STOP, train
+from .engine import STOP, train, warm_up
 
-__all__ = ["STOP", "train"]
+__all__ = ["STOP", "train", "warm_up"]

@@ -5,8 +5,12 @@ Where the time goes on a GPU: not into waiting for numbers. Steps are queued, an
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import math
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -38,6 +42,8 @@ PAUSE = 0.15
 """Seconds of steps between two looks at their losses: the page is told at least five times a second."""
 HOPELESS = 1.5
 """A loss this many times that of guessing tokens at random is no longer learning."""
+WARM_STEPS = 6
+"""Enough for a batch of each width to be captured."""
 PATIENCE = 3
 """Hopeless steps in a row that end a run."""
 SNAPSHOTS = 10
@@ -75,6 +81,24 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
     try:
         yield from run.events()
     finally:
+        run.close()
+
+
+def warm_up(spec: RunSpec) -> None:
+    """On a GPU of our own, runs a resolved spec's kernels once, whose first use takes seconds; nothing is kept."""
+    if hardware.here().device != "cuda" or os.environ.get("SPACES_ZERO_GPU"):
+        return
+    base, task = weights.load(spec), tasks.find(spec.task or "")
+    pairs = encode(base.tokenizer, task, task.train)
+    with tempfile.TemporaryDirectory() as folder:
+        run = _Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), _attached(base, spec), pairs)
+        for pieces in itertools.islice(run.batches, WARM_STEPS):
+            for _ in run._launch(pieces):
+                pass
+        run.gear.fetch(run.pending)
+        for model in (base.model, run.model.eval()):
+            for _ in answer(model, base.tokenizer, dataclasses.replace(task, max_new_tokens=4), task.heldout):
+                pass
         run.close()
 
 
