@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .. import methods, optimizers
@@ -117,6 +118,14 @@ class Eager:
         return torch.stack(list(results)).tolist()
 
 
+@cache
+def _stream() -> Any:
+    """One for all runs: cuBLAS keeps a workspace for each stream that it has seen."""
+    import torch
+
+    return torch.cuda.Stream()
+
+
 @dataclass
 class _Captured:
     graph: Any
@@ -134,7 +143,7 @@ class Graph(Eager):
         import torch
 
         super().__init__(step, "")
-        self.stream = torch.cuda.Stream()
+        self.stream = _stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, _Captured | None] = {}
