@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -59,7 +58,7 @@ def value(spec: RunSpec) -> dict[str, Any]:
     of = resolve(spec)
     wanted = shape.targets(of.target_modules or "all-linear")
     linear = shape.linear() + [m for m in wanted if m.head]
-    names = _told_apart([m.name for m in linear])
+    names = architecture.told_apart([m.name for m in linear])
     layers = parse_layers(of.layers or "all", shape.n_layers)
     return {
         "key": spec.model,
@@ -96,20 +95,13 @@ def value(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def _told_apart(paths: list[str]) -> list[str]:
-    """The shortest end of each dotted path that is no other's."""
-    ends = [[".".join(path.split(".")[-n:]) for n in range(1, path.count(".") + 2)] for path in paths]
-    every = Counter(end for of_one in ends for end in of_one)
-    return [next((end for end in of_one if every[end] == 1), of_one[-1]) for of_one in ends]
-
-
 def _labels(names: list[str], linear: list[architecture.Module]) -> list[str]:
     """What tells modules apart without the numbers of layers, where that can be."""
     plain = [
         ".".join(part for part in m.name.split(".") if part not in ("*", "block", "layer") and not part.isdigit())
         for m in linear
     ]
-    return _told_apart(plain) if len(set(plain)) == len(plain) else names
+    return architecture.told_apart(plain) if len(set(plain)) == len(plain) else names
 
 
 def of_family(spec: RunSpec) -> RunSpec:

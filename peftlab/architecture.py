@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -149,9 +150,7 @@ class Architecture:
 
     def target_names(self) -> list[str]:
         """Names that `target_modules` takes, one a kind of linear map: as short as tells them apart."""
-        found = self.linear()
-        short = [m.short_name for m in found]
-        return [m.short_name if short.count(m.short_name) == 1 else m.name.split(".*.")[-1] for m in found]
+        return told_apart([m.name for m in self.linear()])
 
     def targets(self, wanted: str) -> list[Module]:
         """Modules named by `all-linear`, by role, or by the ends of their names, as peft matches them.
@@ -164,12 +163,19 @@ class Architecture:
         for token in (t.strip() for t in wanted.split(",") if t.strip()):
             found = [m for m in self.modules if m.is_linear and _answers_to(m, token)]
             if not found:
-                have = ", ".join(dict.fromkeys(m.short_name for m in self.linear()))
+                have = ", ".join(self.target_names())
                 raise SpecError(f"target-modules={token}: the model has no linear module of that name; it has {have}")
             chosen += [m for m in found if m not in chosen]
         if not chosen:
             raise SpecError("target-modules is empty: nothing would be trained; try all-linear")
         return chosen
+
+
+def told_apart(paths: list[str]) -> list[str]:
+    """The shortest end of each dotted path that is no other's."""
+    ends = [[".".join(path.split(".")[-n:]) for n in range(1, path.count(".") + 2)] for path in paths]
+    every = Counter(end for of_one in ends for end in of_one)
+    return [next((end for end in of_one if every[end] == 1), of_one[-1]) for of_one in ends]
 
 
 def _answers_to(module: Module, token: str) -> bool:

@@ -1,0 +1,88 @@
+"""Which gear a run gets and why; on a GPU, that the graph computes what the eager gear does."""
+
+import pytest
+import torch
+from tiny import run_of, small, steps
+
+from peftlab import RunSpec, resolve, words
+from peftlab.methods import METHODS
+from peftlab.train.gears import CaptureError, Eager, Graph, why_eager
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"method": "adalora"}, "AdaLoRA asks for numbers between steps"),
+        ({"optimizer": "adamw-8bit"}, "the optimizer adamw-8bit counts its steps in Python"),
+        ({"optimizer_precision": "fp32"}, "counts its steps"),
+        ({"quantization": "int8"}, "outliers"),
+        ({"method": "qlora"}, ""),
+        ({"method": "full", "optimizer": "sgd"}, ""),
+        ({}, ""),
+    ],
+)
+def test_why_a_step_cannot_be_one_graph(settings, said):
+    spec = resolve(RunSpec(**settings))
+    assert said in why_eager(spec, "cuda") and bool(said) == bool(why_eager(spec, "cuda"))
+    assert why_eager(spec, "cpu") == "no CUDA GPU here"
+
+
+def test_the_start_says_the_gear(toy_spec, tmp_path):
+    from peftlab.train import train
+
+    start = next(e for e in train(toy_spec, tmp_path) if e["type"] == "start")
+    if not torch.cuda.is_available():
+        assert (start["gear"], start["why_eager"]) == ("eager", "no CUDA GPU here")
+        assert words.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
+
+
+def test_words_follow_a_gear_that_changed():
+    graph = {"type": "start", "gear": "graph", "why_eager": ""}
+    assert words.gear([graph]) == "each step one CUDA graph"
+    assert words.gear([graph, {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}]).endswith("(a &lt;sync&gt;)")
+
+
+def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, tmp_path):
+    """Its losses are those of the eager gear, and the reason is told once."""
+
+    class Failing(Eager):
+        name = "graph"
+        calls = 0
+
+        def run(self, pieces):
+            self.calls += 1
+            if self.calls > 2:
+                raise CaptureError("a number was asked for")
+            return super().run(pieces)
+
+    whole = steps(run_of(small(tiny_model, "lora"), tmp_path / "a"), 5)
+    run = run_of(small(tiny_model, "lora"), tmp_path / "b")
+    run.gear = Failing(run.gear.step, "")
+    stream, told = iter(run.batches), []
+    for _ in range(5):
+        told += run._launch(next(stream))
+    losses = [event["loss"] for event in run._fetch(0.0)]
+    assert losses == whole and [e["why_eager"] for e in told] == ["a number was asked for"]
+    assert run.gear.name == "eager"
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "bitfit"])
+def test_the_graphs_losses_are_the_eager_gears(method, tiny_model, toy_task, tmp_path):
+    settings = {"steps": 60, "precision": "fp32", "batch_size": 2}
+    eager = run_of(small(tiny_model, method, **settings), tmp_path / "a")
+    eager.gear = Eager(eager.gear.step, "asked for")
+    graph = run_of(small(tiny_model, method, **settings), tmp_path / "b")
+    assert isinstance(graph.gear, Graph) == (method != "adalora")
+    assert steps(graph, 60) == pytest.approx(steps(eager, 60), rel=1e-3, abs=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("settings", [{"accumulation": 2}, {"dropout": 0.1}, {"gradient_checkpointing": True}], ids=str)
+def test_whatever_the_step_does(settings, tiny_model, toy_task, tmp_path):
+    eager = run_of(small(tiny_model, "lora", precision="fp32", **settings), tmp_path / "a")
+    eager.gear = Eager(eager.gear.step, "asked for")
+    graph = run_of(small(tiny_model, "lora", precision="fp32", **settings), tmp_path / "b")
+    assert steps(graph, 20) == pytest.approx(steps(eager, 20), rel=1e-3, abs=1e-4)
