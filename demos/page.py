@@ -24,7 +24,7 @@ from peftlab.spec import SETTINGS, closest
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
-NAMED = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}|\d{1,20}(\.\d{1,20})?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
+NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
 """What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
 CONVENTION = EXACT
 """How the page counts at first: what the run allocates."""

@@ -92,7 +92,18 @@ def read(folder: Path | str) -> Adapter:
 
 
 def apply(base: weights.Base, adapter: Adapter) -> Any:
-    """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError when it does not fit."""
+    """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError when it does not fit.
+
+    Its operations are fused as in training, so that it says what it said there.
+    """
+    from . import fused
+
+    model = _applied(base, adapter)
+    fused.quicken(model)
+    return model
+
+
+def _applied(base: weights.Base, adapter: Adapter) -> Any:
     model = weights.share(base.model)
     file = adapter.folder / TENSORS
     try:
@@ -160,7 +171,7 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
         )
     work = method.merge if method and method.merge else through_peft.merge
     try:
-        merged = work(apply(base, adapter))
+        merged = work(_applied(base, adapter))
         finite = all(p.isfinite().all() for p in merged.parameters())
     except ValueError as error:  # peft looks for itself where it adds to a weight
         if "NaNs detected" not in str(error):

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from . import adapters, architecture, compare, hardware, methods, tasks, weights
+from . import adapters, architecture, compare, fused, hardware, methods, tasks, weights
 from .adapters import Adapter
 from .errors import SpecError
 from .generate import Decoding, decode, stream
@@ -250,7 +250,7 @@ def latency(adapter: Adapter, prompt: str, tokens: int = 16, rounds: int = 5) ->
 
 
 def contenders(base: weights.Base, adapter: Adapter) -> dict[str, Any]:
-    """The four models of `latency` by name, ready to generate, on one base.
+    """The four models of `latency` by name, ready to generate, on copies of one base, their operations fused alike.
 
     The serial adapter is untrained: it starts as the identity, which takes it as long as anything else would.
     """
@@ -259,7 +259,10 @@ def contenders(base: weights.Base, adapter: Adapter) -> dict[str, Any]:
     targets = methods.targets(architecture.of(spec.model or ""), spec, base.entry.name)
     serial = methods.find(SERIAL_METHOD).attach(weights.share(base.model), targets, spec)
     apart, merged = _pair(base, adapter)
-    return {BASE: base.model, APART: apart, MERGED: merged, SERIAL: serial.requires_grad_(False).eval()}
+    found = {BASE: weights.share(base.model), APART: apart, MERGED: merged, SERIAL: serial.requires_grad_(False).eval()}
+    for name in (BASE, MERGED, SERIAL):  # as the adapter's own copy is
+        fused.quicken(found[name])
+    return found
 
 
 def _is_bf16(base: weights.Base) -> bool:

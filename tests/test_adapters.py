@@ -13,6 +13,7 @@ from peftlab import (
     architecture,
     compare,
     count,
+    fused,
     methods,
     resolve,
     study,
@@ -49,6 +50,7 @@ def trained(folder, method, **settings):
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    fused.quicken(model)  # as the engine does
     return base, spec, model
 
 

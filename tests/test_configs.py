@@ -407,6 +407,7 @@ def test_what_the_hub_refuses_is_said_and_remembered(answers, status, code, body
 def test_a_hub_that_does_not_answer(hub, monkeypatch, drips):
     assert models.HUB_SECONDS <= 5
     monkeypatch.setattr(models, "HUB_SECONDS", 1.0)
+    monkeypatch.setattr(models, "HUB_MEMORY", 1e9)  # no minute ends meanwhile
     stop = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 

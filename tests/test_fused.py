@@ -5,7 +5,7 @@ import torch
 from tiny import CONFIGS, fresh
 
 from peftlab import RunSpec, architecture, methods, resolve, weights
-from peftlab.train.fused import quicken, rotate
+from peftlab.fused import quicken, rotate
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 3, 4, 2, 7, 1]])
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .. import adapters, hardware, methods, tasks, weights
+from .. import adapters, fused, hardware, methods, tasks, weights
 from .. import architecture as architectures
 from ..count import count
 from ..errors import RunError, SpecError
@@ -27,7 +27,6 @@ from ..memory import exact
 from ..resolve import resolve_here
 from ..spec import RunSpec
 from ..tasks import Task
-from . import fused
 from .batches import Batch, Batches, Pair, encode
 from .gears import CaptureError, Eager, Step, choose
 
