@@ -166,9 +166,24 @@ def _optimizers(model: Any, spec: RunSpec, device: str) -> tuple[Any, Any]:
     )
 
 
+def _timed(trainer: Any, spec: RunSpec, tokens: int) -> dict[str, Any]:
+    from transformers import TrainerCallback
+
+    watch = Watch()
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            watch.step()
+
+    trainer.add_callback(Ends())
+    with engine._seeded(spec.seed or 0):
+        trainer.train()
+    return watch.finish(tokens)
+
+
 def _trainer(spec: RunSpec, **more: Any) -> dict[str, Any]:
     """transformers' Trainer on a model that peft attached to."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     base = weights.load(spec)
     model = engine._attached(base, spec, plain=True)
@@ -183,16 +198,7 @@ def _trainer(spec: RunSpec, **more: Any) -> dict[str, Any]:
             optimizers=_optimizers(model, spec, base.device),
         )
         trainer._get_train_sampler = lambda *_: None  # type: ignore[method-assign]  # in our order
-        watch = Watch()
-
-        class Ends(TrainerCallback):
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                watch.step()
-
-        trainer.add_callback(Ends())
-        with engine._seeded(spec.seed or 0):
-            trainer.train()
-        found = watch.finish(sum(batch.tokens for batch in batches))
+        found = _timed(trainer, spec, sum(batch.tokens for batch in batches))
     return found | {"score": _scored(model, base, spec), "arguments": arguments(spec, base.device, **more)}
 
 
@@ -200,7 +206,6 @@ def _sft(spec: RunSpec) -> dict[str, Any]:
     """TRL's SFTTrainer on rows that are tokenized already; it makes its own batches of them."""
     import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
 
     library: Any = trl
     base = weights.load(spec)
@@ -220,17 +225,8 @@ def _sft(spec: RunSpec) -> dict[str, Any]:
             processing_class=base.tokenizer,
             optimizers=_optimizers(model, spec, base.device),
         )  # fmt: skip
-        watch = Watch()
-
-        class Ends(TrainerCallback):
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                watch.step()
-
-        trainer.add_callback(Ends())
-        with engine._seeded(spec.seed or 0):
-            trainer.train()
         usual = sum(map(len, pairs)) / len(pairs)
-        found = watch.finish(round(usual * (spec.batch_size or 1) * (spec.steps or 1)))
+        found = _timed(trainer, spec, round(usual * (spec.batch_size or 1) * (spec.steps or 1)))
     return found | {"score": _scored(model, base, spec), "arguments": own}
 
 
@@ -241,11 +237,11 @@ PEERS: dict[str, tuple[str, Callable[[RunSpec], dict[str, Any]]]] = {
     "peftlab, eager": ("peft", lambda spec: _ours(spec, True, False)),
     "plain eager loop": ("peft", lambda spec: _ours(spec, True, True)),
     "transformers Trainer": ("accelerate", _trainer),
-    "Trainer with Liger": ("liger_kernel", lambda spec: _trainer(spec, use_liger_kernel=True)),
     "TRL SFTTrainer": ("trl", _sft),
     "torch.compile": ("torch", _compiled),
+    "Trainer with Liger": ("liger_kernel", lambda spec: _trainer(spec, use_liger_kernel=True)),
 }
-"""Name → the package it needs, and what runs a resolved spec."""
+"""Name → the package it needs, and what runs a resolved spec. Liger, which changes transformers' own classes, comes last."""
 YARDSTICK = "transformers Trainer"
 SEEDED = ("peftlab", "peftlab, bf16 adapters", YARDSTICK)
 """Those whose scores are compared, on several seeds; of the others one run tells the speed."""
