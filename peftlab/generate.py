@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,10 @@ def _common(prompts: Sequence[list[int]]) -> int:
     return shared if shared >= SHARED else 0
 
 
+_capturing = threading.Lock()
+"""torch records all graphs on one stream, where two threads at once would record each other."""
+
+
 class _Replayed(_Reader):
     """One token as a CUDA graph, over a cache of fixed size. Where it cannot be captured, the same step runs eagerly."""
 
@@ -195,7 +200,7 @@ class _Replayed(_Reader):
         if self.tries == 2 and self.ids.is_cuda:  # the first warmed up
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with _capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self.out = super().logits()
                 self.graph = graph
             except RuntimeError:

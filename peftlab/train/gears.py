@@ -6,6 +6,7 @@ same up to rounding.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -118,6 +119,10 @@ class Eager:
         return torch.stack(list(results)).tolist()
 
 
+_using = threading.Lock()
+"""Of the stream, by one thread at a time: what another launched there while a step is recorded would be recorded too."""
+
+
 @cache
 def _stream() -> Any:
     """One for all runs: cuBLAS keeps a workspace for each stream that it has seen."""
@@ -153,7 +158,7 @@ class Graph(Eager):
         import torch
 
         shape = tuple(piece.shape for piece in pieces)
-        with torch.cuda.stream(self.stream):
+        with _using, torch.cuda.stream(self.stream):
             if shape not in self.captured:
                 self.captured[shape] = None
                 moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in pieces]
@@ -184,7 +189,7 @@ class Graph(Eager):
     def fetch(self, results: Sequence[Tensor]) -> list[list[float]]:
         import torch
 
-        with torch.cuda.stream(self.stream):
+        with _using, torch.cuda.stream(self.stream):
             return super().fetch(results)
 
 
