@@ -51,11 +51,11 @@ def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, t
         name = "graph"
         calls = 0
 
-        def run(self, pieces):
+        def run(self, pieces, rate):
             self.calls += 1
             if self.calls > 2:
                 raise CaptureError("a number was asked for")
-            return super().run(pieces)
+            return super().run(pieces, rate)
 
     whole = steps(run_of(small(tiny_model, "lora"), tmp_path / "a"), 5)
     run = run_of(small(tiny_model, "lora"), tmp_path / "b")
@@ -86,3 +86,13 @@ def test_whatever_the_step_does(settings, tiny_model, toy_task, tmp_path):
     eager.gear = Eager(eager.gear.step, "asked for")
     graph = run_of(small(tiny_model, "lora", precision="fp32", **settings), tmp_path / "b")
     assert steps(graph, 20) == pytest.approx(steps(eager, 20), rel=1e-3, abs=1e-4)
+
+
+@needs_cuda
+def test_queued_steps_keep_their_own_rates(tiny_model, toy_task, tmp_path):
+    """Launched all at once, as against one by one with a wait after each."""
+    spec = small(tiny_model, "lora", precision="fp32", steps=40, batch_size=2)
+    waited, queued = run_of(spec, tmp_path / "a"), run_of(spec, tmp_path / "b")
+    for pieces, _ in zip(queued.batches, range(40), strict=False):
+        list(queued._launch(pieces))
+    assert [e["loss"] for e in queued._fetch(0.0)] == pytest.approx(steps(waited, 40), rel=1e-4)

@@ -291,14 +291,14 @@ class _Run:
         """Queues one step; tells when the gear had to be changed for it."""
         step = self.steps_done + len(self.pending)
         self.model.train()
-        self.gear.step.set_rate((self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1))
+        rate = (self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1)
         with _seeded((self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext():
             try:
-                self.pending.append(self.gear.run(pieces))
+                self.pending.append(self.gear.run(pieces, rate))
             except CaptureError as error:
                 self.gear = Eager(self.gear.step, str(error))
                 yield {"type": "gear", "gear": self.gear.name, "why_eager": self.gear.why}
-                self.pending.append(self.gear.run(pieces))
+                self.pending.append(self.gear.run(pieces, rate))
         self.tokens += sum(piece.tokens for piece in pieces)
         self.largest = max(self.largest, *(piece.shape for piece in pieces), key=lambda shape: shape[0] * shape[1])
 
@@ -328,7 +328,8 @@ class _Run:
         if failure:
             raise failure
         if not self.hopeless and self.steps_done % self.every == 0:
-            self.latest = (self.steps_done, [p.detach().to(self.keep, copy=True) for p in self.trained])
+            with self.gear.order():
+                self.latest = (self.steps_done, [p.detach().to(self.keep, copy=True) for p in self.trained])
 
     def _check_sane(self, loss: float, norm: float) -> None:
         """Ends a run whose next loss or gradient is not finite, or whose loss stays far above that of guessing at random.

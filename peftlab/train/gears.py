@@ -7,7 +7,8 @@ same up to rounding.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,14 @@ class Eager:
     def __init__(self, step: Step, why: str) -> None:
         self.step, self.why = step, why
 
-    def run(self, pieces: Sequence[Batch]) -> Tensor:
-        """Loss and norm of one step, on the device."""
+    @contextmanager
+    def order(self) -> Iterator[None]:
+        """What is launched within comes after the steps launched before it, and before those launched after it."""
+        yield
+
+    def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
+        """Loss and norm of one step at a learning rate, on the device."""
+        self.step.set_rate(rate)
         moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in (p.trimmed() for p in pieces)]
         return self.step(moved, sum(b.answers for b in pieces))
 
@@ -116,7 +123,8 @@ class Eager:
         """The numbers of `results`, once every step that they come from is done."""
         import torch
 
-        return torch.stack(list(results)).tolist()
+        with self.order():
+            return torch.stack(list(results)).tolist()
 
 
 _using = threading.Lock()
@@ -153,12 +161,18 @@ class Graph(Eager):
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, _Captured | None] = {}
 
-    def run(self, pieces: Sequence[Batch]) -> Tensor:
-        """As Eager's. Raises CaptureError."""
+    @contextmanager
+    def order(self) -> Iterator[None]:
         import torch
 
-        shape = tuple(piece.shape for piece in pieces)
         with _using, torch.cuda.stream(self.stream):
+            yield
+
+    def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
+        """As Eager's. Raises CaptureError."""
+        shape = tuple(piece.shape for piece in pieces)
+        with self.order():
+            self.step.set_rate(rate)  # here, or a step still waiting would read it
             if shape not in self.captured:
                 self.captured[shape] = None
                 moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in pieces]
@@ -182,15 +196,10 @@ class Graph(Eager):
                 out = self.step(static, answers)
         except RuntimeError as error:
             self.step.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()  # steps still under way come before what follows, on whichever stream
             first = error.__context__ or error
             raise CaptureError(str(first).splitlines()[0][:200]) from error
         return _Captured(graph, static, answers, out)
-
-    def fetch(self, results: Sequence[Tensor]) -> list[list[float]]:
-        import torch
-
-        with _using, torch.cuda.stream(self.stream):
-            return super().fetch(results)
 
 
 def why_eager(spec: RunSpec, device: str) -> str:
