@@ -7,7 +7,7 @@ import os
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from itertools import chain
 from typing import Any
@@ -65,28 +65,19 @@ def to_link(spec: RunSpec, convention: str) -> str:
     return "&".join(filter(None, ("" if spec == page.OPENING else spec.to_query(), counted)))
 
 
-def first_as_it_is(view: page.View) -> Callable[..., tuple[Any, ...]]:
-    """`view.show`, but for the first look at a tab that nothing has changed.
-
-    A page selects its own tab when it loads, and an answer to that would undo what an early visitor has just chosen.
-    """
-
-    def show(visited: bool, spec: RunSpec, *inputs: Any) -> tuple[Any, ...]:
-        if not visited and spec == page.OPENING:
-            return (True, *page.skipped(view.outputs))
-        return (True, *view.show(spec, *inputs))
-
-    return show
-
-
+TAB = "document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase()"
+SCREEN = f"(_, ...rest) => [`${{{TAB}}} ${{Date.now()}}`, ...rest]"
+"""Which tab is on screen, and when."""
+UNREAD = "?"
+"""Instead of a query until the link has been read: the page sends it with its address, which must still have it."""
 LINK = """(query) => {
-  const url = new URL(location.href), search = new URLSearchParams(query);
-  const tab = document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase();
+  if (query === 'UNREAD') return;
+  const url = new URL(location.href), search = new URLSearchParams(query), tab = TAB;
   if (tab && tab !== 'memory') search.set('tab', tab);
   url.searchParams.forEach((value, name) => { if (name.startsWith('__')) search.set(name, value); });
   url.search = search;
   history.replaceState(null, '', url);
-}"""
+}""".replace("UNREAD", UNREAD).replace("TAB", TAB)
 """The address bar follows the settings and the tab; the reader's theme stays."""
 
 
@@ -97,7 +88,7 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         js_on_load=None,
     )
     spec = gr.State(page.OPENING)
-    query = gr.Textbox("", visible=False)
+    query, screen = gr.Textbox(UNREAD, visible=False), gr.Textbox("", visible=False)
     mine = gr.BrowserState([], storage_key="peftlab-adapters")
     link_problem = page.problem()
     with gr.Tabs(selected=TABS[0]) as tabs:
@@ -117,36 +108,46 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     tick = gr.Timer(1.0)
     tick.tick(watch, None, [state, tick, again], **quiet)
     again.click(try_again, None, [state, tick, again], **quiet)
-    views = ((memory_tab, memory), (lora_tab, lora), (live_tab, live))
-    for tab, view in views:
-        visited = gr.State(False)
-        tab.select(page.looking(first_as_it_is(view)), [visited, spec, *view.inputs], [visited, *view.outputs], **quiet)
-    compare_tab.select(compare.show, [spec, *compare.inputs], compare.outputs, **quiet)
+    views = (memory, lora, live)
+    for tab, event in ((lora_tab, lora.opened), (compare_tab, compare)):
+        tab.select(event.work, event.inputs, event.outputs, **quiet)
 
-    def open_link(params: Mapping[str, str], mine: list[str]) -> tuple[Any, ...]:
+    def load(request: gr.Request) -> tuple[Any, ...]:
         """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
-        asked, convention, tab, problem = from_link(params)
+        page.visitor(request).landed = True
+        asked, rule, tab, problem = from_link(request.query_params)
         opening = gr.Tabs(selected=tab) if tab else gr.skip()
         if asked is None:
-            return (gr.skip(), opening, problem, *[gr.skip()] * len(every_output))
-        shown = (memory.show(asked, convention), lora.show(asked, mine), live.show(asked))
-        return (asked, opening, problem, *chain(*shown))
+            return (gr.skip(), gr.skip(), opening, problem, *page.skipped(every_output))
+        page.visitor(request).made(asked, TABS)  # before it is drawn: nobody waits for figures of what was there before
+        shown = (memory.show(asked, rule), lora.show(asked), live.show(asked))
+        return (asked, rule, opening, problem, *chain(*shown))
 
-    def load(request: gr.Request, mine: list[str]) -> Any:
-        answer = open_link(request.query_params, mine)
-        if answer[0] != gr.skip():  # the link has settings
-            page.made.again(request.session_hash)
-        return answer
+    def look(request: gr.Request, screen: str, spec: RunSpec, convention: str, *rest: Any) -> Any:
+        """The link to what is on screen, and what the tab on screen does not show yet."""
+        who, (tab, moment) = page.visitor(request), screen.split()
+        inputs = {memory.tab: (convention, *rest)}
+        drawn = (
+            who.look(view, float(moment), spec, inputs.get(view.tab, ()))
+            if view.tab == tab
+            else page.skipped(view.outputs)
+            for view in views
+        )
+        return (to_link(spec, convention) if who.landed else UNREAD, *chain(*drawn))
 
-    every_output = [output for _, view in views for output in view.outputs]
-    opened = demo.load(load, mine, [spec, tabs, link_problem, *every_output], **quiet)
-    assert live.resume is not None
-    opened.then(live.resume.work, live.resume.state, live.resume.outputs, **quiet)
+    every_output = [output for view in views for output in view.outputs]
     convention = memory.inputs[0]
-    gr.on([spec.change, convention.change], to_link, [spec, convention], query, **quiet).then(
-        None, query, None, js=LINK
-    )
-    gr.on([t.select for t in (memory_tab, lora_tab, live_tab, compare_tab)], None, query, None, js=LINK)
+    opened = demo.load(load, None, [spec, convention, tabs, link_problem, *every_output], **quiet)
+    opened.then(live.resumed.work, live.resumed.inputs, live.resumed.outputs, **quiet)
+    gr.on(
+        [spec.change, convention.change, *(t.select for t in (memory_tab, lora_tab, live_tab, compare_tab))],
+        look,
+        [screen, spec, *memory.inputs],
+        [query, *every_output],
+        js=SCREEN,
+        trigger_mode="multiple",
+        **quiet,
+    ).then(None, query, None, js=LINK)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peftlab.resolve import with_preset
 from peftlab.tasks import METRICS, TASKS
 from peftlab.train import train
 
+TAB = "live"
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods, next to the method; FOLDED are under More settings."""
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
@@ -149,6 +151,7 @@ def recording(task: str) -> tuple[str, str, Any, Any, str]:
 
 
 def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
+    changing = partial(page.changing, TAB)
     current = gr.BrowserState("", storage_key="peftlab-run")
     first = recording(tasks.DEFAULT)
     sentence = page.sentence(first[0])
@@ -236,7 +239,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         except SpecError as error:
             yield (gr.skip(), gr.skip(), gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))
             return
-        page.made.again(request.session_hash)
+        page.visitor(request).made(chosen, [TAB])
         started: tuple = (chosen, job.id, [*[i for i in mine if i != job.id], job.id][-8:])
         for picture in follow(job):
             yield *started, *picture
@@ -255,7 +258,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     gr.on(
         [control.input for control in fields],
-        page.changing(page.refusing(update, 6 + len(follows))),
+        changing(page.refusing(update, 6 + len(follows))),
         [spec, *fields],
         [problem, spec, lesson, about, panel, note, method, *follows],
         trigger_mode="always_last",
@@ -298,22 +301,20 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
 
     shown = [task, model, method, *follows, steps, batch_size, seed, lesson, about, panel, note]
     preset.input(
-        page.changing(page.refusing(use_preset, 2 + len(shown))),
+        changing(page.refusing(use_preset, 2 + len(shown))),
         [spec, preset, *fields],
         [problem, spec, preset, *shown],
         show_progress="hidden",
         api_visibility="private",
     )
     reset.click(
-        page.changing(
-            lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain))
-        ),
+        changing(lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain))),
         spec,
         [spec, *shown],
         show_progress="hidden",
         api_visibility="private",
     )
-    return page.View(show, shown, resume=page.Resume(again, current, live))
+    return page.View(TAB, show, shown, resumed=page.Event(again, [current], live))
 
 
 def _zip(job: jobs.Job) -> str | None:
@@ -324,5 +325,5 @@ def _zip(job: jobs.Job) -> str | None:
 if __name__ == "__main__":
     with gr.Blocks(title="Live fine-tune", fill_width=True) as demo:
         view = build(gr.State(page.OPENING), gr.BrowserState([]))
-        demo.load(view.resume.work, view.resume.state, view.resume.outputs)
+        demo.load(view.resumed.work, view.resumed.inputs, view.resumed.outputs)
     demo.launch(**page.launch_options())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from peftlab.catalog.presets import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import with_preset
 
+TAB = "lora"
 LESSONS = {
     "Lecture 11.2: Gemma 3 270M, q and v": RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"),
     "7B, q and v": RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj"),
@@ -92,6 +94,7 @@ def by_size(spec: RunSpec) -> dict[str, Any]:
 
 
 def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
+    changing = partial(page.changing, TAB)
     with gr.Row(elem_classes="stage"):
         with page.controls():
             page.drawer_handle()
@@ -144,7 +147,7 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
         """The settings once the reader has paused, unless they are of a model that is no longer on screen."""
         if event.model != spec.model:
             return (gr.skip(),) * 5
-        return page.changing(page.refusing(settle, 4))(request, spec, event.settings)
+        return changing(page.refusing(settle, 4))(request, spec, event.settings)
 
     def settle(spec: RunSpec, settings: Mapping[str, Any]) -> tuple:
         chosen = lora_widget.settled(spec, settings)
@@ -159,23 +162,22 @@ def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
     show = page.refusing(body, 6)  # a bare count from another tab has nothing to draw
     followers = [note, sizes, script]
     shown = [problem, model, picture, paths, *followers]
-    model.input(page.changing(page.refusing(choose, 7)), [spec, model], [problem, spec, *shown[1:]], **quiet)
+    model.input(changing(page.refusing(choose, 7)), [spec, model], [problem, spec, *shown[1:]], **quiet)
     picture.submit(reported, spec, [problem, spec, *followers], trigger_mode="multiple", **quiet)
-    preset.input(page.changing(use_preset), [spec, preset], [spec, preset, *shown], **quiet)
+    preset.input(changing(use_preset), [spec, preset], [spec, preset, *shown], **quiet)
     for button, lesson in zip(lessons, LESSONS.values(), strict=True):
-        button.click(page.changing(lambda lesson=lesson: (lesson, *show(lesson))), None, [spec, *shown], **quiet)
+        button.click(changing(lambda lesson=lesson: (lesson, *show(lesson))), None, [spec, *shown], **quiet)
     reset.click(
-        page.changing(lambda spec: (plain := RunSpec(model=spec.model, task=spec.task), *show(plain))),
+        changing(lambda spec: (plain := RunSpec(model=spec.model, task=spec.task), *show(plain))),
         spec,
         [spec, *shown],
         **quiet,
     )
 
-    def show_with(spec: RunSpec, mine: list[str]) -> tuple:
-        known = gr.update(choices=choices(mine))
-        return *show(spec), known, known
+    def known(mine: list[str]) -> tuple:
+        return (gr.update(choices=choices(mine)),) * 2
 
-    return page.View(show_with, [*shown, another, proved], [mine])
+    return page.View(TAB, show, shown, opened=page.Event(known, [mine], [another, proved]))
 
 
 def _code(text: str, label: str) -> gr.Code:

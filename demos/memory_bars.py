@@ -76,15 +76,19 @@ const draw = () => {
   source.innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
 };
 const moved = () => Object.fromEntries(SLIDERS.map((name, i) => [name, at[i]]).filter(([, n], i) => n !== props.value.at[i]));
+const report = () => { clearTimeout(timer); timer = null; trigger('submit', {moved: moved()}); };
 const rest = () => {
   clearTimeout(timer);
-  if (props.value.runs.every((run) => run.form) && !props.value.runs.every(isExact))
-    timer = setTimeout(() => trigger('submit', {moved: moved()}), REST);
+  const wanted = props.value.runs.every((run) => run.form) && !props.value.runs.every(isExact);
+  timer = wanted ? setTimeout(report, REST) : null;
 };
 draw(); rest();
 watch('value', () => { at = props.value.at; draw(); rest(); });
 new ResizeObserver(draw).observe(element);
 window.addEventListener('peftlab-moved', (e) => { at = e.detail; draw(); rest(); });
+document.addEventListener('pointerdown', ({target}) => {
+  if (timer && target.closest('[role=tab]') && Object.keys(moved()).length) report();
+}, true);
 """.replace("REST", str(REST)).replace("SLIDERS", str(list(SLIDERS)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from peftlab.catalog.models import DEFAULT, MODELS, find
 from peftlab.memory import CONVENTIONS, ClosedForm, Overtaken, closed_form, exact
 from peftlab.memory.conventions import EXACT
 
+TAB = "memory"
 BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
 """Settings that some methods read and counts depend on."""
 SIZES = ("batch_size", "sequence_length", "gradient_checkpointing")
@@ -39,10 +42,6 @@ LESSONS = {
     "70B (lecture 11.2)": (RunSpec(model="llama-3.1-70b", rank=64), "12n"),
     "100B (KIIT tutorial)": (RunSpec(model="100B"), "8n"),
 }  # fmt: skip
-
-
-traces = page.Asked()
-"""Exact figures that were asked for."""
 
 
 def both(spec: RunSpec) -> tuple[RunSpec, RunSpec]:
@@ -124,6 +123,7 @@ def picture(
 
 
 def build(spec: gr.State) -> page.View:
+    changing = partial(page.changing, TAB)
     start = costs.VIEW
     first = picture(page.OPENING, EXACT, start, *closed(page.OPENING, EXACT, 0.5))
     sentence = words.memory_sentence(*closed(page.OPENING, EXACT, 0.5)[0])
@@ -215,37 +215,31 @@ def build(spec: gr.State) -> page.View:
             *picture(spec, convention, view, *closed(spec, convention, share)),
         )
 
-    def traced(
-        spec: RunSpec,
-        visitor: str | None,
-        moved: dict[str, int],
-        convention: str,
-        share: float,
-        *view: Any,
-    ) -> tuple:
-        """Once the sliders rest: what the trace says, unless the visitor has moved on.
+    def rested(spec: RunSpec, moved: Mapping[str, int]) -> tuple:
+        return (_without_automatic(methods.edit(spec, tuple(moved), tuple(moved.values()))[0]),)
 
-        A slider tells the server nothing while it moves: `moved` has those that the page draws by and `spec` does not know.
-        """
-        changed, asked = page.made.since(visitor), traces.again(visitor)
-        spec = _without_automatic(methods.edit(spec, tuple(moved), tuple(moved.values()))[0])
-
-        def overtaken() -> bool:
-            return changed() or asked()
-
+    def traced(spec: RunSpec, overtaken: Callable[[], bool], convention: str, share: float, *view: Any) -> tuple:
+        """What the trace says."""
         _, forms = closed(spec, convention, share)
         if forms[1] is None:  # counted by a convention since
             raise Overtaken
         reports = tuple(exact(s, overtaken) for s in both(spec))
         if overtaken():
             raise Overtaken
-        return spec if moved else gr.skip(), *picture(spec, convention, view, reports, forms)
+        return picture(spec, convention, view, reports, forms)
 
-    def ask(request: gr.Request, event: gr.EventData, spec: RunSpec, *looks: Any) -> tuple:
+    def rest(request: gr.Request, event: gr.EventData, spec: RunSpec) -> tuple:
+        """The sliders rest, and had told the server nothing: the settings that they `moved`."""
+        return changing(page.refusing(rested, 1))(request, spec, event.moved) if event.moved else (gr.skip(), gr.skip())
+
+    def trace(request: gr.Request, refusal: str, spec: RunSpec, *looks: Any) -> tuple:
+        """Once the sliders rest: the exact figures of the settings, unless those on screen were refused."""
         try:
-            return page.refusing(traced, 1 + len(drawn))(spec, request.session_hash, event.moved, *looks)
+            if refusal:
+                raise Overtaken
+            return page.refusing(traced, len(drawn))(spec, page.visitor(request).trace(spec), *looks)
         except Overtaken:
-            return (gr.skip(),) * (2 + len(drawn))
+            return page.skipped([problem, *drawn])
 
     def body(spec: RunSpec, convention: str = EXACT, share: float = 0.5, *view: float) -> tuple:
         """Every control and picture of a spec."""
@@ -260,41 +254,36 @@ def build(spec: gr.State) -> page.View:
             bool(spec.gradient_checkpointing),
             *(_blank(name, getattr(spec, name)) for name in FOLDED),
             share_shown,
-            convention,
             *explained(spec),
             *picture(spec, convention, view or costs.VIEW, *closed(spec, convention, share)),
         )
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    show = page.refusing(body, len(FIELDS) + 2 + len(shown_with_method) + len(drawn))
+    show = page.refusing(body, len(FIELDS) + 1 + len(shown_with_method) + len(drawn))
     refresh = [problem, spec, method, *own, share, *shown_with_method, *drawn]
     sliding = [sizes[0], sizes[1], rank]
     gr.on([s.input for s in sliding], None, sliding, None, js=memory_bars.MOVED, **quiet)
     gr.on(
         [control.input for control in (*fields, *looks) if control not in sliding],
-        page.changing(page.refusing(update, len(refresh) - 1)),
+        changing(page.refusing(update, len(refresh) - 1)),
         [spec, *looks, *fields],
         refresh,
         trigger_mode="always_last",
         **quiet,
     )
-    bars.submit(
-        ask,
-        [spec, *looks],
-        [problem, spec, *drawn],
-        trigger_mode="multiple",
-        **quiet,
+    bars.submit(rest, spec, [problem, spec], trigger_mode="multiple", **quiet).then(
+        trace, [problem, spec, *looks], [problem, *drawn], trigger_mode="multiple", **quiet
     )
-    shown = [problem, *fields, share, convention, *shown_with_method, *drawn]
+    shown = [problem, *fields, share, *shown_with_method, *drawn]
     for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
         button.click(
-            page.changing(lambda share, *view, lesson=lesson, rule=rule: (lesson, *show(lesson, rule, share, *view))),
+            changing(lambda share, *view, lesson=lesson, rule=rule: (lesson, rule, *show(lesson, rule, share, *view))),
             [share, *view],
-            [spec, *shown],
+            [spec, convention, *shown],
             **quiet,
         )
     reset.click(
-        page.changing(
+        changing(
             lambda spec, *looks: (
                 plain := RunSpec(model=spec.model, method=spec.method, task=spec.task),
                 *show(plain, *looks),
@@ -314,14 +303,14 @@ def build(spec: gr.State) -> page.View:
             return page.Refused((gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)))
         return changed, *show(changed, *looks)
 
-    gr.on([use.click, text.submit], page.changing(own_config), [spec, text, *looks], [spec, *shown], **quiet)
+    gr.on([use.click, text.submit], changing(own_config), [spec, text, *looks], [spec, *shown], **quiet)
     upload.upload(
-        page.changing(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
+        changing(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
         [spec, upload, *looks],
         [spec, *shown],
         **quiet,
     )
-    return page.View(show, shown, looks)
+    return page.View(TAB, show, shown, looks)
 
 
 def _control(name: str) -> Any:

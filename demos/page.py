@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -291,52 +291,80 @@ def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
     return guarded
 
 
-class Asked:
-    """What each visitor last asked for, so that no answer to an earlier question undoes it."""
+class Visitor:
+    """What one visitor's settings are, and what of them each tab shows.
+
+    Events leave a page with the settings of their moment, and their answers may come in any order. So each answer asks
+    here whether it is still wanted, and the page looks again after every change.
+    """
+
+    landed = False
+    """Whether the link that brought them has been read."""
 
     def __init__(self) -> None:
-        self._last: Counter[str] = Counter()
+        self._spec: RunSpec | None = None
+        self._asked = self._made = self._traces = 0
+        self._looked = 0.0
+        self._drawn: defaultdict[str, tuple[Any, ...]] = defaultdict(lambda: (OPENING, None))
 
-    def again(self, visitor: str | None) -> Callable[[], bool]:
-        """The visitor asks. Returns whether they have asked again since."""
-        self._last[visitor or ""] += 1
-        return self.since(visitor)
+    def made(self, spec: RunSpec, tabs: Sequence[str]) -> None:
+        """The settings are `spec` from now on, and the answer that says so to the page draws `tabs`."""
+        self._spec = spec
+        self._made += 1
+        self._drawn.update(dict.fromkeys(tabs, (spec, None)))
 
-    def since(self, visitor: str | None) -> Callable[[], bool]:
-        """Whether the visitor has asked again since now."""
-        name = visitor or ""
-        now = self._last[name]
-        return lambda: self._last[name] != now
+    def since(self, spec: RunSpec) -> Callable[[], bool]:
+        """Whether the settings are others than `spec`, or were made again since now."""
+        made = self._made
+        return lambda: self._made != made or self._spec not in (None, spec)
+
+    def change(self) -> Callable[[], bool]:
+        """A change is asked for. Returns whether another one was since."""
+        self._asked += 1
+        asked = self._asked
+        return lambda: self._asked != asked
+
+    def trace(self, spec: RunSpec) -> Callable[[], bool]:
+        """The exact figures of `spec` are asked for. Returns whether they are not wanted any more."""
+        self._traces += 1
+        trace, changed = self._traces, self.since(spec)
+        return lambda: self._traces != trace or changed()
+
+    def look(self, view: View, moment: float, spec: RunSpec, inputs: tuple[Any, ...]) -> tuple:
+        """What `view`, on screen since `moment`, must draw anew to show `spec`: nothing, if it does already."""
+        self._looked = max(self._looked, moment)
+        changed = self.since(spec)
+        if changed() or self._drawn[view.tab] in ((spec, None), (spec, inputs)):
+            return skipped(view.outputs)
+        answer = view.show(spec, *inputs)
+        if changed() or self._looked > moment:  # then the page has looked again, or will
+            return skipped(view.outputs)
+        self._drawn[view.tab] = (spec, inputs)
+        return answer
 
 
-changes, made = Asked(), Asked()
-"""Changes of the settings on whichever tab: those that were asked for, and those that were made."""
+_visitors: defaultdict[str | None, Visitor] = defaultdict(Visitor)
 
 
-def changing(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work`, a change of the settings: nothing is shown of it if another one was asked for meanwhile."""
+def visitor(request: gr.Request) -> Visitor:
+    return _visitors[request.session_hash]
+
+
+def changing(tab: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, a change of the settings on `tab`, which are among what it answers: nothing of it is shown if another one
+    was asked for meanwhile."""
 
     def change(request: gr.Request, *args: Any) -> Any:
-        overtaken = changes.again(request.session_hash)
+        who = visitor(request)
+        overtaken = who.change()
         answer = work(*args)
         if overtaken():
             return skipped(answer)
         if not isinstance(answer, Refused):
-            made.again(request.session_hash)
+            who.made(next(part for part in answer if isinstance(part, RunSpec)), [tab])
         return answer
 
     return change
-
-
-def looking(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work`, which shows the settings as they are: nothing is shown of it if they changed meanwhile."""
-
-    def look(request: gr.Request, *args: Any) -> Any:
-        overtaken = made.since(request.session_hash)
-        answer = work(*args)
-        return skipped(answer) if overtaken() else answer
-
-    return look
 
 
 def skipped(answer: Any) -> Any:
@@ -345,22 +373,27 @@ def skipped(answer: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Resume:
-    """What a page that comes back does with the run it had: `work(state)` streams the values of `outputs`."""
+class Event:
+    """`work(*inputs)` gives or streams the values of `outputs`."""
 
     work: Callable[..., Any]
-    state: gr.BrowserState
-    outputs: list[Any]
+    inputs: Sequence[Any]
+    outputs: Sequence[Any]
 
 
 @dataclass(frozen=True)
 class View:
-    """A built tab: `show(spec, *inputs)` gives the values of `outputs`, to follow a change made elsewhere."""
+    """A built `tab`: `show(spec, *inputs)` gives the values of `outputs`, to follow a change made elsewhere.
 
+    It may also have something to do each time the tab is opened, and when a page comes back to the run it had.
+    """
+
+    tab: str
     show: Callable[..., tuple]
-    outputs: list[Any]
+    outputs: Sequence[Any]
     inputs: Sequence[Any] = ()
-    resume: Resume | None = None
+    opened: Event | None = None
+    resumed: Event | None = None
 
 
 def run_alone(title: str, build: Callable[[gr.State], View]) -> None:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 from demos import page
 from demos.adapter_choice import bundled, choices, of, task_of
 from demos.gpu import on_gpu
-from peftlab import PeftlabError, RunSpec, compare, figures, tasks, words
+from peftlab import PeftlabError, compare, figures, tasks, words
 from peftlab.compare import ComparisonReport
 from peftlab.generate import Decoding
 from peftlab.tasks import METRICS, TASKS
@@ -58,7 +58,7 @@ def scored(key: str) -> Iterator[tuple[float, ComparisonReport | None]]:
 GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
 
 
-def build(mine: gr.BrowserState) -> page.View:
+def build(mine: gr.BrowserState) -> page.Event:
     first = next(iter(bundled()), "")
 
     def about(key: str) -> tuple:
@@ -196,15 +196,15 @@ def build(mine: gr.BrowserState) -> page.View:
     )
     measure.click(score_now, adapter, [problem, sentence, chart, every, measure], **one_at_a_time)
 
-    def show(_: RunSpec, mine: list[str], chosen: str) -> tuple:
+    def opened(mine: list[str], chosen: str) -> tuple:
         """An adapter trained since the last look comes first and is chosen."""
         known = choices(mine)
         key = known[0][1] if mine and known and known[0][1] == mine[-1] else chosen
         if key == chosen:
-            return (gr.update(choices=known), *[gr.skip()] * len(picture))
+            return (gr.update(choices=known), *page.skipped(picture))
         return (gr.update(choices=known, value=key), *about(key))
 
-    return page.View(show, [adapter, *picture], [mine, adapter])
+    return page.Event(opened, [mine, adapter], [adapter, *picture])
 
 
 def _said(reply: compare.Reply) -> str:

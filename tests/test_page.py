@@ -50,52 +50,100 @@ def test_hub_ids_and_counts_pass():
         assert page.public({"model": model}) == RunSpec(model=model)
 
 
-ME, YOU = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="you")
+R8, R32, R64 = (page.OPENING.but(rank=rank) for rank in (8, 32, 64))
+
+
+@pytest.fixture
+def me():
+    return SimpleNamespace(session_hash=object())
+
+
+def to(spec):
+    """A change of the settings."""
+    return page.changing("memory", lambda: (spec, f"rank {spec.rank}"))
+
+
+def view(show=lambda spec, *inputs: (f"rank {spec.rank}", *inputs), tab="lora"):
+    return page.View(tab, show, [None])
 
 
 def is_skipped(answer) -> bool:
     return all(part == gr.skip() for part in answer)
 
 
-def test_a_slow_look_does_not_undo_a_change_made_meanwhile():
-    """A page asks for the exact figures as it opens; the link's settings arrive before they are there."""
-    change = page.changing(lambda: ("rank 32",))
-    look = page.looking(lambda then: (then(), "rank 8"))
-    assert look(ME, lambda: None) == (None, "rank 8")
-    assert is_skipped(look(ME, lambda: change(ME)))
-    assert not is_skipped(look(ME, lambda: change(YOU)))  # somebody else's
+def test_a_slow_look_does_not_undo_a_change_made_meanwhile(me):
+    def look(changer):
+        return page.visitor(me).look(view(lambda spec: (to(R32)(changer), f"rank {spec.rank}")), 1.0, R64, ())
+
+    assert look(SimpleNamespace(session_hash=object()))[-1] == "rank 64"  # somebody else's change
+    page.visitor(me).made(R64, ["memory"])
+    assert is_skipped(look(me))
 
 
-def test_a_look_begun_during_a_change_saw_the_settings_before_it():
-    overtaken = []
-
-    def slowly():
-        overtaken.append(page.made.since("me"))
-        return ("rank 32",)
-
-    assert page.changing(slowly)(ME) == ("rank 32",)
-    assert overtaken[0]()
+def test_a_look_draws_what_its_tab_does_not_show_yet(me):
+    to(R32)(me)  # on the memory tab, which draws itself
+    look = page.visitor(me).look
+    assert is_skipped(look(view(tab="memory"), 1.0, R32, ("8n",)))
+    assert look(view(), 2.0, R32, ()) == ("rank 32",)
+    assert is_skipped(look(view(), 3.0, R32, ()))
+    assert look(view(), 4.0, R32, ("8n",)) == ("rank 32", "8n")
 
 
-def test_of_two_changes_the_later_one_stands():
-    later = page.changing(lambda: ("rank 32", "alpha 8"))
+def test_a_tab_that_nothing_has_changed_is_left_as_it_opened(me):
+    """A page selects its own tab when it loads; an answer to that would undo what an early visitor has just chosen."""
+    assert is_skipped(page.visitor(me).look(view(), 1.0, page.OPENING, ("8n",)))
+
+
+def test_a_look_that_another_look_overtook_shows_nothing(me):
+    """It was sent before a lesson set how the memory is counted."""
+    who, answers = page.visitor(me), []
+
+    def slowly(spec, convention):
+        answers.append(who.look(view(), 2.0, R32, ("8n",)))
+        return (convention,)
+
+    to(R32)(me)
+    assert is_skipped(who.look(view(slowly), 1.0, R32, ("12n",)))
+    assert answers == [("rank 32", "8n")]
+
+
+def test_a_look_sent_before_a_change_and_heard_after_it_shows_nothing(me):
+    to(R32)(me)
+    assert is_skipped(page.visitor(me).look(view(), 1.0, R8, ()))
+    assert page.visitor(me).look(view(), 2.0, R32, ()) == ("rank 32",)  # the one that follows every change
+
+
+def test_exact_figures_of_settings_that_a_link_has_replaced_are_not_wanted(me):
+    """A page asks for them as it opens; the link's settings may be made before the asking is heard."""
+    to(R32)(me)
+    assert page.visitor(me).trace(R8)()
+    assert not page.visitor(me).trace(R32)()
+
+
+def test_of_two_traces_the_later_one_stands(me):
+    first, second = page.visitor(me).trace(R8), page.visitor(me).trace(R8)
+    assert first() and not second()
+
+
+def test_of_two_changes_the_later_one_stands(me):
     answers = []
 
     def slowly():
-        answers.append(later(ME))
-        return ("rank 16", "alpha 16")
+        answers.append(to(R32)(me))
+        return (R8, "rank 8")
 
-    assert is_skipped(page.changing(slowly)(ME))
-    assert answers == [("rank 32", "alpha 8")]
+    assert is_skipped(page.changing("memory", slowly)(me))
+    assert answers == [(R32, "rank 32")]
+    assert not page.visitor(me).trace(R32)()
 
 
-def test_a_refused_change_drops_nobody_elses_answer():
+def test_a_refused_change_drops_nobody_elses_answer(me):
     """The exact figures on their way stay wanted: nothing else would ask for them again."""
 
     def impossible():
         raise SpecError("rank=0: no")
 
-    refused = page.changing(page.refusing(impossible, 2))
-    look = page.looking(lambda then: (then(), "exact"))
-    (answer, exact) = look(ME, lambda: refused(ME))
-    assert exact == "exact" and answer[0] == "rank=0: no" and is_skipped(answer[1:])
+    wanted = page.visitor(me).trace(R8)
+    answer = page.changing("memory", page.refusing(impossible, 2))(me)
+    assert answer[0] == "rank=0: no" and is_skipped(answer[1:])
+    assert not wanted()

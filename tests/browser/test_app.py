@@ -176,6 +176,23 @@ def test_a_link_carries_the_settings(app, open_page):
     expect(broken.locator(".problem:visible")).to_contain_text("rank=0")
 
 
+def test_a_change_is_seen_on_the_tab_that_is_pressed_right_after_it(app, open_page):
+    page = open_page(app.url)
+    rank = page.get_by_label("number input for Rank", exact=True).locator("visible=true")
+    rank.fill("32")
+    tab(page, "LoRA")
+    expect(sentence(page)).to_contain_text("Rank 32 on")
+    page.get_by_role("button", name="70B: thin v").click()
+    tab(page, "Memory")
+    expect(sentence(page)).to_contain_text("Llama 2 70B")
+    expect(sentence(page)).to_contain_text("LoRA, rank 64")
+    page.get_by_role("button", name="100B (KIIT tutorial)").click()
+    tab(page, "LoRA")
+    expect(page.locator(".problem:visible")).to_contain_text("100B")
+    tab(page, "Memory")
+    expect(sentence(page)).to_contain_text("needs 800 GB")
+
+
 def test_every_method_is_offered_with_its_own_settings(app, open_page, size):
     page = landed(open_page(app.url + "?tab=live", size), "Live")
     panel = page.locator(".method:visible")
