@@ -88,7 +88,7 @@ def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base
     whole = {"quantization": "none"} if merged else {}
     specs = [resolve(a.spec.but(precision=None, gpu=None, **whole)) for a in chosen]
     base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision or "fp32"]))  # no adapter is rounded
-    models = {BASE: base.model}
+    models = {BASE: base.quick}
     for a in chosen:
         name = a.label
         models[str(a.folder) if name in models else name] = put(base, a)

@@ -259,8 +259,8 @@ def contenders(base: weights.Base, adapter: Adapter) -> dict[str, Any]:
     targets = methods.targets(architecture.of(spec.model or ""), spec, base.entry.name)
     serial = methods.find(SERIAL_METHOD).attach(weights.share(base.model), targets, spec)
     apart, merged = _pair(base, adapter)
-    found = {BASE: weights.share(base.model), APART: apart, MERGED: merged, SERIAL: serial.requires_grad_(False).eval()}
-    for name in (BASE, MERGED, SERIAL):  # as the adapter's own copy is
+    found = {BASE: base.quick, APART: apart, MERGED: merged, SERIAL: serial.requires_grad_(False).eval()}
+    for name in (MERGED, SERIAL):  # as the base's and the adapter's own copies are
         fused.quicken(found[name])
     return found
 

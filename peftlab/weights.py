@@ -18,6 +18,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,15 @@ class Base:
     tokenizer: Any
     source: Source
     device: str
+
+    @cached_property
+    def quick(self) -> Any:
+        """A `share` with its operations fused, to generate with."""
+        from . import fused
+
+        model = share(self.model)
+        fused.quicken(model)
+        return model
 
 
 _loaded: dict[tuple[str, ...], Base] = {}

@@ -17,6 +17,7 @@ from .compare import BASE, ComparisonReport
 from .count import ParameterReport
 from .lowrank import Spectrum
 from .memory import MemoryReport
+from .spec import parse_layers
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -183,7 +184,22 @@ WHERE = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v
 def where(spec: Any) -> str:
     """Target modules in words."""
     text = WHERE.get(spec.target_modules or "", (spec.target_modules or "").replace(",", ", "))
-    return text if spec.layers in (None, "all") else f"{text} of layers {spec.layers}"
+    layers = "" if spec.layers in (None, "all") else _layers(spec)
+    return f"{text} of layers {layers}" if layers else text
+
+
+def _layers(spec: Any) -> str:
+    """The numbers of the chosen layers, `first:4` as 0-3, as the widget writes them; empty for all."""
+    n_layers = architectures.of(spec.model).n_layers
+    chosen = parse_layers(spec.layers, n_layers)
+    runs: list[list[int]] = []
+    for layer in chosen:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    said = (str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ",".join(said) if len(chosen) < n_layers else ""
 
 
 def lora_sentence(report: ParameterReport) -> str:

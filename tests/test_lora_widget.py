@@ -130,7 +130,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
             assert not answer["refused"], asked
             assert answer["trained"] == report.trainable_parameters
             assert answer["saved"] * BYTES[report.spec.adapter_precision] == report.adapter_bytes
-            said = asked.but(layers=layers, target_modules=answer["targets"])
+            said = asked.but(target_modules=answer["targets"])
             assert answer["sentence"] == words.lora_sentence(count(said))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
             assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")

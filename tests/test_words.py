@@ -37,6 +37,14 @@ def test_seconds(value, text):
     assert words.seconds(value) == text
 
 
+@pytest.mark.parametrize(
+    "layers, said", [("first:4", " of layers 0-3"), ("1,3-4", " of layers 1,3-4"), ("0-31", ""), (None, "")]
+)
+def test_layers_are_named_by_their_numbers(layers, said):
+    spec = RunSpec(model="llama-2-7b", target_modules="q_proj,v_proj", layers=layers)
+    assert words.where(spec) == "q and v" + said
+
+
 def plain(sentence):
     return re.sub(r"<[^>]+>", "", sentence)
 

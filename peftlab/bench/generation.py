@@ -27,13 +27,14 @@ def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = pri
     base, task = weights.load(spec), tasks.find(spec.task or "")
     prompts = [tasks.prompt_ids(base.tokenizer, task.instruction, row.prompt) for row in task.heldout]
     rows = []
-    for name, model in (("base", base.model), (spec.method, engine._attached(base, spec, plain=True).eval())):
+    adapted = [engine._attached(base, spec, plain).eval() for plain in (False, True)]
+    for name, quick, plain in (("base", base.quick, base.model), (spec.method, *adapted)):
         for streams in STREAMS:
             asked = prompts[:streams]
-            ours, theirs = _ours(model, asked, 2), _theirs(model, asked, 2)  # warms up
+            ours, theirs = _ours(quick, asked, 2), _theirs(plain, asked, 2)  # warms up
             took: dict[str, list[float]] = {"peftlab": [], "transformers": []}
             for _ in range(ROUNDS):
-                for who, say_it in (("peftlab", _ours), ("transformers", _theirs)):
+                for who, model, say_it in (("peftlab", quick, _ours), ("transformers", plain, _theirs)):
                     began = time.perf_counter()
                     said = say_it(model, asked, TOKENS)
                     took[who].append(time.perf_counter() - began)

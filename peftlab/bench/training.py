@@ -250,7 +250,10 @@ SEEDED = ("peftlab", "peftlab, bf16 adapters", YARDSTICK)
 def record_speed(
     spec: RunSpec, out: Path, seeds: int = 1, chosen: list[str] | None = None, say: Say = print
 ) -> dict[str, Any]:
-    """Each peer, those of SEEDED on `seeds` seeds, to `out`. One that fails says so, and the others go on."""
+    """Each peer, those of SEEDED on `seeds` seeds, to `out`. One that fails says so, and the others go on.
+
+    With all of them comes the list of every method's gear.
+    """
     spec = resolve_here(spec)
     rows = []
     for name in chosen or list(PEERS):
@@ -268,8 +271,14 @@ def record_speed(
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
                 break
             say(f"{name}, seed {seed}: {_said(row['runs'][-1])}")
-    document = provenance() | {"kind": "speed", "spec": spec.to_dict(), "floor_seconds": _floor(spec), "rows": rows,
-                               "methods": [_gear(spec.model, spec.task, method, say) for method in METHODS]}  # fmt: skip
+    gears = [] if chosen else [_gear(spec.model, spec.task, method, say) for method in METHODS]
+    document = provenance() | {
+        "kind": "speed",
+        "spec": spec.to_dict(),
+        "floor_seconds": _floor(spec),
+        "rows": rows,
+        "methods": gears,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
     return document

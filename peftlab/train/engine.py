@@ -95,7 +95,7 @@ def warm_up(spec: RunSpec) -> None:
             for _ in run._launch(pieces):
                 pass
         run.gear.fetch(run.pending)
-        for model in (base.model, run.model.eval()):
+        for model in (base.quick, run.model.eval()):
             for _ in answer(model, base.tokenizer, dataclasses.replace(task, max_new_tokens=4), task.heldout):
                 pass
         run.close()
@@ -227,7 +227,7 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         steps = self.spec.steps or 1
-        prose_before = nats_per_token(self.base.model, self.base.tokenizer)
+        prose_before = nats_per_token(self.base.quick, self.base.tokenizer)
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
         stream = iter(self.batches)
@@ -364,7 +364,7 @@ class _Run:
 
         A stop during it leaves it unmeasured.
         """
-        model = self.base.model if when == "before" else self.model.eval()
+        model = self.base.quick if when == "before" else self.model.eval()
         begun = time.perf_counter()
         work: Generator[float, None, list[Answer]] = answer(model, self.base.tokenizer, self.task, self.task.heldout)
         while True:
