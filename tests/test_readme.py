@@ -9,6 +9,8 @@ import yaml
 
 from peftlab import words
 from peftlab.bench import recorded_runs
+from peftlab.bench.training import YARDSTICK
+from peftlab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,3 +85,19 @@ def test_other_calculators_are_quoted_from_the_recording():
             errors = f"{line['mean_absolute_error']:.1%} | {line['worst_error']:+.1%}"
             row = f"| {line['tool']}{version} | {line['quantity']} | {line['covered']} of {line['rows']} | {errors} |"
             assert row in README
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_speeds_on_a_cpu_are_those_of_the_recordings(task):
+    document = json.loads((ROOT / f"assets/measured/speed-{task}-cpu.json").read_text())
+    assert document["spec"]["task"] == task and document["device"] == "cpu"
+    runs = {row["name"]: row["runs"] for row in document["rows"]}
+    ours, theirs = runs["peftlab"], runs[YARDSTICK]
+    ratio = mean(ours, "tokens_per_second") / mean(theirs, "tokens_per_second")
+    scores = " | ".join(words.score(mean(of, "score")) for of in (ours, theirs))
+    assert f"| `speed-{task}-cpu.json` | {ratio:.2f}× | {scores} |" in README
+    assert ratio >= 1.2
+
+
+def mean(runs, name):
+    return sum(run[name] for run in runs) / len(runs)
