@@ -125,15 +125,16 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
 
     def look(request: gr.Request, screen: str, spec: RunSpec, convention: str, *rest: Any) -> Any:
         """The link to what is on screen, and what the tab on screen does not show yet."""
-        who, (tab, moment) = page.visitor(request), screen.split()
+        tab, moment = screen.split()
+        who = page.visitor(request)
+        overtaken = who.looks(float(moment))
         inputs = {memory.tab: (convention, *rest)}
-        drawn = (
-            who.look(view, float(moment), spec, inputs.get(view.tab, ()))
-            if view.tab == tab
-            else page.skipped(view.outputs)
+        drawn = [
+            who.look(view, overtaken, spec, inputs.get(view.tab, ())) if view.tab == tab else page.skipped(view.outputs)
             for view in views
-        )
-        return (to_link(spec, convention) if who.landed else UNREAD, *chain(*drawn))
+        ]
+        link = to_link(spec, convention) if who.landed and not overtaken() else gr.skip()
+        return (link, *chain(*drawn))
 
     every_output = [output for view in views for output in view.outputs]
     convention = memory.inputs[0]

@@ -330,14 +330,18 @@ class Visitor:
         trace, changed = self._traces, self.since(spec)
         return lambda: self._traces != trace or changed()
 
-    def look(self, view: View, moment: float, spec: RunSpec, inputs: tuple[Any, ...]) -> tuple:
-        """What `view`, on screen since `moment`, must draw anew to show `spec`: nothing, if it does already."""
+    def looks(self, moment: float) -> Callable[[], bool]:
+        """The page looks, at a `moment` of its own clock. Returns whether it was heard to look again later."""
         self._looked = max(self._looked, moment)
+        return lambda: self._looked > moment
+
+    def look(self, view: View, overtaken: Callable[[], bool], spec: RunSpec, inputs: tuple[Any, ...] = ()) -> tuple:
+        """What `view`, which is on screen, must draw anew to show `spec`: nothing, if it does already."""
         changed = self.since(spec)
         if changed() or self._drawn[view.tab] in ((spec, None), (spec, inputs)):
             return skipped(view.outputs)
         answer = view.show(spec, *inputs)
-        if changed() or self._looked > moment:  # then the page has looked again, or will
+        if changed() or overtaken():  # then the page has looked again, or will
             return skipped(view.outputs)
         self._drawn[view.tab] = (spec, inputs)
         return answer

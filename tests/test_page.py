@@ -67,13 +67,17 @@ def view(show=lambda spec, *inputs: (f"rank {spec.rank}", *inputs), tab="lora"):
     return page.View(tab, show, [None])
 
 
+def never() -> bool:
+    return False
+
+
 def is_skipped(answer) -> bool:
     return all(part == gr.skip() for part in answer)
 
 
 def test_a_slow_look_does_not_undo_a_change_made_meanwhile(me):
     def look(changer):
-        return page.visitor(me).look(view(lambda spec: (to(R32)(changer), f"rank {spec.rank}")), 1.0, R64, ())
+        return page.visitor(me).look(view(lambda spec: (to(R32)(changer), f"rank {spec.rank}")), never, R64)
 
     assert look(SimpleNamespace(session_hash=object()))[-1] == "rank 64"  # somebody else's change
     page.visitor(me).made(R64, ["memory"])
@@ -83,34 +87,36 @@ def test_a_slow_look_does_not_undo_a_change_made_meanwhile(me):
 def test_a_look_draws_what_its_tab_does_not_show_yet(me):
     to(R32)(me)  # on the memory tab, which draws itself
     look = page.visitor(me).look
-    assert is_skipped(look(view(tab="memory"), 1.0, R32, ("8n",)))
-    assert look(view(), 2.0, R32, ()) == ("rank 32",)
-    assert is_skipped(look(view(), 3.0, R32, ()))
-    assert look(view(), 4.0, R32, ("8n",)) == ("rank 32", "8n")
+    assert is_skipped(look(view(tab="memory"), never, R32, ("8n",)))
+    assert look(view(), never, R32) == ("rank 32",)
+    assert is_skipped(look(view(), never, R32))
+    assert look(view(), never, R32, ("8n",)) == ("rank 32", "8n")
 
 
 def test_a_tab_that_nothing_has_changed_is_left_as_it_opened(me):
     """A page selects its own tab when it loads; an answer to that would undo what an early visitor has just chosen."""
-    assert is_skipped(page.visitor(me).look(view(), 1.0, page.OPENING, ("8n",)))
+    assert is_skipped(page.visitor(me).look(view(), never, page.OPENING, ("8n",)))
 
 
 def test_a_look_that_another_look_overtook_shows_nothing(me):
     """It was sent before a lesson set how the memory is counted."""
     who, answers = page.visitor(me), []
+    to(R32)(me)
+    early = who.looks(1.0)
 
     def slowly(spec, convention):
-        answers.append(who.look(view(), 2.0, R32, ("8n",)))
+        answers.append(who.look(view(), who.looks(2.0), R32, ("8n",)))
         return (convention,)
 
-    to(R32)(me)
-    assert is_skipped(who.look(view(slowly), 1.0, R32, ("12n",)))
+    assert is_skipped(who.look(view(slowly), early, R32, ("12n",)))
     assert answers == [("rank 32", "8n")]
+    assert early() and who.looks(1.5)() and not who.looks(2.0)()
 
 
 def test_a_look_sent_before_a_change_and_heard_after_it_shows_nothing(me):
     to(R32)(me)
-    assert is_skipped(page.visitor(me).look(view(), 1.0, R8, ()))
-    assert page.visitor(me).look(view(), 2.0, R32, ()) == ("rank 32",)  # the one that follows every change
+    assert is_skipped(page.visitor(me).look(view(), never, R8))
+    assert page.visitor(me).look(view(), never, R32) == ("rank 32",)  # the one that follows every change
 
 
 def test_exact_figures_of_settings_that_a_link_has_replaced_are_not_wanted(me):
