@@ -71,6 +71,6 @@ def test_each_way_to_change_the_forward_pass_is_drawn_and_counted():
 def test_settings_of_a_model_that_is_gone_are_not_taken():
     with gr.Blocks():
         view = lora_visualizer.build(gr.State(page.OPENING), gr.BrowserState([]))
-    assert len(view.show(page.OPENING, [])) == len(view.outputs)
-    refused = view.show(RunSpec(model="100B"), [])
+    assert len(view.show(page.OPENING)) == len(view.outputs)
+    refused = view.show(RunSpec(model="100B"))
     assert len(refused) == len(view.outputs) and "100B" in refused[0]
