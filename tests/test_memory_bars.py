@@ -104,9 +104,9 @@ const said = cases.map(({value, points}) => {
   const element = {clientWidth: 800, querySelector: (name) => places[name] ??= {innerHTML: '', clientWidth: 800}};
   const window = {addEventListener: (name, f) => { listeners[name] = f; }};
   class ResizeObserver { observe() {} }
-  const make = new Function('props', 'element', 'watch', 'trigger', 'window', 'ResizeObserver', 'setTimeout', 'clearTimeout',
+  const make = new Function('props', 'element', 'watch', 'trigger', 'window', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout',
     source + '; return () => props.value.runs.map(parts);');
-  const parts = make({value}, element, nothing, nothing, window, ResizeObserver, nothing, nothing);
+  const parts = make({value}, element, nothing, nothing, window, {addEventListener: nothing}, ResizeObserver, nothing, nothing);
   return points.map((at) => {
     listeners['peftlab-moved']({detail: at});
     return {parts: parts(), sentence: places['.sentence'].innerHTML, bars: places['.bars'].innerHTML};
