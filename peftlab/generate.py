@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from . import tasks
+from . import graphs, tasks
 from .errors import SpecError
 from .tasks import Row, Task
 
@@ -58,23 +59,27 @@ def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decodin
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     reader: _Reader | None = None
     under_way: deque[_Fetched] = deque()
-    for step in range(decoding.max_new_tokens):
-        with torch.inference_mode():
-            if reader is None:
-                reader = _Reader(model, prompts, max(eos, 0))
-            elif step == 1 and device.type == "cuda":
-                reader = _Replayed.of(reader, decoding.max_new_tokens) or reader
-            token = _pick(reader.logits(), decoding, draw)
-            ended = ended | (token == eos)
-            reader.feed(token)
-            under_way.append(_Fetched(token, ended))
-        if step == 0 or device.type == "cpu" or len(under_way) > 1:
-            column = under_way.popleft().column()
-            yield column  # outside inference_mode, which would hold for the caller too, where streams interleave
-            if all(token is None for token in column):
-                return
-    for fetched in under_way:
-        yield fetched.column()
+    try:
+        for step in range(decoding.max_new_tokens):
+            with torch.inference_mode():
+                if reader is None:
+                    reader = _Reader(model, prompts, max(eos, 0))
+                elif step == 1 and device.type == "cuda":
+                    reader = _Replayed.of(reader, decoding.max_new_tokens) or reader
+                token = _pick(reader.logits(), decoding, draw)
+                ended = ended | (token == eos)
+                reader.feed(token)
+                under_way.append(_Fetched(token, ended))
+            if step == 0 or device.type == "cpu" or len(under_way) > 1:
+                column = under_way.popleft().column()
+                yield column  # outside inference_mode, which would hold for the caller too, where streams interleave
+                if all(token is None for token in column):
+                    return
+        for fetched in under_way:
+            yield fetched.column()
+    finally:
+        if reader:
+            reader.close()
 
 
 class _Fetched:
@@ -138,6 +143,13 @@ class _Reader:
         self.cache = out.past_key_values
         return out.logits[:, -1].float()
 
+    def seen(self) -> int:
+        """Tokens in the cache, virtual ones too."""
+        return int(self.cache.get_seq_length())
+
+    def close(self) -> None:
+        """Once it is read no further."""
+
     def feed(self, token: Tensor) -> None:
         import torch
 
@@ -156,64 +168,124 @@ def _common(prompts: Sequence[list[int]]) -> int:
     return shared if shared >= SHARED else 0
 
 
-_capturing = threading.Lock()
-"""torch records all graphs on one stream, where two threads at once would record each other."""
+STRIDE = 128
+"""A fixed cache holds a multiple of this many tokens for each row, so that later prompts find one that fits."""
+KEPT = 100e6
+"""Bytes of a fixed cache up to which it and its graph are kept for the model's next prompts."""
+
+
+@dataclass
+class _Fixed:
+    """A cache of fixed size, what one token's step reads beside it, and that step as a CUDA graph once it is recorded."""
+
+    cache: Any
+    at: Tensor
+    """Tokens in the cache, which all its layers share."""
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    steps: int = 0
+    graph: Any = None
+    out: Any = None
+
+    @classmethod
+    def like(cls, reader: _Reader, width: int) -> _Fixed:
+        """Empty, for a mask of `width`, which a model's virtual tokens are not in."""
+        import torch
+        from transformers.cache_utils import Cache
+
+        room = width + reader.seen() + 1 - reader.mask.shape[1]
+        at = torch.zeros((), dtype=torch.long, device=reader.ids.device)
+        layers = [_layer()(held.keys, held.values, room, at) for held in reader.cache.layers]
+        mask = reader.mask.new_zeros(len(reader.mask), width)
+        return cls(Cache(layers=layers), at, reader.ids.clone(), mask, reader.positions.clone())
+
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+
+    def take(self, reader: _Reader) -> None:
+        """What `reader` has read, and the token that it was fed."""
+        import torch
+
+        seen, masked = reader.seen(), reader.mask.shape[1]
+        read = [t for layer in reader.cache.layers for t in (layer.keys, layer.values)]
+        torch._foreach_zero_(self.tensors())  # what is masked counts nothing, unless it is NaN
+        torch._foreach_copy_([t[:, :, :seen] for t in self.tensors()], read)
+        self.at.fill_(seen)
+        self.mask.fill_(0)
+        self.mask[:, :masked] = reader.mask
+        self.ids.copy_(reader.ids)
+        self.positions.copy_(reader.positions)
+
+
+@cache
+def _layer() -> Any:
+    """transformers' static layer, all of one length: it moves once a token, not once a layer."""
+    from transformers.cache_utils import StaticLayer
+
+    class Layer(StaticLayer):
+        def __init__(self, keys: Tensor, values: Tensor, room: int, at: Tensor) -> None:
+            super().__init__(max_cache_len=room)
+            self.lazy_initialization(keys, values)
+            self.cumulative_length = at
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            at = self.cumulative_length.view(1)
+            assert self.keys is not None and self.values is not None
+            return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
+
+    return Layer
+
+
+_kept: WeakKeyDictionary[Any, dict[tuple[int, int], _Fixed]] = WeakKeyDictionary()
+"""Model → rows and width → what no one is using. A model's weights may change in place; its modules may not."""
 
 
 class _Replayed(_Reader):
-    """One token as a CUDA graph, over a cache of fixed size. Where it cannot be captured, the same step runs eagerly."""
+    """One token as a CUDA graph, over a cache of fixed size. Where it cannot be recorded, the same step runs eagerly."""
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, at: int) -> None:
-        self.model, self.cache = model, cache
-        self.ids, self.mask, self.positions, self.at = ids, mask, positions, at
-        self.graph: Any = None
-        self.tries = 0
-        self.out: Any = None
+    def __init__(self, model: Any, fixed: _Fixed, at: int) -> None:
+        self.model, self.cache, self.fixed, self.at = model, fixed.cache, fixed, at
+        self.ids, self.mask, self.positions = fixed.ids, fixed.mask, fixed.positions
 
     @classmethod
     def of(cls, reader: _Reader, tokens: int) -> _Replayed | None:
         """Goes on where `reader` is; None where its cache has let go of tokens that a sliding window no longer sees."""
-        import torch
-        from transformers.cache_utils import Cache, StaticLayer
-
-        layers = reader.cache.layers
-        seen = int(reader.cache.get_seq_length())
-        if any(layer.keys.shape[-2] != seen for layer in layers):
+        if any(layer.keys.shape[-2] != reader.seen() for layer in reader.cache.layers):
             return None
-        fixed = []
-        for layer in layers:
-            static: Any = StaticLayer(max_cache_len=seen + tokens)
-            static.lazy_initialization(layer.keys, layer.values)
-            static.keys[:, :, :seen] = layer.keys
-            static.values[:, :, :seen] = layer.values
-            static.cumulative_length.fill_(seen)
-            fixed.append(static)
-        mask = torch.cat([reader.mask, reader.mask.new_zeros(len(reader.mask), tokens - 1)], 1)
-        return cls(
-            reader.model, reader.ids.clone(), mask, reader.positions.clone(), Cache(layers=fixed), reader.mask.shape[1]
-        )
+        rows, masked = reader.mask.shape
+        width = math.ceil((masked + tokens) / STRIDE) * STRIDE
+        fixed = _kept.setdefault(reader.model, {}).pop((rows, width), None) or _Fixed.like(reader, width)
+        fixed.take(reader)
+        return cls(reader.model, fixed, masked)
+
+    def close(self) -> None:
+        if self.fixed.graph and sum(t.nbytes for t in self.fixed.tensors()) < KEPT:
+            _kept[self.model][len(self.mask), self.mask.shape[1]] = self.fixed
 
     def logits(self) -> Tensor:
         import torch
 
-        self.tries += 1
-        if self.tries == 2 and self.ids.is_cuda:  # the first warmed up
+        fixed = self.fixed
+        fixed.steps += 1
+        if fixed.steps == 2 and self.ids.is_cuda:  # the first warmed up
             graph = torch.cuda.CUDAGraph()
             try:
-                with _capturing, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self.out = super().logits()
-                self.graph = graph
+                with graphs.apart(), graphs.recording(graph):
+                    fixed.out = super().logits()
+                fixed.graph = graph
             except RuntimeError:
                 pass
-        if self.graph is None:
+        if fixed.graph is None:
             return super().logits()
-        self.graph.replay()
-        return self.out
+        fixed.graph.replay()
+        return fixed.out
 
     def feed(self, token: Tensor) -> None:
         self.ids.copy_(token[:, None])
         self.mask[:, self.at : self.at + 1] = 1
         self.positions += 1
+        self.fixed.at += 1
         self.at += 1
 
 

@@ -64,7 +64,8 @@ def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, t
     for _ in range(5):
         told += run._launch(next(stream))
     losses = [event["loss"] for event in run._fetch(0.0)]
-    assert losses == whole and [e["why_eager"] for e in told] == ["a number was asked for"]
+    assert losses == pytest.approx(whole, rel=1e-5)
+    assert [e["why_eager"] for e in told] == ["a number was asked for"]
     assert run.gear.name == "eager"
 
 

@@ -6,14 +6,12 @@ same up to rounding.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .. import methods, optimizers
+from .. import graphs, methods, optimizers
 from ..spec import RunSpec
 from .batches import Batch
 
@@ -127,18 +125,6 @@ class Eager:
             return torch.stack(list(results)).tolist()
 
 
-_using = threading.Lock()
-"""Of the stream, by one thread at a time: what another launched there while a step is recorded would be recorded too."""
-
-
-@cache
-def _stream() -> Any:
-    """One for all runs: cuBLAS keeps a workspace for each stream that it has seen."""
-    import torch
-
-    return torch.cuda.Stream()
-
-
 @dataclass
 class _Captured:
     graph: Any
@@ -156,16 +142,13 @@ class Graph(Eager):
         import torch
 
         super().__init__(step, "")
-        self.stream = _stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        graphs.stream().wait_stream(torch.cuda.current_stream())
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, _Captured | None] = {}
 
     @contextmanager
     def order(self) -> Iterator[None]:
-        import torch
-
-        with _using, torch.cuda.stream(self.stream):
+        with graphs.apart():
             yield
 
     def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
@@ -191,8 +174,8 @@ class Graph(Eager):
         static = [replace(b, data=b.data.to(self.step.device)) for b in pieces]
         answers = torch.ones((), device=self.step.device)
         graph = torch.cuda.CUDAGraph()
-        try:  # other threads may go on with their own work on the GPU
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        try:
+            with graphs.recording(graph, self.pool):
                 out = self.step(static, answers)
         except RuntimeError as error:
             self.step.optimizer.zero_grad(set_to_none=True)

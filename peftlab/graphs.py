@@ -1,0 +1,52 @@
+"""CUDA graphs: many launches recorded once and replayed as one. A stream of their own, and one thread at a time on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+ROOM = 0.25
+"""Share of the GPU's memory that is to be free when a graph is recorded, which cannot use what is cached for others."""
+
+_using = threading.Lock()
+"""Of the stream, by one thread at a time: what another launched there during a recording would be recorded too."""
+
+
+@cache
+def stream() -> Any:
+    """One for all: cuBLAS keeps a workspace for each stream that it has seen."""
+    import torch
+
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What is launched within goes to the graphs' stream, whatever else this process has under way."""
+    import torch
+
+    with _using, torch.cuda.stream(stream()):
+        yield
+
+
+@contextmanager
+def recording(graph: Any, pool: Any = None) -> Iterator[None]:
+    """Records what is launched within into a `torch.cuda.CUDAGraph`; use it `apart`. Raises RuntimeError.
+
+    `torch.cuda.graph` does the same, and first gives the process's cached memory back to the driver and the host, which
+    then has to be asked for again.
+    """
+    import torch
+
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    if free < ROOM * total:
+        torch.cuda.empty_cache()
+    graph.capture_begin(*((pool,) if pool else ()), capture_error_mode="thread_local")  # others may go on meanwhile
+    try:
+        yield
+    finally:
+        graph.capture_end()
