@@ -89,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--at-once", type=_count, default=1, help="memory: processes that share the GPU")
     bench.add_argument("--seeds", type=_count, default=1, help="train: runs of each trainer")
     bench.add_argument("--peer", action="append", help="train: one of the trainers; repeatable (default: all)")
+    bench.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="train: of the model's shapes, and rows of --sequence-length tokens",
+    )
     bench.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
     return parser
 
@@ -425,7 +430,7 @@ def _bench(args: argparse.Namespace) -> None:
     elif args.what == "generate":
         document = record_generation(_spec(args), args.out, say)
     elif args.what == "train":
-        document = record_speed(_spec(args), args.out, args.seeds, args.peer, say)
+        document = record_speed(_spec(args), args.out, args.seeds, args.peer, args.random_weights, say)
     elif args.what == "calculators":
         document = record_calculators(args.out)
         for comparison in () if args.json else document["comparisons"]:

@@ -14,19 +14,24 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROTARY = "apply_rotary_pos_emb"
 """What transformers' attention modules call, whatever the family."""
+HEADS_FIRST = 1
+"""Where cos and sin get a dimension for the heads, if queries are batch × heads × length × d."""
+ATTENTION = "peftlab"
+"""Our name among transformers' ways to attend."""
 
 
 def quicken(model: Any) -> dict[str, int]:
     """Fuses what it knows in a private copy of a model, and says how many of each kind. The copy's modules stay themselves."""
     adapted = []
-    counts = {"norms": 0, "rotary": 0, "lora": 0}
+    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}.values()
+    counts = {"norms": 0, "rotary": 0, "lora": 0, "attention": sum(map(_attention, configs))}
     for module in model.modules():
         if forward := _norm(module):
             counts["norms"] += 1
@@ -97,14 +102,19 @@ def _rotary(kind: Any) -> Callable[..., Any] | None:
     return fused
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **_: Any) -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = HEADS_FIRST, **_: Any
+) -> tuple[Tensor, Tensor]:
     """Rotary positions of queries and keys, batch × heads × length × d. Su et al. 2021."""
     signed = getattr(sin, "signed", None)
     if signed is None:  # the layers share one sin
         half = sin.shape[-1] // 2
         signed = sin.signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # type: ignore[attr-defined]
-    cos, signed = cos.unsqueeze(unsqueeze_dim), signed.unsqueeze(unsqueeze_dim)
-    return _Rotated.apply(q, cos, signed), _Rotated.apply(k, cos, signed)
+    swapped = unsqueeze_dim == HEADS_FIRST  # in memory, length comes before heads all the same
+    both = [x.transpose(1, 2) if swapped else x for x in (q, k)]
+    turned = _Rotated.apply(torch.cat(both, 2), cos.unsqueeze(2), signed.unsqueeze(2))
+    new_q, new_k = turned.split([x.shape[2] for x in both], 2)
+    return (new_q.transpose(1, 2), new_k.transpose(1, 2)) if swapped else (new_q, new_k)
 
 
 class _Rotated(torch.autograd.Function):
@@ -119,6 +129,53 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), sin, value=-1), None, None
+
+
+def _attention(config: Any) -> bool:
+    """Has a private config's attention take its mask as the kernels want it: not at all, or ready to be added."""
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return False
+    _register()
+    config._attn_implementation = ATTENTION
+    return True
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+    """transformers' own, but that the heads of a single token which share keys are read as that many tokens of one head."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows, heads, length, _ = query.shape
+    if mask is None or length > 1 or any(more.get(name) is not None for name in ("softcap", "position_bias")):
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+    grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
+    out = scaled_dot_product_attention(grouped, key, value, mask.to(query.dtype), scale=more.get("scaling"))
+    return out.reshape(rows, 1, heads, -1), None
+
+
+def _mask(**asked: Any) -> Tensor | None:
+    """Of scaled_dot_product_attention: None where it is causal and no more, as transformers has it outside of recordings."""
+    from transformers.masking_utils import sdpa_mask
+
+    length, window = asked["q_length"], asked.get("local_size")
+    whole = asked.get("attention_mask") is None and asked["kv_length"] == length and (not window or length < window)
+    if whole and not asked.get("use_vmap") and _recording():
+        return None
+    mask = sdpa_mask(**asked)
+    if mask is None or length > 1:
+        return mask
+    return torch.zeros_like(mask, dtype=asked["dtype"]).masked_fill_(~mask, -torch.inf)
+
+
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_plain_lora(module: Any) -> bool:

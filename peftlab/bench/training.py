@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ from ..spec import RunSpec
 from ..train import engine, train, warm_up
 from ..train.batches import IGNORED, Batches, encode
 from ..train.gears import CLIP
+from .random_weights import random_weights
 from .record import provenance
 
 GEAR_STEPS = 16
@@ -248,13 +250,26 @@ SEEDED = ("peftlab", "peftlab, bf16 adapters", YARDSTICK)
 
 
 def record_speed(
-    spec: RunSpec, out: Path, seeds: int = 1, chosen: list[str] | None = None, say: Say = print
+    spec: RunSpec,
+    out: Path,
+    seeds: int = 1,
+    chosen: list[str] | None = None,
+    random: bool = False,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Each peer, those of SEEDED on `seeds` seeds, to `out`. One that fails says so, and the others go on.
 
-    With all of them comes the list of every method's gear.
+    With all of them comes the list of every method's gear. With `random` weights there are no scores.
     """
-    spec = resolve_here(spec)
+    if not random:
+        return _record(resolve_here(spec), out, seeds, chosen, say)
+    with tempfile.TemporaryDirectory() as folder:
+        return _record(resolve_here(random_weights(spec, Path(folder))), out, seeds, chosen, say, spec.model)
+
+
+def _record(
+    spec: RunSpec, out: Path, seeds: int, chosen: list[str] | None, say: Say, stands_for: str | None = None
+) -> dict[str, Any]:
     rows = []
     for name in chosen or list(PEERS):
         package, run = PEERS[name]
@@ -265,16 +280,20 @@ def record_speed(
             continue
         row["package"] = f"{package} {version(package)}"
         for seed in range(seeds if name in SEEDED else 1):
+            gc.collect()  # what the last one leaves would count in the next one's peak
             try:
                 row["runs"].append(run(spec.but(seed=seed)) | {"seed": seed})
             except (PeftlabError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
                 break
+            if stands_for:
+                del row["runs"][-1]["score"]  # random weights have learned nothing
             say(f"{name}, seed {seed}: {_said(row['runs'][-1])}")
-    gears = [] if chosen else [_gear(spec.model, spec.task, method, say) for method in METHODS]
+    gears = [] if chosen or stands_for else [_gear(spec.model, spec.task, method, say) for method in METHODS]
     document = provenance() | {
         "kind": "speed",
-        "spec": spec.to_dict(),
+        "spec": spec.to_dict() | ({"model": stands_for, "task": None} if stands_for else {}),
+        "random_weights": bool(stands_for),
         "floor_seconds": _floor(spec),
         "rows": rows,
         "methods": gears,
@@ -320,4 +339,5 @@ def _gear(model: str | None, task: str | None, method: str, say: Say) -> dict[st
 
 
 def _said(run: dict[str, Any]) -> str:
-    return f"{1000 * run['step_seconds']:.1f} ms a step, {run['tokens_per_second']:,.0f} tokens/s, score {run['score']:.2f}"
+    score = f", score {run['score']:.2f}" if "score" in run else ""
+    return f"{1000 * run['step_seconds']:.1f} ms a step, {run['tokens_per_second']:,.0f} tokens/s{score}"
