@@ -1,4 +1,4 @@
-"""The same functions in fewer operations, put in place of a model's own: norms, rotary positions and LoRA's product.
+"""The same functions in fewer operations, put in place of a model's own: norms, rotary positions, masks and linear maps.
 
 A model of 30 layers launches thousands of small kernels a step, and each takes longer than its arithmetic. Everything here
 is torch's own operations, so nothing is compiled. Results differ from the model's own by rounding alone, which is tried on
@@ -7,8 +7,9 @@ each norm and each way to rotate before it is taken.
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 ROTARY = "apply_rotary_pos_emb"
 """What transformers' attention modules call, whatever the family."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear maps that most families give the same input."""
 HEADS_FIRST = 1
 """Where cos and sin get a dimension for the heads, if queries are batch × heads × length × d."""
 ATTENTION = "peftlab"
@@ -29,23 +32,37 @@ ATTENTION = "peftlab"
 
 def quicken(model: Any) -> dict[str, int]:
     """Fuses what it knows in a private copy of a model, and says how many of each kind. The copy's modules stay themselves."""
-    adapted = []
     configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}.values()
-    counts = {"norms": 0, "rotary": 0, "lora": 0, "attention": sum(map(_attention, configs))}
+    counts = {"norms": 0, "rotary": 0, "attention": sum(map(_attention, configs)), "lora": 0, "joined": 0}
     for module in model.modules():
         if forward := _norm(module):
             counts["norms"] += 1
         elif forward := _rotary(module.__class__):
             counts["rotary"] += 1
-        elif _is_plain_lora(module):
-            forward = _lora
-            adapted.append(module)
-            counts["lora"] += 1
         if forward:
             module.__class__ = _with_forward(module.__class__, forward)
-    if adapted:
+    sites = [_Site(run) for module in model.modules() for run in _runs(module)]
+    for site in sites:
+        counts["lora"] += len(site.adapted)
+        counts["joined"] += len(site.members) > 1
+        for member in site.members:
+            member.site = site
+            member.__class__ = _with_forward(member.__class__, _linear)
+    if adapted := [site for site in sites if site.adapted]:
         model.register_forward_pre_hook(lambda *_: _share_near(adapted))
     return counts
+
+
+def adjoin(model: Any) -> None:
+    """Puts weights that read the same input side by side in memory, so that one product can do for all. Numbers stay."""
+    for module in model.modules():
+        for names in SIBLINGS:
+            weights: list[Any] = [getattr(getattr(module, name, None), "weight", None) for name in names]
+            if any(w is None or w.shape[1:] != weights[0].shape[1:] or w.dtype != weights[0].dtype for w in weights):
+                continue
+            whole = torch.cat([w.detach() for w in weights])
+            for weight, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
+                weight.data = part
 
 
 @cache
@@ -189,52 +206,150 @@ def _is_plain_lora(module: Any) -> bool:
     return plain and type(module.base_layer) is torch.nn.Linear
 
 
-def _share_near(adapted: list[Any]) -> None:
-    """Gives each module its A and s B in the base's type, all made at once."""
-    far = [p for m in adapted for p in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
-    near = _Near.apply(adapted[0].base_layer.weight.dtype, [m.scaling["default"] for m in adapted], *far)
-    for module, pair in zip(adapted, zip(near[::2], near[1::2], strict=True), strict=True):
-        module.near = pair
+def _runs(parent: Any) -> Iterator[list[Any]]:
+    """Linear maps among a module's own, frozen or adapted by LoRA: those whose weights are side by side together, and any
+    other that is adapted.
+    """
+    run: list[Any] = []
+    for name, module in [*parent.named_children(), ("", None)]:
+        frozen = type(module) is torch.nn.Linear and name != "base_layer" and not module.weight.requires_grad
+        known = frozen or _is_plain_lora(module)
+        if run and not (known and _follows(_base(run[-1]).weight, _base(module).weight)):
+            if len(run) > 1 or _is_plain_lora(run[0]):
+                yield run
+            run = []
+        if known:
+            run.append(module)
+
+
+def _base(module: Any) -> Any:
+    return getattr(module, "base_layer", module)
+
+
+def _follows(a: Tensor, b: Tensor) -> bool:
+    """Whether matrix `b` begins in memory where `a` ends, and has rows of the same length."""
+    same = a.shape[1] == b.shape[1] and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous()
+    return (
+        same
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.data_ptr() + a.nbytes == b.data_ptr()
+    )
+
+
+class _Site:
+    """Linear maps of one input, which are computed together when the first of them is called."""
+
+    def __init__(self, members: list[Any]) -> None:
+        self.members = members
+        bases = [_base(member) for member in members]
+        first = bases[0].weight
+        self.outs = [base.out_features for base in bases]
+        self.weight = first.detach().as_strided((sum(self.outs), first.shape[1]), (first.shape[1], 1))
+        self.bias = None
+        if any(base.bias is not None for base in bases):
+            self.bias = torch.cat([first.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases])
+        self.adapted = [member for member in members if member is not _base(member)]
+        starts = [sum(self.outs[:i]) for i in range(len(members))]
+        self.parts = [slice(s, s + n) for s, n, m in zip(starts, self.outs, members, strict=True) if m in self.adapted]
+        self.near: tuple[Tensor, ...] = ()
+        self.held: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def out(self, member: Any, x: Tensor) -> Tensor:
+        """One member's map of `x`, and those of the others put by until they are asked for the same `x`."""
+        held = self.held
+        if held is None or held[0] is not x or id(member) not in held[1]:
+            whole = (
+                _LoRA.apply(x, self.weight, self.bias, self.parts, *self.near)
+                if self.adapted
+                else linear(x, self.weight, self.bias)
+            )
+            held = (x, dict(zip(map(id, self.members), whole.split(self.outs, -1), strict=True)))
+        y = held[1].pop(id(member))
+        self.held = held if held[1] else None
+        return y
+
+
+def _linear(self: Any, x: Tensor) -> Tensor:
+    return self.site.out(self, x)
+
+
+def _share_near(sites: list[_Site]) -> None:
+    """Gives each site the A of its members, one below the other, and each s B, in the base's type; all made at once."""
+    far = [
+        p
+        for site in sites
+        for ab in ("lora_A", "lora_B")
+        for p in (getattr(m, ab)["default"].weight for m in site.adapted)
+    ]
+    scales = [m.scaling["default"] for site in sites for m in site.adapted]
+    near = iter(_Near.apply(sites[0].weight.dtype, [len(site.adapted) for site in sites], scales, *far))
+    for site in sites:
+        site.near = tuple(itertools.islice(near, 1 + len(site.adapted)))
 
 
 class _Near(torch.autograd.Function):
-    """A and B of each module → A and s B in another type; gradients come back in the type of the parameters."""
+    """For each site, A of its members and B of its members → all A in one and s B, in another type; gradients come back in
+    the type of the parameters.
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, scales: list[float], *far: Tensor) -> tuple[Tensor, ...]:
-        ctx.scales, ctx.kept = scales, far[0].dtype
-        near = [torch.empty_like(p, dtype=dtype) for p in far]
-        torch._foreach_copy_(near, list(far))
-        torch._foreach_mul_(near[1::2], scales)
+    def forward(
+        ctx: Any, dtype: torch.dtype, sizes: list[int], scales: list[float], *far: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.scales, ctx.kept = sizes, scales, far[0].dtype
+        ctx.ranks, near, parts, at = [], [], [], 0
+        for size in sizes:
+            ranks = [len(a) for a in far[at : at + size]]
+            whole = far[at].new_empty((sum(ranks), far[at].shape[1]), dtype=dtype)
+            own = [torch.empty_like(b, dtype=dtype) for b in far[at + size : at + 2 * size]]
+            near += [whole, *own]
+            parts += [*whole.split(ranks), *own]
+            ctx.ranks.append(ranks)
+            at += 2 * size
+        torch._foreach_copy_(parts, list(far))
+        torch._foreach_mul_(_last(parts, sizes), scales)
         return tuple(near)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        far = [torch.empty_like(g, dtype=ctx.kept) for g in grads]
-        torch._foreach_copy_(far, list(grads))
-        torch._foreach_mul_(far[1::2], ctx.scales)
-        return None, None, *far
+        parts, rest = [], iter(grads)
+        for size, ranks in zip(ctx.sizes, ctx.ranks, strict=True):
+            parts += [*next(rest).split(ranks), *itertools.islice(rest, size)]
+        far = [torch.empty_like(g, dtype=ctx.kept) for g in parts]
+        torch._foreach_copy_(far, parts)
+        torch._foreach_mul_(_last(far, ctx.sizes), ctx.scales)
+        return None, None, None, *far
 
 
-def _lora(self: Any, x: Tensor) -> Tensor:
-    return _LoRA.apply(x, self.base_layer.weight, self.base_layer.bias, *self.near)
+def _last(pairs: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Of runs of `size` A and `size` B each, the Bs."""
+    ends = itertools.accumulate(2 * size for size in sizes)
+    return [b for size, end in zip(sizes, ends, strict=True) for b in pairs[end - size : end]]
 
 
 class _LoRA(torch.autograd.Function):
-    """x Wᵀ + bias + (x Aᵀ) Bᵀ with frozen W, all in one type."""
+    """x Wᵀ + bias with frozen W, and (x Aᵀ) Bᵀ added to the `parts` of it that are adapted, all in one type."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[slice], a: Tensor, *bs: Tensor
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        low = linear(rows, a)
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.shape = x.shape
-        return linear(rows, weight, bias).addmm_(low, b.T).view(*x.shape[:-1], -1)
+        low, y = linear(rows, a), linear(rows, weight, bias)
+        ctx.save_for_backward(rows, weight, a, low, *bs)
+        ctx.shape, ctx.parts = x.shape, parts
+        for part, mine, b in zip(parts, low.split([b.shape[1] for b in bs], 1), bs, strict=True):
+            y[:, part].addmm_(mine, b.T)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        rows, weight, a, b, low = ctx.saved_tensors
+        rows, weight, a, low, *bs = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_low = torch.mm(grad, b)
+        grad_low, grad_bs = torch.empty_like(low), []
+        ranks = [b.shape[1] for b in bs]
+        for part, mine, to, b in zip(ctx.parts, low.split(ranks, 1), grad_low.split(ranks, 1), bs, strict=True):
+            torch.mm(grad[:, part], b, out=to)
+            grad_bs.append(torch.mm(grad[:, part].T, mine))
         grad_x = torch.mm(grad, weight).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, torch.mm(grad_low.T, rows), torch.mm(grad.T, low)
+        return grad_x, None, None, None, torch.mm(grad_low.T, rows), *grad_bs

@@ -358,6 +358,8 @@ def load(spec: RunSpec) -> Base:
     """
     import torch
 
+    from . import fused
+
     transformers = configs.library()
     from transformers.utils import logging
 
@@ -390,6 +392,7 @@ def load(spec: RunSpec) -> Base:
             model.requires_grad_(False).eval()
             if spec.quantization in (None, "none"):
                 model.to(device)
+                fused.adjoin(model)
             _settle(model)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(entry))
             if tokenizer.pad_token_id is None:

@@ -1,11 +1,13 @@
 """Fused operations are the model's own functions, up to rounding, on private copies only."""
 
+import copy
+
 import pytest
 import torch
 from tiny import CONFIGS, fresh
 
-from peftlab import RunSpec, architecture, methods, resolve, weights
-from peftlab.fused import quicken, rotate
+from peftlab import RunSpec, architecture, fused, methods, resolve, weights
+from peftlab.fused import adjoin, quicken, rotate
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 3, 4, 2, 7, 1]])
 
@@ -13,6 +15,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 3, 4, 2, 7, 1]])
 def copies(family, method="lora", dtype=torch.float32, **settings):
     """The same adapted model twice, with every trained number moved."""
     base = fresh(family).to(dtype).requires_grad_(False)
+    adjoin(base)
     made = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -51,6 +54,7 @@ def test_logits_and_gradients_are_the_models_own(family, method):
     _, plain, quick = copies(family, method)
     counts = quicken(quick)
     assert counts["norms"] and counts["rotary"] == 3 and counts["lora"] == (21 if method in ("lora", "rslora") else 0)
+    assert counts["attention"] == 1 and counts["joined"] == (0 if method == "dora" else 6)
     (want, slopes), (got, fused) = read(plain), read(quick)
     assert got.allclose(want, atol=1e-5)
     for name, slope in slopes.items():
@@ -122,3 +126,90 @@ def test_the_base_to_generate_with_is_fused_and_the_base_stays_itself(tiny_model
     assert {type(m) for m in base.model.modules()} == kinds and not {type(m) for m in base.quick.modules()} <= kinds
     assert [p.data_ptr() for p in base.quick.parameters()] == [p.data_ptr() for p in base.model.parameters()]
     assert base.quick is base.quick
+
+
+@pytest.mark.parametrize("modules", ["q_proj,v_proj", "k_proj,down_proj,up_proj", "o_proj"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_maps_of_one_input_of_which_some_are_adapted(family, modules):
+    _, plain, quick = copies(family, target_modules=modules)
+    joined = quicken(quick)["joined"]
+    assert joined == 6  # of three layers, q k v and gate up
+    (want, slopes), (got, fused_slopes) = read(plain), read(quick)
+    assert got.allclose(want, atol=1e-5) and slopes.keys() == fused_slopes.keys()
+    for name, slope in slopes.items():
+        assert fused_slopes[name].allclose(slope, rtol=1e-4, atol=1e-6), name
+
+
+def test_maps_that_are_apart_in_memory_or_trained_are_not_joined():
+    base = fresh("llama").requires_grad_(False)
+    apart, trained = weights.share(base), weights.share(base)
+    assert quicken(apart)["joined"] == 0
+    adjoin(base)
+    trained = weights.share(base)
+    for p in trained.parameters():
+        p.requires_grad_(True)
+    assert quicken(trained)["joined"] == 0
+
+
+def test_side_by_side_weights_are_the_same_numbers_and_no_more_memory():
+    base = fresh("llama")
+    other = copy.deepcopy(base)
+    adjoin(base)
+    for a, b in zip(base.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in base.parameters())
+
+
+def test_two_threads_read_one_model():
+    """What is put by for a sibling is another input's as soon as the other thread has come between."""
+    base, _, _ = copies("llama")
+    quick = weights.share(base)
+    quicken(quick)
+    attention = quick.model.layers[0].self_attn
+    a, b = torch.randn(1, 3, 64), torch.randn(1, 4, 64)
+    want = [base.model.layers[0].self_attn.k_proj(x) for x in (a, b)]
+    attention.q_proj(a)
+    attention.q_proj(b)
+    assert attention.k_proj(a).allclose(want[0], atol=1e-6) and attention.k_proj(b).allclose(want[1], atol=1e-6)
+    assert attention.q_proj(a).allclose(attention.q_proj(a))
+
+
+def test_a_decoded_token_attends_as_the_models_own_attention_does():
+    """Through a mask with padding, and heads that share keys."""
+    for family in ("llama", "gemma3"):
+        base, _, _ = copies(family)
+        base.eval()
+        quick = weights.share(base)
+        quicken(quick)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+        outs = []
+        for model in (base, quick):
+            with torch.no_grad():
+                first = model(input_ids=IDS, attention_mask=mask[:, :6], use_cache=True)
+                last = model(input_ids=IDS[:, :1], attention_mask=mask, past_key_values=first.past_key_values)
+            outs.append(last.logits)
+        assert outs[1].allclose(outs[0], atol=1e-5)
+
+
+def test_a_recorded_step_has_no_mask(monkeypatch):
+    """transformers builds one whenever a graph is recorded; without it attention is causal all the same."""
+    for family in ("llama", "gemma3"):
+        _, plain, quick = copies(family)
+        quicken(quick)
+        asked = []
+        own = fused._attend
+
+        def attend(module, query, key, value, mask, asked=asked, own=own, **more):
+            asked.append(mask)
+            return own(module, query, key, value, mask, **more)
+
+        from transformers import AttentionInterface
+
+        monkeypatch.setattr(fused, "_recording", lambda: True)
+        monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+        AttentionInterface.register(fused.ATTENTION, attend)
+        got = read(quick)[0]
+        AttentionInterface.register(fused.ATTENTION, own)
+        monkeypatch.undo()
+        assert got.allclose(read(plain)[0], atol=1e-5) and asked == [None] * 3
