@@ -270,26 +270,8 @@ def record_speed(
 def _record(
     spec: RunSpec, out: Path, seeds: int, chosen: list[str] | None, say: Say, stands_for: str | None = None
 ) -> dict[str, Any]:
-    rows = []
-    for name in chosen or list(PEERS):
-        package, run = PEERS[name]
-        row: dict[str, Any] = {"name": name, "runs": []}
-        rows.append(row)
-        if not find_spec(package):
-            row["error"] = f"{package} is not installed"
-            continue
-        row["package"] = f"{package} {version(package)}"
-        for seed in range(seeds if name in SEEDED else 1):
-            gc.collect()  # what the last one leaves would count in the next one's peak
-            try:
-                row["runs"].append(run(spec.but(seed=seed)) | {"seed": seed})
-            except (PeftlabError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
-                row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-                break
-            if stands_for:
-                del row["runs"][-1]["score"]  # random weights have learned nothing
-            say(f"{name}, seed {seed}: {_said(row['runs'][-1])}")
-    gears = [] if chosen or stands_for else [_gear(spec.model, spec.task, method, say) for method in METHODS]
+    rows: list[dict[str, Any]] = []
+    gears: list[dict[str, Any]] = []
     document = provenance() | {
         "kind": "speed",
         "spec": spec.to_dict() | ({"model": stands_for, "task": None} if stands_for else {}),
@@ -298,8 +280,38 @@ def _record(
         "rows": rows,
         "methods": gears,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+
+    def keep(line: str) -> None:
+        """What is measured so far: a bench takes minutes."""
+        say(line)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1) + "\n")
+
+    for name in chosen or list(PEERS):
+        package, run = PEERS[name]
+        row: dict[str, Any] = {"name": name, "runs": []}
+        rows.append(row)
+        if not find_spec(package):
+            row["error"] = f"{package} is not installed"
+            keep(f"{name}: {row['error']}")
+            continue
+        row["package"] = f"{package} {version(package)}"
+        for seed in range(seeds if name in SEEDED else 1):
+            gc.collect()  # what the last one leaves would count in the next one's peak
+            try:
+                row["runs"].append(run(spec.but(seed=seed)) | {"seed": seed})
+            except (PeftlabError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+                row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                keep(f"{name}: {row['error']}")
+                break
+            if stands_for:
+                del row["runs"][-1]["score"]  # random weights have learned nothing
+            keep(f"{name}, seed {seed}: {_said(row['runs'][-1])}")
+    for method in () if chosen or stands_for else METHODS:
+        gears.append(_gear(spec.model, spec.task, method))
+        keep("{method}: {gear} {why}".format(
+            method=method, gear=gears[-1].get("gear"), why=gears[-1].get("why_eager") or gears[-1].get("error") or ""
+        ))  # fmt: skip
     return document
 
 
@@ -313,7 +325,7 @@ def _floor(spec: RunSpec) -> float | None:
     return compute(spec).per_token * tokens / peak(spec.gpu)
 
 
-def _gear(model: str | None, task: str | None, method: str, say: Say) -> dict[str, Any]:
+def _gear(model: str | None, task: str | None, method: str) -> dict[str, Any]:
     """Which gear a method trains in by default, why not the graph, and seconds a step after the first few."""
     row: dict[str, Any] = {"method": method}
     try:
@@ -334,7 +346,6 @@ def _gear(model: str | None, task: str | None, method: str, say: Say) -> dict[st
             run.close()
     except (PeftlabError, RuntimeError) as error:
         row["error"] = str(error).splitlines()[0][:300]
-    say(f"{method}: {row.get('gear')} {row.get('why_eager', '')}{row.get('error', '')}")
     return row
 
 
