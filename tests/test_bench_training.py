@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import run_of, small
 
-from peftlab import resolve, weights
-from peftlab.bench import record_generation, record_speed, training
+from peftlab import resolve, tasks, weights
+from peftlab.bench import record_gears, record_generation, record_speed, training
+from peftlab.bench.random_weights import random_weights
 from peftlab.bench.training import PEERS, YARDSTICK
 from peftlab.methods import METHODS
-from peftlab.train.batches import IGNORED
+from peftlab.train.batches import IGNORED, encode
 
 
 @pytest.fixture
@@ -29,8 +30,30 @@ def test_every_trainer_that_is_installed_takes_the_same_steps(spec, tmp_path, mo
         assert [run["seed"] for run in row["runs"]] == [0, 1][: 2 if row["name"] in training.SEEDED else 1]
         for run in row["runs"]:
             assert run["step_seconds"] > 0 and run["tokens_per_second"] > 0 and 0 <= run["score"] <= 1
+
+
+def test_every_methods_gear_is_listed(spec, tmp_path):
+    document = record_gears(spec, tmp_path / "gears.json", say=lambda line: None)
+    assert document == json.loads((tmp_path / "gears.json").read_text())
     assert [m["method"] for m in document["methods"]] == list(METHODS)
     assert {m.get("gear") for m in document["methods"] if "error" not in m} == {"eager"}
+
+
+def test_random_weights_take_the_models_shapes_and_rows_of_one_length(spec, tied_model, tmp_path, monkeypatch):
+    from peftlab.catalog import models
+
+    monkeypatch.setattr(models, "DEFAULT", str(tied_model))  # whose tokenizer is lent
+    asked = spec.but(sequence_length=64)
+    document = record_speed(asked, tmp_path / "x.json", chosen=["peftlab"], random=True, say=lambda line: None)
+    (run,) = document["rows"][0]["runs"]
+    assert document["random_weights"] and document["spec"]["model"] == asked.model and document["spec"]["task"] is None
+    assert "score" not in run and run["step_seconds"] > 0
+    made = random_weights(asked, tmp_path / "made")
+    base = weights.load(resolve(made))
+    own = weights.load(resolve(asked))
+    assert [p.shape for p in base.model.parameters()] == [p.shape for p in own.model.parameters()]
+    lengths = {len(pair) for pair in encode(base.tokenizer, tasks.find(made.task), tasks.find(made.task).train)}
+    assert max(lengths) <= 64 and min(lengths) > 58
 
 
 def test_the_yardstick_learns_what_ours_learns(spec, monkeypatch, tmp_path):
@@ -77,5 +100,6 @@ def test_decoding_is_held_against_transformers(spec, tmp_path):
         ("lora", 1),
         ("lora", 4),
     ]
+    assert document["same_text_in_fp32"]
     for row in document["rows"]:
-        assert row["same_text"] and row["peftlab"] > 0 and row["transformers"] > 0
+        assert row["peftlab"] > 0 and row["transformers"] > 0

@@ -4,11 +4,12 @@ from .calculators import record_calculators
 from .generation import record_generation
 from .memory import record_memory
 from .record import MEASURED, record_train, recorded_runs
-from .training import record_speed
+from .training import record_gears, record_speed
 
 __all__ = [
     "MEASURED",
     "record_calculators",
+    "record_gears",
     "record_generation",
     "record_memory",
     "record_speed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -113,7 +114,7 @@ def _scored(model: Any, base: weights.Base, spec: RunSpec) -> float:
 
 
 def _compiled(spec: RunSpec) -> dict[str, Any]:
-    """A plain loop with torch.compile around the model."""
+    """A plain loop with torch.compile around the model, and every batch as wide as the longest row: it compiles each width."""
     import torch
 
     base = weights.load(spec)
@@ -121,9 +122,12 @@ def _compiled(spec: RunSpec) -> dict[str, Any]:
     fast: Any = torch.compile(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = _optimizers(model, spec, base.device)
-    stream, watch, tokens = _batches(spec, base), Watch(), 0
+    task, pad = tasks.find(spec.task or ""), base.tokenizer.pad_token_id
+    pairs = encode(base.tokenizer, task, task.train)
+    stream = iter(Batches(pairs, spec.batch_size or 1, 1, spec.seed or 0, pad, padding=math.inf))
+    watch, tokens = Watch(), 0
     for _ in range(spec.steps or 1):
-        batch = next(stream)
+        (batch,) = next(stream)
         tokens += batch.tokens
         ids, labels = batch.data.to(base.device)
         loss = torch.nn.functional.cross_entropy(
@@ -245,7 +249,7 @@ PEERS: dict[str, tuple[str, Callable[[RunSpec], dict[str, Any]]]] = {
 }
 """Name → the package it needs, and what runs a resolved spec. Liger, which changes transformers' own classes, comes last."""
 YARDSTICK = "transformers Trainer"
-SEEDED = ("peftlab", "peftlab, bf16 adapters", YARDSTICK)
+SEEDED = ("peftlab", YARDSTICK)
 """Those whose scores are compared, on several seeds; of the others one run tells the speed."""
 
 
@@ -259,7 +263,7 @@ def record_speed(
 ) -> dict[str, Any]:
     """Each peer, those of SEEDED on `seeds` seeds, to `out`. One that fails says so, and the others go on.
 
-    With all of them comes the list of every method's gear. With `random` weights there are no scores.
+    With `random` weights there are no scores.
     """
     if not random:
         return _record(resolve_here(spec), out, seeds, chosen, say)
@@ -271,21 +275,18 @@ def _record(
     spec: RunSpec, out: Path, seeds: int, chosen: list[str] | None, say: Say, stands_for: str | None = None
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    gears: list[dict[str, Any]] = []
     document = provenance() | {
         "kind": "speed",
         "spec": spec.to_dict() | ({"model": stands_for, "task": None} if stands_for else {}),
         "random_weights": bool(stands_for),
         "floor_seconds": _floor(spec),
         "rows": rows,
-        "methods": gears,
     }
 
     def keep(line: str) -> None:
         """What is measured so far: a bench takes minutes."""
         say(line)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        _write(document, out)
 
     for name in chosen or list(PEERS):
         package, run = PEERS[name]
@@ -307,12 +308,24 @@ def _record(
             if stands_for:
                 del row["runs"][-1]["score"]  # random weights have learned nothing
             keep(f"{name}, seed {seed}: {_said(row['runs'][-1])}")
-    for method in () if chosen or stands_for else METHODS:
-        gears.append(_gear(spec.model, spec.task, method))
-        keep("{method}: {gear} {why}".format(
-            method=method, gear=gears[-1].get("gear"), why=gears[-1].get("why_eager") or gears[-1].get("error") or ""
-        ))  # fmt: skip
     return document
+
+
+def record_gears(spec: RunSpec, out: Path, say: Say = print) -> dict[str, Any]:
+    """The gear of every method on the model and task of `spec`, to `out`."""
+    spec = resolve_here(spec)
+    document = provenance() | {"kind": "gears", "spec": spec.to_dict(), "methods": []}
+    for method in METHODS:
+        row = _gear(spec.model, spec.task, method)
+        document["methods"].append(row)
+        say(f"{method}: {row.get('gear')} {row.get('why_eager') or row.get('error') or ''}")
+        _write(document, out)
+    return document
+
+
+def _write(document: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _floor(spec: RunSpec) -> float | None:

@@ -93,11 +93,18 @@ class Batches:
     """Steps without end, each of `pieces` batches of one width: every row once in a seeded order, then again in another."""
 
     def __init__(
-        self, pairs: Sequence[Pair], size: int, pieces: int, seed: int, pad: int, pinned: bool = False
+        self,
+        pairs: Sequence[Pair],
+        size: int,
+        pieces: int,
+        seed: int,
+        pad: int,
+        pinned: bool = False,
+        padding: float = PADDING,
     ) -> None:
         self.pairs, self.size, self.pieces, self.pad, self.pinned = pairs, size, pieces, pad, pinned
         self.draw = random.Random(seed)
-        self.widths = widths([len(pair) for pair in pairs])
+        self.widths = widths([len(pair) for pair in pairs], padding)
         self.waiting: dict[int, list[Pair]] = {width: [] for width in self.widths}
         self.starts = {width: min(len(p.prompt) for p in pairs if self._width(p) == width) - 1 for width in self.widths}
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -189,7 +190,7 @@ class _Run:
             pinned=base.device == "cuda",
         )  # fmt: skip
         self.good: tuple[int, list[Any]] = (0, [])
-        self.latest = self.good
+        self.snapshots: deque[tuple[int, list[Any]]] = deque()
         small = sum(p.numel() * p.element_size() for p in self.trained) < SMALL
         self.keep = base.device if small else "cpu"
         self.every = max(1, (spec.steps or 1) // SNAPSHOTS)
@@ -234,7 +235,7 @@ class _Run:
         self._reset_peak()
         while self.steps_done < steps and not self.stopped():
             began, at = time.perf_counter(), self.steps_done
-            stops = (steps, *checks, at + self.stride, at - at % self.every + self.every)
+            stops = (steps, *checks, at + self.stride)
             for _ in range(at, min(stop for stop in stops if stop > at)):
                 yield from self._launch(next(stream))
             yield from self._fetch(began)
@@ -299,6 +300,9 @@ class _Run:
                 self.gear = Eager(self.gear.step, str(error))
                 yield {"type": "gear", "gear": self.gear.name, "why_eager": self.gear.why}
                 self.pending.append(self.gear.run(pieces, rate))
+        if (step + 1) % self.every == 0:
+            with self.gear.order():
+                self.snapshots.append((step + 1, self._copies()))
         self.tokens += sum(piece.tokens for piece in pieces)
         self.largest = max(self.largest, *(piece.shape for piece in pieces), key=lambda shape: shape[0] * shape[1])
 
@@ -327,9 +331,13 @@ class _Run:
         yield from events
         if failure:
             raise failure
-        if not self.hopeless and self.steps_done % self.every == 0:
-            with self.gear.order():
-                self.latest = (self.steps_done, [p.detach().to(self.keep, copy=True) for p in self.trained])
+
+    def _copies(self) -> list[Any]:
+        import torch
+
+        copies = [torch.empty_like(p, device=self.keep) for p in self.trained]
+        torch._foreach_copy_(copies, [p.detach() for p in self.trained])
+        return copies
 
     def _check_sane(self, loss: float, norm: float) -> None:
         """Ends a run whose next loss or gradient is not finite, or whose loss stays far above that of guessing at random.
@@ -341,8 +349,10 @@ class _Run:
         guessing = math.log(self.model.config.vocab_size)
         self.hopeless = self.hopeless + 1 if loss > HOPELESS * max([guessing, *self.losses[:1]]) else 0
         if math.isfinite(loss) and math.isfinite(norm) and self.hopeless < PATIENCE:
-            if not self.hopeless and self.latest[0] == self.steps_done:  # this loss is the first that comes from them
-                self.good = self.latest
+            while self.snapshots and self.snapshots[0][0] <= self.steps_done:
+                snapshot = self.snapshots.popleft()
+                if not self.hopeless:  # this loss is the first that comes from it
+                    self.good = snapshot
             return
         what = f"loss is {loss:.3g}" if not math.isfinite(loss) or self.hopeless else f"gradient's norm is {norm:.3g}"
         failed, (self.steps_done, tensors) = self.steps_done + 1, self.good

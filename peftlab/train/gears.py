@@ -134,7 +134,10 @@ class _Captured:
 
 
 class Graph(Eager):
-    """The whole step as one CUDA graph for each shape of batch. A shape's first batch runs eagerly, which warms it up."""
+    """The whole step as one CUDA graph for each shape of batch.
+
+    The first batch runs eagerly, which warms everything up; so does a later shape's first where it cannot be recorded yet.
+    """
 
     name = "graph"
 
@@ -156,12 +159,17 @@ class Graph(Eager):
         shape = tuple(piece.shape for piece in pieces)
         with self.order():
             self.step.set_rate(rate)  # here, or a step still waiting would read it
-            if shape not in self.captured:
+            held = self.captured.get(shape)
+            if not held and self.step.done:
+                try:
+                    held = self.captured[shape] = self._capture(pieces)
+                except CaptureError:
+                    if shape in self.captured:
+                        raise
+            if not held:
                 self.captured[shape] = None
                 moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in pieces]
                 return self.step(moved, sum(b.answers for b in pieces))
-            held = self.captured[shape] or self._capture(pieces)
-            self.captured[shape] = held
             for static, piece in zip(held.pieces, pieces, strict=True):
                 static.data.copy_(piece.data, non_blocking=True)
             held.answers.fill_(sum(b.answers for b in pieces))
