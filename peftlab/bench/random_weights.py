@@ -41,13 +41,14 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
     device = hardware.here().device
 
     def draw(_: str, tensor: Any) -> Any:
-        made = torch.empty_like(tensor, device=device)
-        return made.normal_(0, SPREAD) if made.is_floating_point() else made.zero_()
+        drawn = torch.empty_like(tensor, device=device)
+        return drawn.normal_(0, SPREAD) if drawn.is_floating_point() else drawn.zero_()
 
     model = configs.build_meta(entry.config).to(torch.bfloat16)
     step.materialize(model, draw)
-    model.save_pretrained(folder / entry.key)
-    tokenizer.save_pretrained(folder / entry.key)
+    made = folder / Path(entry.key).name
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
     task = folder / "prose.json"
     rows = [{"prompt": p, "answer": a} for p, a in _rows(tokenizer, spec.sequence_length)]
     task.write_text(
@@ -56,7 +57,7 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
             "train": rows, "heldout": rows[:1], "max_new_tokens": 1, "steps": STEPS,
         })
     )  # fmt: skip
-    return spec.but(model=str(folder / entry.key), task=str(task))
+    return spec.but(model=str(made), task=str(task))
 
 
 def _rows(tokenizer: Any, length: int) -> list[tuple[str, str]]:
