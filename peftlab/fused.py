@@ -196,14 +196,18 @@ def _recording() -> bool:
 
 
 def _is_plain_lora(module: Any) -> bool:
-    """peft's LoRA on an unquantized linear map, without dropout and variants."""
-    from peft.tuners.lora.layer import Linear
-
-    if type(module) is not Linear or module.active_adapters != ["default"] or module.lora_variant or module.merged:
+    """peft's LoRA on a linear map, in NF4 or not quantized, without dropout and variants."""
+    if not type(module).__module__.startswith("peft.tuners.lora.") or not hasattr(module, "base_layer"):
         return False
-    dropout = module.lora_dropout["default"]
+    if module.active_adapters != ["default"] or module.lora_variant or module.merged:
+        return False
+    dropout, base = module.lora_dropout["default"], module.base_layer
     plain = isinstance(dropout, torch.nn.Identity) and not module.lora_bias["default"]
-    return plain and type(module.base_layer) is torch.nn.Linear
+    return plain and (type(base) is torch.nn.Linear or _is_nf4(base))
+
+
+def _is_nf4(module: Any) -> bool:
+    return type(module).__name__ == "Linear4bit"
 
 
 def _runs(parent: Any) -> Iterator[list[Any]]:
@@ -212,8 +216,8 @@ def _runs(parent: Any) -> Iterator[list[Any]]:
     """
     run: list[Any] = []
     for name, module in [*parent.named_children(), ("", None)]:
-        frozen = type(module) is torch.nn.Linear and name != "base_layer" and not module.weight.requires_grad
-        known = frozen or _is_plain_lora(module)
+        known = _is_plain_lora(module) or type(module) is torch.nn.Linear and name != "base_layer"
+        known = known and not any(p.requires_grad for p in _base(module).parameters())
         if run and not (known and _follows(_base(run[-1]).weight, _base(module).weight)):
             if len(run) > 1 or _is_plain_lora(run[0]):
                 yield run
@@ -244,9 +248,12 @@ class _Site:
         bases = [_base(member) for member in members]
         first = bases[0].weight
         self.outs = [base.out_features for base in bases]
-        self.weight = first.detach().as_strided((sum(self.outs), first.shape[1]), (first.shape[1], 1))
-        self.bias = None
-        if any(base.bias is not None for base in bases):
+        self.dtype, self.bias, self.weight = first.dtype, None, None
+        if _is_nf4(bases[0]):
+            self.dtype = bases[0].compute_dtype
+        else:
+            self.weight = first.detach().as_strided((sum(self.outs), first.shape[1]), (first.shape[1], 1))
+        if self.weight is not None and any(base.bias is not None for base in bases):
             self.bias = torch.cat([first.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases])
         self.adapted = [member for member in members if member is not _base(member)]
         starts = [sum(self.outs[:i]) for i in range(len(members))]
@@ -258,15 +265,18 @@ class _Site:
         """One member's map of `x`, and those of the others put by until they are asked for the same `x`."""
         held = self.held
         if held is None or held[0] is not x or id(member) not in held[1]:
-            whole = (
-                _LoRA.apply(x, self.weight, self.bias, self.parts, *self.near)
-                if self.adapted
-                else linear(x, self.weight, self.bias)
-            )
+            whole = self._whole(x)
             held = (x, dict(zip(map(id, self.members), whole.split(self.outs, -1), strict=True)))
         y = held[1].pop(id(member))
         self.held = held if held[1] else None
         return y
+
+    def _whole(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return _Added.apply(_base(self.members[0])(x), x, *self.near)
+        if self.adapted:
+            return _LoRA.apply(x, self.weight, self.bias, self.parts, *self.near)
+        return linear(x, self.weight, self.bias)
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
@@ -282,7 +292,7 @@ def _share_near(sites: list[_Site]) -> None:
         for p in (getattr(m, ab)["default"].weight for m in site.adapted)
     ]
     scales = [m.scaling["default"] for site in sites for m in site.adapted]
-    near = iter(_Near.apply(sites[0].weight.dtype, [len(site.adapted) for site in sites], scales, *far))
+    near = iter(_Near.apply(sites[0].dtype, [len(site.adapted) for site in sites], scales, *far))
     for site in sites:
         site.near = tuple(itertools.islice(near, 1 + len(site.adapted)))
 
@@ -353,3 +363,23 @@ class _LoRA(torch.autograd.Function):
             grad_bs.append(torch.mm(grad[:, part].T, mine))
         grad_x = torch.mm(grad, weight).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, torch.mm(grad_low.T, rows), *grad_bs
+
+
+class _Added(torch.autograd.Function):
+    """y + (x Aᵀ) Bᵀ, all in one type: what LoRA adds to a map that is computed elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = linear(rows, a)
+        ctx.save_for_backward(rows, a, low, b)
+        ctx.shape = x.shape
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.T).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        rows, a, low, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_low = torch.mm(flat, b)
+        grad_x = torch.mm(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, torch.mm(grad_low.T, rows), torch.mm(flat.T, low)

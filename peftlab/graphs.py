@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-ROOM = 0.25
-"""Share of the GPU's memory that is to be free when a graph is recorded, which cannot use what is cached for others."""
-
 _using = threading.Lock()
 """Of the stream, by one thread at a time: what another launched there during a recording would be recorded too."""
 
@@ -36,14 +33,15 @@ def apart() -> Iterator[None]:
 def recording(graph: Any, pool: Any = None) -> Iterator[None]:
     """Records what is launched within into a `torch.cuda.CUDAGraph`; use it `apart`. Raises RuntimeError.
 
-    `torch.cuda.graph` does the same, and first gives the process's cached memory back to the driver and the host, which
-    then has to be asked for again.
+    `torch.cuda.graph` does the same, and first gives the process's cached memory back to the driver, which then has to be
+    asked for it again. Here that is done only where it is needed: a graph cannot use what is cached for others, and needs no
+    more than the same work has left there.
     """
     import torch
 
     torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    if free < ROOM * total:
+    free, _ = torch.cuda.mem_get_info()
+    if free < torch.cuda.memory_reserved() - torch.cuda.memory_allocated():
         torch.cuda.empty_cache()
     graph.capture_begin(*((pool,) if pool else ()), capture_error_mode="thread_local")  # others may go on meanwhile
     try:

@@ -169,3 +169,30 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
     monkeypatch.setattr(weights, "_loaded", {})
     with pytest.raises(SpecError, match="quantization=nf4: .*pip install bitsandbytes, or set it to none"):
         weights.load(small(tied_model, "qlora"))
+
+
+def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
+    import torch
+
+    from peftlab.train.engine import _attached
+
+    spec = small(tied_model, "qlora", quantization="nf4")
+    base = weights.load(spec)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 2]])
+    seen = []
+    for plain in (True, False):
+        model = _attached(base, spec, plain)
+        draw = torch.Generator().manual_seed(1)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for p in trained.values():
+                p.add_(0.05 * torch.randn(p.shape, generator=draw))
+        logits = model(input_ids=ids, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        seen.append((logits.detach(), {n: p.grad for n, p in trained.items()}))
+        sites = {id(m.site) for m in model.modules() if hasattr(m, "site")}
+        assert len(sites) == (0 if plain else 21)
+    (want, slopes), (got, fused) = seen
+    assert got.allclose(want, atol=1e-4)
+    for name, slope in slopes.items():
+        assert fused[name].allclose(slope, rtol=1e-3, atol=1e-5), name

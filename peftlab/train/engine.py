@@ -6,6 +6,7 @@ Where the time goes on a GPU: not into waiting for numbers. Steps are queued, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import math
@@ -293,12 +294,17 @@ class _Run:
         step = self.steps_done + len(self.pending)
         self.model.train()
         rate = (self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1)
-        with _seeded((self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext():
+        seeded = functools.partial(_seeded, (self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext
+        why = ""
+        with seeded():
             try:
                 self.pending.append(self.gear.run(pieces, rate))
             except CaptureError as error:
-                self.gear = Eager(self.gear.step, str(error))
-                yield {"type": "gear", "gear": self.gear.name, "why_eager": self.gear.why}
+                why = str(error)
+        if why:  # no longer handling the error, which would hold on to the memory of the step that failed
+            self.gear = Eager(self.gear.step, why)
+            yield {"type": "gear", "gear": self.gear.name, "why_eager": why}
+            with seeded():
                 self.pending.append(self.gear.run(pieces, rate))
         if (step + 1) % self.every == 0:
             with self.gear.order():

@@ -182,14 +182,16 @@ class Graph(Eager):
         static = [replace(b, data=b.data.to(self.step.device)) for b in pieces]
         answers = torch.ones((), device=self.step.device)
         graph = torch.cuda.CUDAGraph()
+        why = ""
         try:
             with graphs.recording(graph, self.pool):
                 out = self.step(static, answers)
         except RuntimeError as error:
+            why = str(error.__context__ or error).splitlines()[0][:200]
+        if why:  # by now nothing refers to what the step had made
             self.step.optimizer.zero_grad(set_to_none=True)
             torch.cuda.synchronize()  # steps still under way come before what follows, on whichever stream
-            first = error.__context__ or error
-            raise CaptureError(str(first).splitlines()[0][:200]) from error
+            raise CaptureError(why)
         return _Captured(graph, static, answers, out)
 
 
