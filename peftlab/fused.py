@@ -216,7 +216,7 @@ def _runs(parent: Any) -> Iterator[list[Any]]:
     """
     run: list[Any] = []
     for name, module in [*parent.named_children(), ("", None)]:
-        known = _is_plain_lora(module) or type(module) is torch.nn.Linear and name != "base_layer"
+        known = _is_plain_lora(module) or (type(module) is torch.nn.Linear and name != "base_layer")
         known = known and not any(p.requires_grad for p in _base(module).parameters())
         if run and not (known and _follows(_base(run[-1]).weight, _base(module).weight)):
             if len(run) > 1 or _is_plain_lora(run[0]):

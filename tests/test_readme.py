@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 
 from peftlab import words
 from peftlab.bench import recorded_runs
+from peftlab.bench.chart import chart, table
 from peftlab.bench.training import YARDSTICK
+from peftlab.methods import METHODS
 from peftlab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +100,54 @@ def test_the_speeds_on_a_cpu_are_those_of_the_recordings(task):
     scores = " | ".join(words.score(mean(of, "score")) for of in (ours, theirs))
     assert f"| `speed-{task}-cpu.json` | {ratio:.2f}× | {scores} |" in README
     assert ratio >= 1.2
+
+
+def speed(name):
+    return json.loads((ROOT / f"assets/measured/speed-{name}h100.json").read_text())
+
+
+def steps(document):
+    """Trainer → its usual step in seconds."""
+    return {row["name"]: statistics.median(run["step_seconds"] for run in row["runs"]) for row in document["rows"]}
+
+
+def test_the_speed_on_a_gpu_is_that_of_the_recording():
+    document = speed("")
+    assert document["hardware"] in README and table(document, YARDSTICK) in README
+    assert (ROOT / "assets/measured/speed-h100.svg").read_text() == chart(document, YARDSTICK)
+    found = steps(document)
+    assert found[YARDSTICK] / found["peftlab"] >= 15
+    runs = {row["name"]: row["runs"] for row in document["rows"]}
+    assert [len(runs[name]) for name in ("peftlab", YARDSTICK)] == [5, 5]
+    clicks = [run["click_to_saved_seconds"] for run in runs["peftlab"]]
+    assert f"that is {min(clicks):.1f} to {max(clicks):.1f} s" in README and max(clicks) <= 5
+
+
+def test_the_larger_model_is_that_of_the_recording():
+    document = speed("1.7b-")
+    found = {name: 1e3 * seconds for name, seconds in steps(document).items()}
+    ours, theirs = found["peftlab"], found[YARDSTICK]
+    assert f"takes {ours:.1f} ms a step against Trainer's {theirs:.1f}, {theirs / ours:.1f}× faster" in README
+    assert document["random_weights"] and theirs / ours >= 2.5
+
+
+def test_decoding_is_that_of_the_recording():
+    document = json.loads((ROOT / "assets/measured/generation-h100.json").read_text())
+    said = [f"{row['peftlab']:,.0f} against {row['transformers']:.0f}" for row in document["rows"]]
+    plain = " ".join(README.replace(" tokens/s", "").split())
+    assert all(text in plain for text in said), said
+    assert document["same_text_in_fp32"]
+    first = document["rows"][0]
+    assert first["peftlab"] >= max(450, 15 * first["transformers"])
+
+
+def test_the_gears_are_those_of_the_recording():
+    rows = json.loads((ROOT / "assets/measured/gears-h100.json").read_text())["methods"]
+    assert [row["method"] for row in rows] == list(METHODS)
+    graph = [row for row in rows if row.get("gear") == "graph"]
+    assert f"Of the {len(rows)} methods {len(graph)} train in the graph on this model" in README
+    others = {row["method"]: row.get("why_eager") or row["error"] for row in rows if row not in graph}
+    assert others.keys() == {"adalora", "bitfit"} and all(others.values())
 
 
 def mean(runs, name):

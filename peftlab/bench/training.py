@@ -24,6 +24,7 @@ from ..spec import RunSpec
 from ..train import engine, train, warm_up
 from ..train.batches import IGNORED, Batches, encode
 from ..train.gears import CLIP
+from .chart import chart
 from .random_weights import random_weights
 from .record import provenance
 
@@ -263,7 +264,7 @@ def record_speed(
 ) -> dict[str, Any]:
     """Each peer, those of SEEDED on `seeds` seeds, to `out`. One that fails says so, and the others go on.
 
-    With `random` weights there are no scores.
+    With `random` weights there are no scores. Beside it, a chart as SVG, where the yardstick ran.
     """
     if not random:
         return _record(resolve_here(spec), out, seeds, chosen, say)
@@ -308,6 +309,8 @@ def _record(
             if stands_for:
                 del row["runs"][-1]["score"]  # random weights have learned nothing
             keep(f"{name}, seed {seed}: {_said(row['runs'][-1])}")
+    if any(row["name"] == YARDSTICK and row["runs"] for row in rows):
+        out.with_suffix(".svg").write_text(chart(document, YARDSTICK))
     return document
 
 
