@@ -161,6 +161,8 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
     Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where it does not fit or
     where a merged weight would not be finite.
     """
+    from . import fused
+
     method = methods.METHODS.get(adapter.spec.method or "")
     if method and method.merge is None:
         raise SpecError(f"method={method.key}: it cannot be merged. {method.about.merging}")
@@ -179,6 +181,7 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
         finite = False
     if not finite:
         raise AdapterError(_not_finite(adapter))
+    fused.adjoin(merged)
     return merged.requires_grad_(False).eval()
 
 

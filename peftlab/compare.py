@@ -120,18 +120,31 @@ def prompt_tokens(
 def side_by_side(
     base: weights.Base, models: dict[str, Any], prompt: list[int], decoding: Decoding
 ) -> Iterator[dict[str, Reply]]:
-    """Streams all models in turn, a token each: what every one of them has said so far."""
-    streams = {name: stream(model, base.tokenizer, prompt, decoding) for name, model in models.items()}
+    """What each model has said so far, after a token of all: in one batch where they are a base and plain LoRA over it,
+    else in turn.
+    """
+    from . import fused
+
+    joint = fused.together(weights.share(base.model), list(models.values())[1:])
     said = {name: Reply(name, "", 0.0) for name in models}
+    if joint is not None:
+        begun = time.perf_counter()
+        for all_texts in stream(joint, base.tokenizer, prompt, decoding, len(models)):
+            seconds = time.perf_counter() - begun
+            for name, text in zip(models, all_texts, strict=True):
+                if text != said[name].text or not said[name].seconds:
+                    said[name] = Reply(name, text, seconds)
+            yield dict(said)
+        return
+    streams = {name: stream(model, base.tokenizer, prompt, decoding) for name, model in models.items()}
     while streams:
         for name in list(streams):
             begun = time.perf_counter()
-            text = next(streams[name], None)
+            texts: list[str] | None = next(streams[name], None)
             seconds = said[name].seconds + time.perf_counter() - begun
-            if text is None:
+            if texts is None:
                 del streams[name]
-                text = said[name].text
-            said[name] = Reply(name, text, seconds)
+            said[name] = Reply(name, texts[0] if texts else said[name].text, seconds)
         yield dict(said)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -45,12 +45,33 @@ def quicken(model: Any) -> dict[str, int]:
     for site in sites:
         counts["lora"] += len(site.adapted)
         counts["joined"] += len(site.members) > 1
-        for member in site.members:
-            member.site = site
-            member.__class__ = _with_forward(member.__class__, _linear)
+        site.take()
     if adapted := [site for site in sites if site.adapted]:
         model.register_forward_pre_hook(lambda *_: _share_near(adapted))
     return counts
+
+
+def together(base: Any, adapted: Sequence[Any]) -> Any:
+    """`base`, a private copy, for batches of a row of its own and one for each of `adapted`: the base's maps once for all,
+    and to each row its own LoRA. To generate with. None where an adapted model is more than plain LoRA over this base.
+    """
+    frozen = {p.data_ptr() for p in base.parameters()}
+    updates: dict[str, list[tuple[int, Any]]] = {}
+    for row, model in enumerate(adapted, 1):
+        known: set[int] = set()
+        for name, module in model.named_modules():
+            if _is_plain_lora(module) and not _is_nf4(module.base_layer):
+                updates.setdefault(name.removeprefix("base_model.model."), []).append((row, module))
+                known.update(id(p) for p in module.parameters())
+        if any(id(p) not in known and p.data_ptr() not in frozen for p in model.parameters()):
+            return None
+    quicken(base)
+    for name, found in updates.items():
+        module = base.get_submodule(name)
+        if not hasattr(module, "site"):
+            _Site([module]).take()
+        module.site.add_rows(module, found, len(adapted) + 1)
+    return base
 
 
 def adjoin(model: Any) -> None:
@@ -59,6 +80,8 @@ def adjoin(model: Any) -> None:
         for names in SIBLINGS:
             weights: list[Any] = [getattr(getattr(module, name, None), "weight", None) for name in names]
             if any(w is None or w.shape[1:] != weights[0].shape[1:] or w.dtype != weights[0].dtype for w in weights):
+                continue
+            if all(itertools.starmap(_follows, itertools.pairwise(weights))):
                 continue
             whole = torch.cat([w.detach() for w in weights])
             for weight, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
@@ -259,7 +282,24 @@ class _Site:
         starts = [sum(self.outs[:i]) for i in range(len(members))]
         self.parts = [slice(s, s + n) for s, n, m in zip(starts, self.outs, members, strict=True) if m in self.adapted]
         self.near: tuple[Tensor, ...] = ()
+        self.rows: list[tuple[slice, Tensor, Tensor, Tensor]] = []
         self.held: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def take(self) -> None:
+        """Has the members ask here."""
+        for member in self.members:
+            member.site = self
+            member.__class__ = _with_forward(member.__class__, _linear)
+
+    def add_rows(self, member: Any, found: list[tuple[int, Any]], rows: int) -> None:
+        """To each row of a batch of `rows` the LoRA that was `found` for it; the others keep the member's own map."""
+        i = self.members.index(member)
+        start, weight = sum(self.outs[:i]), self.weight
+        a = torch.cat([lora.lora_A["default"].weight for _, lora in found])
+        b = torch.cat([lora.scaling["default"] * lora.lora_B["default"].weight for _, lora in found], 1)
+        owner = torch.tensor([row for row, lora in found for _ in range(len(lora.lora_A["default"].weight))])
+        mask = (owner == torch.arange(rows)[:, None])[:, None]
+        self.rows.append((slice(start, start + self.outs[i]), a.to(weight), b.to(weight), mask.to(weight)))
 
     def out(self, member: Any, x: Tensor) -> Tensor:
         """One member's map of `x`, and those of the others put by until they are asked for the same `x`."""
@@ -276,7 +316,10 @@ class _Site:
             return _Added.apply(_base(self.members[0])(x), x, *self.near)
         if self.adapted:
             return _LoRA.apply(x, self.weight, self.bias, self.parts, *self.near)
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        for part, a, b, mask in self.rows:
+            y.flatten(0, 1)[:, part].addmm_((linear(x, a) * mask).flatten(0, 1), b.T)
+        return y
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:

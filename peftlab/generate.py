@@ -46,11 +46,13 @@ SHARED = 8
 """Fewest leading tokens, the same in all prompts of a batch, that are read once for all of them."""
 
 
-def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decoding) -> Iterator[list[int | None]]:
+def decode(
+    model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decoding, alike: bool = True
+) -> Iterator[list[int | None]]:
     """One token for each prompt at a time; None for a row that has ended. Stops when all have.
 
-    `prompts` are token ids of any lengths; shorter ones are padded on the left. On a GPU a token's numbers are fetched while
-    the next one is under way.
+    `prompts` are token ids of any lengths; shorter ones are padded on the left. Rows are `alike` where the model does the
+    same to each: what prompts share is then read once. On a GPU a token's numbers are fetched while the next is under way.
     """
     import torch
 
@@ -63,7 +65,7 @@ def decode(model: Any, prompts: Sequence[list[int]], eos: int, decoding: Decodin
         for step in range(decoding.max_new_tokens):
             with torch.inference_mode():
                 if reader is None:
-                    reader = _Reader(model, prompts, max(eos, 0))
+                    reader = _Reader(model, prompts, max(eos, 0), alike)
                 elif step == 1 and device.type == "cuda":
                     reader = _Replayed.of(reader, decoding.max_new_tokens) or reader
                 token = _pick(reader.logits(), decoding, draw)
@@ -105,13 +107,13 @@ class _Fetched:
 class _Reader:
     """A model that reads token by token, with a cache that grows. It begins with the prompts, what they share only once."""
 
-    def __init__(self, model: Any, prompts: Sequence[list[int]], pad: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[list[int]], pad: int, alike: bool = True) -> None:
         import torch
 
         self.model = model
         self.cache: Any = None
         device = next(model.parameters()).device
-        common = _common(prompts)
+        common = _common(prompts) if alike else 0
         if common:
             ids = torch.tensor([prompts[0][:common]], device=device)
             positions = torch.arange(common, device=device)[None]
@@ -290,22 +292,27 @@ class _Replayed(_Reader):
 
 
 def _pick(logits: Any, decoding: Decoding, draw: Any) -> Any:
+    """A token for each row; where they are drawn, all rows have the same luck, so that only their models differ."""
     import torch
 
     if decoding.temperature == 0:
         return logits.argmax(-1)
     ranked, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
     ranked[ranked.cumsum(-1) - ranked > decoding.top_p] = 0
-    return order.gather(-1, torch.multinomial(ranked, 1, generator=draw))[:, 0]
+    below = ranked.cumsum(-1)
+    luck = torch.rand(1, generator=draw, device=draw.device)
+    place = (below <= luck * below[:, -1:]).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
+    return order.gather(-1, place)[:, 0]
 
 
-def stream(model: Any, tokenizer: Any, prompt: list[int], decoding: Decoding) -> Iterator[str]:
-    """The text so far, after each token."""
-    tokens: list[int] = []
-    for (token,) in decode(model, [prompt], tokenizer.eos_token_id, decoding):
-        if token is not None:
-            tokens.append(token)
-            yield tokenizer.decode(tokens, skip_special_tokens=True)
+def stream(model: Any, tokenizer: Any, prompt: list[int], decoding: Decoding, rows: int = 1) -> Iterator[list[str]]:
+    """The texts so far, after each token: one of each of a model's `rows`, which may go through other weights."""
+    said: list[list[int]] = [[] for _ in range(rows)]
+    for column in decode(model, [prompt] * rows, tokenizer.eos_token_id, decoding, alike=False):
+        for tokens, token in zip(said, column, strict=True):
+            if token is not None:
+                tokens.append(token)
+        yield [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def dial(
     ids = _prompt_tokens(base, adapter, prompt, decoding)
     merged = adapters.merge(base, adapter)
     for stop in stops:
-        *_, text = "", *stream(_between(base.model, merged, stop), base.tokenizer, ids, decoding)
+        *_, (text,) = [""], *stream(_between(base.model, merged, stop), base.tokenizer, ids, decoding)
         yield stop, text
 
 

@@ -49,6 +49,20 @@ def test_the_same_decoding_gives_the_same_answers(adapter):
     assert texts() == texts()
 
 
+@pytest.mark.parametrize("decoding", [Decoding(8), Decoding(8, 0.9, seed=2)], ids=["greedy", "drawn"])
+def test_one_batch_says_what_models_in_turn_say(adapter, decoding, monkeypatch):
+    from peftlab import fused
+
+    asked = []
+    together = fused.together
+    monkeypatch.setattr(fused, "together", lambda *a: asked.append(together(*a)) or asked[-1])
+    batch = on_prompt([adapter], "what colour is the sky?", decoding).exchanges[0].replies
+    assert asked[0] is not None
+    monkeypatch.setattr(fused, "together", lambda *_: None)
+    turns = on_prompt([adapter], "what colour is the sky?", decoding).exchanges[0].replies
+    assert [(r.model, r.text) for r in batch] == [(r.model, r.text) for r in turns]
+
+
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_an_empty_prompt_is_refused(adapter, prompt):
     with pytest.raises(SpecError, match="the prompt is empty: write"):

@@ -213,3 +213,30 @@ def test_a_recorded_step_has_no_mask(monkeypatch):
         AttentionInterface.register(fused.ATTENTION, own)
         monkeypatch.undo()
         assert got.allclose(read(plain)[0], atol=1e-5) and asked == [None] * 3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_one_batch_for_a_base_and_its_adapters(family):
+    """Of other ranks, on other modules: each row is what its own model says."""
+    base, first, _ = copies(family)
+    spec = resolve(RunSpec(model=FILES[family], method="lora", rank=3, target_modules="v_proj,down_proj"))
+    second = methods.find("lora").attach(weights.share(base), methods.targets(architecture.of(spec.model), spec), spec)
+    with torch.no_grad():
+        for p in second.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    quicken(second)
+    models = [base.eval(), first.eval(), second.eval()]
+    joint = fused.together(weights.share(base), models[1:])
+    with torch.inference_mode():
+        got = joint(input_ids=IDS[:1].expand(3, -1)).logits
+        for row, model in zip(got, models, strict=True):
+            assert row.allclose(model(input_ids=IDS[:1]).logits[0], atol=1e-5)
+
+
+def test_what_is_more_than_lora_is_not_put_in_one_batch():
+    for method in ("dora", "ia3", "ln", "prompt", "houlsby", "adalora"):
+        base, adapted, _ = copies("llama", method, sequence_length=64)
+        assert fused.together(weights.share(base), [adapted]) is None, method
+    _, lora, _ = copies("llama")
+    assert fused.together(weights.share(copies("llama")[0]), [lora]) is None  # another base

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from tiny import CONFIGS, attached, drain, fresh, said
 
 from peftlab import RunSpec, SpecError, generate, resolve, weights
@@ -13,7 +14,6 @@ def base(request):
 
 
 def test_greedy_equals_transformers(base):
-    import torch
 
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
@@ -33,7 +33,6 @@ def test_a_batch_equals_each_alone(base):
 
 def continued(model, prompts, tokens, fixed):
     """The logits of each row's next tokens after `prompts` when `tokens` follow, read with a growing or a fixed cache."""
-    import torch
 
     seen = []
     with torch.inference_mode():
@@ -115,7 +114,7 @@ def test_decoding_refuses_nonsense(settings):
 
 
 def test_a_stream_grows_to_the_answer(base):
-    texts = list(stream(base.model, base.tokenizer, PROMPTS[0], Decoding(6)))
+    texts = [text for (text,) in stream(base.model, base.tokenizer, PROMPTS[0], Decoding(6))]
     ids = said(base.model, [PROMPTS[0]], Decoding(6), base.tokenizer.eos_token_id)[0]
     assert len(texts) == len(ids) and texts[-1] == base.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -129,7 +128,6 @@ def test_answers_are_scored_and_progress_is_told(base, toy_task):
 
 
 def test_nats_per_token_is_cross_entropy(base):
-    import torch
 
     text = "the cat sat on the mat and what colour is the sky"
     ids = torch.tensor([base.tokenizer(text, add_special_tokens=False)["input_ids"]])
@@ -139,7 +137,6 @@ def test_nats_per_token_is_cross_entropy(base):
 
 
 def test_nats_per_token_reads_every_token_once_in_windows(base):
-    import torch
 
     text = "the cat sat on the mat and what colour is the sky"
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -157,7 +154,6 @@ def test_the_bundled_prose_is_read_by_models_of_any_context(base):
 
 def test_interleaved_streams_leave_gradients_on(base):
     """inference_mode must not outlive a token: streams that take turns would switch it on for the caller's thread."""
-    import torch
 
     streams = [stream(base.model, base.tokenizer, PROMPTS[0], Decoding(4)) for _ in range(2)]
     for _ in range(3):
@@ -167,3 +163,20 @@ def test_interleaved_streams_leave_gradients_on(base):
     for each in streams:
         each.close()
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_rows_have_the_same_luck(base):
+    """A row among others draws what it draws alone, so that the models of a comparison differ by their weights only."""
+    decoding = Decoding(12, 1.2, seed=5)
+    (*_, alone), (*_, many) = (stream(base.model, base.tokenizer, PROMPTS[0], decoding, rows) for rows in (1, 3))
+    assert many == alone * 3
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]])
+    draw = torch.Generator().manual_seed(0)
+    drawn = [generate._pick(logits, Decoding(temperature=1.0), draw).item() for _ in range(3000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 3000
+    assert shares.tolist() == pytest.approx(logits.softmax(-1)[0].tolist(), abs=0.03)
+    likely = {generate._pick(logits, Decoding(temperature=1.0, top_p=0.8), draw).item() for _ in range(300)}
+    assert likely == {1, 2}
