@@ -100,7 +100,7 @@ def answers(events: Events) -> str:
 def _peak(done: dict[str, Any]) -> str:
     """Measured on a GPU; on a CPU nobody counts it."""
     peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
-    beside = f" ({words.size(said)} predicted without fused operations)" if said else ""
+    beside = f" ({words.size(said)} predicted)" if said else ""
     return f", peak memory {words.size(peak)}{beside}" if peak else ""
 
 

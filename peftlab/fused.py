@@ -7,6 +7,8 @@ each norm and each way to rotate before it is taken.
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +53,13 @@ def quicken(model: Any) -> dict[str, int]:
     return counts
 
 
+def try_out(model: Any) -> None:
+    """Tries on numbers what `quicken` takes, so that it can be done to a model that has none."""
+    for module in model.modules():
+        _norm(module)
+        _rotary(module.__class__)
+
+
 def together(base: Any, adapted: Sequence[Any]) -> Any:
     """`base`, a private copy, for batches of a row of its own and one for each of `adapted`: the base's maps once for all,
     and to each row its own LoRA. To generate with. None where an adapted model is more than plain LoRA over this base.
@@ -79,7 +88,10 @@ def adjoin(model: Any) -> None:
     for module in model.modules():
         for names in SIBLINGS:
             weights: list[Any] = [getattr(getattr(module, name, None), "weight", None) for name in names]
-            if any(w is None or w.shape[1:] != weights[0].shape[1:] or w.dtype != weights[0].dtype for w in weights):
+            if any(
+                w is None or w.requires_grad or w.shape[1:] != weights[0].shape[1:] or w.dtype != weights[0].dtype
+                for w in weights
+            ):
                 continue
             if all(itertools.starmap(_follows, itertools.pairwise(weights))):
                 continue
@@ -93,19 +105,24 @@ def _with_forward(kind: Any, forward: Callable[..., Any]) -> type:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
+_norms: dict[tuple[type, torch.dtype], Callable[..., Any] | None] = {}
+
+
 def _norm(module: Any) -> Callable[..., Any] | None:
-    """torch's fused RMS norm, where it is this module's function."""
+    """torch's fused RMS norm, where it is this module's function; tried once for each kind and type."""
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "weight"):
         return None
-    weight = module.weight
-    probe = torch.linspace(-3, 2, 4 * weight.numel(), device=weight.device).to(weight.dtype).view(4, -1)
-    with torch.no_grad():
-        want = module(probe).float()
-        for forward in (_rms, _rms_around_one):
-            near = 2 * torch.finfo(weight.dtype).eps
-            if torch.allclose(forward(module, probe).float(), want, rtol=near, atol=1e-6):
-                return forward
-    return None
+    dtype = module.weight.dtype
+    if (type(module), dtype) not in _norms:
+        like = copy.copy(module)
+        like._parameters = {"weight": torch.nn.Parameter(torch.linspace(0.5, 2, 8, dtype=dtype))}
+        probe = torch.linspace(-3, 2, 32).to(dtype).view(4, 8)
+        close = functools.partial(torch.allclose, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        with torch.no_grad():
+            want = like(probe).float()
+            fits = [forward for forward in (_rms, _rms_around_one) if close(forward(like, probe).float(), want)]
+        _norms[type(module), dtype] = fits[0] if fits else None
+    return _norms[type(module), dtype]
 
 
 def _eps(module: Any) -> float:
@@ -226,7 +243,12 @@ def _is_plain_lora(module: Any) -> bool:
         return False
     dropout, base = module.lora_dropout["default"], module.base_layer
     plain = isinstance(dropout, torch.nn.Identity) and not module.lora_bias["default"]
-    return plain and (type(base) is torch.nn.Linear or _is_nf4(base))
+    return plain and (_is_whole(base) or _is_nf4(base))
+
+
+def _is_whole(module: Any) -> bool:
+    """Whether it is a linear map that is not quantized, or LoRA over one."""
+    return type(_base(module)) is torch.nn.Linear
 
 
 def _is_nf4(module: Any) -> bool:
@@ -241,7 +263,7 @@ def _runs(parent: Any) -> Iterator[list[Any]]:
     for name, module in [*parent.named_children(), ("", None)]:
         known = _is_plain_lora(module) or (type(module) is torch.nn.Linear and name != "base_layer")
         known = known and not any(p.requires_grad for p in _base(module).parameters())
-        if run and not (known and _follows(_base(run[-1]).weight, _base(module).weight)):
+        if run and not (known and _adjoined(run[-1], module)):
             if len(run) > 1 or _is_plain_lora(run[0]):
                 yield run
             run = []
@@ -253,14 +275,15 @@ def _base(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
+def _adjoined(a: Any, b: Any) -> bool:
+    return _is_whole(a) and _is_whole(b) and _follows(_base(a).weight, _base(b).weight)
+
+
 def _follows(a: Tensor, b: Tensor) -> bool:
     """Whether matrix `b` begins in memory where `a` ends, and has rows of the same length."""
     same = a.shape[1] == b.shape[1] and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous()
-    return (
-        same
-        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        and a.data_ptr() + a.nbytes == b.data_ptr()
-    )
+    stored = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return same and stored and a.storage_offset() + a.numel() == b.storage_offset()
 
 
 class _Site:
@@ -269,12 +292,13 @@ class _Site:
     def __init__(self, members: list[Any]) -> None:
         self.members = members
         bases = [_base(member) for member in members]
-        first = bases[0].weight
         self.outs = [base.out_features for base in bases]
-        self.dtype, self.bias, self.weight = first.dtype, None, None
+        self.bias = self.weight = None
         if _is_nf4(bases[0]):
             self.dtype = bases[0].compute_dtype
         else:
+            first = bases[0].weight
+            self.dtype = first.dtype
             self.weight = first.detach().as_strided((sum(self.outs), first.shape[1]), (first.shape[1], 1))
         if self.weight is not None and any(base.bias is not None for base in bases):
             self.bias = torch.cat([first.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases])

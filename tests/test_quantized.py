@@ -181,7 +181,7 @@ def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
     ids = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 2]])
     seen = []
     for plain in (True, False):
-        model = _attached(base, spec, plain)
+        model = _attached(base, spec, not plain)
         draw = torch.Generator().manual_seed(1)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():

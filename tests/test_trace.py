@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import small
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from peftlab import RunSpec, SpecError, configs, resolve
@@ -296,3 +297,30 @@ def test_gemmas_layers_are_told_apart():
     types = configs.layer_types(MODELS["gemma-3-270m"].config)
     assert [i for i, kind in enumerate(types) if kind == "full_attention"] == [5, 11, 17]
     assert configs.layer_types(MODELS["gpt2"].config) is None
+
+
+@pytest.mark.real
+def test_the_peak_of_our_own_engine_is_that_of_its_recording():
+    """With fused operations, at the widest batch of the task, whose answers alone have logits."""
+    from peftlab import tasks, weights
+    from peftlab.train.batches import Batches, encode
+
+    document = json.loads((Path(__file__).parent.parent / "assets/measured/speed-h100.json").read_text())
+    spec = RunSpec.from_dict(document["spec"])
+    base, task = weights.load(resolve(RunSpec())), tasks.find(spec.task)
+    batches = Batches(encode(base.tokenizer, task, task.train), spec.batch_size, 1, 0, 0)
+    width = max(batches.widths)
+    for name, adapters in (("peftlab", "fp32"), ("peftlab, bf16 adapters", "bf16")):
+        measured = max(run["peak_bytes"] for row in document["rows"] for run in row["runs"] if row["name"] == name)
+        widest = spec.but(sequence_length=width, adapter_precision=adapters)
+        quick = exact(widest, logits=width - batches.starts[width], quick=True)
+        assert quick.allocated == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "ln", "full", "houlsby", "prompt", "dora"])
+def test_any_method_is_traced_with_fused_operations(method, tiny_model, toy_task):
+    spec = resolve(small(tiny_model, method, precision="bf16", batch_size=4, sequence_length=128))
+    plain, quick = exact(spec), exact(spec, quick=True)
+    assert quick.frozen_weights == plain.frozen_weights and quick.allocated > 0
+    if method == "lora":
+        assert quick.allocated < plain.allocated

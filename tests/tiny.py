@@ -153,7 +153,7 @@ def run_of(spec: RunSpec, out: Path):
     from peftlab.train.batches import encode
 
     base, task = weights.load(spec), tasks.find(spec.task)
-    return engine._Run(spec, task, base, out, engine._attached(base, spec), encode(base.tokenizer, task, task.train))
+    return engine._Run(spec, task, base, out, encode(base.tokenizer, task, task.train))
 
 
 def steps(run, n: int) -> list[float]:

@@ -32,7 +32,7 @@ def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = pri
     base, task = weights.load(spec), tasks.find(spec.task or "")
     prompts = [tasks.prompt_ids(base.tokenizer, task.instruction, row.prompt) for row in task.heldout]
     rows = []
-    adapted = [engine._attached(base, spec, plain).eval() for plain in (False, True)]
+    adapted = [engine._attached(base, spec, quick).eval() for quick in (True, False)]
     for name, quick, plain in (("base", base.quick, base.model), (spec.method, *adapted)):
         for streams in STREAMS:
             asked = prompts[:streams]

@@ -119,7 +119,7 @@ def _compiled(spec: RunSpec) -> dict[str, Any]:
     import torch
 
     base = weights.load(spec)
-    model = engine._attached(base, spec, plain=True).train()
+    model = engine._attached(base, spec, quick=False).train()
     fast: Any = torch.compile(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = _optimizers(model, spec, base.device)
@@ -193,7 +193,7 @@ def _trainer(spec: RunSpec, **more: Any) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
     base = weights.load(spec)
-    model = engine._attached(base, spec, plain=True)
+    model = engine._attached(base, spec, quick=False)
     stream = _batches(spec, base)
     batches = [next(stream) for _ in range(spec.steps or 1)]
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def _sft(spec: RunSpec) -> dict[str, Any]:
 
     library: Any = trl
     base = weights.load(spec)
-    model = engine._attached(base, spec, plain=True)
+    model = engine._attached(base, spec, quick=False)
     task = tasks.find(spec.task or "")
     pairs = encode(base.tokenizer, task, task.train)
     rows = [
@@ -349,7 +349,7 @@ def _gear(model: str | None, task: str | None, method: str) -> dict[str, Any]:
         base, what = weights.load(spec), tasks.find(spec.task or "")
         with tempfile.TemporaryDirectory() as folder:
             pairs = encode(base.tokenizer, what, what.train)
-            run = engine._Run(spec, what, base, Path(folder), engine._attached(base, spec), pairs)
+            run = engine._Run(spec, what, base, Path(folder), pairs)
             stream = iter(run.batches)
             for count in (GEAR_STEPS // 2, GEAR_STEPS - GEAR_STEPS // 2):
                 began = time.perf_counter()

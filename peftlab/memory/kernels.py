@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 NAME = "peftlab-trace"
 """Under which transformers knows the attention below."""
@@ -113,18 +114,42 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
+class Norm(torch.autograd.Function):
+    """The fused RMS norm: it keeps its input and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class Fused(TorchFunctionMode):
+    """Has torch's fused norm for one operation, as it is on CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.rms_norm:
+            x, _, weight, *_ = args
+            return Norm.apply(x, weight)
+        return func(*args, **(kwargs or {}))
+
+
 class _FromBits(torch.autograd.Function):
     """bitsandbytes' product with packed weights: it keeps them, not its input, and unpacks them in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
         ctx.module = module
-        return x.new_empty(*x.shape[:-1], module.d_out)
+        return x.new_empty(*x.shape[:-1], module.out_features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        weight = grad.new_empty(ctx.module.d_out, ctx.module.d_in)
+        weight = grad.new_empty(ctx.module.out_features, ctx.module.in_features)
         return grad @ weight, None
 
 
@@ -149,12 +174,13 @@ class Quantized(nn.Module):
 
     def __init__(self, linear: Any, kind: str, double: bool, cloned: bool) -> None:
         super().__init__()
-        self.d_in, self.d_out = _features(linear)
-        n, device = self.d_in * self.d_out, linear.weight.device
+        self.in_features, self.out_features = _features(linear)
+        self.compute_dtype = linear.weight.dtype
+        n, device = self.in_features * self.out_features, linear.weight.device
         self.cloned, self.product = cloned, _FromBits if kind == "nf4" else _FromBytes
         parts: dict[str, tuple[int, torch.dtype]] = {"packed": (n // 2, torch.uint8), "code": (16, torch.float32)}
         if kind == "int8":
-            parts = {"packed": (n, torch.int8), "scales": (self.d_out, torch.float32)}
+            parts = {"packed": (n, torch.int8), "scales": (self.out_features, torch.float32)}
         elif double:
             blocks = _up(n, 64) // 64
             parts |= {"scales": (blocks, torch.uint8), "nested": (_up(blocks, 256) // 256, torch.float32)}
@@ -173,6 +199,10 @@ class Quantized(nn.Module):
         )  # as peft does before it adds an update to a quantized layer's output
 
 
+class Linear4bit(Quantized):
+    """In NF4, under bitsandbytes' name for it."""
+
+
 def quantize(model: nn.Module, names: set[str], kind: str, double: bool) -> None:
     """Puts a Quantized in place of each linear map of `names`, inside a peft layer where there is one."""
     for name, module in list(model.named_modules()):
@@ -180,4 +210,5 @@ def quantize(model: nn.Module, names: set[str], kind: str, double: bool) -> None
         if inner in names and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             parent = model.get_submodule(name.rpartition(".")[0])
             adapted = name.endswith(".base_layer")
-            setattr(parent, name.rpartition(".")[2], Quantized(module, kind, double, adapted and kind == "nf4"))
+            made = Linear4bit if kind == "nf4" else Quantized
+            setattr(parent, name.rpartition(".")[2], made(module, kind, double, adapted and kind == "nf4"))

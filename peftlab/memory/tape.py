@@ -30,6 +30,9 @@ WORKSPACES = {
 }
 
 
+COPIES = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default, torch.ops.aten.cat.default)
+
+
 class Entry(NamedTuple):
     key: Hashable
     size: int
@@ -68,6 +71,11 @@ class Recorder(TorchDispatchMode):
                     tree_map_only(torch.Tensor, self.see, tensor)
                 return out
             self.part = known[0] if known else self.part
+        if func in COPIES and self.part == BEFORE:  # of all layers' parameters, one layer after the other
+            owner = self._part(next(t for t in tree_iter(args) if isinstance(t, torch.Tensor)))
+            self.part = BEFORE if owner is None else owner
+            self.see(out)
+            self.part = BEFORE
         tree_map_only(torch.Tensor, self.see, out)
         if func in WORKSPACES and self.phase in ("forward", "backward"):
             size = WORKSPACES[func]

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import architecture as architectures
-from .. import configs, methods, optimizers
+from .. import configs, fused, methods, optimizers
 from ..catalog import models
 from ..errors import PeftlabError, SpecError
 from ..spec import RunSpec, parse_layers
@@ -47,18 +47,20 @@ class Trace:
 
 
 _one_at_a_time = threading.Lock()
-_known: dict[tuple[RunSpec, int, int | None], Trace] = {}
+_known: dict[tuple[RunSpec, int, int | None, bool], Trace] = {}
 KNOWN = 512
 """Traces kept; the oldest goes first."""
 
 
-def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None) -> Trace:
-    """Of a resolved spec, with every token predicted, or the last `logits` of each example.
+def trace(
+    spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None, quick: bool = False
+) -> Trace:
+    """Of a resolved spec, with every token predicted, or the last `logits` of each example; `quick`, with fused operations.
 
     Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon as `overtaken` says so.
     """
     read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
-    key = read, workspace(spec.gpu), logits
+    key = read, workspace(spec.gpu), logits, quick
 
     def stop() -> None:
         if overtaken():
@@ -88,7 +90,7 @@ def trace(spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: 
         _one_at_a_time.release()
 
 
-def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, stop: Callable[[], None]) -> Trace:
+def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, quick: bool, stop: Callable[[], None]) -> Trace:
     entry = models.find(spec.model or "")
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
@@ -102,7 +104,7 @@ def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, stop: Callab
     if not methods.find(spec.method or "").before_layers:
         types = configs.layer_types(entry.config) or [""] * shape.n_layers
         kept, copies = _shorten([(kind, i in chosen) for i, kind in enumerate(types)])
-    tapes = _record(spec, entry.config, kept, logits, stop)
+    tapes = _record(spec, entry.config, kept, logits, quick, stop)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
     return _replay(full, workspace_bytes, shape.n_layers)
@@ -148,15 +150,26 @@ def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
 
 
 def _record(
-    spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, stop: Callable[[], None]
+    spec: RunSpec,
+    config: Mapping[str, Any],
+    kept: Sequence[int],
+    logits: int | None,
+    quick: bool,
+    stop: Callable[[], None],
 ) -> dict[str, list[Entry]]:
     configs.library()
     kernels.register()
     depth = len(kept)
     model = _meta(spec, config, kept)
     recorder = Recorder(model.config.vocab_size, depth)
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+    if quick:
+        fused.try_out(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, kernels.Fused():
         _fake(model, recorder)
+        if quick:
+            recorder.part = BEFORE
+            fused.adjoin(model)
+            fused.quicken(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")

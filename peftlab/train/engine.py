@@ -74,7 +74,7 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None
-    run = _Run(spec, task, base, out, _attached(base, spec, plain), pairs, eager)
+    run = _Run(spec, task, base, out, pairs, eager, plain)
     yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
            "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
            "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
@@ -92,7 +92,7 @@ def warm_up(spec: RunSpec) -> None:
     base, task = weights.load(spec), tasks.find(spec.task or "")
     pairs = encode(base.tokenizer, task, task.train)
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), _attached(base, spec), pairs)
+        run = _Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), pairs)
         for pieces in itertools.islice(run.batches, WARM_STEPS):
             for _ in run._launch(pieces):
                 pass
@@ -124,13 +124,13 @@ def _check_lengths(pairs: Sequence[Pair], spec: RunSpec) -> None:
         )
 
 
-def _attached(base: weights.Base, spec: RunSpec, plain: bool = False) -> Any:
+def _attached(base: weights.Base, spec: RunSpec, quick: bool) -> Any:
     """A private copy of the base with the method attached; only the method's own parameters require gradients."""
     shape = architectures.of(spec.model or "")
     targets = methods.targets(shape, spec, base.entry.name)
     with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
-    if not plain and spec.precision != "amp":  # where types differ from one operation to the next
+    if quick:
         fused.quicken(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -179,11 +179,13 @@ class _Run:
         task: Task,
         base: weights.Base,
         out: Path,
-        model: Any,
         pairs: Sequence[Pair],
         eager: bool = False,
+        plain: bool = False,
     ) -> None:
-        self.spec, self.task, self.base, self.out, self.model = spec, task, base, out, model
+        self.spec, self.task, self.base, self.out = spec, task, base, out
+        self.quick = not plain and spec.precision != "amp"  # where types differ from one operation to the next
+        self.model = model = _attached(base, spec, self.quick)
         self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, base.device)
         self.trained = self.gear.step.trained
         self.batches = Batches(
@@ -419,8 +421,11 @@ class _Run:
             self.highest = max(self.highest or 0, torch.cuda.max_memory_allocated())
 
     def _predicted_peak(self) -> int | None:
-        """Of a step with the largest batch; None on a CPU, whose memory is not measured."""
+        """Of a step with the largest batch, and of the base where training has its own copy; None on a CPU."""
         if self.highest is None:
             return None
         batch, width, start = self.largest
-        return exact(self.spec.but(batch_size=batch, sequence_length=max(width, 8)), logits=width - start).allocated
+        spec = self.spec.but(batch_size=batch, sequence_length=max(width, 8))
+        own = {p.data_ptr() for p in self.model.parameters()}
+        beside = sum(p.nbytes for p in self.base.model.parameters() if p.data_ptr() not in own)
+        return exact(spec, logits=width - start, quick=self.quick).allocated + beside
