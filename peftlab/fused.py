@@ -1,4 +1,5 @@
-"""The same functions in fewer operations, put in place of a model's own: norms, rotary positions, masks and linear maps.
+"""The same functions in fewer operations, put in place of a model's own: norms, rotary positions, masks, linear maps and
+the loss.
 
 A model of 30 layers launches thousands of small kernels a step, and each takes longer than its arithmetic. Everything here
 is torch's own operations, so nothing is compiled. Results differ from the model's own by rounding alone, which is tried on
@@ -17,7 +18,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch import rms_norm
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +32,16 @@ HEADS_FIRST = 1
 """Where cos and sin get a dimension for the heads, if queries are batch × heads × length × d."""
 ATTENTION = "peftlab"
 """Our name among transformers' ways to attend."""
+LOGITS = 32_000_000
+"""Logits that a loss makes at a time."""
 
 
-def quicken(model: Any) -> dict[str, int]:
-    """Fuses what it knows in a private copy of a model, and says how many of each kind. The copy's modules stay themselves."""
+def quicken(model: Any, logits: bool = False) -> dict[str, int]:
+    """Fuses what it knows in a private copy of a model, and says how many of each kind. The copy's modules stay themselves.
+
+    Unless it is asked for its `logits`, the copy may have a `head` from then on: in training it gives hidden states then, for
+    `cross_entropy`.
+    """
     configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}.values()
     counts = {"norms": 0, "rotary": 0, "attention": sum(map(_attention, configs)), "lora": 0, "joined": 0}
     for module in model.modules():
@@ -50,7 +58,25 @@ def quicken(model: Any) -> dict[str, int]:
         site.take()
     if adapted := [site for site in sites if site.adapted]:
         model.register_forward_pre_hook(lambda *_: _share_near(adapted))
+    if not logits and (last := _last_map(model)):
+        last.__class__ = Head
     return counts
+
+
+def head(model: Any) -> Head | None:
+    """The map to logits that a quickened model leaves to its loss."""
+    return next((module for module in model.modules() if isinstance(module, Head)), None)
+
+
+def cross_entropy(out: Tensor, labels: Tensor, head: Head | None) -> Tensor:
+    """Summed over the labels, rows × length, that are not negative. `out` is logits, or hidden states that `head` maps to them.
+
+    With a head, LOGITS of them are there at a time, and none outlives this.
+    """
+    out, labels = out.flatten(0, 1), labels.flatten()
+    if head is None or not head.training:
+        return torch.nn.functional.cross_entropy(out.float(), labels, reduction="sum")
+    return _CrossEntropy.apply(out, head.weight, head.bias, labels)
 
 
 def try_out(model: Any) -> None:
@@ -130,12 +156,12 @@ def _eps(module: Any) -> float:
 
 
 def _rms(self: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, self.weight.shape, self.weight, _eps(self))
+    return rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, _eps(self))
 
 
 def _rms_around_one(self: Any, x: Tensor) -> Tensor:
     """Gemma's, whose weight is what is added to 1."""
-    return rms_norm(x, self.weight.shape, 1 + self.weight, _eps(self))
+    return rms_norm(x.to(self.weight.dtype), self.weight.shape, 1 + self.weight, _eps(self))
 
 
 @cache
@@ -186,6 +212,69 @@ class _Rotated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), sin, value=-1), None, None
+
+
+class Head(torch.nn.Linear):
+    """The frozen map to logits, which a model in training skips."""
+
+    __module__ = torch.nn.Linear.__module__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else super().forward(x)
+
+
+class _Given(torch.nn.Module):
+    def __init__(self, out: Any) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.out
+
+
+def _last_map(model: Any) -> Any:
+    """The map to logits, where it is linear, frozen, and the last thing that the model does."""
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    causal: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    last = causal and causal.get_output_embeddings()
+    if type(last) is not torch.nn.Linear or any(p.requires_grad for p in last.parameters()):
+        return None
+    name = next((name for name, child in causal.named_children() if child is last), "")
+    like, logits = copy.copy(causal), torch.empty(1, 1, 1)
+    body = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=torch.empty(1, 1, 1))  # type: ignore[arg-type]
+    like._modules = {causal.base_model_prefix: _Given(body), name: _Given(logits)}
+    try:
+        found = like(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False, return_dict=True).logits
+    except Exception:  # anybody's architecture, in transformers' code
+        return None
+    return last if found is logits else None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of −log softmax(x Wᵀ + bias) at the labels, with frozen W. The gradient of x is made on the way, while the logits
+    are there. Hsu et al. 2024 (Liger).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        grad, total = torch.empty_like(x), torch.zeros((), device=x.device)
+        pieces = -(-x.shape[0] * weight.shape[0] // LOGITS)
+        for rows, at, out in zip(x.chunk(pieces), labels.chunk(pieces), grad.chunk(pieces), strict=True):
+            asked, at = (at >= 0)[:, None], at.clamp(min=0)[:, None]
+            logp = torch.log_softmax(linear(rows, weight, bias).float(), -1)
+            total -= (logp.gather(1, at) * asked).sum()
+            p = logp.exp_().scatter_add_(1, at, -torch.ones_like(at, dtype=logp.dtype))
+            torch.mm(p.to(x.dtype), weight, out=out).mul_(asked)
+            del logp, p
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, total: Tensor) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * total, None, None, None
 
 
 def _attention(config: Any) -> bool:

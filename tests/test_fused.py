@@ -10,6 +10,7 @@ from peftlab import RunSpec, architecture, fused, methods, resolve, weights
 from peftlab.fused import adjoin, quicken, rotate
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 3, 4, 2, 7, 1]])
+LABELS = torch.tensor([[-100, -100, 7, 8, 9, 3], [-100, 3, 4, 2, -100, 1]])
 
 
 def copies(family, method="lora", dtype=torch.float32, **settings):
@@ -41,11 +42,13 @@ def files(config_files):
 
 
 def read(model):
-    """Logits, and the gradient of each trained parameter."""
+    """Logits, and the gradient of each trained parameter in training."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=IDS, use_cache=False).logits
     torch.manual_seed(0)  # for models that drop
-    logits = model(input_ids=IDS, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), IDS.flatten()).backward()
-    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    out = model.train()(input_ids=IDS, use_cache=False).logits
+    (fused.cross_entropy(out, LABELS, fused.head(model)) / IDS.numel()).backward()
+    return logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "ln", "houlsby", "dora"])
@@ -212,7 +215,7 @@ def test_a_recorded_step_has_no_mask(monkeypatch):
         got = read(quick)[0]
         AttentionInterface.register(fused.ATTENTION, own)
         monkeypatch.undo()
-        assert got.allclose(read(plain)[0], atol=1e-5) and asked == [None] * 3
+        assert got.allclose(read(plain)[0], atol=1e-5) and asked == [None] * 6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
@@ -240,3 +243,46 @@ def test_what_is_more_than_lora_is_not_put_in_one_batch():
         assert fused.together(weights.share(base), [adapted]) is None, method
     _, lora, _ = copies("llama")
     assert fused.together(weights.share(copies("llama")[0]), [lora]) is None  # another base
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma3", "qwen2"])
+def test_a_loss_in_pieces_is_torchs_own(family, monkeypatch):
+    """A few rows of logits at a time, the same number and the same gradients."""
+    _, plain, quick = copies(family)
+    quicken(quick)
+    head = fused.head(quick)
+    assert head.weight.data_ptr() == quick.get_base_model().get_output_embeddings().weight.data_ptr()
+    outs = []
+    for model in (plain, quick):
+        torch.manual_seed(0)  # for models that drop
+        outs.append(model(input_ids=IDS).logits)
+    want = torch.nn.functional.cross_entropy(outs[0].flatten(0, 1), LABELS.flatten(), reduction="sum")
+    monkeypatch.setattr(fused, "LOGITS", 5 * 512)
+    got = fused.cross_entropy(outs[1], LABELS, head)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    slopes = [
+        torch.autograd.grad(3 * x, [p for p in m.parameters() if p.requires_grad])
+        for x, m in ((want, plain), (got, quick))
+    ]
+    for a, b in zip(*slopes, strict=True):
+        assert b.allclose(a, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_trained_asked_for_or_not_the_last_keeps_its_logits():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    _, whole, quick = copies("llama", target_modules="lm_head")
+    quicken(quick)
+    assert fused.head(quick) is None
+    quicken(whole, logits=True)
+    assert fused.head(whole) is None and whole(input_ids=IDS).logits.shape[-1] == 512
+    trained = fresh("llama-tied")
+    quicken(trained)
+    assert fused.head(trained) is None
+    for cap in (None, 30.0):
+        small = {
+            k: v for k, v in CONFIGS["gemma3"].items() if k not in ("architectures", "model_type", "sliding_window")
+        }
+        model = Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=cap, **small)).requires_grad_(False)
+        quicken(model)
+        assert (fused.head(model) is None) == (cap is not None)

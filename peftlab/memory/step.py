@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import optimizers
+from .. import fused, optimizers
 from ..spec import RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "amp": torch.float32}
@@ -50,6 +50,7 @@ def prepare(model: Any, spec: RunSpec) -> Any:
 
 def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> Iterator[str]:
     """One forward and one backward pass, every token predicted or the last `logits`. Yields each one's name as it begins."""
+    head = fused.head(model)
     yield "forward"
     ids = torch.zeros(spec.batch_size or 1, spec.sequence_length or 1, dtype=torch.long, device=device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):
@@ -57,8 +58,10 @@ def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> 
         out = model(input_ids=ids, use_cache=False, **kept).logits
     held = out if spec.hold_outputs else None
     labels = ids[:, 1 - out.shape[1] :]
-    out = out[:, :-1].float().flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(out, labels.flatten())
+    out = out[:, :-1]
+    if head is None:
+        out = out.float()  # the logits in their own type need not outlive this
+    loss = fused.cross_entropy(out, labels, head)
     del out
     yield "backward"
     loss.backward()

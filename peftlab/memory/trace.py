@@ -169,7 +169,7 @@ def _record(
         if quick:
             recorder.part = BEFORE
             fused.adjoin(model)
-            fused.quicken(model)
+            fused.quicken(model, bool(spec.hold_outputs))
         trained = [p for p in model.parameters() if p.requires_grad]
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")

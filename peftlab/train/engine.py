@@ -131,7 +131,7 @@ def _attached(base: weights.Base, spec: RunSpec, quick: bool) -> Any:
     with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
     if quick:
-        fused.quicken(model)
+        fused.quicken(model, bool(spec.hold_outputs))
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

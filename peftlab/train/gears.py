@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import graphs, methods, optimizers
+from .. import fused, graphs, methods, optimizers
 from ..spec import RunSpec
 from .batches import Batch
 
@@ -34,6 +34,7 @@ class Step:
         self.device = next(model.parameters()).device
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(model, spec, capturable)
+        self.head = fused.head(model)
         self.done = 0
 
     def set_rate(self, rate: float) -> None:
@@ -73,11 +74,9 @@ class Step:
             piece.start - ids.shape[1], 0, device=ids.device
         )  # as a slice, the head would copy its weight
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
-            logits = self.model(input_ids=ids, logits_to_keep=last, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, piece.start + 1 :].flatten(), reduction="sum"
-        )
-        return loss, logits if self.spec.hold_outputs else None
+            out = self.model(input_ids=ids, logits_to_keep=last, use_cache=False).logits
+        loss = fused.cross_entropy(out[:, :-1], labels[:, piece.start + 1 :], self.head)
+        return loss, out if self.spec.hold_outputs else None
 
 
 def _optimizer(model: Any, spec: RunSpec, capturable: bool) -> Any:
