@@ -24,6 +24,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .spec import RunSpec
+
 ROTARY = "apply_rotary_pos_emb"
 """What transformers' attention modules call, whatever the family."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -77,6 +79,11 @@ def cross_entropy(out: Tensor, labels: Tensor, head: Head | None) -> Tensor:
     if head is None or not head.training:
         return torch.nn.functional.cross_entropy(out.float(), labels, reduction="sum")
     return _CrossEntropy.apply(out, head.weight, head.bias, labels)
+
+
+def suits(spec: RunSpec) -> bool:
+    """Not mixed precision, where types differ from one operation to the next."""
+    return spec.precision != "amp"
 
 
 def try_out(model: Any) -> None:

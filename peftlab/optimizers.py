@@ -67,6 +67,11 @@ CAPTURABLE: dict[str, dict[str, Any]] = {
 """Those that can be part of a CUDA graph, and the options for it. The others count steps in Python."""
 
 
+def capturable(spec: RunSpec) -> dict[str, Any] | None:
+    """Options of a resolved spec's optimizer as part of a CUDA graph; None where it cannot be one."""
+    return None if spec.optimizer_precision == "fp32" else CAPTURABLE.get(spec.optimizer or "adamw")
+
+
 def find(spec: RunSpec) -> Optimizer:
     """Of a resolved spec. `optimizer_precision` fp32 matters to AdamW alone; the others' states have one format."""
     if spec.optimizer == "adamw" and spec.optimizer_precision == "fp32":

@@ -401,6 +401,11 @@ def load(spec: RunSpec) -> Base:
         return _loaded[key]
 
 
+def allocated(base: Base | None = None) -> int:
+    """Bytes of a base's parameters, or of all that are loaded."""
+    return sum(p.nbytes for b in ([base] if base else [*_loaded.values()]) for p in b.model.parameters())
+
+
 def _settle(model: Any) -> None:
     """What bitsandbytes would change in the base when it is first used: int8 moves its scales, NF4 on a CPU is repacked."""
     import logging

@@ -83,6 +83,7 @@ def _ours(spec: RunSpec, eager: bool, plain: bool) -> dict[str, Any]:
         "training_seconds": done["training_seconds"],
         "tokens_per_second": done["tokens_per_second"],
         "peak_bytes": done["measured_peak_bytes"],
+        "predicted_peak_bytes": done["predicted_peak_bytes"],
         "score": next(iter(done["eval"]["after"].values())),
         "click_to_saved_seconds": whole,
     }

@@ -155,7 +155,7 @@ def exact(
 ) -> MemoryReport:
     """`predict` from a trace of a whole training step on fake tensors: every token predicted, or each example's last `logits`.
 
-    As any trainer runs it, or `quick`, with the fused operations of ours.
+    As any trainer runs it, or `quick`, with the fused operations and optimizer of ours.
     Takes seconds, and torch. Raises SpecError for what cannot be traced, and Overtaken once `overtaken` says so.
     """
     states = predict_states(spec)

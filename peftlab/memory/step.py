@@ -16,8 +16,11 @@ from ..spec import RunSpec
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "amp": torch.float32}
 
 
-def optimizer(parameters: list[Any], spec: RunSpec) -> Any:
+def optimizer(parameters: list[Any], spec: RunSpec, fused: bool = False) -> Any:
+    """As torch makes it, or `fused` as in a CUDA graph, where it can be."""
     kind = optimizers.find(spec)
+    if fused and optimizers.capturable(spec):
+        return kind.make(parameters, 1e-4, fused=True)
     made = kind.make(parameters, 1e-4)
     if kind.together:
         for group in made.param_groups:

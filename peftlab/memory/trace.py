@@ -55,7 +55,7 @@ KNOWN = 512
 def trace(
     spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None, quick: bool = False
 ) -> Trace:
-    """Of a resolved spec, with every token predicted, or the last `logits` of each example; `quick`, with fused operations.
+    """Of a resolved spec, with every token predicted, or the last `logits` of each example; `quick`, as the engine trains.
 
     Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon as `overtaken` says so.
     """
@@ -166,7 +166,7 @@ def _record(
         fused.try_out(model)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, kernels.Fused():
         _fake(model, recorder)
-        if quick:
+        if quick and fused.suits(spec):
             recorder.part = BEFORE
             fused.adjoin(model)
             fused.quicken(model, bool(spec.hold_outputs))
@@ -176,7 +176,7 @@ def _record(
         _watch(model, recorder, stop)
         kind = optimizers.find(spec)
         own = kind.library == "torch"
-        optimizer = step.optimizer(trained, spec) if own else optimizers.BlockwiseStates(trained, kind)
+        optimizer = step.optimizer(trained, spec, fused=quick) if own else optimizers.BlockwiseStates(trained, kind)
         for again in ("", " again")[: min(spec.accumulation or 1, 2)]:
             recorder.part = BEFORE
             for phase in step.micro(model, spec, "cpu", logits):

@@ -26,6 +26,7 @@ from ..count import count
 from ..errors import RunError, SpecError
 from ..generate import Answer, answer, mean_score, nats_per_token
 from ..memory import exact
+from ..memory.states import workspace
 from ..resolve import resolve_here
 from ..spec import RunSpec
 from ..tasks import Task
@@ -130,7 +131,7 @@ def _attached(base: weights.Base, spec: RunSpec, quick: bool) -> Any:
     targets = methods.targets(shape, spec, base.entry.name)
     with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
-    if quick:
+    if quick and fused.suits(spec):
         fused.quicken(model, bool(spec.hold_outputs))
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -184,8 +185,7 @@ class _Run:
         plain: bool = False,
     ) -> None:
         self.spec, self.task, self.base, self.out = spec, task, base, out
-        self.quick = not plain and spec.precision != "amp"  # where types differ from one operation to the next
-        self.model = model = _attached(base, spec, self.quick)
+        self.model = model = _attached(base, spec, quick=not plain)
         self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, base.device)
         self.trained = self.gear.step.trained
         self.batches = Batches(
@@ -414,18 +414,21 @@ class _Run:
             torch.cuda.reset_peak_memory_stats()
 
     def _note_peak(self) -> None:
-        """Keeps the most bytes that the CUDA allocator held during steps."""
+        """Keeps the most bytes that the CUDA allocator held during steps, but for other base models."""
         import torch
 
         if self.base.device == "cuda":
-            self.highest = max(self.highest or 0, torch.cuda.max_memory_allocated())
+            others = weights.allocated() - weights.allocated(self.base)
+            self.highest = max(self.highest or 0, torch.cuda.max_memory_allocated() - others)
 
     def _predicted_peak(self) -> int | None:
-        """Of a step with the largest batch, and of the base where training has its own copy; None on a CPU."""
+        """Of a step with the largest batch, and what stays beside it: the base where training has its own copy, and cuBLAS's
+        workspace for the stream that evaluates. None on a CPU.
+        """
         if self.highest is None:
             return None
         batch, width, start = self.largest
         spec = self.spec.but(batch_size=batch, sequence_length=max(width, 8))
         own = {p.data_ptr() for p in self.model.parameters()}
         beside = sum(p.nbytes for p in self.base.model.parameters() if p.data_ptr() not in own)
-        return exact(spec, logits=width - start, quick=self.quick).allocated + beside
+        return exact(spec, logits=width - start, quick=True).allocated + beside + workspace(spec.gpu)

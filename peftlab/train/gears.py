@@ -91,7 +91,7 @@ def _optimizer(model: Any, spec: RunSpec, capturable: bool) -> Any:
     parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
     if not capturable:
         return optimizers.find(spec).make(parameters, rate)
-    made = optimizers.find(spec).make(parameters, rate, **optimizers.CAPTURABLE[spec.optimizer or "adamw"])
+    made = optimizers.find(spec).make(parameters, rate, **(optimizers.capturable(spec) or {}))
     for group in made.param_groups:
         group["lr"] = torch.tensor(rate, device=group["params"][0].device)
     return made
@@ -201,7 +201,7 @@ def why_eager(spec: RunSpec, device: str) -> str:
         return "no CUDA GPU here"
     if method.after_step:
         return f"{method.name} asks for numbers between steps"
-    if spec.optimizer not in optimizers.CAPTURABLE or spec.optimizer_precision == "fp32":
+    if optimizers.capturable(spec) is None:
         return f"the optimizer {spec.optimizer} counts its steps in Python"
     if spec.quantization == "int8":
         return "int8 looks for outliers at each product"
