@@ -81,7 +81,7 @@ def resolve_here(spec: RunSpec) -> RunSpec:
 def _precision(method: methods.Method, on_gpu: bool, bf16: bool) -> str:
     """bf16 weights lose small updates to rounding, so whatever trains the weights themselves keeps them in fp32.
 
-    Full fine-tuning of the ticket task on an H100, exact records: 15% in bf16, 80% in fp32, 85% in amp
+    Full fine-tuning of the ticket task on an H100, exact records: 15% in bf16, 85% in fp32, 78% in amp
     (assets/measured/precision-full-*-h100.json).
     """
     if method.in_place:

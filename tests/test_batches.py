@@ -1,6 +1,7 @@
 """Training rows as tensors: every row once, little padding, labels where the answers are."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -80,6 +81,10 @@ def test_the_widths_are_the_fewest_that_keep_padding_low(limit, seed):
     assert padding(lengths, found) <= limit
     for fewer in itertools.combinations(sorted(set(lengths))[:-1], len(found) - 2) if len(found) > 1 else ():
         assert padding(lengths, [*fewer, max(lengths)]) > limit
+
+
+def test_one_width_where_any_padding_will_do():
+    assert widths([50, 60, 104], math.inf) == [104]
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

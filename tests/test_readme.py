@@ -131,6 +131,17 @@ def test_the_larger_model_is_that_of_the_recording():
     assert document["random_weights"] and theirs / ours >= 2.5
 
 
+def test_a_quantized_base_of_8b_is_that_of_the_recording():
+    document = speed("8b-nf4-")
+    found = {name: 1e3 * seconds for name, seconds in steps(document).items()}
+    (ours,), (theirs,) = (row["runs"] for row in document["rows"])
+    times = f"takes {found['peftlab']:.1f} ms against TRL's {found['TRL SFTTrainer']:.1f}"
+    gigabytes = [x / 1e9 for x in (ours["peak_bytes"], theirs["peak_bytes"], ours["predicted_peak_bytes"])]
+    plain = " ".join(README.split())
+    assert times + ", and {:.1f} GB against {:.1f}, of which {:.1f} were predicted".format(*gigabytes) in plain
+    assert found["peftlab"] <= found["TRL SFTTrainer"] and ours["peak_bytes"] <= theirs["peak_bytes"]
+
+
 def test_decoding_is_that_of_the_recording():
     document = json.loads((ROOT / "assets/measured/generation-h100.json").read_text())
     said = [f"{row['peftlab']:,.0f} against {row['transformers']:.0f}" for row in document["rows"]]

@@ -70,7 +70,7 @@ def widths(lengths: Sequence[int], padding: float = PADDING) -> list[int]:
     most = padding * sum(lengths)
     costs: list[list[float]] = [[0.0] + [float("inf")] * len(counted)]  # of the first i lengths in k widths
     cuts: list[list[int]] = []
-    while costs[-1][-1] > most:
+    while len(costs) == 1 or costs[-1][-1] > most:
         before, cost, cut = costs[-1], [float("inf")], [0]
         for end in range(1, len(counted) + 1):
             wide = counted[end - 1][0]
