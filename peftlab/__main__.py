@@ -63,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--tasks", type=_count, default=1, help="number of tasks to store")
     train = command("train", _train, "fine-tune; progress on stderr", spec=True)
     train.add_argument("--out", type=Path, help="folder for the adapter (default: a new one under runs/)")
+    race = command("race", _race, "several runs side by side, each one's progress on stderr", spec=True)
+    race.add_argument(
+        "--vary",
+        nargs="+",
+        default=["method"],
+        metavar=("SETTING", "VALUE"),
+        help="a setting and the values to race (default: method, all that suit the model)",
+    )
+    race.add_argument("--seconds", type=float, help="of training for each, instead of --steps")
+    race.add_argument("--seeds", type=_count, default=1, help="runs of each")
+    race.add_argument("--sort", default="score", help="the column to rank by")
+    race.add_argument("--csv", type=Path, help="where to write the board as CSV")
+    race.add_argument("--out", type=Path, help="the JSON file to write, for the app to show as recorded")
     compare = command("compare", _compare, "base and adapters, side by side")
     compare.add_argument("--adapter", type=Path, action="append", required=True, help="an adapter folder; repeatable")
     compare.add_argument("--prompt", help="one prompt of your own")
@@ -302,6 +315,49 @@ def _train(args: argparse.Namespace) -> int:
             print(json.dumps(last), flush=True)
         _say(last)
     return 0 if last.get("type") == "done" else 1
+
+
+def _race(args: argparse.Namespace) -> None:
+    import tempfile
+
+    from . import race
+    from .bench.record import provenance
+
+    race.column(args.sort)  # refused before anything runs
+    racers = race.along(_spec(args), args.vary[0], args.vary[1:])
+    last: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for last in race.race(racers, Path(folder), args.seeds, args.seconds):
+            if last["type"] == "line":
+                line = last["line"]
+                text = line["error"] or f"{len(line['scores'])} of {args.seeds} seeds"
+                print(f"{line['name']}: {text}", file=sys.stderr, flush=True)
+    document = provenance() | {"kind": "race", "vary": args.vary[0], "lines": last["lines"]}
+    lines = race.ranked([race.Line(**line) for line in last["lines"]], args.sort)
+    for path, text in ((args.out, json.dumps(document, indent=1) + "\n"), (args.csv, race.to_csv(lines))):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if args.json:
+        _print(document)
+        return
+    _table(
+        [("", "score", "95% interval", "loss", "trained", "training", "")]
+        + [
+            (
+                line.name,
+                words.score(line.score),
+                "{} to {}".format(*map(words.score, line.interval)),
+                words.significant(sum(line.loss) / len(line.loss)),
+                f"{line.trainable_parameters:,}",
+                words.seconds(sum(line.training_seconds) / len(line.training_seconds)),
+                "",
+            )
+            if line.scores
+            else (line.name, "", "", "", f"{line.trainable_parameters:,}", "", line.error or "stopped")
+            for line in lines
+        ]
+    )
 
 
 def _say(event: dict[str, Any]) -> None:

@@ -26,3 +26,11 @@ class AdapterError(PeftlabError):
 
 class RunError(PeftlabError):
     pass
+
+
+def plain(error: Exception) -> str:
+    """Any other error in a line, for a page."""
+    text = str(error).splitlines()[0][:300] if str(error) else ""
+    if "out of memory" in text.lower():
+        return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"
+    return f"{type(error).__name__}: {text}"

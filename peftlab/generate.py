@@ -342,6 +342,25 @@ def answer(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row]) -> Gener
     ]
 
 
+def answer_loss(model: Any, tokenizer: Any, task: Task) -> float:
+    """Mean cross-entropy of the held-out answers given their prompts, in nats per answer token."""
+    import torch
+
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    for row in task.heldout:
+        prompt, said = (
+            tasks.prompt_ids(tokenizer, task.instruction, row.prompt),
+            tasks.answer_ids(tokenizer, row.answer),
+        )
+        ids = torch.tensor([prompt + said], device=device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, -len(said) - 1 : -1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, -len(said) :], reduction="sum").item()
+        count += len(said)
+    return total / count
+
+
 def mean_score(answers: Sequence[Answer]) -> float:
     return sum(a.score for a in answers) / len(answers)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import weights
-from .errors import PeftlabError, SpecError
+from .errors import PeftlabError, SpecError, plain
 from .resolve import resolve_here
 from .spec import RunSpec
 from .train import STOP, train, warm_up
@@ -102,14 +102,7 @@ def _work(job: Job, trainer: Trainer) -> None:
     except PeftlabError as error:
         job.add({"type": "error", "message": str(error)}, over=True)
     except Exception as error:
-        job.add({"type": "error", "message": _plain(error)}, over=True)
-
-
-def _plain(error: Exception) -> str:
-    text = str(error).splitlines()[0][:300] if str(error) else ""
-    if "out of memory" in text.lower():
-        return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"
-    return f"{type(error).__name__}: {text}"
+        job.add({"type": "error", "message": plain(error)}, over=True)
 
 
 class Preparation:
@@ -140,4 +133,4 @@ class Preparation:
         except PeftlabError as error:
             self.error = str(error)
         except Exception as error:
-            self.error = _plain(error)
+            self.error = plain(error)

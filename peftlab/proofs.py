@@ -21,6 +21,7 @@ from .spec import RunSpec
 
 BASE, APART, MERGED, SERIAL = "base", "apart", "merged", "serial"
 """The four of `latency`: the base; the adapter beside its weights; in them; and a fresh Houlsby adapter between layers."""
+ALL = (BASE, APART, MERGED, SERIAL)
 SERIAL_METHOD = "houlsby"
 STOPS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
@@ -221,7 +222,9 @@ class LatencyReport:
         return asdict(self)
 
 
-def latency(adapter: Adapter, prompt: str, tokens: int = 16, rounds: int = 5) -> Generator[float, None, LatencyReport]:
+def latency(
+    adapter: Adapter, prompt: str, tokens: int = 16, rounds: int = 5, what: Sequence[str] = ALL
+) -> Generator[float, None, LatencyReport]:
     """Seconds a token at batch 1, here and now. Yields the share done, from 0 to 1; returns the report.
 
     All decode as many tokens from the same prompt, one model after the other in each round, so that whatever else the
@@ -234,7 +237,7 @@ def latency(adapter: Adapter, prompt: str, tokens: int = 16, rounds: int = 5) ->
     base = _whole(adapter, None)
     decoding = Decoding(tokens + 1)  # the first comes out of the prompt
     ids = _prompt_tokens(base, adapter, prompt, decoding)
-    models = contenders(base, adapter)
+    models = contenders(base, adapter, what)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for place, (name, model) in enumerate(models.items()):
@@ -249,20 +252,32 @@ def latency(adapter: Adapter, prompt: str, tokens: int = 16, rounds: int = 5) ->
     return LatencyReport(base.entry.key, device, versions, precision, len(ids), tokens, rounds, speeds)
 
 
-def contenders(base: weights.Base, adapter: Adapter) -> dict[str, Any]:
-    """The four models of `latency` by name, ready to generate, on copies of one base, their operations fused alike.
+def contenders(base: weights.Base, adapter: Adapter, what: Sequence[str] = ALL) -> dict[str, Any]:
+    """The models of `latency` by name, ready to generate, on copies of one base, their operations fused alike.
 
     The serial adapter is untrained: it starts as the identity, which takes it as long as anything else would.
     """
+    make = {
+        BASE: lambda: base.quick,
+        MERGED: lambda: _fused(adapters.merge(base, adapter)),  # first, since it refuses what cannot be merged
+        APART: lambda: adapters.apply(base, adapter),
+        SERIAL: lambda: _fused(_serial(base, adapter)),
+    }
+    made = {name: make[name]() for name in make if name in what}
+    return {name: made[name] for name in what}
+
+
+def _serial(base: weights.Base, adapter: Adapter) -> Any:
     precision = "bf16" if _is_bf16(base) else "fp32"
     spec = resolve(RunSpec(model=adapter.spec.model, method=SERIAL_METHOD, adapter_precision=precision))
     targets = methods.targets(architecture.of(spec.model or ""), spec, base.entry.name)
-    serial = methods.find(SERIAL_METHOD).attach(weights.share(base.model), targets, spec)
-    apart, merged = _pair(base, adapter)
-    found = {BASE: base.quick, APART: apart, MERGED: merged, SERIAL: serial.requires_grad_(False).eval()}
-    for name in (MERGED, SERIAL):  # as the base's and the adapter's own copies are
-        fused.quicken(found[name])
-    return found
+    return methods.find(SERIAL_METHOD).attach(weights.share(base.model), targets, spec).requires_grad_(False).eval()
+
+
+def _fused(model: Any) -> Any:
+    """As the base's and the adapter's own copies are."""
+    fused.quicken(model)
+    return model
 
 
 def _is_bf16(base: weights.Base) -> bool:

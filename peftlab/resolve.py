@@ -56,6 +56,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "hold_outputs": False,
         "steps": task.steps,
         "task": task.key,
+        "training_rows": len(task.train),
         "seed": 0,
         "gpu": gpu,
         "n_gpus": 1,
@@ -97,6 +98,6 @@ def with_preset(spec: RunSpec, preset: Preset) -> RunSpec:
     if preset.alpha_over_rank:
         spec = spec.but(alpha=preset.alpha_over_rank * (resolve(spec).rank or 1))
     if preset.epochs:
-        rows = len(tasks.find(spec.task or tasks.DEFAULT).train)
+        rows = spec.training_rows or len(tasks.find(spec.task or tasks.DEFAULT).train)
         spec = spec.but(steps=math.ceil(preset.epochs * rows / (spec.batch_size or 1)))
     return spec

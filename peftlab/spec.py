@@ -103,6 +103,10 @@ class RunSpec:
         "optimizer steps", "the task's", type=int, unit="steps", low=1, high=1_000_000, example="40"
     )
     task: str | None = setting("what is learned", "ticket")
+    training_rows: int | None = setting(
+        "how many of the task's training rows are used, drawn by the seed", "all", type=int, unit="rows", low=1,
+        high=10_000_000, example="32",
+    )  # fmt: skip
     seed: int | None = setting(
         "seed of data order, initialization and dropout", "0", type=int, low=0, high=2**31 - 1, example="0"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,17 @@ def find(key: str) -> Task:
     if key.endswith(".json") and Path(key).exists():
         return read(Path(key))
     raise SpecError(f"task={key}: no such task; {closest(key, TASKS)}")
+
+
+def drawn(task: Task, rows: int | None, seed: int = 0) -> tuple[Row, ...]:
+    """So many of the training rows; more of one seed hold all of fewer. Raises SpecError for more than there are."""
+    if rows is None or rows == len(task.train):
+        return task.train
+    if rows > len(task.train):
+        raise SpecError(
+            f"training-rows={rows}: the task {task.key} has {len(task.train)}; set it to {len(task.train)} or fewer"
+        )
+    return tuple(random.Random(seed).sample(task.train, len(task.train))[:rows])
 
 
 def prompt_ids(tokenizer: Any, task_instruction: str, prompt: str) -> list[int]:

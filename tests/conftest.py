@@ -85,6 +85,20 @@ def toy_spec(tiny_model, toy_task) -> RunSpec:
     return RunSpec(model=str(tiny_model), task="toy", learning_rate=1e-2)
 
 
+@pytest.fixture
+def run(capsys):
+    """(exit status, what stdout says, what stderr says)"""
+
+    from peftlab.__main__ import main
+
+    def call(*argv):
+        status = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
 @pytest.fixture(autouse=True)
 def apart(request, monkeypatch, tmp_path_factory):
     """No Hub, and a cache of the test's own; tests marked `real` or `browser` keep the machine's."""

@@ -9,24 +9,11 @@ import pytest
 from tiny import ROOT
 
 from peftlab import words
-from peftlab.__main__ import main
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import MODELS
 from peftlab.catalog.presets import PRESETS
 from peftlab.methods import METHODS
 from peftlab.tasks import TASKS
-
-
-@pytest.fixture
-def run(capsys):
-    """(exit status, what stdout says, what stderr says)"""
-
-    def call(*argv):
-        status = main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

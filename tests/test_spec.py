@@ -40,6 +40,7 @@ DESIGN = [
     "learning_rate",
     "steps",
     "task",
+    "training_rows",
     "seed",
     "gpu",
     "n_gpus",

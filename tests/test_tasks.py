@@ -161,3 +161,12 @@ def test_prompts_with_and_without_a_chat_template(tiny_model, tied_model):
     assert chat.decode(tasks.prompt_ids(chat, "Do.", "the cat")) == "<system>Do.\n<user>the cat\n<assistant>"
     assert chat.decode(tasks.prompt_ids(chat, "", "the cat")) == "<user>the cat\n<assistant>"
     assert tasks.answer_ids(plain, "red")[-1] == plain.eos_token_id
+
+
+def test_fewer_rows_are_among_more_and_the_seed_draws_them():
+    task = TASKS["ticket"]
+    few, more = tasks.drawn(task, 8), tasks.drawn(task, 64)
+    assert len(few) == 8 and set(few) <= set(more) < set(task.train) and few != tasks.drawn(task, 8, seed=1)
+    assert tasks.drawn(task, None) == task.train == tasks.drawn(task, len(task.train))
+    with pytest.raises(SpecError, match=f"training-rows=9999: the task ticket has {len(task.train)}"):
+        tasks.drawn(task, 9999)

@@ -21,7 +21,7 @@ from ..generate import answer, mean_score
 from ..methods import METHODS
 from ..resolve import resolve_here
 from ..spec import RunSpec
-from ..train import engine, train, warm_up
+from ..train import engine, pace, train, warm_up
 from ..train.batches import IGNORED, Batches, encode
 from ..train.gears import CLIP
 from .chart import chart
@@ -346,21 +346,8 @@ def _gear(model: str | None, task: str | None, method: str) -> dict[str, Any]:
     """Which gear a method trains in by default, why not the graph, and seconds a step after the first few."""
     row: dict[str, Any] = {"method": method}
     try:
-        spec = resolve_here(RunSpec(model=model, task=task, method=method, steps=GEAR_STEPS))
-        base, what = weights.load(spec), tasks.find(spec.task or "")
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = encode(base.tokenizer, what, what.train)
-            run = engine._Run(spec, what, base, Path(folder), pairs)
-            stream = iter(run.batches)
-            for count in (GEAR_STEPS // 2, GEAR_STEPS - GEAR_STEPS // 2):
-                began = time.perf_counter()
-                for _ in range(count):
-                    for _ in run._launch(next(stream)):
-                        pass
-                seconds = [event["seconds"] for event in run._fetch(began)]
-            row |= {"gear": run.gear.name, "why_eager": run.gear.why, "step_seconds": statistics.median(seconds)}
-            run.steps_done = run.saved_at
-            run.close()
+        found = pace(RunSpec(model=model, task=task, method=method), GEAR_STEPS)
+        row |= {"gear": found.gear, "why_eager": found.why_eager, "step_seconds": found.seconds}
     except (PeftlabError, RuntimeError) as error:
         row["error"] = str(error).splitlines()[0][:300]
     return row

@@ -1,5 +1,5 @@
 """The training engine: a generator of events."""
 
-from .engine import STOP, train, warm_up
+from .engine import STOP, pace, train, warm_up
 
-__all__ = ["STOP", "train", "warm_up"]
+__all__ = ["STOP", "pace", "train", "warm_up"]

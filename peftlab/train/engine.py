@@ -11,6 +11,7 @@ import gc
 import itertools
 import math
 import os
+import statistics
 import tempfile
 import threading
 import time
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import adapters, fused, hardware, methods, tasks, weights
 from .. import architecture as architectures
@@ -56,6 +57,13 @@ SMALL = 64e6
 Event = dict[str, Any]
 
 
+class Pace(NamedTuple):
+    gear: str
+    why_eager: str
+    seconds: float
+    """Of a usual step."""
+
+
 def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) -> Iterator[Event]:
     """Fine-tunes and yields events; `out` gets the adapter. Raises SpecError before and RunError during the run.
 
@@ -66,10 +74,11 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
     spec = resolve_here(spec)
     _check(spec)
     task = tasks.find(spec.task or "")
+    rows = tasks.drawn(task, spec.training_rows, spec.seed or 0)
     report = count(spec)
     yield {"type": "loading", "model": report.model_name}
     base = weights.load(spec)
-    pairs = encode(base.tokenizer, task, task.train)
+    pairs = encode(base.tokenizer, task, rows)
     _check_lengths(pairs, spec)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -94,14 +103,26 @@ def warm_up(spec: RunSpec) -> None:
     pairs = encode(base.tokenizer, task, task.train)
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), pairs)
-        for pieces in itertools.islice(run.batches, WARM_STEPS):
-            for _ in run._launch(pieces):
-                pass
-        run.gear.fetch(run.pending)
+        run.rehearse(WARM_STEPS)
         for model in (base.quick, run.model.eval()):
             for _ in answer(model, base.tokenizer, dataclasses.replace(task, max_new_tokens=4), task.heldout):
                 pass
         run.close()
+
+
+def pace(spec: RunSpec, steps: int = 2 * WARM_STEPS) -> Pace:
+    """How a spec trains here, once half of `steps` have warmed it up; nothing is kept. Raises SpecError and RunError."""
+    spec = resolve_here(spec.but(steps=steps))
+    _check(spec)
+    base, task = weights.load(spec), tasks.find(spec.task or "")
+    pairs = encode(base.tokenizer, task, task.train)
+    with tempfile.TemporaryDirectory() as folder:
+        run = _Run(spec, task, base, Path(folder), pairs)
+        run.rehearse(steps // 2)
+        seconds = run.rehearse(steps - steps // 2)
+        found = Pace(run.gear.name, run.gear.why, seconds)
+        run.close()
+    return found
 
 
 def _check(spec: RunSpec) -> None:
@@ -290,6 +311,16 @@ class _Run:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.began
+
+    def rehearse(self, steps: int) -> float:
+        """Takes steps that are not to be kept, and gives the usual one's seconds. Raises RunError."""
+        began = time.perf_counter()
+        for pieces in itertools.islice(self.batches, steps):
+            for _ in self._launch(pieces):
+                pass
+        seconds = [event["seconds"] for event in self._fetch(began)]
+        self.saved_at = self.steps_done
+        return statistics.median(seconds)
 
     def _launch(self, pieces: list[Batch]) -> Iterator[Event]:
         """Queues one step; tells when the gear had to be changed for it."""

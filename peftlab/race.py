@@ -1,0 +1,268 @@
+"""Fine-tunings of one task held side by side: the same rows, order, seeds and budget, and a line of the board for each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import adapters, methods, proofs, tasks, weights
+from .count import count
+from .errors import PeftlabError, SpecError, plain
+from .generate import answer_loss
+from .memory import predict
+from .resolve import resolve_here
+from .spec import SETTINGS, RunSpec, closest
+from .train import STOP, pace, train
+
+RESAMPLES = 9999
+TOKENS, ROUNDS = 8, 3
+"""Of the latency of each finisher: enough to tell 1.0× from 1.5×, and no longer."""
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Racer:
+    name: str
+    spec: RunSpec
+    """Resolved."""
+
+
+@dataclass
+class Line:
+    """A racer's line of the board. Lists have an entry for each seed that it has finished."""
+
+    name: str
+    spec: dict[str, Any]
+    trainable_parameters: int
+    trainable_percent: float
+    adapter_bytes: int
+    """Predicted; what is written is that and a header."""
+    predicted_peak_bytes: int
+    """Of a step, in the closed form where the run itself predicted none."""
+    measured_peak_bytes: int | None = None
+    """On a GPU."""
+    steps: int = 0
+    training_seconds: list[float] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    """Seeds × steps, in nats per answer token of the batch."""
+    base_loss: float = math.nan
+    """On the held-out rows, in nats per answer token, before."""
+    loss: list[float] = field(default_factory=list)
+    """The same, after."""
+    base_scores: list[float] = field(default_factory=list)
+    """0 or 1 by the task's metric, for each held-out row."""
+    scores: list[list[float]] = field(default_factory=list)
+    """Seeds × held-out rows."""
+    forgetting: list[float] = field(default_factory=list)
+    """Nats per token that ordinary prose costs more than before."""
+    apart: float | None = None
+    """Seconds a token over the base's, the adapter beside its weights."""
+    merged: float | None = None
+    """The same with the adapter in the weights; None where it cannot be merged."""
+    error: str | None = None
+    """Why it did not finish."""
+
+    @property
+    def score(self) -> float:
+        return _mean([_mean(rows) for rows in self.scores])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% of the mean score, over held-out rows, of which each has its mean over the seeds."""
+        return bootstrap([_mean(row) for row in zip(*self.scores, strict=True)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def bootstrap(values: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The percentile interval of a mean. Efron 1979. NaN for no values."""
+    import numpy as np
+
+    if not values:
+        return math.nan, math.nan
+    draw, numbers = np.random.default_rng(0), np.asarray(values, dtype=float)
+    means = numbers[draw.integers(len(numbers), size=(resamples, len(numbers)))].mean(1)
+    low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return float(low), float(high)
+
+
+def along(spec: RunSpec, setting: str, values: Sequence[str]) -> list[Racer]:
+    """A racer for each value of one setting; of the method, without values, those that suit the model.
+
+    Raises SpecError for an unknown setting, and for fewer than two different racers.
+    """
+    name = setting.replace("-", "_")
+    if name not in SETTINGS:
+        raise SpecError(f"vary={setting}: no such setting; {closest(name, SETTINGS)}")
+    if name == "method" and not values:
+        values = [key for key in methods.METHODS if _suits(spec.but(method=key))]
+    specs = {value: resolve_here(RunSpec.from_dict(spec.to_dict() | {name: value})) for value in values}
+    if len(set(specs.values())) < 2:
+        raise SpecError(
+            f"vary={setting} {' '.join(values)}: a race takes at least 2 different racers; name more values"
+        )
+    of_methods = name == "method"
+    return [
+        Racer(methods.find(s.method or "").name if of_methods else f"{setting} {value}", s)
+        for value, s in specs.items()
+    ]
+
+
+def _suits(spec: RunSpec) -> bool:
+    try:
+        count(resolve_here(spec))
+    except SpecError:
+        return False
+    return True
+
+
+def race(racers: Sequence[Racer], out: Path, seeds: int = 1, seconds: float | None = None) -> Iterator[Event]:
+    """Runs each racer on each seed, one after another, and yields events. What ends one ends that one only.
+
+    `seconds` of training for each, instead of the spec's steps: as many as fit by the pace of its first ones. A STOP file
+    in `out` ends the race after the step under way. Events: `racers` with the lines to begin with, `run` (a racer's, seed's
+    own event of `train`), `line` when one has changed, and `done` with all of them. Raises SpecError where racers differ in
+    what they are to learn.
+    """
+    if len(found := {str(racer.spec.task) for racer in racers}) > 1:
+        raise SpecError(f"task={', '.join(sorted(found))}: a race is of one task; choose one")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise SpecError(f"seconds={seconds}: a budget is above 0; try 5")
+    lines = [_line(racer) for racer in racers]
+    yield {"type": "racers", "lines": [asdict(line) for line in lines], "seeds": seeds}
+    paces: dict[int, int] = {}
+    for seed in range(seeds):
+        for i, (racer, line) in enumerate(zip(racers, lines, strict=True)):
+            if line.error or (out / STOP).exists():
+                continue
+            try:
+                if seconds and i not in paces:
+                    paces[i] = max(1, round(seconds / pace(racer.spec).seconds))
+                spec = racer.spec.but(seed=(racer.spec.seed or 0) + seed, steps=paces.get(i, racer.spec.steps))
+                for event in _run(spec, line, out, out / f"{i}-{spec.method}-{seed}"):
+                    yield {"type": "run", "racer": i, "seed": seed, "event": event}
+            except PeftlabError as error:
+                line.error = str(error)
+            except Exception as error:
+                line.error = plain(error)
+            yield {"type": "line", "racer": i, "line": asdict(line)}
+    stopped = (out / STOP).exists()
+    (out / STOP).unlink(missing_ok=True)
+    yield {"type": "done", "lines": [asdict(line) for line in lines], "stopped": stopped}
+
+
+def _line(racer: Racer) -> Line:
+    try:
+        report = count(racer.spec)
+        peak = predict(racer.spec)
+    except PeftlabError as error:
+        return Line(racer.name, racer.spec.to_dict(), 0, 0.0, 0, 0, error=str(error))
+    return Line(
+        racer.name,
+        racer.spec.to_dict(),
+        report.trainable_parameters,
+        report.trainable_percent,
+        report.adapter_bytes,
+        peak.allocated or peak.states,
+    )
+
+
+def _run(spec: RunSpec, line: Line, out: Path, folder: Path) -> Iterator[Event]:
+    """One seed: trains, and adds to the line what came of it. One that was stopped adds nothing."""
+    losses: list[float] = []
+    for event in train(spec, folder):
+        if (out / STOP).exists():
+            (folder / STOP).touch()
+        if event["type"] == "step":
+            losses.append(event["loss"])
+        yield event
+    if event["stopped"]:
+        return
+    adapter = adapters.read(event["adapter"])
+    line.steps = event["steps"]
+    line.training_seconds.append(event["training_seconds"])
+    line.losses.append(losses)
+    line.scores.append([row["adapted_score"] for row in adapter.result["heldout"]])
+    line.base_scores = [row["base_score"] for row in adapter.result["heldout"]]
+    line.forgetting.append(event["forgetting"])
+    line.measured_peak_bytes = max(event["measured_peak_bytes"] or 0, line.measured_peak_bytes or 0) or None
+    line.predicted_peak_bytes = event["predicted_peak_bytes"] or line.predicted_peak_bytes
+    base, task = weights.load(spec), tasks.find(spec.task or "")
+    line.base_loss = answer_loss(base.quick, base.tokenizer, task)
+    line.loss.append(answer_loss(adapters.apply(base, adapter), base.tokenizer, task))
+    if line.apart is None:
+        merges = methods.find(spec.method or "").merge is not None
+        what = (proofs.BASE, proofs.APART, proofs.MERGED) if merges else (proofs.BASE, proofs.APART)
+        work = proofs.latency(adapter, task.heldout[0].prompt, TOKENS, ROUNDS, what)
+        while True:
+            try:
+                yield {"type": "progress", "what": "timing its tokens", "share": next(work)}
+            except StopIteration as finished:
+                ratios = {speed.what: speed.ratio for speed in finished.value.speeds}
+                break
+        line.apart, line.merged = ratios[proofs.APART], ratios.get(proofs.MERGED)
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str
+    title: str
+    unit: str
+    of: Callable[[Line], Any]
+    """A number to sort by; None where the line has none."""
+    high_is_good: bool = False
+
+
+def _finished(of: Callable[[Line], Any]) -> Callable[[Line], Any]:
+    return lambda line: of(line) if line.scores else None
+
+
+COLUMNS = (
+    Column("score", "held-out score", "", _finished(lambda line: line.score), high_is_good=True),
+    Column("low", "at least", "", _finished(lambda line: line.interval[0]), high_is_good=True),
+    Column("high", "at most", "", _finished(lambda line: line.interval[1]), high_is_good=True),
+    Column("loss", "held-out loss", "nats per answer token", _finished(lambda line: _mean(line.loss))),
+    Column("forgetting", "forgetting", "nats per token", _finished(lambda line: _mean(line.forgetting))),
+    Column("trainable_parameters", "trainable parameters", "", lambda line: line.trainable_parameters),
+    Column("adapter_bytes", "adapter", "bytes", lambda line: line.adapter_bytes),
+    Column("predicted_peak_bytes", "peak memory, predicted", "bytes", lambda line: line.predicted_peak_bytes),
+    Column("measured_peak_bytes", "peak memory, measured", "bytes", lambda line: line.measured_peak_bytes),
+    Column("steps", "steps", "", _finished(lambda line: line.steps), high_is_good=True),
+    Column("training_seconds", "training", "seconds", _finished(lambda line: _mean(line.training_seconds))),
+    Column("apart", "time a token, apart", "× the base's", lambda line: line.apart),
+    Column("merged", "time a token, merged", "× the base's", lambda line: line.merged),
+)
+BY_KEY = {c.key: c for c in COLUMNS}
+
+
+def column(key: str) -> Column:
+    """Raises SpecError where there is none."""
+    if key not in BY_KEY:
+        raise SpecError(f"sort={key}: no such column; {closest(key, BY_KEY)}")
+    return BY_KEY[key]
+
+
+def ranked(lines: Sequence[Line], key: str = "score") -> list[Line]:
+    """The best first by a column; lines without a number last, in their own order. Raises SpecError for no such column."""
+    chosen = column(key)
+    sign = -1 if chosen.high_is_good else 1
+    return sorted(lines, key=lambda line: math.inf if (value := chosen.of(line)) is None else sign * value)
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    """The board, a column for each of COLUMNS with its unit, and the error of those that did not finish."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    titles = [f"{c.title} ({c.unit})" if c.unit else c.title for c in COLUMNS]
+    writer.writerow(["racer", *titles, "error"])
+    for line in lines:
+        writer.writerow([line.name, *("" if (v := c.of(line)) is None else v for c in COLUMNS), line.error or ""])
+    return text.getvalue()
