@@ -56,7 +56,6 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "hold_outputs": False,
         "steps": task.steps,
         "task": task.key,
-        "training_rows": len(task.train),
         "seed": 0,
         "gpu": gpu,
         "n_gpus": 1,

@@ -181,6 +181,8 @@ def test_resolve_fills_what_is_read_and_empties_the_rest(method, machine):
             assert (value is not None) == (name in read), name
         elif name == "double_quantization":
             assert value == (True if spec.quantization == "nf4" else None)
+        elif name == "training_rows":
+            assert value is None  # all that the task has
         elif name == "gpu":
             assert value == machine.gpu
         else:
