@@ -67,12 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument(
         "--vary",
         nargs="+",
-        default=["method"],
+        action="append",
         metavar=("SETTING", "VALUE"),
-        help="a setting and the values to race (default: method, all that suit the model)",
+        help="a setting and the values to race; repeatable (default: method, all that suit the model)",
     )
     race.add_argument("--seconds", type=float, help="of training for each, instead of --steps")
     race.add_argument("--seeds", type=_count, default=1, help="runs of each")
+    race.add_argument("--no-latency", dest="latency", action="store_false", help="do not time the tokens of each")
     race.add_argument("--sort", default="score", help="the column to rank by")
     race.add_argument("--csv", type=Path, help="where to write the board as CSV")
     race.add_argument("--out", type=Path, help="the JSON file to write, for the app to show as recorded")
@@ -321,25 +322,30 @@ def _race(args: argparse.Namespace) -> None:
     import tempfile
 
     from . import race
-    from .bench.record import provenance
+    from .train import warm_up
 
     race.column(args.sort)  # refused before anything runs
-    racers = race.along(_spec(args), args.vary[0], args.vary[1:])
-    last: dict[str, Any] = {}
+    axes = {setting: values for setting, *values in args.vary or [["method"]]}
+    racers = race.along(_spec(args), axes)
+    _writable(args.out, args.csv)
+    warm_up(racers[0].spec)
+    lines: list[race.Line] = []
     with tempfile.TemporaryDirectory() as folder:
-        for last in race.race(racers, Path(folder), args.seeds, args.seconds):
-            if last["type"] == "line":
-                line = last["line"]
-                text = line["error"] or f"{len(line['scores'])} of {args.seeds} seeds"
-                print(f"{line['name']}: {text}", file=sys.stderr, flush=True)
-    document = provenance() | {"kind": "race", "vary": args.vary[0], "lines": last["lines"]}
-    lines = race.ranked([race.Line(**line) for line in last["lines"]], args.sort)
-    for path, text in ((args.out, json.dumps(document, indent=1) + "\n"), (args.csv, race.to_csv(lines))):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        for event in race.race(racers, Path(folder), args.seeds, args.seconds, args.latency):
+            if event["type"] in ("racers", "done"):
+                lines = [race.Line(**line) for line in event["lines"]]
+            if event["type"] != "line":
+                continue
+            lines[event["racer"]] = line = race.Line(**event["line"])
+            text = line.error or f"{len(line.scores)} of {args.seeds} seeds"
+            print(f"{line.name}: {text}", file=sys.stderr, flush=True)
+            if args.out:  # after each, so that what a long race has learned outlives it
+                race.record(args.out, axes, lines)
+    if args.csv:
+        args.csv.write_text(race.to_csv(race.ranked(lines, args.sort)), encoding="utf-8")
+    lines = race.ranked(lines, args.sort)
     if args.json:
-        _print(document)
+        _print(race.document(axes, lines))
         return
     _table(
         [("", "score", "95% interval", "loss", "trained", "training", "")]
@@ -358,6 +364,16 @@ def _race(args: argparse.Namespace) -> None:
             for line in lines
         ]
     )
+
+
+def _writable(*files: Path | None) -> None:
+    """Raises SpecError where one cannot be written; makes its folder."""
+    for file in filter(None, files):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError as error:
+            raise SpecError(f"{file}: cannot be written ({error.strerror}); give another path") from None
 
 
 def _say(event: dict[str, Any]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from . import adapters, methods, proofs, tasks, weights
+from .catalog import models
 from .count import count
 from .errors import PeftlabError, SpecError, plain
 from .generate import answer_loss
@@ -51,7 +54,7 @@ class Line:
     training_seconds: list[float] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     """Seeds × steps, in nats per answer token of the batch."""
-    base_loss: float = math.nan
+    base_loss: float | None = None
     """On the held-out rows, in nats per answer token, before."""
     loss: list[float] = field(default_factory=list)
     """The same, after."""
@@ -94,26 +97,31 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, resamples: int 
     return float(low), float(high)
 
 
-def along(spec: RunSpec, setting: str, values: Sequence[str]) -> list[Racer]:
-    """A racer for each value of one setting; of the method, without values, those that suit the model.
+def along(spec: RunSpec, axes: Mapping[str, Sequence[str]]) -> list[Racer]:
+    """A racer for each value of a setting, and of several settings for each combination; of the method, without values,
+    those that suit the model.
 
     Raises SpecError for an unknown setting, and for fewer than two different racers.
     """
-    name = setting.replace("-", "_")
-    if name not in SETTINGS:
-        raise SpecError(f"vary={setting}: no such setting; {closest(name, SETTINGS)}")
-    if name == "method" and not values:
-        values = [key for key in methods.METHODS if _suits(spec.but(method=key))]
-    specs = {value: resolve_here(RunSpec.from_dict(spec.to_dict() | {name: value})) for value in values}
-    if len(set(specs.values())) < 2:
-        raise SpecError(
-            f"vary={setting} {' '.join(values)}: a race takes at least 2 different racers; name more values"
-        )
-    of_methods = name == "method"
-    return [
-        Racer(methods.find(s.method or "").name if of_methods else f"{setting} {value}", s)
-        for value, s in specs.items()
-    ]
+    values: dict[str, Sequence[str]] = {}
+    for setting, given in axes.items():
+        name = setting.replace("-", "_")
+        if name not in SETTINGS:
+            raise SpecError(f"vary={setting}: no such setting; {closest(name, SETTINGS)}")
+        suiting = not given and name == "method"
+        values[name] = [key for key in methods.METHODS if _suits(spec.but(method=key))] if suiting else given
+    racers = [_racer(spec, dict(zip(values, chosen, strict=True))) for chosen in product(*values.values())]
+    if len({racer.spec for racer in racers}) < 2:
+        asked = "; ".join(" ".join([setting, *given]) for setting, given in axes.items())
+        raise SpecError(f"vary={asked}: a race takes at least 2 different racers; name more values")
+    return list({racer.spec: racer for racer in racers}.values())
+
+
+def _racer(spec: RunSpec, chosen: Mapping[str, str]) -> Racer:
+    resolved = resolve_here(RunSpec.from_dict({**spec.to_dict(), **chosen}))
+    named = {"method": methods.find(resolved.method or "").name, "model": models.find(resolved.model or "").name}
+    parts = [named.get(name, f"{name.replace('_', ' ')} {value}") for name, value in chosen.items()]
+    return Racer(", ".join(parts), resolved)
 
 
 def _suits(spec: RunSpec) -> bool:
@@ -124,13 +132,16 @@ def _suits(spec: RunSpec) -> bool:
     return True
 
 
-def race(racers: Sequence[Racer], out: Path, seeds: int = 1, seconds: float | None = None) -> Iterator[Event]:
+def race(
+    racers: Sequence[Racer], out: Path, seeds: int = 1, seconds: float | None = None, latency: bool = True
+) -> Iterator[Event]:
     """Runs each racer on each seed, one after another, and yields events. What ends one ends that one only.
 
-    `seconds` of training for each, instead of the spec's steps: as many as fit by the pace of its first ones. A STOP file
-    in `out` ends the race after the step under way. Events: `racers` with the lines to begin with, `run` (a racer's, seed's
-    own event of `train`), `line` when one has changed, and `done` with all of them. Raises SpecError where racers differ in
-    what they are to learn.
+    `seconds` of training for each, instead of the spec's steps: as many as fit by the pace of its first ones. Without
+    `latency`, tokens are not timed: where racers differ in what they read, not in what they are. A STOP file in `out` ends
+    the race after the step under way. Events: `racers` with the lines to begin with, `run` (a racer's, seed's own event of
+    `train`), `line` when one has changed, and `done` with all of them. Raises SpecError where racers differ in what they are
+    to learn.
     """
     if len(found := {str(racer.spec.task) for racer in racers}) > 1:
         raise SpecError(f"task={', '.join(sorted(found))}: a race is of one task; choose one")
@@ -147,7 +158,7 @@ def race(racers: Sequence[Racer], out: Path, seeds: int = 1, seconds: float | No
                 if seconds and i not in paces:
                     paces[i] = max(1, round(seconds / pace(racer.spec).seconds))
                 spec = racer.spec.but(seed=(racer.spec.seed or 0) + seed, steps=paces.get(i, racer.spec.steps))
-                for event in _run(spec, line, out, out / f"{i}-{spec.method}-{seed}"):
+                for event in _run(spec, line, out, out / f"{i}-{spec.method}-{seed}", latency):
                     yield {"type": "run", "racer": i, "seed": seed, "event": event}
             except PeftlabError as error:
                 line.error = str(error)
@@ -175,14 +186,14 @@ def _line(racer: Racer) -> Line:
     )
 
 
-def _run(spec: RunSpec, line: Line, out: Path, folder: Path) -> Iterator[Event]:
+def _run(spec: RunSpec, line: Line, out: Path, folder: Path, latency: bool) -> Iterator[Event]:
     """One seed: trains, and adds to the line what came of it. One that was stopped adds nothing."""
     losses: list[float] = []
     for event in train(spec, folder):
         if (out / STOP).exists():
             (folder / STOP).touch()
         if event["type"] == "step":
-            losses.append(event["loss"])
+            losses.append(round(event["loss"], 4))
         yield event
     if event["stopped"]:
         return
@@ -196,9 +207,10 @@ def _run(spec: RunSpec, line: Line, out: Path, folder: Path) -> Iterator[Event]:
     line.measured_peak_bytes = max(event["measured_peak_bytes"] or 0, line.measured_peak_bytes or 0) or None
     line.predicted_peak_bytes = event["predicted_peak_bytes"] or line.predicted_peak_bytes
     base, task = weights.load(spec), tasks.find(spec.task or "")
-    line.base_loss = answer_loss(base.quick, base.tokenizer, task)
+    if line.base_loss is None:
+        line.base_loss = answer_loss(base.quick, base.tokenizer, task)
     line.loss.append(answer_loss(adapters.apply(base, adapter), base.tokenizer, task))
-    if line.apart is None:
+    if latency and line.apart is None:
         merges = methods.find(spec.method or "").merge is not None
         what = (proofs.BASE, proofs.APART, proofs.MERGED) if merges else (proofs.BASE, proofs.APART)
         work = proofs.latency(adapter, task.heldout[0].prompt, TOKENS, ROUNDS, what)
@@ -266,3 +278,18 @@ def to_csv(lines: Sequence[Line]) -> str:
     for line in lines:
         writer.writerow([line.name, *("" if (v := c.of(line)) is None else v for c in COLUMNS), line.error or ""])
     return text.getvalue()
+
+
+def document(axes: Mapping[str, Sequence[str]], lines: Sequence[Line]) -> dict[str, Any]:
+    """A race as it is recorded: command, hardware, versions and date, and the board."""
+    from .bench.record import provenance
+
+    return provenance() | {"kind": "race", "vary": dict(axes), "lines": [asdict(line) for line in lines]}
+
+
+def record(file: Path, axes: Mapping[str, Sequence[str]], lines: Sequence[Line]) -> None:
+    """Writes `document`, a line of the file for each of the board."""
+    head = document(axes, [])
+    del head["lines"]
+    rows = ",\n".join(json.dumps(asdict(line)) for line in lines)
+    file.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "lines": [\n{rows}\n]}}\n', encoding="utf-8")

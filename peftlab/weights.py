@@ -17,7 +17,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -336,6 +336,8 @@ class Base:
     tokenizer: Any
     source: Source
     device: str
+    measured: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What was measured of it, to be looked up instead of measured again; it never changes."""
 
     @cached_property
     def quick(self) -> Any:

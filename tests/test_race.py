@@ -23,7 +23,7 @@ def lines_of(events):
 
 
 def test_one_that_diverges_ends_alone(spec, tmp_path):
-    racers = along(spec, "method", ["lora", "ia3", "full", "houlsby"])
+    racers = along(spec, {"method": ["lora", "ia3", "full", "houlsby"]})
     racers[2] = Racer("Full, far too fast", resolve(spec.but(method="full", learning_rate=10, steps=40)))
     events = list(race(racers, tmp_path))
     lines = lines_of(events)
@@ -38,7 +38,7 @@ def test_one_that_diverges_ends_alone(spec, tmp_path):
 
 
 def test_all_see_the_same_rows_in_the_same_order(spec, tmp_path):
-    racers = along(spec, "rank", ["1", "2"])
+    racers = along(spec, {"rank": ["1", "2"]})
     events = list(race(racers, tmp_path, seeds=2))
     lines = lines_of(events)
     assert [len(line.scores) for line in lines] == [2, 2]
@@ -52,7 +52,7 @@ def test_all_see_the_same_rows_in_the_same_order(spec, tmp_path):
 
 
 def test_the_line_is_what_the_adapter_says(spec, tmp_path):
-    lines = lines_of(list(race(along(spec, "method", ["lora", "full"]), tmp_path)))
+    lines = lines_of(list(race(along(spec, {"method": ["lora", "full"]}), tmp_path)))
     for i, line in enumerate(lines):
         made = adapters.read(tmp_path / f"{i}-{line.spec['method']}-0" / "adapter")
         assert line.scores[0] == [row["adapted_score"] for row in made.result["heldout"]]
@@ -60,7 +60,7 @@ def test_the_line_is_what_the_adapter_says(spec, tmp_path):
 
 
 def test_a_stop_ends_the_race_and_keeps_what_is_there(spec, tmp_path):
-    events = race(along(spec, "rank", ["1", "2", "4"]), tmp_path)
+    events = race(along(spec, {"rank": ["1", "2", "4"]}), tmp_path)
     seen = []
     for event in events:
         seen.append(event)
@@ -72,10 +72,10 @@ def test_a_stop_ends_the_race_and_keeps_what_is_there(spec, tmp_path):
 
 
 def test_a_budget_in_seconds_gives_each_the_steps_that_fit(spec, tmp_path):
-    lines = lines_of(list(race(along(spec, "rank", ["1", "64"]), tmp_path, seconds=0.5)))
+    lines = lines_of(list(race(along(spec, {"rank": ["1", "64"]}), tmp_path, seconds=0.5)))
     assert all(line.steps >= 1 and line.training_seconds[0] < 5 for line in lines)
     with pytest.raises(SpecError, match="seconds=0"):
-        list(race(along(spec, "rank", ["1", "64"]), tmp_path, seconds=0.0))
+        list(race(along(spec, {"rank": ["1", "64"]}), tmp_path, seconds=0.0))
 
 
 def test_what_is_no_race_is_refused(spec):
@@ -87,13 +87,31 @@ def test_what_is_no_race_is_refused(spec):
         ("method", ["lora", "lorra"], "lorra"),
     ):
         with pytest.raises(SpecError, match=says):
-            along(spec, setting, values)
+            along(spec, {setting: values})
     with pytest.raises(SpecError, match="a race is of one task"):
         list(race([Racer(t, resolve(spec.but(task=t))) for t in ("toy", "ticket")], None))
 
 
+def test_two_settings_race_in_every_combination(spec):
+    racers = along(spec, {"method": ["lora", "full"], "learning-rate": ["1e-3", "1e-2"]})
+    assert [racer.name for racer in racers] == [
+        f"{method}, learning rate {rate}" for method in ("LoRA", "Full fine-tuning") for rate in ("1e-3", "1e-2")
+    ]
+    assert [(racer.spec.method, racer.spec.learning_rate) for racer in racers][2] == ("full", 1e-3)
+
+
+def test_the_base_is_measured_once(spec, tmp_path):
+    events = [e["event"] for e in race(along(spec, {"rank": ["1", "2"]}), tmp_path) if e["type"] == "run"]
+    before = [e for e in events if e["type"] == "eval" and e["when"] == "before"]
+    assert before[0]["metrics"] == before[1]["metrics"] and before[0]["examples"] == before[1]["examples"]
+    assert not any(
+        event["type"] == "progress" and other["type"] == "loading"
+        for other, event in zip(events, events[2:], strict=False)
+    )
+
+
 def test_without_values_all_methods_that_suit_the_model(spec):
-    found = [racer.spec.method for racer in along(spec, "method", [])]
+    found = [racer.spec.method for racer in along(spec, {"method": []})]
     assert "bitfit" not in found and {"lora", "full", "prompt", "houlsby", "ia3"} <= set(found)
 
 
@@ -156,6 +174,6 @@ def test_the_command_line(run, tiny_model, toy_file, tmp_path):
     status, out, err = run("race", *args, "--out", tmp_path / "race.json", "--csv", tmp_path / "race.csv")
     assert status == 0 and "rank 1: 1 of 1 seeds" in err and "95% interval" in out
     document = json.loads((tmp_path / "race.json").read_text())
-    assert document["vary"] == "rank" and [line["name"] for line in document["lines"]] == ["rank 1", "rank 2"]
+    assert document["vary"] == {"rank": ["1", "2"]} and [line["name"] for line in document["lines"]] == ["rank 1", "rank 2"]
     assert (tmp_path / "race.csv").read_text() == to_csv([Line(**line) for line in document["lines"]])
     assert run("race", *args, "--sort", "speed")[0] == 2

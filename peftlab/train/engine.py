@@ -252,7 +252,10 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         steps = self.spec.steps or 1
-        prose_before = nats_per_token(self.base.quick, self.base.tokenizer)
+        known = self.base.measured
+        if "prose" not in known:
+            known["prose"] = nats_per_token(self.base.quick, self.base.tokenizer)
+        prose_before = known["prose"]
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
         stream = iter(self.batches)
@@ -409,23 +412,26 @@ class _Run:
         )
 
     def _evaluate(self, when: str) -> Iterator[Event]:
-        """The held-out metric; before, that of the base itself, since untrained virtual tokens already change what it says.
-
-        A stop during it leaves it unmeasured.
+        """The held-out metric; before, that of the base itself, since untrained virtual tokens already change what it says,
+        measured by the first run of a task. A stop during it leaves it unmeasured.
         """
+        known = self.base.measured
+        task, answers = known.get("answers", (None, [])) if when == "before" else (None, [])
         model = self.base.quick if when == "before" else self.model.eval()
         begun = time.perf_counter()
         work: Generator[float, None, list[Answer]] = answer(model, self.base.tokenizer, self.task, self.task.heldout)
-        while True:
+        while task != self.task:
             try:
                 share = next(work)
             except StopIteration as finished:
-                answers: list[Answer] = finished.value
+                task, answers = self.task, finished.value
                 break
             if self.stopped():
                 work.close()
                 return
             yield {"type": "progress", "what": "measuring the held-out score", "share": share}
+        if when == "before":
+            known["answers"] = task, answers
         self.scores.append(mean_score(answers))
         self.answers.append(answers)
         yield {
