@@ -262,6 +262,10 @@ class _Replayed(_Reader):
         return cls(reader.model, fixed, masked)
 
     def close(self) -> None:
+        import torch
+
+        if self.fixed.graph:  # its last step may be under way, and it may be the last of its graph
+            torch.cuda.current_stream(self.ids.device).synchronize()
         if self.fixed.graph and sum(t.nbytes for t in self.fixed.tensors()) < KEPT:
             _kept[self.model][len(self.mask), self.mask.shape[1]] = self.fixed
 

@@ -137,7 +137,7 @@ def _register(key: str, **rest: Any) -> None:
         "attach": attach,
         "drawing": Drawing(("sub-layer", "*down", "~GELU", "*up"), leaves=1, joins=4),
         "settings": ("bottleneck", "layers", "adapter_precision"),
-        "defaults": {"learning_rate": 2e-3},
+        "defaults": {"learning_rate": 3e-3},
     }
     register(Method(key, **{**usual, **rest}))
 
@@ -149,7 +149,7 @@ _register(
     select=beside_feed_forward,
     attach=attach_parallel,
     drawing=Drawing(("feed-forward",), ("*down", "~GELU", "*up"), leaves=0, joins=1),
-    defaults={"learning_rate": 1.5e-2},
+    defaults={"learning_rate": 1e-2},
 )
 _register(
     "post-attention",
@@ -174,7 +174,7 @@ _register(
     attach=attach_ends,
     drawing=Drawing(("embedding", "*adapter", "every block", "*adapter", "head")),
     settings=("bottleneck", "adapter_precision"),
-    defaults={"learning_rate": 8e-3},
+    defaults={"learning_rate": 1e-2},
 )
 _register(
     "compacter",
@@ -188,5 +188,5 @@ _register(
     select=divided,
     attach=attach_compacter,
     drawing=Drawing(("sub-layer", "*Σ A⊗B", "~GELU", "*Σ A⊗B"), leaves=1, joins=4),
-    defaults={"learning_rate": 8e-3},
+    defaults={"learning_rate": 1e-2},
 )

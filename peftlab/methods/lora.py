@@ -137,18 +137,18 @@ def _register(key: str, **rest: Any) -> None:
     register(Method(key, **{**usual, **rest}))
 
 
-_register("lora", defaults={"learning_rate": 2e-3})
+_register("lora", defaults={"learning_rate": 3e-3})
 _register(
     "qlora",
     select=quantized,
     drawing=Drawing(("W in NF4",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 2e-3, "quantization": "nf4"},
+    defaults={"learning_rate": 3e-3, "quantization": "nf4"},
 )
 _register(
     "rslora",
     attach=rank_stabilized,
     drawing=Drawing(("W",), ("*A", "*B", "~× α/√r"), leaves=0, joins=1),
-    defaults={"learning_rate": 1e-3, "alpha": 8.0},
+    defaults={"learning_rate": 2e-3, "alpha": 8.0},
 )
 _register(
     "dora",
@@ -165,16 +165,16 @@ _register(
     ),
     attach=decomposed,
     drawing=Drawing(("W", "~÷ norm", "*× m"), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 2e-3},
+    defaults={"learning_rate": 3e-3},
 )
-_register("lora-plus", rate=faster_b, settings=(*SETTINGS, "lr_ratio"), defaults={"learning_rate": 5e-4})
+_register("lora-plus", rate=faster_b, settings=(*SETTINGS, "lr_ratio"), defaults={"learning_rate": 3e-4})
 _register(
     "pissa",
     select=unquantized,
     attach=principal,
     rank_limit="smallest",
     drawing=Drawing(("W − BA at the start",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 5e-4, "alpha": lambda spec: float(spec["rank"])},
+    defaults={"learning_rate": 1e-3, "alpha": lambda spec: float(spec["rank"])},
 )
 _register(
     "adalora",
@@ -182,7 +182,7 @@ _register(
     keeps=(*INPUT, Keep(("d_out",)), Keep(("rank", "d_in"), each="module")),  # BΛAx before its scale, and ΛA
     attach=adaptive,
     drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 2e-2, "rank": 12},
+    defaults={"learning_rate": 1e-2, "rank": 12},
     penalty=orthogonality,
     after_step=cut_ranks,
 )
@@ -200,5 +200,5 @@ _register(
     rank_limit="",
     drawing=Drawing(("W",), ("A, random", "*× d", "B, random", "*× b"), leaves=0, joins=1),
     settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
-    defaults={"learning_rate": 8e-2, "rank": 256},
+    defaults={"learning_rate": 1e-1, "rank": 256},
 )

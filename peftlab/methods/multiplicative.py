@@ -84,7 +84,7 @@ register(
         merge=through_peft.merge,
         drawing=Drawing(("W of keys, values", "*× l")),
         settings=("layers", "adapter_precision"),
-        defaults={"learning_rate": 2e-2},
+        defaults={"learning_rate": 3e-2},
     )
 )
 register(
@@ -97,6 +97,6 @@ register(
         merge=through_peft.merge,
         drawing=Drawing(("*rotation", "W")),
         settings=("block_size", "dropout", "target_modules", "layers", "adapter_precision"),
-        defaults={"learning_rate": 5e-4},
+        defaults={"learning_rate": 3e-4},
     )
 )

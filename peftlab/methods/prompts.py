@@ -92,7 +92,7 @@ register(
         attach=prompt,
         drawing=Drawing(("embedding", "all layers"), ("*vectors",), joins=1, how="before"),
         settings=SETTINGS,
-        defaults={"learning_rate": 5e-2},
+        defaults={"learning_rate": 1e-1},
         starts_as_base=False,
     )
 )
@@ -105,7 +105,7 @@ register(
         attach=encoded,
         drawing=Drawing(("embedding", "all layers"), ("*vectors", "*MLP"), joins=1, how="before"),
         settings=SETTINGS,
-        defaults={"learning_rate": 2e-3},
+        defaults={"learning_rate": 3e-2},
         starts_as_base=False,
     )
 )
@@ -120,7 +120,7 @@ register(
         attach=prefix,
         drawing=Drawing(("keys, values", "attention"), ("*prefix",), joins=1, how="before"),
         settings=SETTINGS,
-        defaults={"learning_rate": 4e-2},
+        defaults={"learning_rate": 3e-2},
         starts_as_base=False,
         before_layers=True,
     )

@@ -101,7 +101,7 @@ _register(
     "last-block",
     select=last_block,
     drawing=Drawing(("embedding", "blocks", "*last block", "head")),
-    defaults={"learning_rate": 1e-3},
+    defaults={"learning_rate": 3e-3},
 )
 _register(
     "bitfit",
@@ -122,6 +122,6 @@ _register(
     in_place=False,
     drawing=Drawing(("~÷ deviation", "*× scale", "W")),
     settings=("layers", "adapter_precision"),
-    defaults={"learning_rate": 2.5e-3},
+    defaults={"learning_rate": 3e-3},
     if_nothing="has no norm with parameters of its own; use lora",
 )

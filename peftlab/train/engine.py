@@ -240,9 +240,13 @@ class _Run:
 
     def close(self) -> None:
         """Keeps what was learned when the run ends early: a closed tab, an error, a stop."""
+        import torch
+
         if self.steps_done > self.saved_at:
             self._save()
         (self.out / STOP).unlink(missing_ok=True)
+        if self.base.device == "cuda":
+            torch.cuda.synchronize()  # what is still under way must not lose its graph
         self.gear = self.trained = self.model = None  # type: ignore[assignment]
         gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
 
