@@ -14,12 +14,12 @@ from typing import Any
 
 import gradio as gr
 
-from demos import live_finetune, lora_visualizer, memory_calculator, page, side_by_side
+from demos import live_finetune, lora_visualizer, memory_calculator, method_map, method_race, page, side_by_side
 from peftlab import RunSpec, SpecError, jobs, weights, words
 from peftlab.catalog.models import DEFAULT, MODELS
 from peftlab.memory import conventions
 
-TABS = ("memory", "lora", "live", "compare")
+TABS = ("memory", "lora", "live", "compare", "methods", "race")
 preparation = jobs.Preparation(DEFAULT)
 
 
@@ -47,22 +47,23 @@ def try_again() -> tuple[Any, Any, Any]:
     return watch()
 
 
-def from_link(params: Mapping[str, str]) -> tuple[RunSpec | None, str, str | None, str]:
-    """The spec, convention and tab that a link carries, None where it has none, and what is wrong with it."""
+def from_link(params: Mapping[str, str]) -> tuple[RunSpec | None, str, str, str | None, str]:
+    """The spec, convention, race and tab that a link carries, None where it has none, and what is wrong with it."""
     query = {k: v for k, v in params.items() if not k.startswith("__")}
     tab, convention = query.pop("tab", None), query.pop("convention", page.CONVENTION)
+    race = {name: query.pop(name) for name in method_race.CARRIED if name in query}
     try:
         conventions.find(convention)
         asked = page.public(page.OPENING.to_dict() | query) if query or convention != page.CONVENTION else None
-        return asked, convention, tab if tab in TABS else None, ""
+        return asked, convention, method_race.Choice(**race).query(), tab if tab in TABS else None, ""
     except SpecError as error:
-        return None, page.CONVENTION, None, f"This link cannot be read: {escape(str(error))}"
+        return None, page.CONVENTION, "", None, f"This link cannot be read: {escape(str(error))}"
 
 
-def to_link(spec: RunSpec, convention: str) -> str:
+def to_link(spec: RunSpec, convention: str, race: str = "") -> str:
     """The query of a link to what is on screen; empty for what the page opens with."""
     counted = "" if convention == page.CONVENTION else f"convention={convention}"
-    return "&".join(filter(None, ("" if spec == page.OPENING else spec.to_query(), counted)))
+    return "&".join(filter(None, ("" if spec == page.OPENING else spec.to_query(), counted, race)))
 
 
 TAB = "document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase()"
@@ -100,6 +101,10 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
             live = live_finetune.build(spec, mine)
         with gr.Tab("Compare", id="compare") as compare_tab:
             compare = side_by_side.build(mine)
+        with gr.Tab("Methods", id="methods") as methods_tab:
+            methods = method_map.build(spec)
+        with gr.Tab("Race", id="race") as race_tab:
+            race = method_race.build(spec)
     with gr.Row(elem_classes="foot"):
         state = gr.HTML(chip(), html_template='<div class="chip">${value}</div>', js_on_load=None)
         again = gr.Button("Try again", visible=False, size="sm", scale=0)
@@ -108,22 +113,26 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     tick = gr.Timer(1.0)
     tick.tick(watch, None, [state, tick, again], **quiet)
     again.click(try_again, None, [state, tick, again], **quiet)
-    views = (memory, lora, live)
+    every_tab = (memory_tab, lora_tab, live_tab, compare_tab, methods_tab, race_tab)
+    views = (memory, lora, live, methods, race)
     for tab, event in ((lora_tab, lora.opened), (compare_tab, compare)):
         tab.select(event.work, event.inputs, event.outputs, **quiet)
 
     def load(request: gr.Request) -> tuple[Any, ...]:
         """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
         page.visitor(request).landed = True
-        asked, rule, tab, problem = from_link(request.query_params)
+        asked, rule, racing, tab, problem = from_link(request.query_params)
         opening = gr.Tabs(selected=tab) if tab else gr.skip()
+        board = race.linked.work(racing, asked or page.OPENING) if racing else page.skipped(race.linked.outputs)
         if asked is None:
-            return (gr.skip(), gr.skip(), opening, problem, *page.skipped(every_output))
+            skipped = page.skipped(every_output)
+            return (gr.skip(), gr.skip(), opening, problem, racing or gr.skip(), *board, *skipped)
         page.visitor(request).made(asked, TABS)  # before it is drawn: nobody waits for figures of what was there before
-        shown = (memory.show(asked, rule), lora.show(asked), live.show(asked))
-        return (asked, rule, opening, problem, *chain(*shown))
+        inputs = {memory.tab: (rule,)}
+        shown = (view.show(asked, *inputs.get(view.tab, ())) for view in views)
+        return (asked, rule, opening, problem, racing or gr.skip(), *board, *chain(*shown))
 
-    def look(request: gr.Request, screen: str, spec: RunSpec, convention: str, *rest: Any) -> Any:
+    def look(request: gr.Request, screen: str, spec: RunSpec, racing: str, convention: str, *rest: Any) -> Any:
         """The link to what is on screen, and what the tab on screen does not show yet."""
         tab, moment = screen.split()
         who = page.visitor(request)
@@ -133,17 +142,20 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
             who.look(view, overtaken, spec, inputs.get(view.tab, ())) if view.tab == tab else page.skipped(view.outputs)
             for view in views
         ]
-        link = to_link(spec, convention) if who.landed and not overtaken() else gr.skip()
+        link = to_link(spec, convention, racing) if who.landed and not overtaken() else gr.skip()
         return (link, *chain(*drawn))
 
     every_output = [output for view in views for output in view.outputs]
-    convention = memory.inputs[0]
-    opened = demo.load(load, None, [spec, convention, tabs, link_problem, *every_output], **quiet)
-    opened.then(live.resumed.work, live.resumed.inputs, live.resumed.outputs, **quiet)
+    convention, racing = memory.inputs[0], race.linked.inputs[0]
+    opened = demo.load(
+        load, None, [spec, convention, tabs, link_problem, racing, *race.linked.outputs, *every_output], **quiet
+    )
+    for view in (live, race):
+        opened.then(view.resumed.work, view.resumed.inputs, view.resumed.outputs, **quiet)
     gr.on(
-        [spec.change, convention.change, *(t.select for t in (memory_tab, lora_tab, live_tab, compare_tab))],
+        [spec.change, convention.change, racing.change, *(tab.select for tab in every_tab)],
         look,
-        [screen, spec, *memory.inputs],
+        [screen, spec, racing, *memory.inputs],
         [query, *every_output],
         js=SCREEN,
         trigger_mode="multiple",

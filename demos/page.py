@@ -389,7 +389,8 @@ class Event:
 class View:
     """A built `tab`: `show(spec, *inputs)` gives the values of `outputs`, to follow a change made elsewhere.
 
-    It may also have something to do each time the tab is opened, and when a page comes back to the run it had.
+    It may also have something to do each time the tab is opened, when a page comes back to the run it had, and when a link
+    carries more than settings: then the first input is what it carries, as a query.
     """
 
     tab: str
@@ -398,6 +399,7 @@ class View:
     inputs: Sequence[Any] = ()
     opened: Event | None = None
     resumed: Event | None = None
+    linked: Event | None = None
 
 
 def run_alone(title: str, build: Callable[[gr.State], View]) -> None:

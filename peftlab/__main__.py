@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--no-latency", dest="latency", action="store_false", help="do not time the tokens of each")
     race.add_argument("--sort", default="score", help="the column to rank by")
     race.add_argument("--csv", type=Path, help="where to write the board as CSV")
-    race.add_argument("--out", type=Path, help="the JSON file to write, for the app to show as recorded")
+    race.add_argument("--out", type=Path, help="the JSON file to write; a race begun there goes on")
     compare = command("compare", _compare, "base and adapters, side by side")
     compare.add_argument("--adapter", type=Path, action="append", required=True, help="an adapter folder; repeatable")
     compare.add_argument("--prompt", help="one prompt of your own")
@@ -327,11 +327,12 @@ def _race(args: argparse.Namespace) -> None:
     race.column(args.sort)  # refused before anything runs
     axes = {setting: values for setting, *values in args.vary or [["method"]]}
     racers = race.along(_spec(args), axes)
+    known = race.read(args.out) if args.out and args.out.exists() and args.out.stat().st_size else []
     _writable(args.out, args.csv)
     warm_up(racers[0].spec)
     lines: list[race.Line] = []
     with tempfile.TemporaryDirectory() as folder:
-        for event in race.race(racers, Path(folder), args.seeds, args.seconds, args.latency):
+        for event in race.race(racers, Path(folder), args.seeds, args.seconds, args.latency, known):
             if event["type"] in ("racers", "done"):
                 lines = [race.Line(**line) for line in event["lines"]]
             if event["type"] != "line":

@@ -74,7 +74,7 @@ def running(owner: str) -> Job | None:
 def finished() -> list[tuple[RunSpec, dict[str, Any]]]:
     """The spec and last event of every run that came to its end, the newest first."""
     over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
-    return [(spec, done) for spec, done in reversed(over) if done["steps"]]
+    return [(spec, done) for spec, done in reversed(over) if done.get("steps")]
 
 
 def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:

@@ -6,13 +6,15 @@ import csv
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import adapters, methods, proofs, tasks, weights
+from . import adapters, methods, proofs, tasks, weights, words
 from .catalog import models
 from .count import count
 from .errors import PeftlabError, SpecError, plain
@@ -78,7 +80,7 @@ class Line:
     @property
     def interval(self) -> tuple[float, float]:
         """95% of the mean score, over held-out rows, of which each has its mean over the seeds."""
-        return bootstrap([_mean(row) for row in zip(*self.scores, strict=True)])
+        return _interval(tuple(_mean(row) for row in zip(*self.scores, strict=True)))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -95,6 +97,11 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, resamples: int 
     means = numbers[draw.integers(len(numbers), size=(resamples, len(numbers)))].mean(1)
     low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=4096)
+def _interval(values: tuple[float, ...]) -> tuple[float, float]:
+    return bootstrap(values)
 
 
 def along(spec: RunSpec, axes: Mapping[str, Sequence[str]]) -> list[Racer]:
@@ -119,7 +126,11 @@ def along(spec: RunSpec, axes: Mapping[str, Sequence[str]]) -> list[Racer]:
 
 def _racer(spec: RunSpec, chosen: Mapping[str, str]) -> Racer:
     resolved = resolve_here(RunSpec.from_dict({**spec.to_dict(), **chosen}))
-    named = {"method": methods.find(resolved.method or "").name, "model": models.find(resolved.model or "").name}
+    named = {
+        "method": methods.find(resolved.method or "").name,
+        "model": models.find(resolved.model or "").name,
+        "target_modules": words.where(resolved),
+    }
     parts = [named.get(name, f"{name.replace('_', ' ')} {value}") for name, value in chosen.items()]
     return Racer(", ".join(parts), resolved)
 
@@ -133,13 +144,19 @@ def _suits(spec: RunSpec) -> bool:
 
 
 def race(
-    racers: Sequence[Racer], out: Path, seeds: int = 1, seconds: float | None = None, latency: bool = True
+    racers: Sequence[Racer],
+    out: Path,
+    seeds: int = 1,
+    seconds: float | None = None,
+    latency: bool = True,
+    known: Sequence[Line] = (),
 ) -> Iterator[Event]:
     """Runs each racer on each seed, one after another, and yields events. What ends one ends that one only.
 
     `seconds` of training for each, instead of the spec's steps: as many as fit by the pace of its first ones. Without
-    `latency`, tokens are not timed: where racers differ in what they read, not in what they are. A STOP file in `out` ends
-    the race after the step under way. Events: `racers` with the lines to begin with, `run` (a racer's, seed's own event of
+    `latency`, tokens are not timed: where racers differ in what they read, not in what they are. `known` are lines of the
+    same race begun earlier, to go on from. No adapter is kept. A STOP file in `out` ends the race after the step under way.
+    Events: `racers` with the lines to begin with, `run` (a racer's, seed's own event of
     `train`), `line` when one has changed, and `done` with all of them. Raises SpecError where racers differ in what they are
     to learn.
     """
@@ -147,23 +164,27 @@ def race(
         raise SpecError(f"task={', '.join(sorted(found))}: a race is of one task; choose one")
     if seconds is not None and not 0 < seconds < math.inf:
         raise SpecError(f"seconds={seconds}: a budget is above 0; try 5")
-    lines = [_line(racer) for racer in racers]
+    begun = {json.dumps(line.spec): line for line in known if not line.error}
+    lines = [begun.get(json.dumps(racer.spec.to_dict())) or _line(racer) for racer in racers]
     yield {"type": "racers", "lines": [asdict(line) for line in lines], "seeds": seeds}
     paces: dict[int, int] = {}
     for seed in range(seeds):
         for i, (racer, line) in enumerate(zip(racers, lines, strict=True)):
-            if line.error or (out / STOP).exists():
+            if line.error or len(line.scores) > seed or (out / STOP).exists():
                 continue
+            folder = out / f"{i}-{racer.spec.method}-{seed}"
             try:
                 if seconds and i not in paces:
                     paces[i] = max(1, round(seconds / pace(racer.spec).seconds))
                 spec = racer.spec.but(seed=(racer.spec.seed or 0) + seed, steps=paces.get(i, racer.spec.steps))
-                for event in _run(spec, line, out, out / f"{i}-{spec.method}-{seed}", latency):
+                for event in _run(spec, line, out, folder, latency):
                     yield {"type": "run", "racer": i, "seed": seed, "event": event}
             except PeftlabError as error:
                 line.error = str(error)
             except Exception as error:
                 line.error = plain(error)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
             yield {"type": "line", "racer": i, "line": asdict(line)}
     stopped = (out / STOP).exists()
     (out / STOP).unlink(missing_ok=True)
@@ -293,3 +314,11 @@ def record(file: Path, axes: Mapping[str, Sequence[str]], lines: Sequence[Line])
     del head["lines"]
     rows = ",\n".join(json.dumps(asdict(line)) for line in lines)
     file.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "lines": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a recorded race. Raises SpecError for a file that is none."""
+    try:
+        return [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))["lines"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{file}: not a recorded race ({error}); give another path") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import architecture as architectures
 from . import tasks
@@ -18,6 +18,9 @@ from .count import ParameterReport
 from .lowrank import Spectrum
 from .memory import MemoryReport
 from .spec import parse_layers
+
+if TYPE_CHECKING:
+    from .race import Line
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -269,6 +272,24 @@ def live_sentence(events: Sequence[dict[str, Any]]) -> str:
     if len(scores) == 1:
         return f"{read} {metric} before: {before}."
     return f"{read} {metric}: {before} → {bold(score(scores[-1]), 'trained')} on items it has never seen."
+
+
+def race_sentence(lines: Sequence[Line]) -> str:
+    """Who scores highest and lowest of a race's lines, so far."""
+    finished = sorted((line for line in lines if line.scores), key=lambda line: -line.score)
+    if not finished:
+        return f"{len(lines)} racers, the same rows in the same order. None has finished yet."
+    best, last = finished[0], finished[-1]
+    base = sum(best.base_scores) / len(best.base_scores)
+    early = sum(line.error is not None for line in lines if not line.scores)
+    counts = {"ended early": early, "to come": len(lines) - len(finished) - early}
+    rest = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    who = f"{len(lines)} racers" + (f" ({rest})" if rest else "")
+    text = (
+        f"Of {who}, {bold(best.name, 'trained')} scores highest: {bold(score(best.score), 'trained')} of held-out items, "
+        f"where the base has {bold(score(base), 'frozen')}."
+    )
+    return text if last is best else f"{text} Lowest: {escape(last.name)}, {bold(score(last.score))}."
 
 
 def compare_sentence(report: ComparisonReport) -> str:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from peftlab import RunSpec, SpecError, adapters, resolve
+from peftlab import RunSpec, SpecError, resolve
 from peftlab.count import count
 from peftlab.race import COLUMNS, Line, Racer, along, bootstrap, column, race, ranked, to_csv
 from peftlab.train import STOP
@@ -52,11 +52,23 @@ def test_all_see_the_same_rows_in_the_same_order(spec, tmp_path):
 
 
 def test_the_line_is_what_the_adapter_says(spec, tmp_path):
-    lines = lines_of(list(race(along(spec, {"method": ["lora", "full"]}), tmp_path)))
-    for i, line in enumerate(lines):
-        made = adapters.read(tmp_path / f"{i}-{line.spec['method']}-0" / "adapter")
-        assert line.scores[0] == [row["adapted_score"] for row in made.result["heldout"]]
-        assert line.forgetting == [made.result["forgetting"]]
+    events = list(race(along(spec, {"method": ["lora", "full"]}), tmp_path))
+    for i, line in enumerate(lines_of(events)):
+        done = next(
+            e["event"] for e in events if e["type"] == "run" and e["racer"] == i and e["event"]["type"] == "done"
+        )
+        assert line.forgetting == [done["forgetting"]] and line.steps == done["steps"]
+        assert line.score == pytest.approx(next(iter(done["eval"]["after"].values())))
+    assert not list(tmp_path.iterdir())  # a full fine-tuning is as large as its base
+
+
+def test_a_race_goes_on_from_what_is_known(spec, tmp_path):
+    racers = along(spec, {"rank": ["1", "2"]})
+    first = lines_of(list(race(racers, tmp_path)))
+    events = list(race(racers, tmp_path, seeds=2, known=first))
+    assert {e["seed"] for e in events if e["type"] == "run"} == {1}
+    for before, after in zip(first, lines_of(events), strict=True):
+        assert after.scores[:1] == before.scores and len(after.scores) == 2
 
 
 def test_a_stop_ends_the_race_and_keeps_what_is_there(spec, tmp_path):
@@ -174,6 +186,9 @@ def test_the_command_line(run, tiny_model, toy_file, tmp_path):
     status, out, err = run("race", *args, "--out", tmp_path / "race.json", "--csv", tmp_path / "race.csv")
     assert status == 0 and "rank 1: 1 of 1 seeds" in err and "95% interval" in out
     document = json.loads((tmp_path / "race.json").read_text())
-    assert document["vary"] == {"rank": ["1", "2"]} and [line["name"] for line in document["lines"]] == ["rank 1", "rank 2"]
+    assert document["vary"] == {"rank": ["1", "2"]} and [line["name"] for line in document["lines"]] == [
+        "rank 1",
+        "rank 2",
+    ]
     assert (tmp_path / "race.csv").read_text() == to_csv([Line(**line) for line in document["lines"]])
     assert run("race", *args, "--sort", "speed")[0] == 2

@@ -1,0 +1,484 @@
+"""What is found here of a lecture's words: counts, predictions, published runs and recorded times, said in a line.
+
+`HERE` holds sentences about a model, `CHECKS` findings about one statement of a table. Neither has a number of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import architecture, published, words
+from .catalog.claims import CLAIMS
+from .catalog.guide import SPECTRUM, Finding
+from .catalog.methods import FAMILIES
+from .catalog.models import MODELS, find
+from .catalog.papers import PAPERS
+from .count import BYTES, ParameterReport, count, why_not
+from .errors import SpecError
+from .memory import predict
+from .memory import storage as stored
+from .methods import METHODS
+from .spec import RunSpec
+
+if TYPE_CHECKING:
+    from .race import Line
+
+RACE = Path(__file__).parent.parent / "assets" / "measured" / "race-methods-h100.json"
+LEAST = 0.0001
+"""Percent where the map's bars begin."""
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+SAME = 1.05
+"""Of two times: within so much they are the same."""
+SMALL = 0.05
+"""Of an adapter's file: what share of the 16-bit model's is still small."""
+TASKS = 50
+"""As kiit-tutorial has it."""
+GPU_BYTES = 80e9
+"""Of the GPUs that kiit-tutorial counts."""
+STEP = RunSpec(model="smollm2-135m", precision="bf16", adapter_precision="fp32", batch_size=4, sequence_length=512)
+"""A step of a small model, one of those that the bench measured."""
+
+
+# --- the map
+
+
+@dataclass(frozen=True)
+class Place:
+    """A method on the map, at its automatic settings."""
+
+    key: str
+    report: ParameterReport | None
+    """None where the method does not suit the model."""
+    reason: str = ""
+    """Why it does not."""
+
+    @property
+    def length(self) -> float:
+        """Of the bar that stands for the trained percent: on a log scale, 0 at LEAST and 1 at 100%."""
+        if self.report is None:
+            return 0
+        return max(0.02, math.log10(self.report.trainable_percent / LEAST) / math.log10(100 / LEAST))
+
+
+def places(model: str) -> list[Place]:
+    """Every method of the registry. Raises SpecError where the model has no shapes to count by."""
+    count(RunSpec(model=model, method=FAMILIES[0]))
+    reasons = {key: why_not(key, model) for key in METHODS}
+    return [Place(key, None if why else count(RunSpec(model=model, method=key)), why) for key, why in reasons.items()]
+
+
+def map_sentence(on: Sequence[Place]) -> str:
+    """How many methods there are, how many ideas, and how far apart they reach."""
+    reports = [p.report for p in on if p.report]
+    least, most = (f(reports, key=lambda r: r.trainable_parameters) for f in (min, max))
+    ideas = [f.idea.lower() for f in SPECTRUM if f.key != FAMILIES[0]]
+    few = words.bold(
+        f"{least.trainable_parameters:,} numbers ({words.percent(least.trainable_percent / 100)})", "trained"
+    )
+    return (
+        f"{words.bold(f'{len(on)} methods')}, {NUMBERS[len(ideas)]} ideas: {', '.join(ideas[:-1])} or {ideas[-1]}. "
+        f"On {words.bold(least.model_name, 'frozen')} they train from {few} to all "
+        f"{words.bold(f'{most.total_parameters:,}', 'frozen')}."
+    )
+
+
+def chosen_said(report: ParameterReport) -> str:
+    """What the chosen method trains with the settings on screen."""
+    return (
+        f"{words.bold(words.method_name(report))} trains {words.bold(f'{report.trainable_parameters:,}', 'trained')} of "
+        f"{words.bold(f'{report.total_parameters:,}', 'frozen')} numbers: "
+        f"{words.bold(words.percent(report.trainable_percent / 100), 'trained')}. "
+        f"Its file has {words.size(report.adapter_bytes)}."
+    )
+
+
+# --- recorded times
+
+
+@lru_cache
+def race_lines(file: Path = RACE) -> dict[str, Line]:
+    """The recorded race's line of each method that finished; none where there is no recording."""
+    from .race import Line
+
+    if not file.exists():
+        return {}
+    lines = [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))["lines"]]
+    return {line.spec["method"]: line for line in reversed(lines) if not line.error and line.apart}
+
+
+def race_source(file: Path = RACE) -> str:
+    """Hardware, date, versions and command of the recorded race; empty where there is none."""
+    if not file.exists():
+        return ""
+    of = json.loads(file.read_text(encoding="utf-8"))
+    libraries = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+    return f"{of['hardware']}, {of['date']}, {libraries}. Command: {of['command']}"
+
+
+def _time(key: str) -> str:
+    """How long a token takes with a method, as recorded; in the registry's words where it is not."""
+    line = race_lines(RACE).get(key)
+    if line is None or line.apart is None:
+        return METHODS[key].about.inference
+    whole = line.merged if METHODS[key].in_place and line.merged else line.apart
+    merged = f" apart, {line.merged:.2f}× merged" if line.merged and whole == line.apart else ""
+    return f"Measured on {find(line.spec['model']).name}, a token takes {whole:.2f}× the base's time{merged}."
+
+
+# --- sentences about a model
+
+
+def counted(key: str, model: str) -> str:
+    """What a method trains on a model and how large its file is, or why it does not suit it."""
+    try:
+        report = count(RunSpec(model=model, method=key))
+    except SpecError as error:
+        return told(str(error))
+    return (
+        f"{report.method_name} trains {report.trainable_parameters:,} of {report.total_parameters:,} numbers "
+        f"({words.percent(report.trainable_percent / 100)}); its file has {words.size(report.adapter_bytes)}."
+    )
+
+
+def told(reason: str) -> str:
+    """A refusal as a sentence, without the name of the setting."""
+    text = reason.split(": ", 1)[-1]
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def of_method(key: str, model: str) -> str:
+    """Its count, its time and whether it merges."""
+    merging = "" if METHODS[key].in_place else f" It {_merging(key)}."
+    return f"{counted(key, model)} {_time(key)}{merging}"
+
+
+def _merging(key: str) -> str:
+    return "merges into the weights" if METHODS[key].merge else "cannot be merged"
+
+
+def _beats_full(model: str) -> str:
+    full, others = published.full(), published.adapted()
+    better, best = sum(r.accuracy > full.accuracy for r in others), published.best(others)
+    return (
+        f"In the published benchmark {better} of {len(others)} PEFT runs score above full fine-tuning "
+        f"({_accuracy(full)}); the best, {best.label}, reaches {_accuracy(best)}."
+    )
+
+
+def _accuracy(run: published.Run) -> str:
+    return published.METRICS["accuracy"].show(run.accuracy)
+
+
+def _near_full(model: str) -> str:
+    plain, full = published.plain(), published.full()
+    return f"In the published benchmark {plain.label} scores {_accuracy(plain)}, full fine-tuning {_accuracy(full)}."
+
+
+def _small_memory(model: str) -> str:
+    runs = (STEP.but(method="full"), STEP.but(method="lora", rank=16))
+    full, lora = (predict(run) for run in runs)
+    return (
+        f"{full.model_name}, 16-bit, {STEP.batch_size} × {STEP.sequence_length} tokens: full fine-tuning is predicted to "
+        f"allocate {words.size(full.allocated)}, LoRA of rank 16 on every linear layer {words.size(lora.allocated)}."
+    )
+
+
+@lru_cache
+def _suits(model: str) -> str:
+    known = [key for key, entry in MODELS.items() if entry.config is not None]
+    suited = {key: sum(not why_not(key, m) for m in known) for key in METHODS}
+    least = min(suited, key=lambda key: suited[key])
+    everywhere = sum(n == len(known) for n in suited.values())
+    return (
+        f"Of the {len(known)} architectures in this app's catalogue, {everywhere} of {len(METHODS)} methods suit all, LoRA "
+        f"{suited['lora']} and {METHODS[least].name}, the most particular, {suited[least]}."
+    )
+
+
+def _quantized(model: str) -> str:
+    lora, qlora = (predict(RunSpec(model=model, method=key)) for key in ("lora", "qlora"))
+    return (
+        f"Predicted for {lora.model_name} at automatic settings: LoRA {words.size(lora.needed)}, "
+        f"QLoRA {words.size(qlora.needed)}."
+    )
+
+
+def _latency(model: str) -> str:
+    return " ".join(f"{METHODS[key].name}: {_time(key)}" for key in ("lora", "houlsby"))
+
+
+def _storage(model: str) -> str:
+    report = predict(RunSpec(model=model, method="lora"))
+    of = stored(report, TASKS)
+    return (
+        f"{TASKS} tasks on {report.model_name}, 16-bit: {words.size(of.full)} as full copies; as LoRA adapters "
+        f"{words.size(of.adapters)} beside one base of {words.size(of.base)}."
+    )
+
+
+def _smallest(model: str) -> str:
+    reports = [count(RunSpec(model=model, method=key)) for key in METHODS if not why_not(key, model)]
+    least = sorted(reports, key=lambda r: r.adapter_bytes)[:4]
+    return f"Smallest files here: {', '.join(f'{r.method_name} {words.size(r.adapter_bytes)}' for r in least)}."
+
+
+def _forgetting(model: str) -> str:
+    full, plain, others = published.full(), published.plain(), published.adapted()
+    worst, more = max(others, key=lambda r: r.forgetting), sum(r.forgetting > full.forgetting for r in others)
+    show = published.METRICS["forgetting"].show
+    return (
+        f"In the published benchmark full fine-tuning, at its low learning rate, forgets {show(full.forgetting)} nats per "
+        f"token, {plain.label} forgets {show(plain.forgetting)}, and {more} of {len(others)} PEFT runs more than full; "
+        f"the most is {show(worst.forgetting)}, {worst.label}."
+    )
+
+
+def _quick(model: str) -> str:
+    full, plain, others = published.full(), published.plain(), published.adapted()
+    slower = sum(r.seconds > full.seconds for r in others)
+    return (
+        f"In the published benchmark {plain.label} trains in {words.seconds(plain.seconds)}, full fine-tuning in "
+        f"{words.seconds(full.seconds)}, and {slower} of {len(others)} PEFT runs take longer than full."
+    )
+
+
+def _steering(model: str) -> str:
+    prompt, plain = published.best(published.of_method("prompt")), published.plain()
+    return (
+        f"On Llama-3.2-3B, in the published benchmark, the best prompt-tuning run scores {_accuracy(prompt)}, "
+        f"{plain.label} {_accuracy(plain)}."
+    )
+
+
+def _no_bias(model: str) -> str:
+    reason = why_not("bitfit", model)
+    return told(reason) if reason else counted("bitfit", model)
+
+
+def _beside_adapters(model: str) -> str:
+    prefix, houlsby = (count(RunSpec(model=model, method=key)) for key in ("prefix", "houlsby"))
+    relation = "fewer" if prefix.trainable_parameters < houlsby.trainable_parameters else "no fewer"
+    return (
+        f"Prefix tuning trains {prefix.trainable_parameters:,} numbers here, {relation} than the Houlsby adapter's "
+        f"{houlsby.trainable_parameters:,}; a wide adapter or a long prefix turns that round."
+    )
+
+
+HERE: dict[str, Callable[[str], str]] = {
+    "beats-full": _beats_full,
+    "near-full": _near_full,
+    "small-memory": _small_memory,
+    "suits": _suits,
+    "quantized": _quantized,
+    "latency": _latency,
+    "storage": _storage,
+    "smallest": _smallest,
+    "forgetting": _forgetting,
+    "quick": _quick,
+    "steering": _steering,
+    "no-bias": _no_bias,
+    "beside-adapters": _beside_adapters,
+    "not-memory": lambda model: published.not_memory(),
+}
+"""Sentences about a catalogue key or whatever else has shapes. They raise SpecError where it has none."""
+
+
+def here(name: str, model: str) -> str:
+    """The sentence `name` about `model`; empty for no name and where there is nothing to say of it."""
+    try:
+        return HERE[name](model) if name else ""
+    except SpecError:
+        return ""
+
+
+# --- findings about a statement
+
+
+def _claim(tab: str, source: str, says: str) -> Finding:
+    """A number that `claims.json` has already."""
+    claim = next(c for c in CLAIMS if (c.tab, c.source, c.says) == (tab, source, says))
+    value = claim.computed()
+    shown = {"bytes": words.size, "percent": lambda n: words.percent(n / 100)}.get(claim.unit, lambda n: f"{n:,.0f}")
+    return Finding(f"{shown(value)}. {claim.why}", not claim.differs)
+
+
+def _words(method: str, of: str, sentence: int = 0) -> Finding:
+    """A sentence of what the registry says of a method."""
+    text = getattr(METHODS[method].about, of).split(". ")[sentence]
+    return Finding(f"{text.rstrip('.')}.", None)
+
+
+def _family(method: str, wanted: str) -> Finding:
+    about = METHODS[method].about
+    return Finding(about.family + (", reparameterized" if about.reparameterized else ""), about.family == wanted)
+
+
+def _paper(method: str, authors: str, year: int) -> Finding:
+    papers = [PAPERS[key] for key in METHODS[method].about.papers]
+    cited = next((p for p in papers if p.authors.startswith(authors) and p.year == year), None)
+    return Finding((cited or papers[0]).citation, cited is not None)
+
+
+def _merges(method: str, can: bool) -> Finding:
+    return Finding(f"{METHODS[method].name} {_merging(method)}", (METHODS[method].merge is not None) == can)
+
+
+def _place(method: str, wanted: str) -> Finding:
+    """Where a method's trained parts stand in the data's path: in series with the frozen ones, or in parallel."""
+    drawing = METHODS[method].drawing
+    places = {"series": drawing.main, "parallel": drawing.branch}
+    found = [name for name, boxes in places.items() if any(box.startswith("*") for box in boxes)]
+    return Finding(
+        f"in {' and '.join(found)}: {METHODS[method].about.trains.split(': ')[0].split('. ')[0]}", found == [wanted]
+    )
+
+
+def _added_time(method: str, wanted: str) -> Finding:
+    """`zero`, `slight` or `adds`: by the recorded times, and where there are none by whether the method folds away.
+
+    Slight is less than a Houlsby adapter adds, which are what the lecture holds it against.
+    """
+    lines, way = race_lines(RACE), METHODS[method]
+    line, adapters = lines.get(method), lines.get("houlsby")
+    if line is None or line.apart is None:
+        return Finding(way.about.inference, (way.merge is not None) == (wanted == "zero"))
+    final = line.merged or line.apart
+    slight = adapters is not None and adapters.apart is not None and final < adapters.apart
+    return Finding(_time(method), {"zero": final <= SAME, "adds": final > SAME, "slight": slight}[wanted])
+
+
+def _file(method: str, model: str, below: Sequence[str] = ()) -> Finding:
+    """Small is against the model; tiny, against the files of `below` on the same model."""
+    report = count(RunSpec(model=model, method=method))
+    share = report.adapter_bytes / (report.total_parameters * BYTES["bf16"])
+    others = [count(RunSpec(model=model, method=key)) for key in below]
+    beside = "".join(f"; {r.method_name} {words.size(r.adapter_bytes)}" for r in others)
+    small = all(report.adapter_bytes < r.adapter_bytes for r in others) if others else share < SMALL
+    text = f"{words.size(report.adapter_bytes)} on {report.model_name}, {words.percent(share)} of its own 16-bit file{beside}"
+    return Finding(text, small)
+
+
+def _fewer(method: str, than: Sequence[str], model: str) -> Finding:
+    """Trained parameters, against those of each of `than`."""
+    mine, *others = (count(RunSpec(model=model, method=key)) for key in (method, *than))
+    text = "; ".join(f"{r.method_name} {r.trainable_parameters:,}" for r in (mine, *others))
+    return Finding(
+        f"{text} on {mine.model_name}", all(mine.trainable_parameters < r.trainable_parameters for r in others)
+    )
+
+
+def _same(method: str, other: str, model: str) -> Finding:
+    a, b = (count(RunSpec(model=model, method=key)).trainable_parameters for key in (method, other))
+    return Finding(f"{a:,} and {b:,} on {find(model).name}", a == b)
+
+
+def _extra(method: str, over: str, model: str) -> Finding:
+    """What one trains more than the other, and whether that is one number for each output of the adapted maps."""
+    mine, other = (count(RunSpec(model=model, method=key)) for key in (method, over))
+    more = mine.trainable_parameters - other.trainable_parameters
+    outputs = sum((m.d_out or 0) * m.adapted_layers for m in mine.modules)
+    return Finding(
+        f"{more:,} more than {other.method_name} on {mine.model_name}: one for each of {outputs:,} outputs",
+        more == outputs,
+    )
+
+
+def _virtual(method: str, model: str, per_layer: bool) -> Finding:
+    """Virtual tokens: vectors once at the input, or a key and a value in every layer."""
+    report, shape = count(RunSpec(model=model, method=method)), architecture.of(model)
+    tokens, f = report.spec.virtual_tokens or 0, shape.facts
+    sizes = (2, tokens, shape.n_layers, f.kv_heads * f.head_size) if per_layer else (tokens, shape.hidden_size)
+    product = 1
+    for size in sizes:
+        product *= size
+    said = " × ".join(f"{size:,}" for size in sizes)
+    return Finding(
+        f"{report.trainable_parameters:,} = {said} on {find(model).name}", report.trainable_parameters == product
+    )
+
+
+def _matrix(model: str, role: str, rank: int) -> Finding:
+    """LoRA's numbers for one weight against 2·d·r, with d either of its sides."""
+    module = architecture.of(model).targets(role)[0]
+    found = rank * (module.d_in + module.d_out)
+    sides = sorted({2 * d * rank for d in (module.d_in, module.d_out)})
+    return Finding(
+        f"{find(model).name}, {role}, rank {rank}: r(d + k) = {found:,}; 2·d·r gives {' or '.join(f'{n:,}' for n in sides)}",
+        sides == [found],
+    )
+
+
+def _states(spec: Mapping[str, Any], convention: str, trainable: int | None = None) -> int:
+    return predict(RunSpec.from_dict(spec), convention, trainable).states
+
+
+def _reduced(
+    spec: Mapping[str, Any], than: Mapping[str, Any], convention: str, trainable: int | None = None
+) -> Finding:
+    """Weights, gradients and optimizer states of one run against another's: reduced is less than half."""
+    mine, other = _states(spec, convention, trainable), _states(than, convention)
+    return Finding(
+        f"{words.size(mine)} of weights, gradients and optimizer states, against {words.size(other)}", 2 * mine < other
+    )
+
+
+def _gpus(spec: Mapping[str, Any], convention: str, least: int, most: int, trainable: int | None = None) -> Finding:
+    n = -int(-_states(spec, convention, trainable) // GPU_BYTES)
+    return Finding(
+        f"{n} of {words.size(GPU_BYTES)} hold the weights, gradients and optimizer states", least <= n <= most
+    )
+
+
+def _all_tasks(spec: Mapping[str, Any], convention: str, trainable: int) -> Finding:
+    """One base and its adapters against copies."""
+    of = stored(predict(RunSpec.from_dict(spec), convention, trainable), TASKS)
+    one = of.base + of.adapters
+    return Finding(
+        f"{TASKS} tasks: {words.size(one)} with the one base, against {words.size(of.full)} of copies", one < of.full
+    )
+
+
+def _cheaper(method: str, than: str, model: str) -> Finding:
+    mine, other = (predict(RunSpec(model=model, method=key)) for key in (method, than))
+    text = f"{words.size(mine.needed)} against {words.size(other.needed)} predicted for {mine.model_name}"
+    return Finding(text, mine.needed < other.needed)
+
+
+def _keeps_more() -> Finding:
+    """Whether plain LoRA forgot less than full fine-tuning in the published runs."""
+    return Finding(_forgetting(""), published.plain().forgetting < published.full().forgetting)
+
+
+def _in_registry(name: str) -> Finding:
+    known = [m.name for m in METHODS.values()]
+    near = ", ".join(n for n in known if n.startswith(name.rstrip("+")))
+    return Finding(f"no paper defines {name}; there are {near}" if name not in known else name, name in known)
+
+
+CHECKS: dict[str, Callable[..., Finding]] = {
+    "claim": _claim,
+    "words": _words,
+    "family": _family,
+    "paper": _paper,
+    "merges": _merges,
+    "place": _place,
+    "time": _added_time,
+    "file": _file,
+    "fewer": _fewer,
+    "same": _same,
+    "extra": _extra,
+    "virtual": _virtual,
+    "matrix": _matrix,
+    "reduced": _reduced,
+    "gpus": _gpus,
+    "all-tasks": _all_tasks,
+    "cheaper": _cheaper,
+    "keeps-more": _keeps_more,
+    "registered": _in_registry,
+}

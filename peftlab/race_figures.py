@@ -1,0 +1,149 @@
+"""Charts of a race: where each racer ended, with its interval, and the losses on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any
+
+from . import words
+from .figures import PALETTE, blank
+from .race import Line
+
+ROW = 25
+"""Pixels for a racer."""
+NAMED = 6
+"""Most curves that each get their name; of more, only the ends of the board do."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+def scores(lines: Sequence[Line], setting: str, metric: str, theme: str) -> Any:
+    """The held-out score of each finished line with its 95% interval: against a setting of numbers, else one below another."""
+    done = [line for line in lines if line.scores]
+    values = [line.spec[setting] for line in done]
+    if len(set(values)) > 1 and all(isinstance(value, int | float) for value in values):
+        return _against(done, setting, metric, theme)
+    return _ranking(done, metric, theme)
+
+
+def _ranking(lines: Sequence[Line], metric: str, theme: str) -> Any:
+    c = PALETTE[theme]
+    order = sorted(lines, key=lambda line: line.score)
+    figure = blank(
+        theme, 70 + ROW * max(3, len(order)), title={"text": f"{metric} on held-out items, %, with 95% intervals"}
+    )
+    colours = [c["frozen"] if line.spec["method"] == "full" else c["trained"] for line in order]
+    figure.add_scatter(
+        x=[100 * line.score for line in order],
+        y=[escape(line.name) for line in order],
+        mode="markers",
+        marker={"size": 11, "color": colours, "symbol": ["diamond" if x == c["frozen"] else "circle" for x in colours]},
+        error_x=_errors(order, c),
+        customdata=[_told(line) for line in order],
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    for line, colour in zip(order, colours, strict=True):
+        figure.add_annotation(
+            x=1, xref="paper", y=escape(line.name), text=f"<b>{words.score(line.score)}</b>", showarrow=False,
+            xanchor="right", font={"color": colour, "size": 15},
+        )  # fmt: skip
+    figure.update_xaxes(range=[-3, 103], tickvals=[0, 50, 100], zeroline=False, domain=[0, 0.86])
+    figure.update_yaxes(showgrid=False, tickfont={"size": 14}, range=[-0.7, len(order) - 0.3])
+    return figure
+
+
+def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> Any:
+    c = PALETTE[theme]
+    name = setting.replace("_", " ")
+    title = f"{metric} on held-out items, %, by {name} (log scale)"
+    figure = blank(theme, 380, title={"text": title})
+    groups = _by_method(lines)
+    for i, (method, group) in enumerate(groups.items()):
+        group = sorted(group, key=lambda line: line.spec[setting])
+        known = method in ("full", "lora")
+        colour = c["frozen"] if method == "full" else c["trained"] if method == "lora" else c["overhead"]
+        label = group[0].name.partition(",")[0] if len(groups) > 1 else ""
+        top = max(range(len(group)), key=lambda j: group[j].score)
+        figure.add_scatter(
+            x=[line.spec[setting] for line in group],
+            y=[100 * line.score for line in group],
+            mode="lines+markers+text" if known else "lines+markers",
+            name=label,
+            line={"color": colour, "width": 3 if known else 1.5, "dash": "solid" if known else DASHES[i % len(DASHES)]},
+            marker={"size": 9 if known else 5},
+            error_y=_errors(group, c) if len(groups) <= 2 else None,
+            text=[f"<b>{label}</b>" if j == top else "" for j in range(len(group))],
+            textposition="top center",
+            textfont={"color": colour},
+            cliponaxis=False,
+            customdata=[_told(line) for line in group],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    ticks = sorted({line.spec[setting] for line in lines})
+    few = len(ticks) <= 9
+    shown = ticks if few else [tick for tick in ticks if f"{tick:.0e}".startswith("1")]
+    figure.update_xaxes(
+        type="log", title_text=name, tickvals=shown, ticktext=[f"{tick:g}" for tick in shown], zeroline=False
+    )
+    figure.update_yaxes(range=[-2, 108], tickvals=[0, 25, 50, 75, 100])
+    return figure
+
+
+def _by_method(lines: Sequence[Line]) -> Mapping[str, list[Line]]:
+    """The others first, so that LoRA and full fine-tuning are drawn over them."""
+    groups: dict[str, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: line.spec["method"] in ("full", "lora")):
+        groups.setdefault(line.spec["method"], []).append(line)
+    return groups
+
+
+def _errors(lines: Sequence[Line], colours: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * (line.interval[1] - line.score) for line in lines],
+        "arrayminus": [100 * (line.score - line.interval[0]) for line in lines],
+        "color": colours["muted"],
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
+def _told(line: Line) -> str:
+    low, high = line.interval
+    runs = "1 seed" if len(line.scores) == 1 else f"{len(line.scores)} seeds"
+    return (
+        f"<b>{escape(line.name)}</b><br>{words.score(line.score)} ({words.score(low)} to {words.score(high)}), {runs}"
+        f"<br>{line.trainable_parameters:,} trained<br>held-out loss {fmean(line.loss):.3f}"
+        f"<br>forgetting {fmean(line.forgetting):.2f}"
+    )
+
+
+def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
+    """Training loss by step, the mean over the seeds run so far. Only points are added between calls."""
+    c = PALETTE[theme]
+    running = [(line, _mean_curve(line)) for line in lines if line.losses and line.losses[0]]
+    figure = blank(theme, 340, title={"text": "Training loss, nats per answer token (log scale)"}, uirevision="race")
+    leader = max((line for line, _ in running if line.scores), key=lambda line: line.score, default=None)
+    for i, (line, losses) in enumerate(running):
+        ours, full = line is leader, line.spec["method"] == "full"
+        named = len(running) <= NAMED or ours or full
+        colour = c["trained"] if ours else c["frozen"] if full else c["overhead"]
+        figure.add_scatter(
+            x=list(range(1, len(losses) + 1)),
+            y=losses,
+            mode="lines",
+            name=escape(line.name),
+            line={"color": colour, "width": 3 if named else 1.2, "dash": DASHES[i % len(DASHES)] if named else "solid"},
+            hovertemplate="%{fullData.name}<br>step %{x}: %{y:.3f}<extra></extra>",
+            showlegend=named,
+        )
+    figure.update_layout(showlegend=True, legend={"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"})
+    figure.update_xaxes(range=[0, steps * 1.02], title_text="step")
+    figure.update_yaxes(type="log", dtick=1, exponentformat="none")
+    return figure
+
+
+def _mean_curve(line: Line) -> list[float]:
+    return [fmean(values) for values in zip(*line.losses, strict=False)]
