@@ -91,6 +91,7 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     spec = gr.State(page.OPENING)
     query, screen = gr.Textbox(UNREAD, visible=False), gr.Textbox("", visible=False)
     mine = gr.BrowserState([], storage_key="peftlab-adapters")
+    running, racing = gr.BrowserState("", storage_key="peftlab-run"), gr.BrowserState("", storage_key="peftlab-race")
     link_problem = page.problem()
     with gr.Tabs(selected=TABS[0]) as tabs:
         with gr.Tab("Memory", id="memory") as memory_tab:
@@ -98,13 +99,13 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         with gr.Tab("LoRA", id="lora") as lora_tab:
             lora = lora_visualizer.build(spec, mine)
         with gr.Tab("Live", id="live") as live_tab:
-            live = live_finetune.build(spec, mine)
+            live = live_finetune.build(spec, mine, running)
         with gr.Tab("Compare", id="compare") as compare_tab:
             compare = side_by_side.build(mine)
         with gr.Tab("Methods", id="methods") as methods_tab:
             methods = method_map.build(spec)
         with gr.Tab("Race", id="race") as race_tab:
-            race = method_race.build(spec)
+            race = method_race.build(spec, racing)
     with gr.Row(elem_classes="foot"):
         state = gr.HTML(chip(), html_template='<div class="chip">${value}</div>', js_on_load=None)
         again = gr.Button("Try again", visible=False, size="sm", scale=0)
@@ -121,18 +122,18 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
     def load(request: gr.Request) -> tuple[Any, ...]:
         """What a link changes; a plain visit changes nothing, so that nothing moves under an early click."""
         page.visitor(request).landed = True
-        asked, rule, racing, tab, problem = from_link(request.query_params)
+        asked, rule, chosen, tab, problem = from_link(request.query_params)
         opening = gr.Tabs(selected=tab) if tab else gr.skip()
-        board = race.linked.work(racing, asked or page.OPENING) if racing else page.skipped(race.linked.outputs)
+        board = race.linked.work(chosen, asked or page.OPENING) if chosen else page.skipped(race.linked.outputs)
         if asked is None:
             skipped = page.skipped(every_output)
-            return (gr.skip(), gr.skip(), opening, problem, racing or gr.skip(), *board, *skipped)
+            return (gr.skip(), gr.skip(), opening, problem, chosen or gr.skip(), *board, *skipped)
         page.visitor(request).made(asked, TABS)  # before it is drawn: nobody waits for figures of what was there before
         inputs = {memory.tab: (rule,)}
         shown = (view.show(asked, *inputs.get(view.tab, ())) for view in views)
-        return (asked, rule, opening, problem, racing or gr.skip(), *board, *chain(*shown))
+        return (asked, rule, opening, problem, chosen or gr.skip(), *board, *chain(*shown))
 
-    def look(request: gr.Request, screen: str, spec: RunSpec, racing: str, convention: str, *rest: Any) -> Any:
+    def look(request: gr.Request, screen: str, spec: RunSpec, chosen: str, convention: str, *rest: Any) -> Any:
         """The link to what is on screen, and what the tab on screen does not show yet."""
         tab, moment = screen.split()
         who = page.visitor(request)
@@ -142,20 +143,20 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
             who.look(view, overtaken, spec, inputs.get(view.tab, ())) if view.tab == tab else page.skipped(view.outputs)
             for view in views
         ]
-        link = to_link(spec, convention, racing) if who.landed and not overtaken() else gr.skip()
+        link = to_link(spec, convention, chosen) if who.landed and not overtaken() else gr.skip()
         return (link, *chain(*drawn))
 
     every_output = [output for view in views for output in view.outputs]
-    convention, racing = memory.inputs[0], race.linked.inputs[0]
+    convention, choice = memory.inputs[0], race.linked.inputs[0]
     opened = demo.load(
-        load, None, [spec, convention, tabs, link_problem, racing, *race.linked.outputs, *every_output], **quiet
+        load, None, [spec, convention, tabs, link_problem, choice, *race.linked.outputs, *every_output], **quiet
     )
     for view in (live, race):
         opened.then(view.resumed.work, view.resumed.inputs, view.resumed.outputs, **quiet)
     gr.on(
-        [spec.change, convention.change, racing.change, *(tab.select for tab in every_tab)],
+        [spec.change, convention.change, choice.change, *(tab.select for tab in every_tab)],
         look,
-        [screen, spec, racing, *memory.inputs],
+        [screen, spec, choice, *memory.inputs],
         [query, *every_output],
         js=SCREEN,
         trigger_mode="multiple",

@@ -150,9 +150,8 @@ def recording(task: str) -> tuple[str, str, Any, Any, str]:
     return words.live_sentence(events), about, *charts(events), answers(events)
 
 
-def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
+def build(spec: gr.State, mine: gr.BrowserState, current: gr.BrowserState) -> page.View:
     changing = partial(page.changing, TAB)
-    current = gr.BrowserState("", storage_key="peftlab-run")
     first = recording(tasks.DEFAULT)
     sentence = page.sentence(first[0])
     with gr.Row(elem_classes="stage"):
@@ -324,6 +323,6 @@ def _zip(job: jobs.Job) -> str | None:
 
 if __name__ == "__main__":
     with gr.Blocks(title="Live fine-tune", fill_width=True) as demo:
-        view = build(gr.State(page.OPENING), gr.BrowserState([]))
+        view = build(gr.State(page.OPENING), gr.BrowserState([]), gr.BrowserState(""))
         demo.load(view.resumed.work, view.resumed.inputs, view.resumed.outputs)
     demo.launch(**page.launch_options())

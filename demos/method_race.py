@@ -259,12 +259,11 @@ def devices(key: str) -> list[tuple[str, str]]:
     return [(r.hardware, r.device) for r in LESSONS[key].recordings()]
 
 
-def build(spec: gr.State) -> page.View:
+def build(spec: gr.State, current: gr.BrowserState) -> page.View:
     changing = partial(page.changing, TAB)
     first, opening = LESSONS[FIRST], recorded(FIRST)
     start = picture(first, opening.lines, "score")
     choice = gr.Textbox("", visible=False)
-    current = gr.BrowserState("", storage_key="peftlab-race")
     sentence = page.sentence(start[0])
     with gr.Row(elem_classes="stage"):
         with page.controls():
@@ -309,10 +308,12 @@ def build(spec: gr.State) -> page.View:
     shown = [sentence, told, bar, result, chart, loss, table, tested]
     chosen = [lesson, device, values, seconds, seeds, guess]
 
-    def read(key: str, table: Mapping[str, str], values: list[str], seconds: str, seeds: str) -> Choice:
+    def read(key: str, table: Mapping[str, str], values: list[str], seconds: str | None, seeds: str | None) -> Choice:
         listed = ";".join(map(str, values or ()))
         usual = ";".join(LESSONS[key].values)
-        return Choice(key, table["sort"], "" if listed == usual else listed, seconds.strip(), seeds.strip())
+        return Choice(
+            key, table["sort"], "" if listed == usual else listed, (seconds or "").strip(), (seeds or "").strip()
+        )
 
     def result_of(key: str, device: str, guess: str | None, sort: str) -> tuple:
         """What is shown of a recorded race: nothing before a guess."""
@@ -408,10 +409,11 @@ def build(spec: gr.State) -> page.View:
             yield (started, *parts)
             started = gr.skip()
 
-    def again(run: str) -> Iterator[tuple]:
-        """A page that comes back finds its race where it is."""
+    def again(run: str, query: str) -> Iterator[tuple]:
+        """A page that comes back to the lesson finds its race where it is."""
         name, _, key = run.partition(" ")
-        yield from follow(jobs.find(name), LESSONS.get(key, first), "score")
+        picked = Choice.read(query)
+        yield from follow(jobs.find(name) if key == picked.lesson else None, LESSONS[picked.lesson], picked.sort)
 
     def halt(run: str, request: gr.Request) -> Any:
         job = jobs.running(request.session_hash or "") or jobs.find(run.partition(" ")[0])
@@ -447,7 +449,7 @@ def build(spec: gr.State) -> page.View:
         return asked.task or tasks.DEFAULT, asked.steps, page.settings_line(asked)
 
     return page.View(
-        TAB, show, [task, steps, note], resumed=page.Event(again, [current], live),
+        TAB, show, [task, steps, note], resumed=page.Event(again, [current, choice], live),
         linked=page.Event(linked, [choice, spec], [*chosen, *shown]),
     )  # fmt: skip
 
@@ -475,4 +477,4 @@ def revealed(lesson: Lesson, lines: Sequence[Line], guess: str) -> str:
 
 
 if __name__ == "__main__":
-    page.run_alone("Race", build)
+    page.run_alone("Race", lambda spec: build(spec, gr.BrowserState("")))

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -165,7 +166,7 @@ def race(
     if seconds is not None and not 0 < seconds < math.inf:
         raise SpecError(f"seconds={seconds}: a budget is above 0; try 5")
     begun = {json.dumps(line.spec): line for line in known if not line.error}
-    lines = [begun.get(json.dumps(racer.spec.to_dict())) or _line(racer) for racer in racers]
+    lines = [deepcopy(begun.get(json.dumps(racer.spec.to_dict()))) or _line(racer) for racer in racers]
     yield {"type": "racers", "lines": [asdict(line) for line in lines], "seeds": seeds}
     paces: dict[int, int] = {}
     for seed in range(seeds):

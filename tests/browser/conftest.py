@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 class App:
     """A running app: its address, and the processor's seconds until it answered, which others on the machine do not stretch."""
 
-    def __init__(self, cache: str | None, folder: Path) -> None:
+    def __init__(self, cache: str | None, folder: Path, program: Path = ROOT / "app.py", *arguments: str) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -38,7 +38,7 @@ class App:
         self.log = folder / "app.log"
         begun = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py")],
+            [sys.executable, str(program), *arguments],
             cwd=folder,
             env=environment,
             stdout=self.log.open("w"),

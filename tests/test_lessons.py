@@ -1,0 +1,117 @@
+"""Lessons: the recorded races say what the page says they do, and the registry's learning rates come from the sweep."""
+
+import json
+import math
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+
+from peftlab import SpecError, figures, lessons, race_figures, words
+from peftlab.bench.record import MEASURED
+from peftlab.count import count, why_not
+from peftlab.lessons import LESSONS, Board
+from peftlab.methods import METHODS
+from peftlab.race import Line
+from peftlab.resolve import resolve
+from peftlab.spec import RunSpec
+
+
+def recorded(key):
+    return LESSONS[key].recordings()[0]
+
+
+def line(method="lora", score=0.5, **more):
+    spec = resolve(RunSpec(method=method)).to_dict() | more.pop("settings", {})
+    usual = {"loss": [0.1], "forgetting": [0.1], "training_seconds": [1.0], "apart": 1.5, "merged": 1.0, "steps": 40}
+    right = round(40 * score)
+    return Line(method, spec, 10, 1.0, 20, 30, scores=[[1.0] * right + [0.0] * (40 - right)], **usual | more)
+
+
+@pytest.mark.parametrize("key", LESSONS)
+def test_every_claim_has_a_recorded_figure_and_every_question_an_answer(key):
+    lesson, record = LESSONS[key], recorded(key)
+    assert all(found is not None and found.figure for _, found in lesson.findings(record.lines))
+    assert lesson.options[lesson.answer(Board(record.lines))]
+    assert record.device == "cuda" and "peftlab race" in record.commands[0] and record.versions["torch"]
+
+
+def test_every_suitable_method_was_raced_and_learned():
+    lines = {line.spec["method"]: line for line in recorded("methods").lines}
+    assert set(lines) == {key for key in METHODS if not why_not(key, "smollm2-135m-instruct")}
+    for found in lines.values():
+        assert found.error is None and found.scores and all(loss < found.base_loss for loss in found.loss)
+        assert found.trainable_parameters == count(RunSpec.from_dict(found.spec)).trainable_parameters
+
+
+def test_lora_comes_within_three_points_of_full_fine_tuning():
+    lines = {line.spec["method"]: line for line in recorded("methods").lines}
+    assert lines["lora"].score >= lines["full"].score - 0.03
+
+
+def test_the_default_learning_rates_are_the_best_of_the_sweep():
+    board = Board(recorded("rate").lines)
+    swept = {line.spec["method"] for line in board.lines}
+    assert swept == {key for key in METHODS if not why_not(key, "smollm2-135m-instruct")}
+    for method in swept:
+        assert resolve(RunSpec(method=method)).learning_rate == pytest.approx(board.best("learning_rate", method)), (
+            method
+        )
+
+
+def test_the_best_rate_is_where_the_score_is_highest_and_of_equals_the_loss_lowest():
+    lines = [
+        line(score=score, loss=[loss], settings={"learning_rate": rate})
+        for rate, score, loss in ((1e-3, 0.5, 0.1), (3e-3, 0.7, 0.3), (1e-2, 0.7, 0.2), (3e-2, 0.1, 0.05))
+    ]
+    assert Board(lines).best("learning_rate", "lora") == 1e-2
+
+
+def test_verdicts_turn_with_the_figures():
+    def verdict(says, lines):
+        lesson = next(x for x in LESSONS.values() if any(c.says.startswith(says) for c in x.claims))
+        return next(found.holds for claim, found in lesson.findings(lines) if claim.says.startswith(says) if found)
+
+    assert verdict("LoRA comes near", [line("lora", 0.8), line("full", 0.825)])
+    assert not verdict("LoRA comes near", [line("lora", 0.75), line("full", 0.8)])
+    assert verdict("PEFT forgets less", [line("lora", forgetting=[0.1]), line("full", forgetting=[0.2])])
+    assert not verdict("PEFT forgets less", [line("lora", forgetting=[0.3]), line("full", forgetting=[0.2])])
+    ranks = [line(score=0.7, settings={"rank": rank}) for rank in (1, 2, 4, 8, 32, 64)]
+    assert verdict("Performance is insensitive", ranks)
+    assert not verdict("Performance is insensitive", [*ranks[:-1], replace(ranks[-1], scores=[[0.0] * 40])])
+
+
+def test_a_claim_without_its_racers_says_nothing():
+    assert all(found is None for _, found in LESSONS["methods"].findings([line("ia3")]))
+
+
+def test_an_unknown_lesson_is_refused():
+    with pytest.raises(SpecError, match="lesson=rnak.*rank"):
+        lessons.find("rnak")
+
+
+@pytest.mark.parametrize("key", LESSONS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_charts_show_what_was_measured(key, theme):
+    lines = [x for x in recorded(key).lines if x.scores]
+    chart = race_figures.scores(lines, LESSONS[key].setting, "Exact records", theme)
+    shown = sorted(value for trace in chart.data for value in (trace.x if trace.error_x.array is not None else trace.y))
+    assert shown == pytest.approx(sorted(100 * x.score for x in lines))
+    assert chart.layout.template.layout.font.color == figures.PALETTE[theme]["text"]
+    losses = race_figures.curves(lines[:3], 40, theme).data[0]
+    assert losses.y[0] == pytest.approx(fmean(run[0] for run in lines[0].losses)) and len(losses.y) == lines[0].steps
+
+
+def test_the_sentence_counts_who_is_there():
+    done, failed, waiting = line("lora", 0.8, base_scores=[0.0] * 40), line("ia3"), line("full")
+    failed.scores, failed.error, waiting.scores = [], "diverged", []
+    said = words.race_sentence([failed, done, waiting])
+    assert "Of 3 racers (1 ended early, 1 to come)" in said and "80%" in said and "Lowest" not in said
+    assert "None has finished yet" in words.race_sentence([waiting])
+
+
+@pytest.mark.parametrize("file", sorted(MEASURED.glob("race-*.json")), ids=lambda file: file.stem)
+def test_recordings_hold_no_number_that_json_does_not_know(file):
+    document = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"it has {name}"))
+    for each in document["lines"]:
+        assert all(math.isfinite(x) for x in [*each["loss"], *each["forgetting"]])
