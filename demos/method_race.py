@@ -289,7 +289,7 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
             note = page.note(page.settings_line(here(page.OPENING)))
         with gr.Column(elem_classes="main"):
             problem = page.problem()
-            guess = gr.Radio([*first.options, SHOW], label=first.question, value=SHOW)
+            guess = gr.Radio([*first.options, SHOW], label=first.question, value=SHOW, elem_classes="guess")
             told = gr.HTML(revealed(first, opening.lines, SHOW), min_height=28)
             bar = gr.HTML(provenance(opening), min_height=44)
             with gr.Column() as result:

@@ -232,7 +232,9 @@ def _fetch(args: argparse.Namespace) -> None:
     from . import weights
     from .catalog import models
 
-    last = None
+    entry, last = models.find(args.model), None
+    if weights.source_of(entry) is None and entry.licence:
+        print(f"{entry.name} is under: {entry.licence}", file=sys.stderr)
     for p in weights.fetch(args.model):
         last = p
         bar = f" {words.size(p.done)} of {words.size(p.total)}" if p.total else ""
@@ -240,7 +242,7 @@ def _fetch(args: argparse.Namespace) -> None:
         if sys.stderr.isatty() or p.stage != "downloading":
             print(f"{p.stage}: {p.detail}{bar}", end=end, file=sys.stderr, flush=True)
     assert last is not None
-    folder = weights.folder_of(models.find(args.model))
+    folder = weights.folder_of(entry)
     if args.json:
         _print({"model": args.model, "folder": str(folder), "source": last.detail, "bytes": last.total})
     else:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from tiny import ROOT
 
-from peftlab import RunSpec, count, evidence, predict, words
+from peftlab import RunSpec, checks, count, evidence, predict, words
 from peftlab.catalog.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, weighed
 from peftlab.catalog.methods import FAMILIES
 from peftlab.catalog.models import MODELS
@@ -128,7 +128,7 @@ def test_checks_can_say_no():
         "cheaper": {"method": "full", "than": "lora", "model": "llama-3.1-8b"},
     }
     for check, given in no.items():
-        assert evidence.CHECKS[check](**given).holds is False, check
+        assert checks.CHECKS[check](**given).holds is False, check
 
 
 def test_sentences_follow_the_model():
@@ -162,4 +162,4 @@ def test_no_number_of_the_guide_is_ours_without_a_computation():
     """Its `says` are the lectures'; what we say of a method beside it is computed."""
     data = json.loads((ROOT / "peftlab" / "catalog" / "guide.json").read_text())
     assert all(e["here"] in evidence.HERE for part in ("cases", "sides") for e in data[part] if "here" in e)
-    assert {c["check"] for t in data["tables"] for c in t["cells"]} == set(evidence.CHECKS)
+    assert {c["check"] for t in data["tables"] for c in t["cells"]} == set(checks.CHECKS)

@@ -12,6 +12,7 @@ from peftlab import words
 from peftlab.bench import recorded_runs
 from peftlab.bench.chart import chart, table
 from peftlab.bench.training import YARDSTICK
+from peftlab.lessons import LESSONS
 from peftlab.methods import METHODS
 from peftlab.tasks import TASKS
 
@@ -163,3 +164,10 @@ def test_the_gears_are_those_of_the_recording():
 
 def mean(runs, name):
     return sum(run[name] for run in runs) / len(runs)
+
+
+@pytest.mark.parametrize("lesson", LESSONS.values(), ids=LESSONS)
+def test_every_claim_is_there_with_its_figure_and_verdict(lesson):
+    for claim, found in lesson.findings(lesson.recordings()[0].lines):
+        verdict = "holds" if found.holds else "does not hold"
+        assert f"| {claim.says} ({claim.source}) | {found.figure} | {verdict} |" in README

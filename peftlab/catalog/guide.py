@@ -1,7 +1,7 @@
 """Which method, and whether any: what the lectures advise and compare, each piece with its source and what we find of it.
 
 `guide.json` holds families in the order of how deep they reach, situations, pros and cons, and comparison tables. What
-stands beside a lecture's words is computed: `here` names one of `evidence.HERE`, `check` one of `evidence.CHECKS`.
+stands beside a lecture's words is computed: `here` names one of `evidence.HERE`, `check` one of `checks.CHECKS`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Cell:
     """Its row and column."""
     says: str
     check: str
-    """Of `evidence.CHECKS`."""
+    """Of `checks.CHECKS`."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """To the check."""
     why: str = ""
@@ -101,7 +101,7 @@ class Cell:
     """Where the check cannot tell: our reading of it."""
 
     def found(self) -> Finding:
-        from ..evidence import CHECKS
+        from ..checks import CHECKS
 
         found = CHECKS[self.check](**self.given)
         return Finding(found.text, not self.differs, read=True) if found.holds is None else found
