@@ -37,9 +37,6 @@ STEP = RunSpec(model="smollm2-135m", precision="bf16", adapter_precision="fp32",
 """A step of a small model, one of those that the bench measured."""
 
 
-# --- the map
-
-
 @dataclass(frozen=True)
 class Place:
     """A method on the map, at its automatic settings."""
@@ -90,9 +87,6 @@ def chosen_said(report: ParameterReport) -> str:
     )
 
 
-# --- recorded times
-
-
 @lru_cache
 def race_lines(file: Path = RACE) -> dict[str, Line]:
     """The recorded race's line of each method that finished; none where there is no recording."""
@@ -121,9 +115,6 @@ def token_time(key: str) -> str:
     whole = line.merged if METHODS[key].in_place and line.merged else line.apart
     merged = f" apart, {line.merged:.2f}× merged" if line.merged and whole == line.apart else ""
     return f"Measured on {find(line.spec['model']).name}, a token takes {whole:.2f}× the base's time{merged}."
-
-
-# --- sentences about a model
 
 
 def counted(key: str, model: str) -> str:

@@ -23,20 +23,28 @@ def test_links_round_trip():
             layers=draw.choice([None, "first:4", "0-3,7"]),
         )
         convention = draw.choice([*CONVENTIONS, "exact"])
-        params = dict(pair.split("=") for pair in app.to_link(spec, convention).split("&"))
+        race = draw.choice(["", "lesson=rank&sort=forgetting", "values=lora;full&seeds=3"])
+        params = dict(pair.split("=") for pair in app.to_link(spec, convention, race).split("&"))
         params = {name: value.replace("%3A", ":").replace("%2C", ",") for name, value in params.items()}
-        assert app.from_link(params | {"tab": "lora", "__theme": "dark"}) == (spec, convention, "lora", "")
+        assert app.from_link(params | {"tab": "lora", "__theme": "dark"}) == (spec, convention, race, "lora", "")
 
 
 def test_the_opening_needs_no_query():
     assert app.to_link(page.OPENING, page.CONVENTION) == ""
-    assert app.from_link({}) == (None, page.CONVENTION, None, "")
+    assert app.from_link({}) == (None, page.CONVENTION, "", None, "")
 
 
-@pytest.mark.parametrize("params", [{"rank": "0"}, {"nosuch": "1"}, {"convention": "3n"}, {"task": "/etc/hosts"}])
+@pytest.mark.parametrize(
+    "params", [{"rank": "0"}, {"nosuch": "1"}, {"convention": "3n"}, {"task": "/etc/hosts"}, {"lesson": "x"}]
+)
 def test_a_bad_link_says_what_is_wrong(params):
-    spec, convention, _, problem = app.from_link(params)
-    assert spec is None and convention == page.CONVENTION and problem.startswith("This link cannot be read: ")
+    spec, convention, race, _, problem = app.from_link(params)
+    assert (
+        spec is None
+        and race == ""
+        and convention == page.CONVENTION
+        and problem.startswith("This link cannot be read: ")
+    )
 
 
 @pytest.mark.parametrize("model", ["/etc/passwd", "../shared", "assets/tasks", "app.py", "~/.bashrc"])

@@ -79,7 +79,7 @@ def test_the_live_tab_offers_them(entries):
 
     from demos import live_finetune, page
 
-    offered = choices(lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([])))
+    offered = choices(lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([]), gr.BrowserState("")))
     assert {"toy-model", "toy"} <= offered
 
 
@@ -144,12 +144,14 @@ WORDS = {
 TABS = """
 import json
 import gradio as gr
-from demos import live_finetune, memory_calculator, page
+from demos import live_finetune, memory_calculator, method_map, method_race, page
 from peftlab import RunSpec, predict
 print(predict(RunSpec(model="llama-2-7b", method="boft")).gradients)
 for build in (
-    lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([])),
+    lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([]), gr.BrowserState("")),
     lambda: memory_calculator.build(gr.State(page.OPENING)),
+    lambda: method_map.build(gr.State(page.OPENING)),
+    lambda: method_race.build(gr.State(page.OPENING), gr.BrowserState("")),
 ):
     with gr.Blocks() as demo:
         build()
@@ -201,11 +203,12 @@ def test_a_method_is_one_file_and_one_entry(copy, tiny_model):
     start, done = (next(e for e in map(json.loads, events) if e["type"] == kind) for kind in ("start", "done"))
     assert start["trainable_parameters"] == 1_824 and done["steps"] == 2
 
-    gradients, live, memory = python(copy, "-c", TABS)
+    gradients, *tabs = python(copy, "-c", TABS)
     linear = architecture.of("llama-2-7b").linear()
     assert int(gradients) == 4 * sum(m.count * (4 * m.d_in + m.d_out) for m in linear)
-    assert "Butterfly OFT" in live and re.search(r"\bboft\b", live)
-    assert "Butterfly OFT" in memory and re.search(r"\bboft\b", memory)
+    assert len(tabs) == 4
+    for tab in tabs:
+        assert "Butterfly OFT" in tab and re.search(r"\bboft\b", tab)
 
 
 @pytest.mark.parametrize("half, missing", [("file", "catalog/methods.json"), ("entry", "peftlab/methods")])
