@@ -293,7 +293,9 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
             told = gr.HTML(revealed(first, opening.lines, SHOW), min_height=28)
             bar = gr.HTML(provenance(opening), min_height=44)
             with gr.Column() as result:
-                chart = page.plot(start[1], "The held-out score of each racer, with 95% intervals")
+                with gr.Row(elem_classes="panes"):
+                    chart = page.plot(start[1], "The held-out score of each racer, with 95% intervals")
+                    loss = page.plot(start[2], "Training loss of each racer by step")
                 tested = gr.HTML(findings(first, opening.lines))
                 gr.HTML("<h3>The board</h3>", js_on_load=None)
                 table = gr.HTML(
@@ -301,8 +303,6 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
                     html_template=TOOLBAR + "${value.html}",
                     js_on_load=BOARD,
                 )
-                with gr.Accordion("Losses on the way", open=False):
-                    loss = page.plot(start[2], "Training loss of each racer by step")
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
     mine = [lesson, table, values, seconds, seeds]
     shown = [sentence, told, bar, result, chart, loss, table, tested]

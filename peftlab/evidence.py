@@ -19,6 +19,7 @@ from .catalog.methods import FAMILIES
 from .catalog.models import MODELS, find
 from .count import ParameterReport, count, why_not
 from .errors import SpecError
+from .lessons import LESSONS
 from .memory import predict
 from .memory import storage as stored
 from .methods import METHODS
@@ -145,6 +146,15 @@ def merging(key: str) -> str:
     return "merges into the weights" if METHODS[key].merge else "cannot be merged"
 
 
+def raced(says: str) -> str:
+    """What the race of all methods that was recorded here says to a lecture's claim."""
+    for record in LESSONS["methods"].recordings()[:1]:
+        for claim, found in LESSONS["methods"].findings(record.lines):
+            if claim.says == says and found:
+                return f" In the race recorded here on {record.hardware}: {found.figure}."
+    return ""
+
+
 def _beats_full(model: str) -> str:
     full, others = published.full(), published.adapted()
     better, best = sum(r.accuracy > full.accuracy for r in others), published.best(others)
@@ -160,7 +170,10 @@ def _accuracy(run: published.Run) -> str:
 
 def _near_full(model: str) -> str:
     plain, full = published.plain(), published.full()
-    return f"In the published benchmark {plain.label} scores {_accuracy(plain)}, full fine-tuning {_accuracy(full)}."
+    return (
+        f"In the published benchmark {plain.label} scores {_accuracy(plain)}, full fine-tuning {_accuracy(full)}."
+        + raced("LoRA comes near full fine-tuning")
+    )
 
 
 def _small_memory(model: str) -> str:
@@ -218,7 +231,7 @@ def forgetting(model: str) -> str:
     return (
         f"In the published benchmark full fine-tuning, at its low learning rate, forgets {show(full.forgetting)} nats per "
         f"token, {plain.label} forgets {show(plain.forgetting)}, and {more} of {len(others)} PEFT runs more than full; "
-        f"the most is {show(worst.forgetting)}, {worst.label}."
+        f"the most is {show(worst.forgetting)}, {worst.label}." + raced("PEFT forgets less")
     )
 
 
@@ -228,6 +241,7 @@ def _quick(model: str) -> str:
     return (
         f"In the published benchmark {plain.label} trains in {words.seconds(plain.seconds)}, full fine-tuning in "
         f"{words.seconds(full.seconds)}, and {slower} of {len(others)} PEFT runs take longer than full."
+        + raced("PEFT trains faster")
     )
 
 
@@ -235,7 +249,7 @@ def _steering(model: str) -> str:
     prompt, plain = published.best(published.of_method("prompt")), published.plain()
     return (
         f"On Llama-3.2-3B, in the published benchmark, the best prompt-tuning run scores {_accuracy(prompt)}, "
-        f"{plain.label} {_accuracy(plain)}."
+        f"{plain.label} {_accuracy(plain)}." + raced("Prompts score substantially lower on small models")
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +15,9 @@ from .race import Line
 ROW = 25
 """Pixels for a racer."""
 NAMED = 6
-"""Most curves that each get their name; of more, only the ends of the board do."""
+"""Most curves that each get their name; of more, only the best and full fine-tuning do."""
+MOST = 24
+"""Curves in one chart."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -123,9 +126,10 @@ def _told(line: Line) -> str:
 def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
     """Training loss by step, the mean over the seeds run so far. Only points are added between calls."""
     c = PALETTE[theme]
-    running = [(line, _mean_curve(line)) for line in lines if line.losses and line.losses[0]]
+    running = [(line, _mean_curve(line)) for line in _few(lines) if line.losses and line.losses[0]]
     figure = blank(theme, 340, title={"text": "Training loss, nats per answer token (log scale)"}, uirevision="race")
     leader = max((line for line, _ in running if line.scores), key=lambda line: line.score, default=None)
+    running.sort(key=lambda pair: (pair[0] is leader, pair[0].spec["method"] == "full"))  # these over the others
     for i, (line, losses) in enumerate(running):
         ours, full = line is leader, line.spec["method"] == "full"
         named = len(running) <= NAMED or ours or full
@@ -145,5 +149,15 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
     return figure
 
 
+def _few(lines: Sequence[Line]) -> Sequence[Line]:
+    """Of more than can be told apart, each method's best."""
+    if len(lines) <= MOST:
+        return lines
+    groups = _by_method([line for line in lines if line.scores]).values()
+    return [max(group, key=lambda line: line.score) for group in groups]
+
+
 def _mean_curve(line: Line) -> list[float]:
-    return [fmean(values) for values in zip(*line.losses, strict=False)]
+    """Over the seeds that came so far."""
+    steps = zip_longest(*line.losses)
+    return [fmean(loss for loss in losses if loss is not None) for losses in steps]

@@ -10,6 +10,7 @@ from peftlab import RunSpec, checks, count, evidence, predict, words
 from peftlab.catalog.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, weighed
 from peftlab.catalog.methods import FAMILIES
 from peftlab.catalog.models import MODELS
+from peftlab.lessons import LESSONS
 from peftlab.methods import METHODS
 from peftlab.race import Line
 
@@ -163,3 +164,11 @@ def test_no_number_of_the_guide_is_ours_without_a_computation():
     data = json.loads((ROOT / "peftlab" / "catalog" / "guide.json").read_text())
     assert all(e["here"] in evidence.HERE for part in ("cases", "sides") for e in data[part] if "here" in e)
     assert {c["check"] for t in data["tables"] for c in t["cells"]} == set(checks.CHECKS)
+
+
+def test_what_was_raced_here_stands_beside_what_others_published():
+    lesson = LESSONS["methods"]
+    figures = {claim.says: found.figure for claim, found in lesson.findings(lesson.recordings()[0].lines)}
+    assert figures["PEFT forgets less"] in evidence.here("forgetting", "gpt2")
+    assert figures["PEFT trains faster"] in evidence.here("quick", "gpt2")
+    assert evidence.raced("nobody says so") == ""

@@ -98,8 +98,15 @@ def test_charts_show_what_was_measured(key, theme):
     shown = sorted(value for trace in chart.data for value in (trace.x if trace.error_x.array is not None else trace.y))
     assert shown == pytest.approx(sorted(100 * x.score for x in lines))
     assert chart.layout.template.layout.font.color == figures.PALETTE[theme]["text"]
-    losses = race_figures.curves(lines[:3], 40, theme).data[0]
+    losses = race_figures.curves(lines[:1], 40, theme).data[0]
     assert losses.y[0] == pytest.approx(fmean(run[0] for run in lines[0].losses)) and len(losses.y) == lines[0].steps
+    names = [trace.name for trace in race_figures.curves(lines, 40, theme).data]
+    assert len(names) == (len(lines) if len(lines) <= 24 else len({x.spec["method"] for x in lines}))
+
+
+def test_a_seed_under_way_is_in_the_mean_as_far_as_it_is():
+    (trace,) = race_figures.curves([line(losses=[[4.0, 2.0, 1.0], [2.0]])], 3, "light").data
+    assert list(trace.y) == [3.0, 2.0, 1.0]
 
 
 def test_the_sentence_counts_who_is_there():
