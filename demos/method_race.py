@@ -294,8 +294,10 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
             bar = gr.HTML(provenance(opening), min_height=44)
             with gr.Column() as result:
                 with gr.Row(elem_classes="panes"):
-                    chart = page.plot(start[1], "The held-out score of each racer, with 95% intervals")
-                    loss = page.plot(start[2], "Training loss of each racer by step")
+                    with gr.Column(scale=3):
+                        chart = page.plot(start[1], "The held-out score of each racer, with 95% intervals")
+                    with gr.Column(scale=2):
+                        loss = page.plot(start[2], "Training loss of each racer by step")
                 tested = gr.HTML(findings(first, opening.lines))
                 gr.HTML("<h3>The board</h3>", js_on_load=None)
                 table = gr.HTML(

@@ -77,7 +77,7 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
             marker={"size": 9 if known else 5},
             error_y=_errors(group, c) if len(groups) <= 2 else None,
             text=[f"<b>{label}</b>" if j == top else "" for j in range(len(group))],
-            textposition="top center",
+            textposition="top right" if method == "full" else "top left",
             textfont={"color": colour},
             cliponaxis=False,
             customdata=[_told(line) for line in group],
@@ -130,8 +130,9 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
     figure = blank(theme, 340, title={"text": "Training loss, nats per answer token (log scale)"}, uirevision="race")
     leader = max((line for line, _ in running if line.scores), key=lambda line: line.score, default=None)
     running.sort(key=lambda pair: (pair[0] is leader, pair[0].spec["method"] == "full"))  # these over the others
+    yardsticks = sum(line.spec["method"] == "full" for line, _ in running)
     for i, (line, losses) in enumerate(running):
-        ours, full = line is leader, line.spec["method"] == "full"
+        ours, full = line is leader, line.spec["method"] == "full" and yardsticks == 1
         named = len(running) <= NAMED or ours or full
         colour = c["trained"] if ours else c["frozen"] if full else c["overhead"]
         figure.add_scatter(
@@ -139,7 +140,11 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
             y=losses,
             mode="lines",
             name=escape(line.name),
-            line={"color": colour, "width": 3 if named else 1.2, "dash": DASHES[i % len(DASHES)] if named else "solid"},
+            line={
+                "color": colour,
+                "width": 3 if named else 1.2,
+                "dash": DASHES[i % len(DASHES)] if named and not (ours or full) else "solid",
+            },
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.3f}<extra></extra>",
             showlegend=named,
         )
