@@ -20,9 +20,10 @@ from demos.gpu import on_gpu
 from demos.live_finetune import here
 from peftlab import RunSpec, SpecError, figures, jobs, lessons, race, race_figures, tasks, words
 from peftlab.catalog.models import DEFAULT
-from peftlab.lessons import LESSONS, Lesson, Recording
+from peftlab.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.race import Line
+from peftlab.recordings import Board, Recording
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.tasks import METRICS, TASKS
 
@@ -182,7 +183,7 @@ def findings(lesson: Lesson, lines: Sequence[Line]) -> str:
         )
         rows += (
             f"<tr><td>{escape(claim.says)}<br><small>{escape(claim.source)}</small></td>"
-            f"<td>{escape(found.figure)}</td><td>{verdict}</td></tr>"
+            f"<td>{escape(found.text)}</td><td>{verdict}</td></tr>"
         )
     head = "<tr><th>What the lectures claim</th><th>in this race</th><th></th></tr>"
     return f'<table class="data findings">{head}{rows}</table>' if rows else ""
@@ -470,7 +471,7 @@ def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
 def revealed(lesson: Lesson, lines: Sequence[Line], guess: str) -> str:
     """The answer to a lesson's question, beside what was guessed."""
     try:
-        answer = lesson.options[lesson.answer(lessons.Board(lines))]
+        answer = lesson.options[lesson.answer(Board(lines))]
     except LookupError:
         return ""
     right = '<span class="good">As you said</span>' if guess == answer else f"You said {escape(guess)}"

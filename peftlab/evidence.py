@@ -151,7 +151,7 @@ def raced(says: str) -> str:
     for record in LESSONS["methods"].recordings()[:1]:
         for claim, found in LESSONS["methods"].findings(record.lines):
             if claim.says == says and found:
-                return f" In the race recorded here on {record.hardware}: {found.figure}."
+                return f" In the race recorded here on {record.hardware}: {found.text}."
     return ""
 
 

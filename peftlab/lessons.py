@@ -4,17 +4,14 @@ each claim what came out and whether it holds here.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
 
-from . import words
-from .bench.record import MEASURED
+from . import recordings, words
+from .catalog.guide import Finding
 from .race import Line
+from .recordings import Board, Recording
 
 NEAR = 0.05
 """Scores no farther apart than this count as the same: two of forty held-out rows."""
@@ -24,56 +21,12 @@ SLOWER = 1.05
 """Time a token over the base's from which it counts as slower."""
 
 
-class Finding(NamedTuple):
-    figure: str
-    """What was measured, in words."""
-    holds: bool
-
-
 @dataclass(frozen=True)
 class Claim:
     says: str
     source: str
     """The lecture."""
     test: Callable[[Board], Finding]
-
-
-class Board:
-    """A race's finished lines, found by their settings."""
-
-    def __init__(self, lines: Sequence[Line]) -> None:
-        self.lines = [line for line in lines if line.scores]
-
-    def of(self, **settings: Any) -> Line:
-        """The line of these settings, the best of several. Raises LookupError where none finished."""
-        found = [line for line in self.lines if all(line.spec[name] == value for name, value in settings.items())]
-        if not found:
-            raise LookupError(f"no racer of {settings} finished")
-        return max(found, key=lambda line: line.score)
-
-    def score(self, **settings: Any) -> float:
-        return self.of(**settings).score
-
-    def best(self, setting: str, of: str) -> Any:
-        """The value of a setting at which a method scores highest; of equals, the one with the lower loss."""
-        found = [line for line in self.lines if line.spec["method"] == of]
-        return max(found, key=lambda line: (line.score, -fmean(line.loss))).spec[setting]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Races of one lesson on one machine."""
-
-    lines: tuple[Line, ...]
-    hardware: str
-    device: str
-    date: str
-    versions: Mapping[str, str]
-    commands: tuple[str, ...]
-
-    @property
-    def seeds(self) -> int:
-        return max((len(line.scores) for line in self.lines), default=0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +45,7 @@ class Lesson:
 
     def recordings(self) -> list[Recording]:
         """The recorded races, GPUs first."""
-        return _recordings(self.key)
+        return recordings.of(self.key)
 
     def findings(self, lines: Sequence[Line]) -> list[tuple[Claim, Finding | None]]:
         """Each claim and what the lines say to it; None where they say nothing."""
@@ -104,28 +57,6 @@ class Lesson:
             except LookupError:
                 found.append((claim, None))
         return found
-
-
-@lru_cache
-def _recordings(key: str) -> list[Recording]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(Path(MEASURED).glob(f"race-{key}-*.json")):
-        document = json.loads(file.read_text(encoding="utf-8"))
-        found.setdefault(document["hardware"], []).append(document)
-    recordings = []
-    for hardware, documents in found.items():
-        lines = {
-            json.dumps(line["spec"] | {"seed": 0}): Line(**line)
-            for d in documents
-            for line in d["lines"]
-            if line["scores"] or line["error"]
-        }
-        last = max(documents, key=lambda d: d["date"])
-        commands = tuple(d["command"] for d in documents)
-        recordings.append(
-            Recording(tuple(lines.values()), hardware, last["device"], last["date"], last["versions"], commands)
-        )
-    return sorted(recordings, key=lambda r: r.device != "cuda")
 
 
 def _pair(one: Line, other: Line) -> str:

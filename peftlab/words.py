@@ -286,8 +286,8 @@ def race_sentence(lines: Sequence[Line]) -> str:
     rest = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
     who = f"{len(lines)} racers" + (f" ({rest})" if rest else "")
     text = (
-        f"Of {who}, {bold(best.name, 'trained')} scores highest: {bold(score(best.score), 'trained')} of held-out items, "
-        f"where the base has {bold(score(base), 'frozen')}."
+        f"Of {who}, {bold(best.name, 'trained')} scores highest: {bold(score(best.score), 'trained')} of held-out items "
+        f"(the base {bold(score(base), 'frozen')})."
     )
     return text if last is best else f"{text} Lowest: {escape(last.name)}, {bold(score(last.score))}."
 

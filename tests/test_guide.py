@@ -168,7 +168,7 @@ def test_no_number_of_the_guide_is_ours_without_a_computation():
 
 def test_what_was_raced_here_stands_beside_what_others_published():
     lesson = LESSONS["methods"]
-    figures = {claim.says: found.figure for claim, found in lesson.findings(lesson.recordings()[0].lines)}
+    figures = {claim.says: found.text for claim, found in lesson.findings(lesson.recordings()[0].lines)}
     assert figures["PEFT forgets less"] in evidence.here("forgetting", "gpt2")
     assert figures["PEFT trains faster"] in evidence.here("quick", "gpt2")
     assert evidence.raced("nobody says so") == ""

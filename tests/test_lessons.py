@@ -10,9 +10,10 @@ import pytest
 from peftlab import SpecError, figures, lessons, race_figures, words
 from peftlab.bench.record import MEASURED
 from peftlab.count import count, why_not
-from peftlab.lessons import LESSONS, Board
+from peftlab.lessons import LESSONS
 from peftlab.methods import METHODS
 from peftlab.race import Line
+from peftlab.recordings import Board
 from peftlab.resolve import resolve
 from peftlab.spec import RunSpec
 
@@ -31,7 +32,7 @@ def line(method="lora", score=0.5, **more):
 @pytest.mark.parametrize("key", LESSONS)
 def test_every_claim_has_a_recorded_figure_and_every_question_an_answer(key):
     lesson, record = LESSONS[key], recorded(key)
-    assert all(found is not None and found.figure for _, found in lesson.findings(record.lines))
+    assert all(found is not None and found.text for _, found in lesson.findings(record.lines))
     assert lesson.options[lesson.answer(Board(record.lines))]
     assert record.device == "cuda" and "peftlab race" in record.commands[0] and record.versions["torch"]
 

@@ -170,4 +170,4 @@ def mean(runs, name):
 def test_every_claim_is_there_with_its_figure_and_verdict(lesson):
     for claim, found in lesson.findings(lesson.recordings()[0].lines):
         verdict = "holds" if found.holds else "does not hold"
-        assert f"| {claim.says} ({claim.source}) | {found.figure} | {verdict} |" in README
+        assert f"| {claim.says} ({claim.source}) | {found.text} | {verdict} |" in README
