@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -166,7 +166,7 @@ def race(
     if seconds is not None and not 0 < seconds < math.inf:
         raise SpecError(f"seconds={seconds}: a budget is above 0; try 5")
     begun = {json.dumps(line.spec): line for line in known if not line.error}
-    lines = [deepcopy(begun.get(json.dumps(racer.spec.to_dict()))) or _line(racer) for racer in racers]
+    lines = [_go_on(racer, begun.get(json.dumps(racer.spec.to_dict()))) for racer in racers]
     yield {"type": "racers", "lines": [asdict(line) for line in lines], "seeds": seeds}
     paces: dict[int, int] = {}
     for seed in range(seeds):
@@ -190,6 +190,10 @@ def race(
     stopped = (out / STOP).exists()
     (out / STOP).unlink(missing_ok=True)
     yield {"type": "done", "lines": [asdict(line) for line in lines], "stopped": stopped}
+
+
+def _go_on(racer: Racer, begun: Line | None) -> Line:
+    return replace(deepcopy(begun), name=racer.name) if begun else _line(racer)
 
 
 def _line(racer: Racer) -> Line:
