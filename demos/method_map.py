@@ -15,7 +15,7 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos import methods, page
-from peftlab import RunSpec, count, evidence, figures, published, published_figures, words
+from peftlab import RunSpec, checks, count, evidence, figures, published, published_figures, words
 from peftlab.catalog.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, Case, Family, weighed
 from peftlab.catalog.models import DEFAULT, find
 from peftlab.count import why_not
@@ -181,7 +181,7 @@ def tables() -> tuple[int, int, str]:
     for table in TABLES:
         rows = []
         for cell in table.cells:
-            found = cell.found()
+            found = checks.found(cell)
             held.append(bool(found.holds))
             verdict = '<span class="good">holds</span>' if found.holds else '<span class="bad">differs</span>'
             reading = f" {page.how('read', READ)}" if found.read else ""

@@ -330,6 +330,8 @@ def _race(args: argparse.Namespace) -> None:
     axes = {setting: values for setting, *values in args.vary or [["method"]]}
     racers = race.along(_spec(args), axes)
     known = race.read(args.out) if args.out and args.out.exists() and args.out.stat().st_size else []
+    if others := [line.name for line in known if line.spec not in [racer.spec.to_dict() for racer in racers]]:
+        raise SpecError(f"out={args.out}: it has {others[0]}, which is not in this race; give another path")
     _writable(args.out, args.csv)
     warm_up(racers[0].spec)
     lines: list[race.Line] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import architecture, evidence, published, words
 from .catalog.claims import CLAIMS
-from .catalog.guide import Finding
+from .catalog.guide import Cell, Finding
 from .catalog.models import find
 from .catalog.papers import PAPERS
 from .count import BYTES, count
@@ -206,3 +206,9 @@ CHECKS: dict[str, Callable[..., Finding]] = {
     "keeps-more": _keeps_more,
     "registered": _in_registry,
 }
+
+
+def found(cell: Cell) -> Finding:
+    """What is so here, of one statement."""
+    finding = CHECKS[cell.check](**cell.given)
+    return Finding(finding.text, not cell.differs, read=True) if finding.holds is None else finding

@@ -375,15 +375,17 @@ def nats_per_token(model: Any, tokenizer: Any, text: str | None = None, window: 
 
     ids = tokenizer(text or PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     total, count = 0.0, 0
-    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-    window = max(1, min(window, (getattr(model.config, "max_position_embeddings", None) or window) - virtual))
+    begin = tasks.opening(tokenizer)
+    before = len(begin) + getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    window = max(1, min(window, (getattr(model.config, "max_position_embeddings", None) or window) - before))
     device = next(model.parameters()).device
     for start in range(0, len(ids) - 1, window):
-        piece = torch.tensor([ids[start : start + window + 1]], device=device)
-        if piece.shape[1] < 2:
+        read = torch.tensor([[*begin, *ids[start : start + window + 1]]], device=device)
+        told = read[0, len(begin) + 1 :]
+        if not len(told):
             continue
         with torch.inference_mode():
-            logits = model(input_ids=piece[:, :-1]).logits.float()
-        total += torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum").item()
-        count += piece.shape[1] - 1
+            logits = model(input_ids=read[:, :-1]).logits[0, len(begin) :].float()
+        total += torch.nn.functional.cross_entropy(logits, told, reduction="sum").item()
+        count += len(told)
     return total / count if count else math.nan

@@ -134,14 +134,25 @@ def drawn(task: Task, rows: int | None, seed: int = 0) -> tuple[Row, ...]:
 
 def prompt_ids(tokenizer: Any, task_instruction: str, prompt: str) -> list[int]:
     """Tokens of a prompt as the model reads it, up to where its answer begins."""
-    if tokenizer.chat_template:
+    begin: list[int] = []
+    if tokenizer.chat_template:  # which says itself how a text begins
         turns = [{"role": "user", "content": prompt}]
         if task_instruction:
             turns.insert(0, {"role": "system", "content": task_instruction})
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     else:
+        begin = opening(tokenizer)
         text = "\n\n".join(part for part in (task_instruction, prompt) if part) + "\n\n"
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What every text begins with: the beginning-of-sequence token, where the tokenizer adds one.
+
+    Without it Gemma 3 270M reads the bundled prose at 4.5 nats a token instead of 3.0.
+    """
+    added = tokenizer("")["input_ids"][:1]
+    return added if added == [tokenizer.bos_token_id] else []
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:

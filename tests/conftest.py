@@ -32,6 +32,20 @@ def tiny_model(models_dir) -> Path:
     return make_model(models_dir / "tiny-llama", LLAMA)
 
 
+@pytest.fixture
+def begun(tiny_model):
+    """Its tokenizer, made to begin every text with a token, as Gemma's and Llama's do."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    token = tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))]
+    )
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def tied_model(models_dir) -> Path:
     """The same with a tied head and a chat template."""

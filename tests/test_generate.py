@@ -148,6 +148,16 @@ def test_nats_per_token_reads_every_token_once_in_windows(base):
     assert nats_per_token(base.model, base.tokenizer, text, window=7) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
+def test_nats_per_token_begins_every_window_as_the_tokenizer_would(base, begun):
+    text = "the cat sat on the mat"
+    ids = torch.tensor([begun(text)["input_ids"]])
+    with torch.no_grad():
+        logits = base.model(input_ids=ids).logits[0, 1:-1]
+    direct = torch.nn.functional.cross_entropy(logits, ids[0, 2:]).item()
+    assert nats_per_token(base.model, begun, text) == pytest.approx(direct, rel=1e-5)
+    assert nats_per_token(base.model, base.tokenizer, text) != pytest.approx(direct, rel=1e-5)
+
+
 def test_the_bundled_prose_is_read_by_models_of_any_context(base):
     assert 5 < nats_per_token(base.model, base.tokenizer) < 8  # an untrained model knows nothing: ln(512) = 6.2
 

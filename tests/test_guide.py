@@ -84,7 +84,7 @@ def test_advice_is_weighed_by_how_many_ask_for_it():
 
 @pytest.mark.parametrize(("table", "cell"), CELLS, ids=lambda part: getattr(part, "of", ""))
 def test_every_statement_is_found_to_hold_or_differ(table, cell, race):
-    found = cell.found()
+    found = checks.found(cell)
     assert table.source.startswith(LECTURES) and found.text and found.holds is not None
     assert found.holds != (cell.of in DIFFER and (cell.of, cell.check) != ("Prefix tuning", "virtual"))
     assert found.holds or cell.why or cell.check == "claim"  # a difference has its reason
@@ -93,11 +93,11 @@ def test_every_statement_is_found_to_hold_or_differ(table, cell, race):
 def test_times_are_the_recorded_ones_or_the_registrys_words(race):
     cell = next(c for _, c in CELLS if c.of == "LoRA: inference")
     if race.exists():
-        assert cell.found().text == "Measured on GPT-2, a token takes 1.60× the base's time apart, 1.00× merged."
+        assert checks.found(cell).text == "Measured on GPT-2, a token takes 1.60× the base's time apart, 1.00× merged."
         assert set(evidence.race_lines(race)) == {"lora", "houlsby", "prompt", "prefix"}
         assert evidence.race_source(race) == "H, D, torch 2. Command: C"
     else:
-        assert cell.found().text == METHODS["lora"].about.inference
+        assert checks.found(cell).text == METHODS["lora"].about.inference
         assert evidence.race_lines(race) == {} and evidence.race_source(race) == ""
 
 
@@ -105,7 +105,7 @@ def test_a_recorded_time_can_contradict_a_lecture(tmp_path, monkeypatch):
     line = asdict(Line("l", {"method": "lora", "model": "gpt2"}, 1, 1.0, 1, 1, apart=1.6, merged=1.4))
     (tmp_path / "slow.json").write_text(json.dumps({"lines": [line]}))
     monkeypatch.setattr(evidence, "RACE", tmp_path / "slow.json")
-    assert next(c for _, c in CELLS if c.of == "LoRA: inference").found().holds is False
+    assert checks.found(next(c for _, c in CELLS if c.of == "LoRA: inference")).holds is False
 
 
 def test_checks_can_say_no():

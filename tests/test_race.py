@@ -192,3 +192,7 @@ def test_the_command_line(run, tiny_model, toy_file, tmp_path):
     ]
     assert (tmp_path / "race.csv").read_text() == to_csv([Line(**line) for line in document["lines"]])
     assert run("race", *args, "--sort", "speed")[0] == 2
+    before = (tmp_path / "race.json").read_text()
+    status, _, err = run("race", *args[:-2], 2, 4, "--out", tmp_path / "race.json")
+    assert status == 2 and "it has rank 1, which is not in this race" in err
+    assert (tmp_path / "race.json").read_text() == before

@@ -163,10 +163,12 @@ def test_prompts_with_and_without_a_chat_template(tiny_model, tied_model):
     assert tasks.answer_ids(plain, "red")[-1] == plain.eos_token_id
 
 
-def test_fewer_rows_are_among_more_and_the_seed_draws_them():
-    task = TASKS["ticket"]
-    few, more = tasks.drawn(task, 8), tasks.drawn(task, 64)
-    assert len(few) == 8 and set(few) <= set(more) < set(task.train) and few != tasks.drawn(task, 8, seed=1)
-    assert tasks.drawn(task, None) == task.train == tasks.drawn(task, len(task.train))
-    with pytest.raises(SpecError, match=f"training-rows=9999: the task ticket has {len(task.train)}"):
-        tasks.drawn(task, 9999)
+def test_a_text_begins_as_its_tokenizer_would_begin_it(tiny_model, begun):
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(tiny_model)
+    without = tasks.prompt_ids(plain, "Do.", "the cat")
+    assert tasks.opening(plain) == [] and tasks.opening(begun) == [begun.bos_token_id]
+    assert tasks.prompt_ids(begun, "Do.", "the cat") == [begun.bos_token_id, *without]
+    begun.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # which says itself how a text begins
+    assert begun.bos_token_id not in tasks.prompt_ids(begun, "Do.", "the cat")

@@ -100,12 +100,6 @@ class Cell:
     differs: bool = False
     """Where the check cannot tell: our reading of it."""
 
-    def found(self) -> Finding:
-        from ..checks import CHECKS
-
-        found = CHECKS[self.check](**self.given)
-        return Finding(found.text, not self.differs, read=True) if found.holds is None else found
-
 
 @dataclass(frozen=True)
 class Table:
