@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import methods, page
 from demos.gpu import on_gpu
-from demos.live_finetune import here
+from demos.live_finetune import here, runnable
 from peftlab import RunSpec, SpecError, figures, jobs, lessons, race, race_figures, tasks, words
 from peftlab.catalog.models import DEFAULT
 from peftlab.lessons import LESSONS, Lesson
@@ -25,6 +25,7 @@ from peftlab.methods import METHODS
 from peftlab.race import Line
 from peftlab.recordings import Board, Recording
 from peftlab.resolve import METHOD_SETTINGS
+from peftlab.spec import closest
 from peftlab.tasks import METRICS, TASKS
 
 TAB = "race"
@@ -34,7 +35,6 @@ SHOW = "show me"
 MOST = 24
 """Racers of one race here."""
 MOST_SEEDS = 5
-RACERS = "Two or more of: {}"
 
 RACE = on_gpu(race.race)  # at import, because a shared GPU wants to know its functions before the page is up
 
@@ -95,6 +95,9 @@ def racers(spec: RunSpec, choice: Choice) -> list[race.Racer]:
     if lesson.setting == "method" or (lesson.setting in METHOD_SETTINGS and lesson.setting not in method.settings):
         plain = dict.fromkeys([*METHOD_SETTINGS, "method", "learning_rate", "quantization"])
         base = RunSpec.from_dict({**base.to_dict(), **plain})
+    for model in choice.racing() if lesson.setting == "model" else ():
+        if model not in (offered := [key for _, key in runnable()]):
+            raise SpecError(f"model={model}: no model that trains here; {closest(model, offered)}")
     found = race.along(base, {lesson.setting: choice.racing()})
     if len(found) > MOST:
         raise SpecError(f"{len(found)} racers: at most {MOST} run here at a time; take some away")
@@ -279,7 +282,7 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
             task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
             values = gr.Dropdown(
                 suited(first, page.OPENING), value=list(first.values), multiselect=True, allow_custom_value=True,
-                label="Racers", info=RACERS.format(first.name.lower()),
+                label="Racers", info=asked_for(first),
             )  # fmt: skip
             steps = page.text("steps")
             with gr.Accordion("More settings", open=False):
@@ -340,7 +343,7 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
         return (
             picked.lesson,
             gr.update(choices=places, value=recorded(picked.lesson).device, visible=len(places) > 1),
-            gr.update(choices=suited(about, spec), value=list(picked.racing()), info=RACERS.format(about.name.lower())),
+            gr.update(choices=suited(about, spec), value=list(picked.racing()), info=asked_for(about)),
             picked.seconds,
             picked.seeds,
             gr.update(choices=[*about.options, SHOW], label=about.question, value=guess),
@@ -457,6 +460,12 @@ def build(spec: gr.State, current: gr.BrowserState) -> page.View:
     )  # fmt: skip
 
 
+def asked_for(lesson: Lesson) -> str:
+    """What the racers may be, and the licences of models among them."""
+    models = lesson.values if lesson.setting == "model" else ()
+    return f"Two or more of: {lesson.name.lower()}.{''.join(map(page.terms, models))}"
+
+
 def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
     """What may race, by name."""
     if lesson.setting == "method":
@@ -464,6 +473,8 @@ def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
         return [(entry.name, key) for key, entry in METHODS.items() if not methods.why_not(key, model)]
     if lesson.setting == "target_modules":
         return list(methods.TARGETS)
+    if lesson.setting == "model":
+        return runnable()
     known = {str(line.spec[lesson.setting]) for r in lesson.recordings() for line in r.lines} | set(lesson.values)
     return [(value, value) for value in sorted(known, key=float)]
 

@@ -230,9 +230,12 @@ def settings_line(spec: RunSpec) -> str:
         *([f"a base in {r.quantization}"] if r.quantization != "none" else []),
         f"{r.precision} on {hardware.here().device.upper()}",
     ]
-    model = MODELS.get(r.model or "")
-    terms = f" {escape(model.name)} is under: {escape(model.licence)}." if model else ""
-    return f"Runs with {', '.join(parts)}.{terms} {changed(spec)}"
+    return f"Runs with {', '.join(parts)}.{escape(terms(r.model or ''))} {changed(spec)}"
+
+
+def terms(model: str) -> str:
+    """A model's licence, as a sentence after others; empty for one that is not in the catalogue."""
+    return f" {MODELS[model].name} is under: {MODELS[model].licence}." if model in MODELS else ""
 
 
 def _short(value: Any) -> str:

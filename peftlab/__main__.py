@@ -346,6 +346,8 @@ def _race(args: argparse.Namespace) -> None:
             print(f"{line.name}: {text}", file=sys.stderr, flush=True)
             if args.out:  # after each, so that what a long race has learned outlives it
                 race.record(args.out, axes, lines)
+    if args.out:  # a race that was whole already is written as this command names it
+        race.record(args.out, axes, lines)
     if args.csv:
         args.csv.write_text(race.to_csv(race.ranked(lines, args.sort)), encoding="utf-8")
     lines = race.ranked(lines, args.sort)

@@ -147,12 +147,13 @@ def merging(key: str) -> str:
 
 
 def raced(says: str) -> str:
-    """What the race of all methods that was recorded here says to a lecture's claim."""
-    for record in LESSONS["methods"].recordings()[:1]:
-        for claim, found in LESSONS["methods"].findings(record.lines):
+    """What the race recorded here says to a lecture's claim."""
+    for lesson in LESSONS.values():
+        record = lesson.recordings()[0]
+        for claim, found in lesson.findings(record.lines):
             if claim.says == says and found:
                 return f" In the race recorded here on {record.hardware}: {found.text}."
-    return ""
+    raise LookupError(f"claim={says}: no recorded race says anything to it")
 
 
 def _beats_full(model: str) -> str:
@@ -281,6 +282,8 @@ HERE: dict[str, Callable[[str], str]] = {
     "steering": _steering,
     "no-bias": _no_bias,
     "beside-adapters": _beside_adapters,
+    "gemma-best": lambda model: raced("For Gemma 3 270M LoRA is the best choice").strip(),
+    "gemma-prompts": lambda model: raced("For Gemma 3 270M avoid prompts: too small").strip(),
     "not-memory": lambda model: published.not_memory(),
 }
 """Sentences about a catalogue key or whatever else has shapes. They raise SpecError where it has none."""

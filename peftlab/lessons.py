@@ -10,6 +10,7 @@ from statistics import fmean
 
 from . import recordings, words
 from .catalog.guide import Finding
+from .methods import METHODS
 from .race import Line
 from .recordings import Board, Recording
 
@@ -44,7 +45,7 @@ class Lesson:
     """Of a small race to run live."""
 
     def recordings(self) -> list[Recording]:
-        """The recorded races, GPUs first."""
+        """The recorded races, the fullest first."""
         return recordings.of(self.key)
 
     def findings(self, lines: Sequence[Line]) -> list[tuple[Claim, Finding | None]]:
@@ -148,10 +149,28 @@ def _four_bits(b: Board) -> Finding:
     return Finding(f"{_pair(qlora, lora)}; peak {peak}", lora.score - qlora.score <= SAME)
 
 
+RANKS = (4, 8, 32, 64)
+"""Those that lecture 11.2 finds alike."""
+
+
 def _rank_flat(b: Board) -> Finding:
-    scores = {rank: b.score(rank=rank) for rank in (4, 8, 32, 64)}
+    scores = {rank: b.score(rank=rank) for rank in RANKS}
     figure = ", ".join(f"rank {rank} {words.score(s)}" for rank, s in scores.items())
-    return Finding(figure, max(scores.values()) - min(scores.values()) <= NEAR)
+    return Finding(f"{figure}, each at its best rate", max(scores.values()) - min(scores.values()) <= NEAR)
+
+
+def _one_rate(b: Board) -> Finding:
+    """Of the rates that every rank was raced at, that with the least spread."""
+    spreads = {}
+    for rate in sorted({line.spec["learning_rate"] for line in b.lines}):
+        scores = [b.score(rank=rank, learning_rate=rate) for rank in RANKS]
+        spreads[rate] = (
+            max(scores) - min(scores),
+            f"{rate:g} {words.score(min(scores))} to {words.score(max(scores))}",
+        )
+    least, _ = min(spreads.values())
+    figure = "; ".join(text for _, text in spreads.values())
+    return Finding(f"ranks {', '.join(map(str, RANKS))} at {figure}", least > NEAR)
 
 
 def _rank_one(b: Board) -> Finding:
@@ -191,6 +210,40 @@ def _few_rows(b: Board) -> Finding:
 def _rows_answer(b: Board) -> int:
     change = b.score(method="lora", training_rows=FEW[0]) - b.score(method="full", training_rows=FEW[0])
     return 0 if change > NEAR else 1 if change < -NEAR else 2
+
+
+SMALL, LARGE = "smollm2-135m-instruct", "gemma-3-270m"
+PROMPTS = ("prompt", "prefix")
+
+
+def _of_size(b: Board, model: str, keys: Sequence[str]) -> list[Line]:
+    return [b.of(model=model, method=key) for key in keys]
+
+
+def _gemma_best(b: Board) -> Finding:
+    lines = _of_size(b, LARGE, ("lora", "houlsby", *PROMPTS))
+    best = max(lines, key=lambda line: line.score)
+    return Finding(_each(lines), lines[0].score >= best.score - SAME)
+
+
+def _gemma_prompts(b: Board) -> Finding:
+    lora, *prompts = _of_size(b, LARGE, ("lora", *PROMPTS))
+    return Finding(_each([*prompts, lora]), max(line.score for line in prompts) < lora.score - NEAR)
+
+
+def _size_full(b: Board) -> Finding:
+    lora, full = _of_size(b, LARGE, ("lora", "full"))
+    return Finding(_each([lora, full]), full.score - lora.score <= SAME)
+
+
+def _each(lines: Sequence[Line]) -> str:
+    """Of one model, each method's score."""
+    return ", ".join(f"{METHODS[line.spec['method']].name} {words.score(line.score)}" for line in lines)
+
+
+def _size_answer(b: Board) -> int:
+    change = b.score(model=LARGE, method="lora") - b.score(model=SMALL, method="lora")
+    return 1 if change > NEAR else 0 if change < -NEAR else 2
 
 
 LECTURE_RATE = 2e-4
@@ -261,7 +314,7 @@ LESSONS: dict[str, Lesson] = {
             "rank",
             "Rank",
             "rank",
-            "One learning rate, alpha twice the rank. From rank 1 to rank 64, what does the held-out score do?",
+            "Alpha twice the rank, each rank at its best of three learning rates. From rank 1 to 64, what does the score do?",
             ("it rises", "it stays the same", "it falls"),
             _rank_answer,
             (
@@ -269,6 +322,7 @@ LESSONS: dict[str, Lesson] = {
                     "Performance is insensitive to rank: 4, 8, 32 and 64 are alike", "lecture-11-2, Rank r", _rank_flat
                 ),
                 Claim("Rank 1 or 2 already performs well", "lecture-11-2, Rank r", _rank_one),
+                Claim("Each rank wants a learning rate of its own", "peftlab's method cards, LoRA", _one_rate),
             ),
             ("1", "8", "64"),
         ),
@@ -291,6 +345,20 @@ LESSONS: dict[str, Lesson] = {
             _rows_answer,
             (Claim("PEFT shines when data is short", "beginners-guide, Limited data", _few_rows),),
             ("8", "32", "384"),
+        ),
+        Lesson(
+            "size",
+            "Model size",
+            "model",
+            "The same LoRA on SmolLM2 135M, tuned to instructions, and on Gemma 3 270M, only pre-trained. Which scores higher?",
+            ("SmolLM2 135M", "Gemma 3 270M", "no difference"),
+            _size_answer,
+            (
+                Claim("For Gemma 3 270M LoRA is the best choice", "lecture-11-2, Design trade-offs", _gemma_best),
+                Claim("For Gemma 3 270M avoid prompts: too small", "lecture-11-2, Design trade-offs", _gemma_prompts),
+                Claim("LoRA comes near full fine-tuning, on Gemma 3 270M too", "kiit-tutorial, LoRA", _size_full),
+            ),
+            (SMALL, LARGE),
         ),
         Lesson(
             "rate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import zip_longest
@@ -13,11 +14,14 @@ from .figures import PALETTE, blank
 from .race import Line
 
 ROW = 25
-"""Pixels for a racer."""
+"""Pixels for a racer, and ROW_LINE more for names in two lines."""
+ROW_LINE = 16
+WRAPPED = 24
+"""Letters of the longest name in one line."""
 NAMED = 6
 """Most curves that each get their name; of more, only the best and full fine-tuning do."""
 MOST = 24
-"""Curves in one chart."""
+"""Curves in one chart; of more, each racer's at its best learning rate."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -32,28 +36,52 @@ def scores(lines: Sequence[Line], setting: str, metric: str, theme: str) -> Any:
 
 def _ranking(lines: Sequence[Line], metric: str, theme: str) -> Any:
     c = PALETTE[theme]
-    order = sorted(lines, key=lambda line: line.score)
+    order = sorted(best_rates(lines), key=lambda line: line.score)
+    names = [_wrapped(_without(line, "learning rate") or line.name) for line in order]
+    row = ROW + ROW_LINE * any("<br>" in name for name in names)
     figure = blank(
-        theme, 70 + ROW * max(3, len(order)), title={"text": f"{metric} on held-out items, %, with 95% intervals"}
+        theme, 70 + row * max(3, len(order)), title={"text": f"{metric} on held-out items, %, with 95% intervals"}
     )
     colours = [c["frozen"] if line.spec["method"] == "full" else c["trained"] for line in order]
     figure.add_scatter(
         x=[100 * line.score for line in order],
-        y=[escape(line.name) for line in order],
+        y=names,
         mode="markers",
         marker={"size": 11, "color": colours, "symbol": ["diamond" if x == c["frozen"] else "circle" for x in colours]},
         error_x=_errors(order, c),
         customdata=[_told(line) for line in order],
         hovertemplate="%{customdata}<extra></extra>",
     )
-    for line, colour in zip(order, colours, strict=True):
+    for name, line, colour in zip(names, order, colours, strict=True):
         figure.add_annotation(
-            x=1, xref="paper", y=escape(line.name), text=f"<b>{words.score(line.score)}</b>", showarrow=False,
-            xanchor="right", font={"color": colour, "size": 15},
+            x=1, xref="paper", y=name, text=f"<b>{words.score(line.score)}</b>", showarrow=False,
+            xanchor="left", font={"color": colour, "size": 15},
         )  # fmt: skip
-    figure.update_xaxes(range=[-3, 103], tickvals=[0, 50, 100], zeroline=False, domain=[0, 0.86])
+    figure.update_layout(margin_r=44)  # for the numbers
+    figure.update_xaxes(range=[-3, 103], tickvals=[0, 50, 100], zeroline=False)
     figure.update_yaxes(showgrid=False, tickfont={"size": 14}, range=[-0.7, len(order) - 0.3])
     return figure
+
+
+def best_rates(lines: Sequence[Line]) -> list[Line]:
+    """Of those that finished and differ in the learning rate only, the best; of equals the first."""
+    done = sorted(reversed([line for line in lines if line.scores]), key=lambda line: line.score)
+    return list({json.dumps(line.spec | {"learning_rate": 0}): line for line in done}.values())
+
+
+def _without(line: Line, setting: str) -> str:
+    """Its name without the part that tells a setting."""
+    return ", ".join(part for part in line.name.split(", ") if not part.startswith(setting))
+
+
+def _wrapped(name: str) -> str:
+    """A long name in two lines, of lengths as near as its commas allow."""
+    parts = name.split(", ")
+    if len(name) <= WRAPPED or len(parts) == 1:
+        return escape(name)
+    halves = [(", ".join(parts[:i]), ", ".join(parts[i:])) for i in range(1, len(parts))]
+    first, second = min(halves, key=lambda half: max(map(len, half)))
+    return f"{escape(first)},<br>{escape(second)}"
 
 
 def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> Any:
@@ -61,19 +89,26 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
     name = setting.replace("_", " ")
     title = f"{metric} on held-out items, %, by {name} (log scale)"
     figure = blank(theme, 380, title={"text": title})
-    groups = _by_method(lines)
-    for i, (method, group) in enumerate(groups.items()):
+    groups = _grouped(lines, setting)
+    named = len({group[0].spec["method"] for group in groups.values()}) == len(
+        groups
+    )  # at their curves, else in a legend
+    for i, (label, group) in enumerate(groups.items()):
         group = sorted(group, key=lambda line: line.spec[setting])
-        known = method in ("full", "lora")
+        method = group[0].spec["method"]
+        known = method in ("full", "lora") and named
         colour = c["frozen"] if method == "full" else c["trained"] if method == "lora" else c["overhead"]
-        label = group[0].name.partition(",")[0] if len(groups) > 1 else ""
         top = max(range(len(group)), key=lambda j: group[j].score)
         figure.add_scatter(
             x=[line.spec[setting] for line in group],
             y=[100 * line.score for line in group],
             mode="lines+markers+text" if known else "lines+markers",
             name=label,
-            line={"color": colour, "width": 3 if known else 1.5, "dash": "solid" if known else DASHES[i % len(DASHES)]},
+            line={
+                "color": colour,
+                "width": 3 if known or not named else 1.5,
+                "dash": "solid" if known else DASHES[i % len(DASHES)],
+            },
             marker={"size": 9 if known else 5},
             error_y=_errors(group, c) if len(groups) <= 2 else None,
             text=[f"<b>{label}</b>" if j == top else "" for j in range(len(group))],
@@ -87,17 +122,22 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
     few = len(ticks) <= 9
     shown = ticks if few else [tick for tick in ticks if f"{tick:.0e}".startswith("1")]
     figure.update_xaxes(
-        type="log", title_text=name, tickvals=shown, ticktext=[f"{tick:g}" for tick in shown], zeroline=False
-    )
+        type="log", title_text=name, tickvals=shown, ticktext=[f"{tick:g}" for tick in shown], zeroline=False,
+        tickangle=0, tickfont={"size": 12},
+    )  # fmt: skip
     figure.update_yaxes(range=[-2, 108], tickvals=[0, 25, 50, 75, 100])
+    if not named:
+        figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"})
     return figure
 
 
-def _by_method(lines: Sequence[Line]) -> Mapping[str, list[Line]]:
-    """The others first, so that LoRA and full fine-tuning are drawn over them."""
+def _grouped(lines: Sequence[Line], setting: str) -> Mapping[str, list[Line]]:
+    """Lines that differ in `setting` only, by what else their names tell. LoRA and full fine-tuning last, to be drawn over
+    the others.
+    """
     groups: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.spec["method"] in ("full", "lora")):
-        groups.setdefault(line.spec["method"], []).append(line)
+        groups.setdefault(_without(line, setting.replace("_", " ")), []).append(line)
     return groups
 
 
@@ -126,9 +166,10 @@ def _told(line: Line) -> str:
 def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
     """Training loss by step, the mean over the seeds run so far. Only points are added between calls."""
     c = PALETTE[theme]
-    running = [(line, _mean_curve(line)) for line in _few(lines) if line.losses and line.losses[0]]
+    shown = lines if len(lines) <= MOST else best_rates(lines)
+    running = [(line, _mean_curve(line)) for line in shown if line.losses and line.losses[0]]
     figure = blank(theme, 340, title={"text": "Training loss, nats per answer token (log scale)"}, uirevision="race")
-    leader = max((line for line, _ in running if line.scores), key=lambda line: line.score, default=None)
+    leader = max((line for line in lines if line.scores), key=lambda line: line.score, default=None)
     running.sort(key=lambda pair: (pair[0] is leader, pair[0].spec["method"] == "full"))  # these over the others
     yardsticks = sum(line.spec["method"] == "full" for line, _ in running)
     for i, (line, losses) in enumerate(running):
@@ -139,7 +180,7 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
             x=list(range(1, len(losses) + 1)),
             y=losses,
             mode="lines",
-            name=escape(line.name),
+            name=_wrapped(line.name),
             line={
                 "color": colour,
                 "width": 3 if named else 1.2,
@@ -152,14 +193,6 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
     figure.update_xaxes(range=[0, steps * 1.02], title_text="step")
     figure.update_yaxes(type="log", dtick=1, exponentformat="none")
     return figure
-
-
-def _few(lines: Sequence[Line]) -> Sequence[Line]:
-    """Of more than can be told apart, each method's best."""
-    if len(lines) <= MOST:
-        return lines
-    groups = _by_method([line for line in lines if line.scores]).values()
-    return [max(group, key=lambda line: line.score) for group in groups]
 
 
 def _mean_curve(line: Line) -> list[float]:

@@ -54,7 +54,9 @@ class Recording:
 
 @lru_cache
 def of(key: str) -> list[Recording]:
-    """Of a lesson, GPUs first: the files `race-KEY-*.json`, those of one machine together."""
+    """Of a lesson, that with the most racers first, of equals a GPU's: the files `race-KEY-*.json`, those of one machine
+    together.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(Path(MEASURED).glob(f"race-{key}-*.json")):
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -72,4 +74,4 @@ def of(key: str) -> list[Recording]:
         recordings.append(
             Recording(tuple(lines.values()), hardware, last["device"], last["date"], last["versions"], commands)
         )
-    return sorted(recordings, key=lambda r: r.device != "cuda")
+    return sorted(recordings, key=lambda r: (-len(r.lines), r.device != "cuda"))

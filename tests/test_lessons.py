@@ -34,13 +34,14 @@ def test_every_claim_has_a_recorded_figure_and_every_question_an_answer(key):
     lesson, record = LESSONS[key], recorded(key)
     assert all(found is not None and found.text for _, found in lesson.findings(record.lines))
     assert lesson.options[lesson.answer(Board(record.lines))]
-    assert record.device == "cuda" and "peftlab race" in record.commands[0] and record.versions["torch"]
+    assert "peftlab race" in record.commands[0] and record.hardware and record.versions["torch"]
 
 
 def test_every_suitable_method_was_raced_and_learned():
     lines = {line.spec["method"]: line for line in recorded("methods").lines}
     assert set(lines) == {key for key in METHODS if not why_not(key, "smollm2-135m-instruct")}
-    for found in lines.values():
+    assert [r.device for r in LESSONS["methods"].recordings()] == ["cuda", "cpu"]
+    for found in [*lines.values(), *LESSONS["methods"].recordings()[1].lines]:
         assert found.error is None and found.scores and all(loss < found.base_loss for loss in found.loss)
         assert found.trainable_parameters == count(RunSpec.from_dict(found.spec)).trainable_parameters
 
@@ -58,6 +59,13 @@ def test_the_default_learning_rates_are_the_best_of_the_sweep():
         assert resolve(RunSpec(method=method)).learning_rate == pytest.approx(board.best("learning_rate", method)), (
             method
         )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+def test_the_default_rate_of_every_rank_is_as_good_as_its_best(rank):
+    board = Board(recorded("rank").lines)
+    rate = resolve(RunSpec(method="lora", rank=rank)).learning_rate
+    assert board.score(rank=rank, learning_rate=rate) >= board.score(rank=rank) - lessons.NEAR
 
 
 def test_the_best_rate_is_where_the_score_is_highest_and_of_equals_the_loss_lowest():
@@ -97,12 +105,22 @@ def test_charts_show_what_was_measured(key, theme):
     lines = [x for x in recorded(key).lines if x.scores]
     chart = race_figures.scores(lines, LESSONS[key].setting, "Exact records", theme)
     shown = sorted(value for trace in chart.data for value in (trace.x if trace.error_x.array is not None else trace.y))
-    assert shown == pytest.approx(sorted(100 * x.score for x in lines))
+    numbers = isinstance(lines[0].spec[LESSONS[key].setting], int | float)
+    expected = lines if numbers else race_figures.best_rates(lines)
+    assert shown == pytest.approx(sorted(100 * x.score for x in expected))
     assert chart.layout.template.layout.font.color == figures.PALETTE[theme]["text"]
     losses = race_figures.curves(lines[:1], 40, theme).data[0]
     assert losses.y[0] == pytest.approx(fmean(run[0] for run in lines[0].losses)) and len(losses.y) == lines[0].steps
     names = [trace.name for trace in race_figures.curves(lines, 40, theme).data]
-    assert len(names) == (len(lines) if len(lines) <= 24 else len({x.spec["method"] for x in lines}))
+    assert len(names) == len(lines if len(lines) <= 24 else race_figures.best_rates(lines))
+
+
+def test_of_several_rates_the_best_of_each_racer_is_shown():
+    lines = [
+        line(method, score, settings={"learning_rate": rate})
+        for method, rate, score in (("lora", 1e-3, 0.5), ("full", 1e-4, 0.4), ("lora", 3e-3, 0.7), ("lora", 1e-2, 0.7))
+    ]
+    assert race_figures.best_rates(lines) == [lines[1], lines[2]]
 
 
 def test_a_seed_under_way_is_in_the_mean_as_far_as_it_is():

@@ -11,7 +11,7 @@ from peftlab.catalog.methods import ABOUT, FAMILIES
 from peftlab.catalog.models import MODELS
 from peftlab.catalog.papers import PAPERS
 from peftlab.methods import METHODS, SIZES, lora
-from peftlab.resolve import METHOD_SETTINGS
+from peftlab.resolve import METHOD_SETTINGS, resolve
 from peftlab.spec import SETTINGS
 from peftlab.train import gears
 
@@ -47,7 +47,7 @@ def test_its_entry_is_complete(key):
     method = METHODS[key]
     assert method.key == key and method.terms
     assert set(method.settings) <= set(METHOD_SETTINGS) and set(method.defaults) <= set(SETTINGS)
-    assert method.defaults["learning_rate"] > 0
+    assert resolve(RunSpec(method=method.key)).learning_rate > 0 and "learning_rate" in method.defaults
     own = {name for name in method.defaults if name in METHOD_SETTINGS}
     assert own - {"rank"} <= set(method.settings), "a default that no run of it reads"
     for term in (*method.terms, *(method.saved or ())):

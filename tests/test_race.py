@@ -192,7 +192,15 @@ def test_the_command_line(run, tiny_model, toy_file, tmp_path):
     ]
     assert (tmp_path / "race.csv").read_text() == to_csv([Line(**line) for line in document["lines"]])
     assert run("race", *args, "--sort", "speed")[0] == 2
-    before = (tmp_path / "race.json").read_text()
-    status, _, err = run("race", *args[:-2], 2, 4, "--out", tmp_path / "race.json")
-    assert status == 2 and "it has rank 1, which is not in this race" in err
-    assert (tmp_path / "race.json").read_text() == before
+    file = tmp_path / "again.json"
+    assert (
+        "rank 2, learning rate 1e-4: 1 of 1" in run("race", *args, "--vary", "learning-rate", "1e-4", "--out", file)[2]
+    )
+    assert "of 1 seeds" not in run("race", *args, "--learning-rate", "1e-4", "--out", file)[2]  # nothing is left to run
+    assert [line["name"] for line in json.loads(file.read_text())["lines"]] == [
+        "rank 1",
+        "rank 2",
+    ]  # as this command says
+    before = file.read_text()
+    status, _, err = run("race", *args[:-2], 2, 4, "--learning-rate", "1e-4", "--out", file)
+    assert status == 2 and "it has rank 1, which is not in this race" in err and file.read_text() == before

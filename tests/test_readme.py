@@ -171,3 +171,8 @@ def test_every_claim_is_there_with_its_figure_and_verdict(lesson):
     for claim, found in lesson.findings(lesson.recordings()[0].lines):
         verdict = "holds" if found.holds else "does not hold"
         assert f"| {claim.says} ({claim.source}) | {found.text} | {verdict} |" in README
+
+
+def test_it_says_which_races_were_recorded_on_a_cpu():
+    slow = [lesson.name.lower() for lesson in LESSONS.values() if lesson.recordings()[0].device == "cpu"]
+    assert f"on a CPU's 2 cores, one seed: {', '.join(slow)} (" in " ".join(README.split())
