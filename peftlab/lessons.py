@@ -350,7 +350,7 @@ LESSONS: dict[str, Lesson] = {
             "size",
             "Model size",
             "model",
-            "The same LoRA on SmolLM2 135M, tuned to instructions, and on Gemma 3 270M, only pre-trained. Which scores higher?",
+            "LoRA at its best rate, on SmolLM2 135M (tuned to instructions) or Gemma 3 270M (only pre-trained): which scores higher?",
             ("SmolLM2 135M", "Gemma 3 270M", "no difference"),
             _size_answer,
             (

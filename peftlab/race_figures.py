@@ -189,7 +189,9 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.3f}<extra></extra>",
             showlegend=named,
         )
-    figure.update_layout(showlegend=True, legend={"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"})
+    figure.update_layout(
+        showlegend=True, legend={"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top", "bgcolor": c["surface"]}
+    )
     figure.update_xaxes(range=[0, steps * 1.02], title_text="step")
     figure.update_yaxes(type="log", dtick=1, exponentformat="none")
     return figure

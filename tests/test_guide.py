@@ -171,4 +171,8 @@ def test_what_was_raced_here_stands_beside_what_others_published():
     figures = {claim.says: found.text for claim, found in lesson.findings(lesson.recordings()[0].lines)}
     assert figures["PEFT forgets less"] in evidence.here("forgetting", "gpt2")
     assert figures["PEFT trains faster"] in evidence.here("quick", "gpt2")
-    assert evidence.raced("nobody says so") == ""
+    assert LESSONS["size"].findings(LESSONS["size"].recordings()[0].lines)[0][1].text in evidence.here(
+        "gemma-best", "gpt2"
+    )
+    with pytest.raises(LookupError, match="claim=nobody says so"):
+        evidence.raced("nobody says so")

@@ -65,7 +65,8 @@ def test_each_lesson_runs_live_whatever_is_set(key):
     """On a model and method that other tabs may have chosen, and with only names that the chooser knows."""
     spec = RunSpec(model="llama-3.1-8b", method="ia3")
     field = racers(spec, Choice(key))
-    assert len(field) == len(LESSONS[key].values) and all(r.spec.model == "smollm2-135m-instruct" for r in field)
+    raced = set(LESSONS[key].values) if key == "size" else {"smollm2-135m-instruct"}
+    assert len(field) == len(LESSONS[key].values) and {r.spec.model for r in field} == raced
     assert set(LESSONS[key].values) <= {value for _, value in suited(LESSONS[key], spec)}
 
 
@@ -96,7 +97,13 @@ def test_the_bar_counts_runs_and_names_who_runs():
         {"type": "run", "racer": 0, "seed": 0, "event": {"type": "step", "step": 3, "loss": 1.5}},
     ]
     found, running, last = so_far(events)
-    assert running == {0: [1.5]} and "rank 1, step 3" in status(events, found, last)
+    assert running == {0: [1.5]} and f"{found[0].name}, step 3" in status(events, found, last)
     events.append({"type": "line", "racer": 0, "line": lines[0] | {"error": "it diverged"}})
     found, running, last = so_far(events)
     assert found[0].error and running == {0: [1.5]} and "2 of 4 runs" in status(events, found, last)
+
+
+@pytest.mark.parametrize("model", ["llama-2-70b", "/etc", "bert-base"])
+def test_only_models_that_train_here_race(model):
+    with pytest.raises(SpecError, match=f"model={model}: no model that trains here"):
+        racers(RunSpec(), Choice("size", values=f"smollm2-135m-instruct;{model}"))
