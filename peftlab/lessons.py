@@ -350,7 +350,7 @@ LESSONS: dict[str, Lesson] = {
             "size",
             "Model size",
             "model",
-            "LoRA at its best rate, on SmolLM2 135M (tuned to instructions) or Gemma 3 270M (only pre-trained): which scores higher?",
+            "LoRA on SmolLM2 135M (tuned to instructions) or on Gemma 3 270M (only pre-trained): which scores higher?",
             ("SmolLM2 135M", "Gemma 3 270M", "no difference"),
             _size_answer,
             (

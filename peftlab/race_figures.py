@@ -22,6 +22,8 @@ NAMED = 6
 """Most curves that each get their name; of more, only the best and full fine-tuning do."""
 MOST = 24
 """Curves in one chart; of more, each racer's at its best learning rate."""
+BELOW = {"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"}
+"""Where a legend is in nobody's way."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -127,7 +129,7 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
     )  # fmt: skip
     figure.update_yaxes(range=[-2, 108], tickvals=[0, 25, 50, 75, 100])
     if not named:
-        figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"})
+        figure.update_layout(showlegend=True, legend=BELOW)
     return figure
 
 
@@ -189,9 +191,9 @@ def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.3f}<extra></extra>",
             showlegend=named,
         )
-    figure.update_layout(
-        showlegend=True, legend={"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top", "bgcolor": c["surface"]}
-    )
+    long = any("<br>" in trace.name for trace in figure.data if trace.showlegend)
+    inside = {"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
+    figure.update_layout(showlegend=True, legend=BELOW if long else inside)
     figure.update_xaxes(range=[0, steps * 1.02], title_text="step")
     figure.update_yaxes(type="log", dtick=1, exponentformat="none")
     return figure
