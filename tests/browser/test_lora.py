@@ -143,7 +143,11 @@ def test_an_alpha_from_a_link_is_kept_and_drawn_however_large(app, open_page):
 @pytest.mark.parametrize(("size", "theme"), [((1440, 900), "dark"), ((390, 844), "light")], ids=["dark", "phone"])
 def test_a_touched_number_shows_what_made_it(app, open_page, size, theme):
     page = opened(open_page(app.url + f"?tab=lora&__theme={theme}", size, theme))
-    page.get_by_role("button", name="2", exact=True).locator("visible=true").click()
+    two = page.get_by_role("button", name="2", exact=True).locator("visible=true")
+    width = two.bounding_box()["width"]
+    two.click()
+    expect(two).to_have_attribute("aria-pressed", "true")
+    assert two.bounding_box()["width"] == width  # or the row of ranks wraps and what is below it jumps
     cell = page.locator(".toy-w td").nth(7)
     cell.scroll_into_view_if_needed()
     cell.hover()
