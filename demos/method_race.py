@@ -197,8 +197,9 @@ def provenance(recording: Recording) -> str:
     tip = (
         f"{recording.hardware}, {recording.date}, {libraries}. {' '.join(f'Command: {c}' for c in recording.commands)}"
     )
-    runs = "1 seed" if recording.seeds == 1 else f"up to {recording.seeds} seeds"
-    said = f"Recorded on {escape(recording.hardware)}, {len(recording.lines)} racers, {runs} each."
+    fewest, most = recording.seeds
+    seeds = "1 seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    said = f"Recorded on {escape(recording.hardware)}, {len(recording.lines)} racers, {seeds} each."
     return f'<div class="status"><span>{page.how("measured", tip)} {said}</span></div>'
 
 

@@ -48,13 +48,19 @@ class Recording:
     commands: tuple[str, ...]
 
     @property
-    def seeds(self) -> int:
-        return max((len(line.scores) for line in self.lines), default=0)
+    def seeds(self) -> tuple[int, int]:
+        """The fewest and the most that a racer has finished, of those that finished any."""
+        finished = [len(line.scores) for line in self.lines if line.scores]
+        return min(finished, default=0), max(finished, default=0)
+
+    @property
+    def runs(self) -> int:
+        return sum(len(line.scores) for line in self.lines)
 
 
 @lru_cache
 def of(key: str) -> list[Recording]:
-    """Of a lesson, that with the most racers first, of equals a GPU's: the files `race-KEY-*.json`, those of one machine
+    """Of a lesson, that with the most runs first, of equals a GPU's: the files `race-KEY-*.json`, those of one machine
     together.
     """
     found: dict[str, list[dict[str, Any]]] = {}
@@ -74,4 +80,4 @@ def of(key: str) -> list[Recording]:
         recordings.append(
             Recording(tuple(lines.values()), hardware, last["device"], last["date"], last["versions"], commands)
         )
-    return sorted(recordings, key=lambda r: (-len(r.lines), r.device != "cuda"))
+    return sorted(recordings, key=lambda r: (-r.runs, r.device != "cuda"))

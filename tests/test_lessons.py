@@ -40,7 +40,7 @@ def test_every_claim_has_a_recorded_figure_and_every_question_an_answer(key):
 def test_every_suitable_method_was_raced_and_learned():
     lines = {line.spec["method"]: line for line in recorded("methods").lines}
     assert set(lines) == {key for key in METHODS if not why_not(key, "smollm2-135m-instruct")}
-    assert [r.device for r in LESSONS["methods"].recordings()] == ["cuda", "cpu"]
+    assert [(r.device, r.seeds) for r in LESSONS["methods"].recordings()] == [("cuda", (3, 3)), ("cpu", (1, 1))]
     for found in [*lines.values(), *LESSONS["methods"].recordings()[1].lines]:
         assert found.error is None and found.scores and all(loss < found.base_loss for loss in found.loss)
         assert found.trainable_parameters == count(RunSpec.from_dict(found.spec)).trainable_parameters
