@@ -92,30 +92,26 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
     title = f"{metric} on held-out items, %, by {name} (log scale)"
     figure = blank(theme, 380, title={"text": title})
     groups = _grouped(lines, setting)
-    named = len({group[0].spec["method"] for group in groups.values()}) == len(
-        groups
-    )  # at their curves, else in a legend
+    methods = len({group[0].spec["method"] for group in groups.values()}) == len(groups)
+    crowd = methods and len(groups) > len(DASHES)  # of which the legend names the two that all know
     for i, (label, group) in enumerate(groups.items()):
         group = sorted(group, key=lambda line: line.spec[setting])
         method = group[0].spec["method"]
-        known = method in ("full", "lora") and named
+        known = method in ("full", "lora") and methods
         colour = c["frozen"] if method == "full" else c["trained"] if method == "lora" else c["overhead"]
-        top = max(range(len(group)), key=lambda j: group[j].score)
         figure.add_scatter(
             x=[line.spec[setting] for line in group],
             y=[100 * line.score for line in group],
-            mode="lines+markers+text" if known else "lines+markers",
+            mode="lines+markers",
             name=label,
+            showlegend=known or not crowd,
             line={
                 "color": colour,
-                "width": 3 if known or not named else 1.5,
+                "width": 3 if known or not crowd else 1.5,
                 "dash": "solid" if known else DASHES[i % len(DASHES)],
             },
             marker={"size": 9 if known else 5},
             error_y=_errors(group, c) if len(groups) <= 2 else None,
-            text=[f"<b>{label}</b>" if j == top else "" for j in range(len(group))],
-            textposition="top right" if method == "full" else "top left",
-            textfont={"color": colour},
             cliponaxis=False,
             customdata=[_told(line) for line in group],
             hovertemplate="%{customdata}<extra></extra>",
@@ -128,8 +124,7 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
         tickangle=0, tickfont={"size": 12},
     )  # fmt: skip
     figure.update_yaxes(range=[-2, 108], tickvals=[0, 25, 50, 75, 100])
-    if not named:
-        figure.update_layout(showlegend=True, legend=BELOW)
+    figure.update_layout(showlegend=True, legend=BELOW)
     return figure
 
 

@@ -100,6 +100,16 @@ def test_an_unknown_lesson_is_refused():
 
 
 @pytest.mark.parametrize("key", LESSONS)
+@pytest.mark.parametrize("key", ["rows", "rate"])
+def test_the_legend_names_what_all_know_and_of_a_few_all(key):
+    chart = race_figures.scores(recorded(key).lines, LESSONS[key].setting, "Exact records", "light")
+    assert chart.layout.showlegend
+    assert {trace.name for trace in chart.data if trace.showlegend} == {"Full fine-tuning", "LoRA"}
+    few = [line for line in recorded("rate").lines if line.spec["method"] in ("prompt", "prefix")]
+    chart = race_figures.scores(few, "learning_rate", "Exact records", "light")
+    assert {trace.name for trace in chart.data if trace.showlegend} == {"Prompt tuning", "Prefix tuning"}
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_charts_show_what_was_measured(key, theme):
     lines = [x for x in recorded(key).lines if x.scores]
