@@ -99,7 +99,6 @@ def test_an_unknown_lesson_is_refused():
         lessons.find("rnak")
 
 
-@pytest.mark.parametrize("key", LESSONS)
 @pytest.mark.parametrize("key", ["rows", "rate"])
 def test_the_legend_names_what_all_know_and_of_a_few_all(key):
     chart = race_figures.scores(recorded(key).lines, LESSONS[key].setting, "Exact records", "light")
@@ -110,6 +109,7 @@ def test_the_legend_names_what_all_know_and_of_a_few_all(key):
     assert {trace.name for trace in chart.data if trace.showlegend} == {"Prompt tuning", "Prefix tuning"}
 
 
+@pytest.mark.parametrize("key", LESSONS)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_charts_show_what_was_measured(key, theme):
     lines = [x for x in recorded(key).lines if x.scores]
