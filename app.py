@@ -89,7 +89,7 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         js_on_load=None,
     )
     spec = gr.State(page.OPENING)
-    query, screen = gr.Textbox(UNREAD, visible=False), gr.Textbox("", visible=False)
+    query, screen, drew = gr.Textbox(UNREAD, visible=False), *(gr.Textbox("", visible=False) for _ in range(2))
     mine = gr.BrowserState([], storage_key="peftlab-adapters")
     running, racing = gr.BrowserState("", storage_key="peftlab-run"), gr.BrowserState("", storage_key="peftlab-race")
     link_problem = page.problem()
@@ -144,7 +144,11 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
             for view in views
         ]
         link = to_link(spec, convention, chosen) if who.landed and not overtaken() else gr.skip()
-        return (link, *chain(*drawn))
+        answer = tuple(chain(*drawn))
+        return (link, gr.skip() if answer == page.skipped(answer) else screen, *answer)
+
+    def arrived(request: gr.Request, screen: str) -> None:
+        page.visitor(request).arrived(screen.split()[0])
 
     every_output = [output for view in views for output in view.outputs]
     convention, choice = memory.inputs[0], race.linked.inputs[0]
@@ -157,11 +161,12 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         [spec.change, convention.change, choice.change, *(tab.select for tab in every_tab)],
         look,
         [screen, spec, choice, *memory.inputs],
-        [query, *every_output],
+        [query, drew, *every_output],
         js=SCREEN,
         trigger_mode="multiple",
         **quiet,
     ).then(None, query, None, js=LINK)
+    drew.change(arrived, drew, trigger_mode="multiple", **quiet)
 
 
 def main() -> None:

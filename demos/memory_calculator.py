@@ -223,10 +223,7 @@ def build(spec: gr.State) -> page.View:
         _, forms = closed(spec, convention, share)
         if forms[1] is None:  # counted by a convention since
             raise Overtaken
-        reports = tuple(exact(s, overtaken) for s in both(spec))
-        if overtaken():
-            raise Overtaken
-        return picture(spec, convention, view, reports, forms)
+        return picture(spec, convention, view, tuple(exact(s, overtaken) for s in both(spec)), forms)
 
     def rest(request: gr.Request, event: gr.EventData, spec: RunSpec) -> tuple:
         """The sliders rest, and had told the server nothing: the settings that they `moved`."""
@@ -234,12 +231,22 @@ def build(spec: gr.State) -> page.View:
 
     def trace(request: gr.Request, refusal: str, spec: RunSpec, *looks: Any) -> tuple:
         """Once the sliders rest: the exact figures of the settings, unless those on screen were refused."""
+        who = page.visitor(request)
         try:
             if refusal:
                 raise Overtaken
-            return page.refusing(traced, len(drawn))(spec, page.visitor(request).trace(spec), *looks)
+            overtaken = who.trace(spec)
+            answer = page.refusing(traced, len(drawn))(spec, overtaken, *looks)
+            who.sent(TAB)
+            if overtaken():
+                raise Overtaken
+            return answer
         except Overtaken:
+            who.arrived(TAB)
             return page.skipped([problem, *drawn])
+
+    def arrived(request: gr.Request) -> None:
+        page.visitor(request).arrived(TAB)
 
     def body(spec: RunSpec, convention: str = EXACT, share: float = 0.5, *view: float) -> tuple:
         """Every control and picture of a spec."""
@@ -273,7 +280,7 @@ def build(spec: gr.State) -> page.View:
     )
     bars.submit(rest, spec, [problem, spec], trigger_mode="multiple", **quiet).then(
         trace, [problem, spec, *looks], [problem, *drawn], trigger_mode="multiple", **quiet
-    )
+    ).then(arrived, trigger_mode="multiple", **quiet)
     shown = [problem, *fields, share, *shown_with_method, *drawn]
     for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
         button.click(

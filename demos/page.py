@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ new ResizeObserver(() => {
 """
 """The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own
 theme picks the template; gr.Plot does neither."""
+UNDER_WAY = 10.0
+"""Seconds after which an answer that the page has not acknowledged is taken to have reached it."""
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
@@ -298,7 +301,8 @@ class Visitor:
     """What one visitor's settings are, and what of them each tab shows.
 
     Events leave a page with the settings of their moment, and their answers may come in any order. So each answer asks
-    here whether it is still wanted, and the page looks again after every change.
+    here whether it is still wanted, and the page looks again after every change. One that was wanted when it left may still
+    reach the page after a later one: what a change draws while another answer to its tab is under way is drawn again.
     """
 
     landed = False
@@ -308,13 +312,23 @@ class Visitor:
         self._spec: RunSpec | None = None
         self._asked = self._made = self._traces = 0
         self._looked = 0.0
+        self._sent: dict[str, float] = {}
         self._drawn: defaultdict[str, tuple[Any, ...]] = defaultdict(lambda: (OPENING, None))
 
     def made(self, spec: RunSpec, tabs: Sequence[str]) -> None:
         """The settings are `spec` from now on, and the answer that says so to the page draws `tabs`."""
         self._spec = spec
         self._made += 1
-        self._drawn.update(dict.fromkeys(tabs, (spec, None)))
+        late = time.monotonic() - UNDER_WAY
+        self._drawn.update({tab: (None if self._sent.get(tab, late) > late else spec, None) for tab in tabs})
+
+    def sent(self, tab: str) -> None:
+        """From now on an answer that draws `tab` is under way, unless it is found unwanted yet."""
+        self._sent[tab] = time.monotonic()
+
+    def arrived(self, tab: str) -> None:
+        """It has reached the page, or never left."""
+        self._sent.pop(tab, None)
 
     def since(self, spec: RunSpec) -> Callable[[], bool]:
         """Whether the settings are others than `spec`, or were made again since now."""
@@ -344,7 +358,9 @@ class Visitor:
         if changed() or self._drawn[view.tab] in ((spec, None), (spec, inputs)):
             return skipped(view.outputs)
         answer = view.show(spec, *inputs)
+        self.sent(view.tab)  # before it is asked whether it is wanted: a change since then knows of it
         if changed() or overtaken():  # then the page has looked again, or will
+            self.arrived(view.tab)
             return skipped(view.outputs)
         self._drawn[view.tab] = (spec, inputs)
         return answer

@@ -161,3 +161,32 @@ def test_a_refused_change_drops_nobody_elses_answer(me):
     answer = page.changing("memory", page.refusing(impossible, 2))(me)
     assert answer[0] == "rank=0: no" and is_skipped(answer[1:])
     assert not wanted()
+
+
+def test_what_a_change_draws_while_an_earlier_answer_is_under_way_is_drawn_again(me):
+    """They may reach the page in either order."""
+    who = page.visitor(me)
+    to(R32)(me)
+    assert who.look(view(), never, R32) == ("rank 32",)  # and is on its way
+    page.changing("lora", lambda: (R64, "rank 64"))(me)
+    assert who.look(view(), never, R64) == ("rank 64",)
+    who.arrived("lora")
+    page.changing("lora", lambda: (R8, "rank 8"))(me)
+    assert is_skipped(who.look(view(), never, R8))
+
+
+def test_an_answer_that_was_not_wanted_is_not_under_way(me):
+    who = page.visitor(me)
+    assert is_skipped(who.look(view(lambda spec: (to(R32)(me),)), never, R64))
+    page.changing("lora", lambda: (R64, "rank 64"))(me)
+    assert is_skipped(who.look(view(), never, R64))
+
+
+def test_an_answer_that_is_never_acknowledged_is_under_way_for_a_while_only(me, monkeypatch):
+    who = page.visitor(me)
+    to(R32)(me)
+    who.look(view(), never, R32)
+    now = page.time.monotonic()
+    monkeypatch.setattr(page.time, "monotonic", lambda: now + page.UNDER_WAY)
+    page.changing("lora", lambda: (R64, "rank 64"))(me)
+    assert is_skipped(who.look(view(), never, R64))
