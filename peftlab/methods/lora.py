@@ -128,7 +128,7 @@ def rate_of_rank(spec: dict[str, Any]) -> float:
     """The best learning rate for LoRA's rank, α twice the rank: the more rank, the farther a step of each of its weights
     moves what they multiply to. From the recorded races over both (assets/measured/race-rank-*.json).
     """
-    return next(rate for most, rate in ((16, 3e-3), (128, 1e-3), (math.inf, 3e-4)) if spec["rank"] <= most)
+    return next(rate for most, rate in ((16, 3e-3), (64, 1e-3), (math.inf, 3e-4)) if spec["rank"] <= most)
 
 
 def _register(key: str, **rest: Any) -> None:
@@ -208,5 +208,5 @@ _register(
     rank_limit="",
     drawing=Drawing(("W",), ("A, random", "*× d", "B, random", "*× b"), leaves=0, joins=1),
     settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
-    defaults={"learning_rate": 1e-1, "rank": 256},
+    defaults={"learning_rate": 3e-2, "rank": 256},
 )
