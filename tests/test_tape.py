@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny import CONFIGS, LLAMA
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from peftlab import RunSpec, resolve
 from peftlab.memory import trace
 from peftlab.memory.allocator import MIB
 from peftlab.memory.report import KINDS
-from peftlab.memory.tape import BEFORE, GIVE, NAME, WORKSPACE, Entry, Player, unroll
+from peftlab.memory.tape import BEFORE, GIVE, NAME, WORKSPACE, Entry, Player, Recorder, unroll
 from peftlab.optimizers import OPTIMIZERS
 
 DEPTH = 12
@@ -148,6 +151,27 @@ def test_unrolling_to_the_same_depth_changes_nothing_but_names():
     tape = entries(("a", 5, "activations", 0), ("b", 6, "logits", 1), ("a", NAME, "gradients", 1), ("b", GIVE, "", 2))
     found = unroll("forward", tape, [0, 1], 2, {})
     assert [(e.size, e.kind, e.part) for e in found] == [(e.size, e.kind, e.part) for e in tape]
+
+
+@pytest.mark.parametrize("later, fresh", [(lambda w: w * 2, True), (lambda w: w.t() * 2, False)])
+def test_gradients_are_added_up_where_autograd_adds_them(later, fresh):
+    def loss(weight):
+        return (weight * 3).sum() + later(weight).sum()  # whose gradient comes first
+
+    real = loss(torch.zeros(64, 32, requires_grad=True))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        real.backward()
+    assert ("aten::add_" in {event.name for event in seen.events()}) == fresh
+    with FakeTensorMode(), Recorder(vocabulary=9, depth=1) as recorder:
+        fake = loss(weight := torch.zeros(64, 32, requires_grad=True))
+        recorder.begin("backward")
+        fake.backward()
+    sizes: dict = {}
+    highest = 0
+    for key, size, _, _ in recorder.phases["backward"]:
+        sizes[key] = size
+        highest = max(highest, sum(sizes.values()))
+    assert highest // weight.nbytes == (2 if fresh else 3)
 
 
 def test_the_player_counts_by_kind_and_keeps_the_highest():

@@ -53,6 +53,7 @@ class Recorder(TorchDispatchMode):
         self._made: dict[int, tuple[list[Entry], int]] = {}
         self._count = 0
         self._multiplied: set[tuple[str, int]] = set()
+        self._sum: tuple[int, int] | None = None
         self.begin("weights")
 
     def begin(self, phase: str) -> None:
@@ -77,6 +78,9 @@ class Recorder(TorchDispatchMode):
             self.see(out)
             self.part = BEFORE
         tree_map_only(torch.Tensor, self.see, out)
+        self._sum = None
+        if func is torch.ops.aten.add.Tensor and self.phase.startswith("backward") and not args[0]._is_view():
+            self._sum = out.untyped_storage()._cdata, self._keys.get(args[0].untyped_storage()._cdata, -1)
         if func in WORKSPACES and self.phase in ("forward", "backward"):
             size = WORKSPACES[func]
             if (self.phase, size) not in self._multiplied:
@@ -104,9 +108,23 @@ class Recorder(TorchDispatchMode):
 
     def _drop(self, address: int) -> None:
         key = self._keys.pop(address, None)
-        if key is not None:
+        if key is not None and not self._in_place(key):
             part = self._parts[key] if self.phase.startswith(("optimizer", "end")) else self.part
             self.tape.append(Entry(key, GIVE, "", part))
+
+    def _in_place(self, key: int) -> bool:
+        """Whether a sum is where `key` was. Autograd adds a gradient to the one that came before, if nobody else holds that;
+        of fake tensors it makes a new one, and lets go of that one at once.
+        """
+        address, first = self._sum or (0, 0)
+        if key != first or self.tape[-1].key != self._keys.get(address):
+            return False
+        tape, i = self._made[key]
+        if tape[i].size != self.tape[-1].size:
+            return False
+        self._keys[address] = key
+        self.tape.pop()
+        return True
 
     def _shrink(self, mask: torch.Tensor) -> None:
         tape, i = self._made[self._keys[mask.untyped_storage()._cdata]]
