@@ -1,11 +1,13 @@
 """Races: one racer's end is its own, the board is what the runs gave, intervals are those of a library."""
 
 import csv
+import gc
 import io
 import json
 import math
 
 import pytest
+from peft.tuners.lora import LoraLayer
 
 from peftlab import RunSpec, SpecError, resolve
 from peftlab.count import count
@@ -60,6 +62,21 @@ def test_the_line_is_what_the_adapter_says(spec, tmp_path):
         assert line.forgetting == [done["forgetting"]] and line.steps == done["steps"]
         assert line.score == pytest.approx(next(iter(done["eval"]["after"].values())))
     assert not list(tmp_path.iterdir())  # a full fine-tuning is as large as its base
+
+
+def test_a_racer_leaves_nothing_in_memory(spec, tmp_path):
+    def adapted():
+        return sum(isinstance(thing, LoraLayer) for thing in gc.get_objects())
+
+    gc.collect()
+    before = adapted()
+    gc.disable()
+    try:
+        for event in race(along(spec, {"rank": ["1", "2"]}), tmp_path):
+            if event["type"] == "line":
+                assert adapted() == before
+    finally:
+        gc.enable()
 
 
 def test_a_race_goes_on_from_what_is_known(spec, tmp_path):
