@@ -178,3 +178,14 @@ def test_the_races_it_tells_of_have_three_seeds_on_a_gpu():
     for race in (lesson.recordings()[0] for lesson in LESSONS.values()):
         assert race.hardware.startswith("NVIDIA H100")
         assert all(len(line.scores) == 3 or "diverged" in line.error for line in race.lines)
+
+
+def test_it_says_how_far_measured_peaks_of_races_are_from_predicted_ones():
+    off = [
+        line.measured_peak_bytes / line.predicted_peak_bytes - 1
+        for lesson in LESSONS.values()
+        for line in lesson.recordings()[0].lines
+        if line.measured_peak_bytes
+    ]
+    assert sum(abs(share) <= 0.05 for share in off) > len(off) / 2
+    assert f"most are within 5% of the predicted ones, the farthest {max(off, key=abs):.0%} above." in README

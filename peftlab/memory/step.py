@@ -63,7 +63,7 @@ def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> 
     labels = ids[:, 1 - out.shape[1] :]
     out = out[:, :-1]
     if head is None:
-        out = out.float()  # the logits in their own type need not outlive this
+        out = out.float().flatten(0, 1)[None]  # a copy in any type, so that the logits themselves need not outlive this
     loss = fused.cross_entropy(out, labels, head)
     del out
     yield "backward"
