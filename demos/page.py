@@ -19,10 +19,10 @@ from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
 from peftlab.catalog.models import MODELS
 from peftlab.memory.conventions import EXACT
+from peftlab.places import ASSETS
 from peftlab.resolve import resolve_here
 from peftlab.spec import SETTINGS, closest
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
 NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")

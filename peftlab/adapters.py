@@ -14,9 +14,10 @@ from . import methods, weights
 from .catalog import models
 from .errors import AdapterError, SpecError
 from .methods import through_peft
+from .places import ASSETS
 from .spec import RunSpec
 
-BUNDLED = Path(__file__).parent.parent / "assets" / "adapters"
+BUNDLED = ASSETS / "adapters"
 MANIFEST = "peftlab.json"
 TENSORS = "adapter_model.safetensors"
 """peft's name for it, with an adapter_config.json beside it where the format is peft's. Without one, the manifest's spec says

@@ -23,12 +23,13 @@ from .lessons import LESSONS
 from .memory import predict
 from .memory import storage as stored
 from .methods import METHODS
+from .places import ASSETS
 from .spec import RunSpec
 
 if TYPE_CHECKING:
     from .race import Line
 
-RACE = Path(__file__).parent.parent / "assets" / "measured" / "race-methods-h100.json"
+RACE = ASSETS / "measured" / "race-methods-h100.json"
 LEAST = 0.0001
 """Percent where the map's bars begin."""
 NUMBERS = ("no", "one", "two", "three", "four", "five")

@@ -7,18 +7,18 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from . import graphs, tasks
 from .errors import SpecError
+from .places import ASSETS
 from .tasks import Row, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PUBLIC_DOMAIN = Path(__file__).parent.parent / "assets" / "text" / "public-domain.txt"
+PUBLIC_DOMAIN = ASSETS / "text" / "public-domain.txt"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from . import words
 from .catalog.methods import FAMILIES
 from .errors import SpecError
 from .methods import METHODS
+from .places import ASSETS
 from .spec import closest
 
-FILE = Path(__file__).parent.parent / "assets" / "published" / "peft_benchmark.csv"
+FILE = ASSETS / "published" / "peft_benchmark.csv"
 SOURCE = (
     "the PEFT project's own method comparison: Llama-3.2-3B on MetaMathQA and GSM8K, one run each on an NVIDIA L40S"
 )

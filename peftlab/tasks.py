@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SpecError
+from .places import ASSETS
 from .spec import closest
 
-FOLDER = Path(__file__).parent.parent / "assets" / "tasks"
+FOLDER = ASSETS / "tasks"
 DEFAULT = "ticket"
 
 

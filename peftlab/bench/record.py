@@ -14,11 +14,12 @@ from typing import Any
 from .. import adapters, hardware, tasks
 from ..compare import on_task
 from ..errors import RunError
+from ..places import ASSETS
 from ..resolve import resolve_here
 from ..spec import RunSpec
 from ..train import train, warm_up
 
-MEASURED = Path(__file__).parent.parent.parent / "assets" / "measured"
+MEASURED = ASSETS / "measured"
 KEPT_EVENTS = ("start", "step", "eval", "done")
 
 

@@ -1,0 +1,10 @@
+"""Where the page and the data are: inside the package once it is installed, beside it in a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_BUNDLE = Path(__file__).parent / "bundle"
+ROOT = _BUNDLE if _BUNDLE.is_dir() else _BUNDLE.parent.parent
+"""Holds app.py, demos/ and assets/; setup.py puts them there."""
+ASSETS = ROOT / "assets"
