@@ -12,6 +12,8 @@ from .memory import MemoryReport, predict
 from .resolve import resolve
 from .spec import RunSpec
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AdapterError",
     "MemoryReport",

@@ -1,4 +1,4 @@
-"""`python -m peftlab …`: everything the app does, without a browser.
+"""`peftlab …` or `python -m peftlab …`: everything the app does, without a browser.
 
 Exit status: 0 done; 2 a wrong argument, one line on stderr; 1 it failed while running.
 """
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import words
+from . import __version__, words
 from .errors import PeftlabError, SpecError
 from .spec import SETTINGS, RunSpec
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise SpecError(f"{message.removeprefix('argument ')}; see python -m {self.prog} --help")
+        raise SpecError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,19 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="peftlab", description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False)
+    installed = Path(sys.argv[0]).stem == "peftlab"  # the console command, by which people then know it
+    parser = _Parser(
+        prog="peftlab" if installed else "python -m peftlab",
+        description="Everything the app does, without a browser.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"peftlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    def command(name: str, run: Any, about: str, spec: bool = False) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, about: str, spec: bool = False, prints: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        if prints:
+            sub.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
         if spec:
             _add_spec(sub)
         return sub
 
     for name, run in CATALOGUES.items():
         command(name, run, f"the catalogue of {name}")
+    page = command("app", _app, "the page, in a process of its own, until Ctrl-C", prints=False)
+    page.add_argument("--host", help="the address to answer at (default: 127.0.0.1, this machine alone)")
+    page.add_argument("--port", type=_port, help="its port (default: the first free one from 7860)")
     command("fetch", _fetch, "get a base model ready, ahead of a talk").add_argument("model")
     command("params", _params, "exact parameter counts", spec=True)
     memory = command("memory", _memory, "predicted memory", spec=True)
@@ -140,6 +150,12 @@ def _count(text: str) -> int:
     return value
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 to 65535, such as 7860")
+    return int(text)
+
+
 def _spec(args: argparse.Namespace) -> RunSpec:
     values: dict[str, Any] = {}
     if args.spec:
@@ -226,6 +242,40 @@ def _presets(args: argparse.Namespace) -> None:
 
 
 CATALOGUES = {"models": _models, "methods": _methods, "gpus": _gpus, "tasks": _tasks, "presets": _presets}
+
+
+def _app(args: argparse.Namespace) -> int:
+    """app.py in a process of its own. Returns its exit status, as a shell tells it."""
+    import os
+    import signal
+    import socket
+    import subprocess
+    from importlib.util import find_spec
+
+    from .places import ROOT
+
+    if missing := [name for name in ("gradio", "plotly") if find_spec(name) is None]:
+        raise SpecError(f"app: the page needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+    environment = dict(os.environ)
+    if args.host:
+        environment["GRADIO_SERVER_NAME"] = args.host
+    if args.port:
+        environment["GRADIO_SERVER_PORT"] = str(args.port)
+        try:
+            socket.create_server((args.host or "127.0.0.1", args.port)).close()
+        except OSError as error:
+            raise SpecError(f"port={args.port}: cannot be used ({error.strerror}); give another one") from None
+    page = subprocess.Popen([sys.executable, str(ROOT / "app.py")], env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: page.terminate())
+    try:
+        status = page.wait()
+    except KeyboardInterrupt:  # a terminal interrupts the page as well, which then closes by itself
+        try:
+            status = page.wait(10)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            page.terminate()
+            status = page.wait()
+    return status if status >= 0 else 128 - status
 
 
 def _fetch(args: argparse.Namespace) -> None:
