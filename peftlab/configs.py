@@ -1,10 +1,9 @@
-"""Hugging Face configs: read, checked before anything is built, and built without weights. The one door to transformers."""
+"""Hugging Face configs: read, checked before anything is built, and built without weights."""
 
 from __future__ import annotations
 
 import math
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,9 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
+from . import seam
 from .errors import SpecError
 
-_importing = threading.Lock()
 MOST_PARAMETERS = 10**14
 BUILD_SECONDS = 20.0
 """Far more than any known model takes."""
@@ -82,17 +81,10 @@ def layer_types(config: Mapping[str, Any]) -> list[str] | None:
         return getattr(_parse(config)[1], "layer_types", None)
 
 
-def library() -> Any:
-    """transformers. Its import puts another module in its own place: a second thread meanwhile would get an empty one."""
-    with _importing:
-        import transformers
-    return transformers
-
-
 def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """(`normal`, transformers' config, class to build)"""
     kind, values, whole = _text_model(config)
-    config_class: Any = library().CONFIG_MAPPING[kind]
+    config_class: Any = seam.library().CONFIG_MAPPING[kind]
     if isinstance(labels := values.get("id2label"), dict) and len(labels) != 2:
         values["num_labels"] = len(labels)
     defaults = {f.name: f.default for f in fields(config_class)}
@@ -119,7 +111,7 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
 
 def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     """(model_type, fields, model_type of the whole) of the text model in `config`, which is nearly always all of it."""
-    known = library().CONFIG_MAPPING
+    known = seam.library().CONFIG_MAPPING
     whole, text = config.get("model_type"), config.get("text_config")
     if not isinstance(whole, str) or not whole:
         raise SpecError(
@@ -169,7 +161,7 @@ def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
 
 @lru_cache(maxsize=1)
 def _ignored() -> frozenset[str]:
-    return frozenset(library().GenerationConfig().to_dict()) | IGNORED
+    return frozenset(seam.library().GenerationConfig().to_dict()) | IGNORED
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -196,14 +188,7 @@ def _check_heads(values: Mapping[str, Any], parsed: Any) -> None:
 
 def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
     """The class to build: the one that the config names, if it is a model of that config, else one that writes text."""
-    transformers = library()
-    from transformers.models.auto import modeling_auto as auto
-
-    tables = (
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
+    transformers, tables = seam.library(), seam.writers()
     for name in [*(named if isinstance(named, list) else [])[:1], *(t.get(k) for k in (kind, whole) for t in tables)]:
         cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)

@@ -6,11 +6,10 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from . import graphs, tasks
+from . import graphs, seam, tasks
 from .errors import SpecError
 from .places import ASSETS
 from .tasks import Row, Task
@@ -117,10 +116,14 @@ class _Reader:
         if common:
             ids = torch.tensor([prompts[0][:common]], device=device)
             positions = torch.arange(common, device=device)[None]
-            self.cache = model(
-                input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=True,
+            _, self.cache = seam.read(
+                model,
+                None,
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=torch.ones_like(ids),
                 logits_to_keep=1,
-            ).past_key_values  # fmt: skip
+            )
             self.cache.batch_repeat_interleave(len(prompts))
         rest = [p[common:] for p in prompts]
         width = max(map(len, rest))
@@ -134,15 +137,10 @@ class _Reader:
         import torch
 
         last = torch.full((1,), -1, device=self.ids.device)  # as a slice, the head would copy its weight for each row
-        out = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
+        out, self.cache = seam.read(
+            self.model, self.cache, input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
             logits_to_keep=last,
-        )
-        self.cache = out.past_key_values
+        )  # fmt: skip
         return out.logits[:, -1].float()
 
     def seen(self) -> int:
@@ -194,13 +192,12 @@ class _Fixed:
     def like(cls, reader: _Reader, width: int) -> _Fixed:
         """Empty, for a mask of `width`, which a model's virtual tokens are not in."""
         import torch
-        from transformers.cache_utils import Cache
 
         room = width + reader.seen() + 1 - reader.mask.shape[1]
         at = torch.zeros((), dtype=torch.long, device=reader.ids.device)
-        layers = [_layer()(held.keys, held.values, room, at) for held in reader.cache.layers]
+        cache = seam.fixed_cache(reader.cache, room, at)
         mask = reader.mask.new_zeros(len(reader.mask), width)
-        return cls(Cache(layers=layers), at, reader.ids.clone(), mask, reader.positions.clone())
+        return cls(cache, at, reader.ids.clone(), mask, reader.positions.clone())
 
     def tensors(self) -> list[Tensor]:
         return [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
@@ -218,25 +215,6 @@ class _Fixed:
         self.mask[:, :masked] = reader.mask
         self.ids.copy_(reader.ids)
         self.positions.copy_(reader.positions)
-
-
-@cache
-def _layer() -> Any:
-    """transformers' static layer, all of one length: it moves once a token, not once a layer."""
-    from transformers.cache_utils import StaticLayer
-
-    class Layer(StaticLayer):
-        def __init__(self, keys: Tensor, values: Tensor, room: int, at: Tensor) -> None:
-            super().__init__(max_cache_len=room)
-            self.lazy_initialization(keys, values)
-            self.cumulative_length = at
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            at = self.cumulative_length.view(1)
-            assert self.keys is not None and self.values is not None
-            return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
-
-    return Layer
 
 
 _kept: WeakKeyDictionary[Any, dict[tuple[int, int], _Fixed]] = WeakKeyDictionary()

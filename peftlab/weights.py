@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import configs, hardware
+from . import configs, hardware, seam
 from .catalog import models
 from .catalog.models import BaseModel, Wheel
 from .errors import SpecError, WeightsError
@@ -313,7 +313,7 @@ def convert(gguf: Path, folder: Path) -> None:
     import torch
     from gguf import GGUFReader
 
-    transformers = configs.library()
+    transformers = seam.library()
     whole: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
         whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -366,7 +366,7 @@ def load(spec: RunSpec) -> Base:
 
     from . import fused
 
-    transformers = configs.library()
+    transformers = seam.library()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -431,7 +431,7 @@ def _quantized(spec: RunSpec, dtype: Any, device: str) -> dict[str, Any]:
         return {}
     from importlib.util import find_spec
 
-    make = configs.library().BitsAndBytesConfig
+    make = seam.library().BitsAndBytesConfig
     if find_spec("bitsandbytes") is None:
         raise SpecError(
             f"quantization={spec.quantization}: it needs the package bitsandbytes, which is not installed; "

@@ -235,13 +235,15 @@ def study_sentence(role: str, layer: int, weight: Spectrum, deltas: Mapping[str,
 
 
 def gear(events: Sequence[dict[str, Any]]) -> str:
-    """How the steps of a run are launched, and why, from its events."""
+    """How the steps of a run are launched, and why, and what of them is not fused, from its events."""
     said = [e for e in events if "gear" in e]
     if not said:
         return "steps launched one operation at a time"
+    apart = [name for e in events for name in e.get("not_fused", ())]
+    rest = f"; not fused: {escape(', '.join(apart))}" if apart else ""
     if said[-1]["gear"] == "graph":
-        return "each step one CUDA graph"
-    return f"steps launched one operation at a time ({escape(said[-1]['why_eager'])})"
+        return "each step one CUDA graph" + rest
+    return f"steps launched one operation at a time ({escape(said[-1]['why_eager'])}){rest}"
 
 
 def live_sentence(events: Sequence[dict[str, Any]]) -> str:

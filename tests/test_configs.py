@@ -441,11 +441,11 @@ def test_two_threads_may_be_the_first_to_need_transformers():
     """The page loads its model while it asks for the exact figures."""
     script = """if True:
         import threading
-        from peftlab import configs
+        from peftlab import seam
         start, said = threading.Barrier(4), []
         def need():
             start.wait()
-            said.append("llama" in configs.library().CONFIG_MAPPING)
+            said.append("llama" in seam.library().CONFIG_MAPPING)
         threads = [threading.Thread(target=need) for _ in range(4)]
         [t.start() for t in threads], [t.join() for t in threads]
         assert said == [True] * 4, said

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import CONFIGS, fresh
 
-from peftlab import RunSpec, architecture, fused, methods, resolve, weights
-from peftlab.fused import adjoin, quicken, rotate
+from peftlab import RunSpec, architecture, configs, fused, methods, resolve, seam, weights
+from peftlab.catalog.models import MODELS
+from peftlab.fused import adjoin, attention, functions, quicken
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 3, 4, 2, 7, 1]])
 LABELS = torch.tensor([[-100, -100, 7, 8, 9, 3], [-100, 3, 4, 2, -100, 1]])
@@ -55,9 +56,9 @@ def read(model):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3", "qwen2"])
 def test_logits_and_gradients_are_the_models_own(family, method):
     _, plain, quick = copies(family, method)
-    counts = quicken(quick)
-    assert counts["norms"] and counts["rotary"] == 3 and counts["lora"] == (21 if method in ("lora", "rslora") else 0)
-    assert counts["attention"] == 1 and counts["joined"] == (0 if method == "dora" else 6)
+    found = quicken(quick)
+    assert found.norms and found.rotary == 3 and found.lora == (21 if method in ("lora", "rslora") else 0)
+    assert found.attention == 1 and found.joined == (0 if method == "dora" else 6)
     (want, slopes), (got, fused) = read(plain), read(quick)
     assert got.allclose(want, atol=1e-5)
     for name, slope in slopes.items():
@@ -93,10 +94,101 @@ def test_the_base_keeps_its_own_forwards():
     assert norms and all(isinstance(m, before["model.norm"]) for m in norms)
 
 
-def test_dropout_and_variants_keep_pefts_forward():
-    for method, settings in (("lora", {"dropout": 0.1}), ("dora", {}), ("adalora", {})):
+def test_dropout_and_variants_keep_pefts_forward_and_it_is_told():
+    for method, settings, told in (
+        ("lora", {"dropout": 0.1}, ["LoRA on 21 linear maps (dropout)"]),
+        ("dora", {}, ["LoRA on 21 linear maps (a variant of LoRA)"]),
+        ("adalora", {}, []),
+    ):
         _, _, quick = copies("llama", method, **settings)
-        assert quicken(quick)["lora"] == 0
+        found = quicken(quick)
+        assert found.lora == 0 and list(found.kept) == told
+
+
+CAUSAL = {model.config["model_type"]: key for key, model in MODELS.items() if model.is_causal and model.config}
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_no_family_of_the_catalogue_loses_an_operation(family):
+    """In its real sizes, on the meta device: what is known is known without the model's numbers."""
+    entry = MODELS[CAUSAL[family]]
+    model = configs.build_meta(dict(entry.config)).requires_grad_(False)
+    layers = model.config.num_hidden_layers
+    positions, root = bool(seam.rotary_sizes(model)), family not in ("gpt2", "opt")
+    found = quicken(model)
+    assert found.kept == () and fused.head(model) is not None and found.attention == 1
+    assert found.rotary == (layers if positions else 0) and positions == root
+    assert found.norms >= (2 * layers + 1 if root else 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
+def test_what_was_found_is_what_runs(family, monkeypatch):
+    """Every layer's positions go through `rotate`, in the copy alone, and are prepared once for all layers."""
+    calls, prepared, own = [], set(), functions.rotate
+    functions._turning.cache_clear()
+    functions._tried.clear()
+
+    def counted(q, k, cos, sin, *args, **kwargs):
+        calls.append(q.shape)
+        prepared.add(id(sin.signed))
+        return own(q, k, cos, sin, *args, **kwargs)
+
+    monkeypatch.setattr(functions, "rotate", counted)
+    base, _, quick = copies(family)
+    found = quicken(quick)
+    calls.clear(), prepared.clear()
+    with torch.no_grad():
+        quick(input_ids=IDS)
+    assert len(calls) == found.rotary == 3 and len(prepared) <= 2  # Gemma 3 has two bases of angles
+    base(input_ids=IDS)
+    assert len(calls) == 3
+    functions._turning.cache_clear()
+    functions._tried.clear()
+
+
+def other(name, **values):
+    import transformers
+
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    }
+    config = transformers.AutoConfig.for_model(name, **small | values)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
+
+
+def test_what_rotates_another_way_is_told_and_stays_itself():
+    """A quarter of each head (GPT-NeoX); pairs of neighbours (Cohere)."""
+    for model in (
+        other("gpt_neox", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+        other("cohere", num_key_value_heads=2, pad_token_id=0),
+    ):
+        quick = weights.share(model)
+        found = quicken(quick)
+        assert found.rotary == 0 and "rotary positions in 2 attention modules" in found.kept
+        with torch.no_grad():
+            assert torch.equal(quick.eval()(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_a_norm_with_another_epsilon_or_function_is_told(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class Cubed(LlamaRMSNorm):
+        def forward(self, x):
+            return super().forward(x) ** 3
+
+    class Forgetful(LlamaRMSNorm):
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2)
+
+    for kind in (Cubed, Forgetful):
+        model = fresh("llama").requires_grad_(False)
+        model.model.norm.__class__ = kind
+        found = quicken(model)
+        assert found.norms == 6 and found.kept == ("norms in 1 places",)
 
 
 def test_a_rotation_of_another_kind_is_left_alone():
@@ -106,7 +198,8 @@ def test_a_rotation_of_another_kind_is_left_alone():
     apart, pairs = angles.repeat(1, 1, 2), angles.repeat_interleave(2, -1)
     turned = torch.stack((-q[..., 1::2], q[..., ::2]), -1).flatten(-2)
     neighbours = q * pairs.cos()[:, None] + turned * pairs.sin()[:, None]
-    assert not rotate(q, k, apart.cos(), apart.sin())[0].allclose(neighbours, atol=1e-3)
+    turned = functions.rotate(q, k, apart.cos(), functions._marked(apart.sin(), functions.rotate))
+    assert not turned[0].allclose(neighbours, atol=1e-3)
 
 
 def test_accumulated_gradients_add_up():
@@ -135,7 +228,7 @@ def test_the_base_to_generate_with_is_fused_and_the_base_stays_itself(tiny_model
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_maps_of_one_input_of_which_some_are_adapted(family, modules):
     _, plain, quick = copies(family, target_modules=modules)
-    joined = quicken(quick)["joined"]
+    joined = quicken(quick).joined
     assert joined == 6  # of three layers, q k v and gate up
     (want, slopes), (got, fused_slopes) = read(plain), read(quick)
     assert got.allclose(want, atol=1e-5) and slopes.keys() == fused_slopes.keys()
@@ -146,12 +239,12 @@ def test_maps_of_one_input_of_which_some_are_adapted(family, modules):
 def test_maps_that_are_apart_in_memory_or_trained_are_not_joined():
     base = fresh("llama").requires_grad_(False)
     apart, trained = weights.share(base), weights.share(base)
-    assert quicken(apart)["joined"] == 0
+    assert quicken(apart).joined == 0
     adjoin(base)
     trained = weights.share(base)
     for p in trained.parameters():
         p.requires_grad_(True)
-    assert quicken(trained)["joined"] == 0
+    assert quicken(trained).joined == 0
 
 
 def test_side_by_side_weights_are_the_same_numbers_and_no_more_memory():
@@ -201,7 +294,7 @@ def test_a_recorded_step_has_no_mask(monkeypatch):
         _, plain, quick = copies(family)
         quicken(quick)
         asked = []
-        own = fused._attend
+        own = attention.attend
 
         def attend(module, query, key, value, mask, asked=asked, own=own, **more):
             asked.append(mask)
@@ -209,11 +302,11 @@ def test_a_recorded_step_has_no_mask(monkeypatch):
 
         from transformers import AttentionInterface
 
-        monkeypatch.setattr(fused, "_recording", lambda: True)
+        monkeypatch.setattr(attention, "recording", lambda: True)
         monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
-        AttentionInterface.register(fused.ATTENTION, attend)
+        AttentionInterface.register(attention.NAME, attend)
         got = read(quick)[0]
-        AttentionInterface.register(fused.ATTENTION, own)
+        AttentionInterface.register(attention.NAME, own)
         monkeypatch.undo()
         assert got.allclose(read(plain)[0], atol=1e-5) and asked == [None] * 6
 
@@ -257,7 +350,7 @@ def test_a_loss_in_pieces_is_torchs_own(family, monkeypatch):
         torch.manual_seed(0)  # for models that drop
         outs.append(model(input_ids=IDS).logits)
     want = torch.nn.functional.cross_entropy(outs[0].flatten(0, 1), LABELS.flatten(), reduction="sum")
-    monkeypatch.setattr(fused, "LOGITS", 5 * 512)
+    monkeypatch.setattr(fused.loss, "LOGITS", 5 * 512)
     got = fused.cross_entropy(outs[1], LABELS, head)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     slopes = [

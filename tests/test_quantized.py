@@ -174,14 +174,15 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
 def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
     import torch
 
-    from peftlab.train.engine import _attached
+    from peftlab.train.engine import _attached, _quickened
 
     spec = small(tied_model, "qlora", quantization="nf4")
     base = weights.load(spec)
     ids = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 2]])
     seen = []
     for plain in (True, False):
-        model = _attached(base, spec, not plain)
+        model = _attached(base, spec)
+        _quickened(model, spec, plain)
         draw = torch.Generator().manual_seed(1)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():

@@ -32,7 +32,8 @@ def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = pri
     base, task = weights.load(spec), tasks.find(spec.task or "")
     prompts = [tasks.prompt_ids(base.tokenizer, task.instruction, row.prompt) for row in task.heldout]
     rows = []
-    adapted = [engine._attached(base, spec, quick).eval() for quick in (True, False)]
+    adapted = [engine._attached(base, spec).eval() for _ in range(2)]
+    engine._quickened(adapted[0], spec)
     for name, quick, plain in (("base", base.quick, base.model), (spec.method, *adapted)):
         for streams in STREAMS:
             asked = prompts[:streams]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import configs, hardware, tasks, weights
+from .. import configs, hardware, seam, tasks, weights
 from ..catalog import models
 from ..errors import SpecError
 from ..generate import PUBLIC_DOMAIN
@@ -37,7 +37,7 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
         )
     for _ in weights.fetch(models.DEFAULT):
         pass
-    tokenizer = configs.library().AutoTokenizer.from_pretrained(weights.folder_of(models.find(models.DEFAULT)))
+    tokenizer = seam.library().AutoTokenizer.from_pretrained(weights.folder_of(models.find(models.DEFAULT)))
     device = hardware.here().device
 
     def draw(_: str, tensor: Any) -> Any:

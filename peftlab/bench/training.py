@@ -78,6 +78,7 @@ def _ours(spec: RunSpec, eager: bool, plain: bool) -> dict[str, Any]:
     steps = [e for e in events if e["type"] == "step"]
     return {
         "gear": next((e["gear"] for e in events if e["type"] == "gear"), start["gear"]),
+        "not_fused": start["not_fused"],
         "first_step_seconds": steps[0]["seconds"],
         "step_seconds": statistics.median(e["seconds"] for e in steps),
         "training_seconds": done["training_seconds"],
@@ -120,7 +121,7 @@ def _compiled(spec: RunSpec) -> dict[str, Any]:
     import torch
 
     base = weights.load(spec)
-    model = engine._attached(base, spec, quick=False).train()
+    model = engine._attached(base, spec).train()
     fast: Any = torch.compile(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = _optimizers(model, spec, base.device)
@@ -194,7 +195,7 @@ def _trainer(spec: RunSpec, **more: Any) -> dict[str, Any]:
     from transformers import Trainer, TrainingArguments
 
     base = weights.load(spec)
-    model = engine._attached(base, spec, quick=False)
+    model = engine._attached(base, spec)
     stream = _batches(spec, base)
     batches = [next(stream) for _ in range(spec.steps or 1)]
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +218,7 @@ def _sft(spec: RunSpec) -> dict[str, Any]:
 
     library: Any = trl
     base = weights.load(spec)
-    model = engine._attached(base, spec, quick=False)
+    model = engine._attached(base, spec)
     task = tasks.find(spec.task or "")
     pairs = encode(base.tokenizer, task, task.train)
     rows = [
@@ -348,6 +349,7 @@ def _gear(model: str | None, task: str | None, method: str) -> dict[str, Any]:
     try:
         found = pace(RunSpec(model=model, task=task, method=method), GEAR_STEPS)
         row |= {"gear": found.gear, "why_eager": found.why_eager, "step_seconds": found.seconds}
+        row["not_fused"] = list(found.not_fused)
     except (PeftlabError, RuntimeError) as error:
         row["error"] = str(error).splitlines()[0][:300]
     return row

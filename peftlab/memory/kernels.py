@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import seam
+
 NAME = "peftlab-trace"
 """Under which transformers knows the attention below."""
 
@@ -98,20 +100,15 @@ def attention(
 
 def register() -> None:
     """Makes NAME an attention that transformers knows; masks where a window is shorter than the text, or after a prefix."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    sdpa = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
         """transformers' own takes fake tensors for a compilation, and then always makes one."""
         alone = kwargs["q_length"] == kwargs["kv_length"]  # a prefix in the cache makes them differ
         if alone and (local_size is None or kwargs["kv_length"] < local_size):
             return None
-        return sdpa(*args, local_size=local_size, **kwargs)
+        return seam.sdpa_mask(*args, local_size=local_size, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
+    seam.register_attention(NAME, attention, mask)
 
 
 class Norm(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import architecture as architectures
-from .. import configs, fused, methods, optimizers
+from .. import configs, fused, methods, optimizers, seam
 from ..catalog import models
 from ..errors import PeftlabError, SpecError
 from ..spec import RunSpec, parse_layers
@@ -157,7 +157,6 @@ def _record(
     quick: bool,
     stop: Callable[[], None],
 ) -> dict[str, list[Entry]]:
-    configs.library()
     kernels.register()
     depth = len(kept)
     model = _meta(spec, config, kept)
@@ -166,7 +165,7 @@ def _record(
         fused.try_out(model)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, kernels.Fused():
         _fake(model, recorder)
-        if quick and fused.suits(spec):
+        if quick and not fused.why_not(spec):
             recorder.part = BEFORE
             fused.adjoin(model)
             fused.quicken(model, bool(spec.hold_outputs))
@@ -267,7 +266,7 @@ def _meta(spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
         wanted = set(parse_layers(spec.layers, architectures.of(spec.model or "").n_layers))
         spec = spec.but(layers=",".join(str(i) for i, layer in enumerate(kept) if layer in wanted))
     method = methods.METHODS["lora" if spec.method == "pissa" else spec.method or ""]  # its start needs W's numbers
-    model.config._attn_implementation = kernels.NAME if spec.attention == "sdpa" else spec.attention
+    seam.set_attention(model.config, kernels.NAME if spec.attention == "sdpa" else spec.attention or "eager")
     spec = spec.but(method=method.key)
     model = method.attach(model, methods.targets(shape, spec), spec)
     if spec.quantization not in (None, "none"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import seam
 from ..architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
@@ -78,7 +79,7 @@ def prefix(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     weight = adapted.prompt_encoder["default"].embedding.weight
     ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, spec.virtual_tokens or 1))
     with torch.no_grad():
-        cache = model.eval()(input_ids=ids.to(weight.device), use_cache=True).past_key_values
+        _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
         flat = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
         weight.copy_(torch.cat(flat, 1))
     return adapted

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from .. import seam
 from ..errors import SpecError
 from ..spec import RunSpec
 from . import Target
@@ -142,7 +143,6 @@ def _steered(
     input_ids: Any,
     attention_mask: Any = None,
     position_ids: Any = None,
-    past_key_values: Any = None,
     logits_to_keep: Any = 0,
     **rest: Any,
 ) -> Any:
@@ -154,7 +154,8 @@ def _steered(
     import torch
 
     config, base, batch = self.active_peft_config, self.get_base_model(), len(input_ids)
-    virtual, first, device = config.num_virtual_tokens, past_key_values is None, input_ids.device
+    name = seam.cache_name()
+    virtual, first, device = config.num_virtual_tokens, rest.get(name) is None, input_ids.device
     in_cache = config.peft_type == "PREFIX_TUNING"
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask.new_ones(batch, virtual), attention_mask], 1)
@@ -162,7 +163,7 @@ def _steered(
         position_ids = position_ids + virtual
     inputs = {"input_ids": input_ids}
     if first and in_cache:
-        past_key_values = self.get_prompt(batch)
+        rest[name] = self.get_prompt(batch)
     elif first:
         embedded = base.get_input_embeddings()(input_ids)
         inputs = {"inputs_embeds": torch.cat([self.get_prompt(batch).to(embedded.dtype), embedded], 1)}
@@ -172,7 +173,6 @@ def _steered(
         **inputs,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
         logits_to_keep=logits_to_keep,
         **rest,
     )

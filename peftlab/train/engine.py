@@ -62,6 +62,7 @@ class Pace(NamedTuple):
     why_eager: str
     seconds: float
     """Of a usual step."""
+    not_fused: tuple[str, ...]
 
 
 def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) -> Iterator[Event]:
@@ -88,7 +89,7 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
     yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
            "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
            "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
-           "why_eager": run.gear.why}  # fmt: skip
+           "why_eager": run.gear.why, "fused": run.fused.counts(), "not_fused": list(run.fused.kept)}  # fmt: skip
     try:
         yield from run.events()
     finally:
@@ -120,7 +121,7 @@ def pace(spec: RunSpec, steps: int = 2 * WARM_STEPS) -> Pace:
         run = _Run(spec, task, base, Path(folder), pairs)
         run.rehearse(steps // 2)
         seconds = run.rehearse(steps - steps // 2)
-        found = Pace(run.gear.name, run.gear.why, seconds)
+        found = Pace(run.gear.name, run.gear.why, seconds, run.fused.kept)
         run.close()
     return found
 
@@ -146,18 +147,23 @@ def _check_lengths(pairs: Sequence[Pair], spec: RunSpec) -> None:
         )
 
 
-def _attached(base: weights.Base, spec: RunSpec, quick: bool) -> Any:
+def _attached(base: weights.Base, spec: RunSpec) -> Any:
     """A private copy of the base with the method attached; only the method's own parameters require gradients."""
     shape = architectures.of(spec.model or "")
     targets = methods.targets(shape, spec, base.entry.name)
     with _seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
-    if quick and fused.suits(spec):
-        fused.quicken(model, bool(spec.hold_outputs))
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+def _quickened(model: Any, spec: RunSpec, plain: bool = False) -> fused.Fused:
+    """What of a private copy's operations is fused from now on; nothing where it is to stay `plain`."""
+    if why := "as asked" if plain else fused.why_not(spec):
+        return fused.Fused(kept=(f"all operations ({why})",))
+    return fused.quicken(model, bool(spec.hold_outputs))
 
 
 def _drops(model: Any) -> bool:
@@ -206,7 +212,8 @@ class _Run:
         plain: bool = False,
     ) -> None:
         self.spec, self.task, self.base, self.out = spec, task, base, out
-        self.model = model = _attached(base, spec, quick=not plain)
+        self.model = model = _attached(base, spec)
+        self.fused = _quickened(model, spec, plain)
         self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, base.device)
         self.trained = self.gear.step.trained
         self.batches = Batches(

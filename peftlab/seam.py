@@ -1,0 +1,172 @@
+"""The seam to transformers: everything that peftlab takes from it and that its documentation does not promise.
+
+When a release of transformers moves one of these, this file changes and no other. Relied on are:
+
+- attention modules take `position_embeddings`, which is (cos, sin), by name, and look up `apply_rotary_pos_emb` in their own
+  file each time they run (`offer_rotation`);
+- buffers named `inv_freq` hold a frequency for each pair of numbers that is rotated (`rotary_sizes`);
+- RMS norms keep their epsilon as `variance_epsilon` or `eps` (`epsilon`);
+- a config says in `_attn_implementation` how its model attends, and looks it up there in two tables (`register_attention`);
+- keys and values that were read are called `cache` from 5.24 on, `past_key_values` before (`cache_name`), and are kept
+  layer by layer (`fixed_cache`);
+- a model that writes text calls its body by `base_model_prefix` and maps what that gives to logits (`writer`);
+- the classes that write text are listed by the model_type of their config (`writers`).
+
+tests/test_seam.py tries them on the installed release.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROTARY = "apply_rotary_pos_emb"
+TURN = "peftlab_turn"
+"""The attribute of a `sin` that holds what is to be called instead of ROTARY."""
+EPSILONS = ("variance_epsilon", "eps")
+_importing = threading.Lock()
+
+
+def library() -> Any:
+    """transformers. Its import puts another module in its own place: a second thread meanwhile would get an empty one."""
+    with _importing:
+        import transformers
+    return transformers
+
+
+def offer_rotation(kind: type) -> bool:
+    """Lets a `sin` say how attention of this class rotates queries and keys; False where it calls no such function.
+
+    The function in the class's file is wrapped, once. It does as before for every `sin` without a TURN of its own, so that
+    other models of the process see no difference.
+    """
+    files = {sys.modules[base.__module__] for base in kind.__mro__ if base.__module__ in sys.modules}
+    calling = [file for file in files if callable(getattr(file, ROTARY, None))]
+    for file in calling:
+        own = getattr(file, ROTARY)
+        if not hasattr(own, TURN):
+            setattr(file, ROTARY, _giving_way(own))
+    return bool(calling)
+
+
+def _giving_way(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(sin, TURN, own)(q, k, cos, sin, *args, **kwargs)
+
+    setattr(rotation, TURN, True)
+    return rotation
+
+
+def rotary_sizes(model: Any) -> set[int]:
+    """How many numbers of a head are rotated: one size for most models, none where positions are not rotary."""
+    return {2 * buffer.shape[-1] for name, buffer in model.named_buffers() if "inv_freq" in name}
+
+
+def epsilon(norm: Any) -> float:
+    """What an RMS norm adds to the mean square. Raises AttributeError."""
+    found = next((name for name in EPSILONS if isinstance(getattr(norm, name, None), float)), EPSILONS[-1])
+    return getattr(norm, found)
+
+
+def configs_of(model: Any) -> list[Any]:
+    """Every config that a module of the model reads, once."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in found if hasattr(c, "_attn_implementation")}.values())
+
+
+def attention_of(config: Any) -> str:
+    """sdpa, eager, or a name that was registered."""
+    return config._attn_implementation
+
+
+def set_attention(config: Any, name: str) -> None:
+    config._attn_implementation = name
+
+
+def register_attention(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Has configs with this name attend by `attend`, through masks made by `mask`."""
+    transformers = library()
+    transformers.AttentionInterface.register(name, attend)
+    transformers.AttentionMaskInterface.register(name, mask)
+
+
+def sdpa(*args: Any, **kwargs: Any) -> Any:
+    """transformers' attention by torch's scaled_dot_product_attention."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that goes with `sdpa`."""
+    from transformers.masking_utils import sdpa_mask as made
+
+    return made(*args, **kwargs)
+
+
+@cache
+def cache_name() -> str:
+    """What models call the keys and values that they have read, as an argument and in what they return."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def read(model: Any, held: Any, **inputs: Any) -> tuple[Any, Any]:
+    """(the output of `model` for inputs that follow what `held` keeps, what is kept from then on)"""
+    name = cache_name()
+    out = model(**inputs, use_cache=True, **({} if held is None else {name: held}))
+    return out, getattr(out, name)
+
+
+def fixed_cache(held: Any, room: int, at: Tensor) -> Any:
+    """An empty cache of `room` tokens for the layers of `held`. All layers go on at the same place, `at`, which is moved by
+    whoever reads: once a token, not once a layer.
+    """
+    from transformers.cache_utils import Cache
+
+    return Cache(layers=[_fixed_layer()(layer.keys, layer.values, room, at) for layer in held.layers])
+
+
+@cache
+def _fixed_layer() -> Any:
+    from transformers.cache_utils import StaticLayer
+
+    class Layer(StaticLayer):
+        def __init__(self, keys: Tensor, values: Tensor, room: int, at: Tensor) -> None:
+            super().__init__(max_cache_len=room)
+            self.lazy_initialization(keys, values)
+            self.cumulative_length = at
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            at = self.cumulative_length.view(1)
+            assert self.keys is not None and self.values is not None
+            return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
+
+    return Layer
+
+
+def writer(model: Any) -> Any:
+    """The transformers model inside an adapted one; None where there is none."""
+    kind = library().PreTrainedModel
+    return next((module for module in model.modules() if isinstance(module, kind)), None)
+
+
+def writers() -> tuple[Mapping[str, Any], ...]:
+    """model_type → name of the class that writes text: encoder and decoder, masked, causal."""
+    library()
+    from transformers.models.auto import modeling_auto as auto
+
+    return (
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
