@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, words
+from . import __version__, seam, words
 from .errors import PeftlabError, SpecError
 from .spec import SETTINGS, RunSpec
 
@@ -21,6 +21,12 @@ from .spec import SETTINGS, RunSpec
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SpecError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def console() -> NoReturn:
+    """The command, in a process of its own: every line it prints is its own."""
+    seam.quiet()
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -573,4 +579,4 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

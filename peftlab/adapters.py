@@ -180,6 +180,9 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
         if "NaNs detected" not in str(error):
             raise
         finite = False
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise AdapterError(f"{adapter.folder}: it cannot be merged ({reason}); use it as it is") from None
     if not finite:
         raise AdapterError(_not_finite(adapter))
     fused.adjoin(merged)

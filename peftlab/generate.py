@@ -93,7 +93,7 @@ class _Fetched:
         self.done = None
         self.host = both
         if both.is_cuda:
-            self.host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True)
+            self.host = graphs.pinned(torch.empty(both.shape, dtype=both.dtype)).copy_(both, non_blocking=True)
             self.done = torch.cuda.Event()
             self.done.record()
 

@@ -29,6 +29,12 @@ def apart() -> Iterator[None]:
         yield
 
 
+def pinned(tensor: Any) -> Any:
+    """A copy in memory that the GPU can read by itself. While a graph is being recorded CUDA refuses to give any."""
+    with _using:
+        return tensor.pin_memory()
+
+
 @contextmanager
 def recording(graph: Any, pool: Any = None) -> Iterator[None]:
     """Records what is launched within into a `torch.cuda.CUDAGraph`; use it `apart`. Raises RuntimeError.

@@ -18,8 +18,11 @@ tests/test_seam.py tries them on the installed release.
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -31,7 +34,24 @@ ROTARY = "apply_rotary_pos_emb"
 TURN = "peftlab_turn"
 """The attribute of a `sin` that holds what is to be called instead of ROTARY."""
 EPSILONS = ("variance_epsilon", "eps")
+SILENCE = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
+"""What keeps libraries from writing to the terminal, in this process and those that it starts."""
 _importing = threading.Lock()
+
+
+def quiet() -> None:
+    """For a process whose every line is to be its own: libraries' advice and warnings are left out, unless the environment
+    asks for them. Comes before they are imported.
+    """
+    asked = "PYTHONWARNINGS" in os.environ
+    for name, value in SILENCE.items():
+        os.environ.setdefault(name, value)
+    if not asked and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())  # or loggers that nobody has set up write there too
 
 
 def library() -> Any:

@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put the repository on the path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model  # noqa: E402
+from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model
 
-from peftlab import RunSpec, hardware, tasks  # noqa: E402
-from peftlab.tasks import Task  # noqa: E402
+from peftlab import RunSpec, hardware, tasks
+from peftlab.tasks import Task
 
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
 
@@ -96,7 +96,7 @@ def toy_file(tmp_path) -> Path:
 
 @pytest.fixture
 def toy_spec(tiny_model, toy_task) -> RunSpec:
-    return RunSpec(model=str(tiny_model), task="toy", learning_rate=1e-2)
+    return RunSpec(model=str(tiny_model), task="toy", learning_rate=1e-2, precision="fp32")  # on a GPU too
 
 
 @pytest.fixture

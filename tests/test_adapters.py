@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from tiny import LLAMA, digest, make_model
+from tiny import LLAMA, digest, ids_on, make_model
 
 from peftlab import (
     AdapterError,
@@ -34,7 +34,7 @@ def logits(model):
     import torch
 
     with torch.no_grad():
-        return model(input_ids=torch.tensor(IDS)).logits
+        return model(input_ids=ids_on(model, IDS)).logits
 
 
 def trained(folder, method, **settings):
@@ -49,7 +49,7 @@ def trained(folder, method, **settings):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+                p.add_(0.1 * torch.randn(p.shape, generator=draw).to(p))
     fused.quicken(model)  # as the engine does
     return base, spec, model
 

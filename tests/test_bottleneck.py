@@ -22,7 +22,7 @@ def adapted(config_files, family, method, **settings):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.3 * torch.randn(p.shape, generator=draw))
+                p.add_(0.3 * torch.randn(p.shape, generator=draw).to(p))
     return base, model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -321,6 +322,25 @@ def test_as_a_process():
     done = as_a_process("params", "--rank", "-1")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert as_a_process("params", "--help").returncode == 0
+
+
+OWN = re.compile(
+    r"loading |tiny-llama from |held out, |step \d+/\d+ |adapter in |answering \d|study of \d+ matrices|peftlab: |$"
+)
+
+
+def test_every_line_of_a_process_is_its_own(tiny_model, toy_file, tmp_path):
+    """Advice about missing packages and what will be removed is for those who write libraries."""
+    spec = ("--model", tiny_model, "--quantization", "nf4", "--gradient-checkpointing")
+    run = tmp_path / "run"
+    for argv in (
+        ("memory", "--exact", *spec, "--batch-size", 1, "--sequence-length", 32),
+        ("train", *spec, "--task", toy_file, "--steps", 2, "--out", run),
+        ("compare", "--adapter", run / "adapter", "--prompt", "what colour", "--max-new-tokens", 3),
+    ):
+        done = as_a_process(*map(str, argv))
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if not OWN.match(line)] == []
 
 
 def test_help_names_every_setting():

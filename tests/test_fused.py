@@ -217,7 +217,8 @@ def test_the_base_to_generate_with_is_fused_and_the_base_stays_itself(tiny_model
     base = weights.load(resolve(RunSpec(model=str(tiny_model), precision="fp32")))
     kinds = {type(m) for m in base.model.modules()}
     with torch.no_grad():
-        want, got = base.model(input_ids=IDS).logits, base.quick(input_ids=IDS).logits
+        ids = IDS.to(base.device)
+        want, got = base.model(input_ids=ids).logits, base.quick(input_ids=ids).logits
     assert got.allclose(want, atol=1e-5)
     assert {type(m) for m in base.model.modules()} == kinds and not {type(m) for m in base.quick.modules()} <= kinds
     assert [p.data_ptr() for p in base.quick.parameters()] == [p.data_ptr() for p in base.model.parameters()]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import CONFIGS, attached, drain, fresh, said
+from tiny import CONFIGS, attached, drain, fresh, ids_on, said
 
 from peftlab import RunSpec, SpecError, generate, resolve, weights
 from peftlab.generate import Decoding, answer, decode, nats_per_token, stream
@@ -10,14 +10,14 @@ PROMPTS = [[5, 9, 200, 31], [7], [42, 43, 44, 45, 46, 47, 48, 300, 301], [11, 12
 
 @pytest.fixture(params=["tiny_model", "tied_model", "gpt2_model"])
 def base(request):
-    return weights.load(resolve(RunSpec(model=str(request.getfixturevalue(request.param)))))
+    return weights.load(resolve(RunSpec(model=str(request.getfixturevalue(request.param)), precision="fp32")))
 
 
 def test_greedy_equals_transformers(base):
 
     width = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    ids = ids_on(base.model, [[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = ids_on(base.model, [[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
     out = base.model.generate(
         ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0
     )
@@ -130,7 +130,7 @@ def test_answers_are_scored_and_progress_is_told(base, toy_task):
 def test_nats_per_token_is_cross_entropy(base):
 
     text = "the cat sat on the mat and what colour is the sky"
-    ids = torch.tensor([base.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    ids = ids_on(base.model, [base.tokenizer(text, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         direct = base.model(input_ids=ids, labels=ids).loss.item()
     assert nats_per_token(base.model, base.tokenizer, text) == pytest.approx(direct, rel=1e-5)
@@ -142,7 +142,7 @@ def test_nats_per_token_reads_every_token_once_in_windows(base):
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     total = 0.0
     for start in range(0, len(ids) - 1, 7):
-        piece = torch.tensor([ids[start : start + 8]])
+        piece = ids_on(base.model, [ids[start : start + 8]])
         with torch.no_grad():
             total += base.model(input_ids=piece, labels=piece).loss.item() * (piece.shape[1] - 1)
     assert nats_per_token(base.model, base.tokenizer, text, window=7) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
@@ -150,7 +150,7 @@ def test_nats_per_token_reads_every_token_once_in_windows(base):
 
 def test_nats_per_token_begins_every_window_as_the_tokenizer_would(base, begun):
     text = "the cat sat on the mat"
-    ids = torch.tensor([begun(text)["input_ids"]])
+    ids = ids_on(base.model, [begun(text)["input_ids"]])
     with torch.no_grad():
         logits = base.model(input_ids=ids).logits[0, 1:-1]
     direct = torch.nn.functional.cross_entropy(logits, ids[0, 2:]).item()

@@ -2,8 +2,9 @@
 
 import re
 
-import gradio as gr
 import pytest
+
+gr = pytest.importorskip("gradio")
 
 from demos import lora_visualizer, page, proving, real_weights
 from peftlab import PeftlabError, RunSpec, count, lowrank

@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+pytest.importorskip("gradio")
+
 from demos import lora_widget
 from peftlab import RunSpec, SpecError, architecture, count, resolve, words
 from peftlab.catalog.models import MODELS

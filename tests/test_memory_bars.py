@@ -8,6 +8,8 @@ import subprocess
 
 import pytest
 
+pytest.importorskip("gradio")
+
 from demos import memory_bars, memory_calculator
 from peftlab import RunSpec, predict, resolve, words
 from peftlab.memory import exact

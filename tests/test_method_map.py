@@ -3,8 +3,9 @@
 import re
 from types import SimpleNamespace
 
-import gradio as gr
 import pytest
+
+gr = pytest.importorskip("gradio")
 
 from demos import method_map, methods, page
 from peftlab import RunSpec, count, published, words

@@ -5,6 +5,8 @@ import io
 
 import pytest
 
+pytest.importorskip("gradio")
+
 from demos import method_race
 from demos.method_race import CARRIED, Choice, board, findings, racers, so_far, status, suited
 from peftlab import RunSpec, SpecError

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from tiny import attached, fresh, logits, run_of, small, steps
+from tiny import attached, fresh, ids_on, logits, run_of, small, steps
 
 from peftlab import RunSpec, SpecError, adapters, count, weights
 from peftlab.catalog.methods import ABOUT, FAMILIES
@@ -163,7 +163,7 @@ def test_adaloras_penalty_is_pefts(tiny_model, toy_task, tmp_path):
     import torch
 
     model = run_of(small(tiny_model, "adalora"), tmp_path).model.eval()
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = ids_on(model, [[5, 6, 7, 8]])
     theirs = model(input_ids=ids, labels=ids)
     plain = torch.nn.functional.cross_entropy(theirs.logits[0, :-1], ids[0, 1:])
     assert (theirs.loss - plain).item() == pytest.approx(lora.orthogonality(model).item(), rel=1e-5)

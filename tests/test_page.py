@@ -3,8 +3,9 @@
 import random
 from types import SimpleNamespace
 
-import gradio as gr
 import pytest
+
+gr = pytest.importorskip("gradio")
 
 import app
 from demos import page

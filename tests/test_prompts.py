@@ -1,7 +1,7 @@
 """Virtual tokens: the model steered by them computes what peft's own would, and decoding sees the distances of training."""
 
 import pytest
-from tiny import CONFIGS, make_model, run_of, said, small, steps
+from tiny import CONFIGS, ids_on, make_model, run_of, said, small, steps
 
 from peftlab import adapters, generate, weights
 from peftlab.generate import Decoding, nats_per_token
@@ -41,7 +41,7 @@ def steered(lively, toy_task, tmp_path):
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
-                    p.add_(0.3 * torch.randn(p.shape, generator=draw))
+                    p.add_(0.3 * torch.randn(p.shape, generator=draw).to(p))
         return model
 
     return make
@@ -54,7 +54,7 @@ def test_in_training_it_is_pefts_own_forward(method, family, kept, steered):
     import torch
 
     model = steered(method, family).train()
-    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
+    ids = ids_on(model, [[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
     options = {"logits_to_keep": kept} if kept else {}
     torch.manual_seed(0)  # GPT-2 and OPT have dropout
     ours = model(input_ids=ids, use_cache=False, **options).logits
@@ -106,7 +106,7 @@ def test_token_by_token_equals_the_whole_sequence_again(method, family, steered,
     tokens, together = decoded(model, PROMPTS)
     for prompt, answer, row in zip(PROMPTS, tokens, together, strict=True):
         with torch.no_grad():
-            whole = type(model).forward(model, input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
+            whole = type(model).forward(model, input_ids=ids_on(model, [prompt + answer]), use_cache=False).logits
         after = whole[0, -len(answer) - 1 : -1]  # the prompt's last position, and each token's but the last
         assert after.argmax(1).tolist() == answer and len(answer) == 6
         assert torch.allclose(after, row, atol=1e-3)
@@ -130,10 +130,10 @@ def test_a_prefix_starts_as_the_keys_and_values_of_tokens(family, lively, toy_ta
     drawn, randint = [], torch.randint
     monkeypatch.setattr(torch, "randint", lambda *args, **rest: drawn.append(randint(*args, **rest)) or drawn[-1])
     run = run_of(small(lively[family], "prefix"), tmp_path)
-    (tokens,) = (t for t in drawn if t.shape == (1, 5))
-    ids = torch.tensor([[5, 6, 7, 8]])
+    (start,) = (t for t in drawn if t.shape == (1, 5))
+    ids = ids_on(run.model, [[5, 6, 7, 8]])
     with torch.no_grad():
-        read = run.base.model(input_ids=torch.cat([tokens, ids], 1)).logits[:, 5:]
+        read = run.base.model(input_ids=torch.cat([start.to(ids), ids], 1)).logits[:, 5:]
         assert torch.allclose(run.model.eval()(input_ids=ids).logits, read, atol=1e-4)
 
 
@@ -142,12 +142,12 @@ def test_prompt_tuning_starts_as_the_embeddings_of_tokens(family, lively, toy_ta
     import torch
 
     run = run_of(small(lively[family], "prompt"), tmp_path)
-    vectors, known = run.trained[0], run.base.model.get_input_embeddings()(torch.arange(512))
-    tokens = torch.cdist(vectors.detach(), known).argmin(1)
-    assert torch.allclose(known[tokens], vectors, atol=1e-6)
-    ids = torch.tensor([[5, 6, 7, 8]])
+    vectors, known = run.trained[0], run.base.model.get_input_embeddings()(ids_on(run.model, range(512)))
+    start = torch.cdist(vectors.detach(), known).argmin(1)
+    assert torch.allclose(known[start], vectors, atol=1e-6)
+    ids = ids_on(run.model, [[5, 6, 7, 8]])
     with torch.no_grad():
-        read = run.base.model(input_ids=torch.cat([tokens[None], ids], 1)).logits[:, 5:]
+        read = run.base.model(input_ids=torch.cat([start[None], ids], 1)).logits[:, 5:]
         assert torch.allclose(run.model.eval()(input_ids=ids).logits, read, atol=1e-4)
 
 

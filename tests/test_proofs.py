@@ -4,7 +4,7 @@ import math
 from importlib.metadata import version
 
 import pytest
-from tiny import digest, drain, make_tokenizer, said
+from tiny import digest, drain, ids_on, make_tokenizer, said
 
 from peftlab import RunSpec, SpecError, adapters, architecture, methods, proofs, resolve, tasks, weights
 from peftlab.generate import Decoding
@@ -26,7 +26,7 @@ def saved(model, method, folder, noise=0.1, **settings):
     with torch.no_grad():
         for p in attached.parameters():
             if p.requires_grad:
-                p.add_(noise * torch.randn(p.shape))
+                p.add_(noise * torch.randn(p.shape).to(p))
     return base, adapters.read(adapters.save(attached, spec, folder / method))
 
 
@@ -54,12 +54,12 @@ def test_the_merged_weight_is_w_plus_scaled_ba_and_the_dial_scales_it(lora):
     name = "model.layers.1.self_attn.v_proj"
     layer = apart.get_submodule(f"base_model.model.{name}")
     w, a, b = (
-        t.weight.detach().double().numpy()
+        t.weight.detach().double().cpu().numpy()
         for t in (base.model.get_submodule(name), layer.lora_A["default"], layer.lora_B["default"])
     )
     assert w.shape == (32, 64) and a.shape == (4, 64) and b.shape == (32, 4)
     for model, share in ((merged, 1.0), (half, 0.5), (proofs._between(base.model, merged, -2), -2)):
-        found = model.get_submodule(name).weight.detach().numpy()
+        found = model.get_submodule(name).weight.detach().cpu().numpy()
         assert np.abs(found - (w + share * (8 / 4) * b @ a)).max() < 1e-6
     untouched = "model.layers.1.input_layernorm"
     assert half.get_submodule(untouched).weight.data_ptr() == base.model.get_submodule(untouched).weight.data_ptr()
@@ -96,9 +96,9 @@ def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_mo
     (answer,) = said(apart, [prompt], Decoding(8), eos=base.tokenizer.eos_token_id)
     assert report.prompt_tokens == len(prompt) and whole.positions == rounded.positions == len(prompt + answer)
     assert report.answer == base.tokenizer.decode(answer, skip_special_tokens=True)
-    ids = torch.tensor([prompt + answer])
+    ids = ids_on(base.model, [prompt + answer])
     with torch.no_grad():
-        outs = [m(ids).logits.double().numpy() for m in (base.model, apart, adapters.merge(base, adapter))]
+        outs = [m(ids).logits.double().cpu().numpy() for m in (base.model, apart, adapters.merge(base, adapter))]
     assert report.adapter_moves == pytest.approx(abs(outs[1] - outs[0]).max(), rel=1e-4)
     assert whole.largest_difference == pytest.approx(abs(outs[1] - outs[2]).max(), rel=1e-3)
     assert digest(base.model) == before

@@ -4,7 +4,7 @@ import hashlib
 import math
 
 import pytest
-from tiny import digest, logits, run_of, small, steps
+from tiny import digest, ids_on, logits, run_of, small, steps
 
 from peftlab import RunSpec, SpecError, adapters, compare, weights
 from peftlab.methods import METHODS
@@ -41,7 +41,7 @@ def whole_digest(model):
 
     total = hashlib.sha256(digest(model).encode())
     for name, tensor in beside(model):
-        total.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -178,7 +178,7 @@ def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
 
     spec = small(tied_model, "qlora", quantization="nf4")
     base = weights.load(spec)
-    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 2]])
+    ids = ids_on(base.model, [[5, 6, 7, 8], [9, 3, 4, 2]])
     seen = []
     for plain in (True, False):
         model = _attached(base, spec)
@@ -187,7 +187,7 @@ def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for p in trained.values():
-                p.add_(0.05 * torch.randn(p.shape, generator=draw))
+                p.add_(0.05 * torch.randn(p.shape, generator=draw).to(p))
         logits = model(input_ids=ids, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
         seen.append((logits.detach(), {n: p.grad for n, p in trained.items()}))

@@ -53,7 +53,7 @@ def test_a_task_is_the_runs_own(entries):
 
 def choices(build, *args):
     """Every choice of every component that a tab builds, as the browser gets them."""
-    import gradio as gr
+    gr = pytest.importorskip("gradio")
 
     with gr.Blocks() as demo:
         build(*args)
@@ -65,7 +65,7 @@ def choices(build, *args):
 
 
 def test_the_memory_tab_offers_them(entries):
-    import gradio as gr
+    gr = pytest.importorskip("gradio")
 
     from demos import memory_calculator, page
 
@@ -75,7 +75,7 @@ def test_the_memory_tab_offers_them(entries):
 
 
 def test_the_live_tab_offers_them(entries):
-    import gradio as gr
+    gr = pytest.importorskip("gradio")
 
     from demos import live_finetune, page
 
@@ -84,7 +84,7 @@ def test_the_live_tab_offers_them(entries):
 
 
 def test_the_lora_tab_offers_the_model(entries):
-    import gradio as gr
+    gr = pytest.importorskip("gradio")
 
     from demos import lora_visualizer, page
 
@@ -92,7 +92,7 @@ def test_the_lora_tab_offers_the_model(entries):
 
 
 def test_a_model_too_large_or_no_writer_is_not_offered_live(entries, monkeypatch):
-    from demos import live_finetune
+    live_finetune = pytest.importorskip("demos.live_finetune")
 
     monkeypatch.setitem(models.MODELS, "toy-large", replace(MODEL, key="toy-large", total_parameters=10**11))
     offered = {key for _, key in live_finetune.runnable()}

@@ -24,14 +24,14 @@ def saved(folder, out, method, **settings):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+                p.add_(0.1 * torch.randn(p.shape, generator=draw).to(p))
     return base, adapters.read(adapters.save(model, spec, out / method))
 
 
 def stored(base, name):
     """A base's weight, d_out × d_in."""
     module = base.model.get_submodule(name)
-    weight = module.weight.data.float()
+    weight = module.weight.data.float().cpu()
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
@@ -44,9 +44,9 @@ def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, re
     assert {u.name for u in found} == {name for kind in kinds for _, name in kind.names()}
     tensors = load_file(adapter.folder / adapters.TENSORS)
     for u in found:
-        a, b = (tensors[f"base_model.model.{u.name}.lora_{side}.weight"].numpy() for side in "AB")
-        assert u.delta.numpy() == pytest.approx(b @ a * (12 / 4), abs=1e-5) and u.delta.dtype == torch.float32
-        assert u.weight.equal(stored(base, u.name)) and u.weight.shape == (u.module.d_out, u.module.d_in)
+        a, b = (tensors[f"base_model.model.{u.name}.lora_{side}.weight"].cpu().numpy() for side in "AB")
+        assert u.delta.cpu().numpy() == pytest.approx(b @ a * (12 / 4), abs=1e-5) and u.delta.dtype == torch.float32
+        assert u.weight.cpu().equal(stored(base, u.name)) and u.weight.shape == (u.module.d_out, u.module.d_in)
         assert lowrank.spectrum(u.delta).rank == 4 and f".{u.layer}." in u.name
     assert digest(base.model) == before and base.model.dtype == getattr(
         torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]
@@ -72,7 +72,7 @@ def test_of_weights_trained_in_place_it_is_the_difference(model, method, request
     for u in found:
         if not u.module.head:
             tuned = tensors[f"{u.name}.weight"].T if u.module.kind == "conv1d" else tensors[f"{u.name}.weight"]
-            assert u.delta.numpy() == pytest.approx((tuned - stored(base, u.name)).numpy(), abs=1e-6)
+            assert u.delta.cpu().numpy() == pytest.approx((tuned - stored(base, u.name)).cpu().numpy(), abs=1e-6)
             assert lowrank.spectrum(u.delta).rank == min(u.delta.shape)
     assert {u.layer for u in found if not u.module.head} == ({2} if method == "last-block" else {0, 1, 2})
     assert digest(base.model) == before
@@ -88,7 +88,9 @@ def test_whatever_merges_has_an_update_that_makes_the_merged_weight(method, tiny
     found, merged = list(study.updates(base, adapter)), adapters.merge(base, adapter)
     assert bool(found) == (method not in NO_LINEAR)
     for u in found:
-        assert (u.weight + u.delta).numpy() == pytest.approx(merged.get_submodule(u.name).weight.numpy(), abs=1e-4)
+        assert (u.weight + u.delta).cpu().numpy() == pytest.approx(
+            merged.get_submodule(u.name).weight.cpu().numpy(), abs=1e-4
+        )
     rest = {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {u.name for u in found}
     assert all(merged.get_submodule(n).weight.equal(base.model.get_submodule(n).weight) for n in rest)
 
@@ -117,7 +119,7 @@ def test_a_study_says_of_each_matrix_what_the_functions_do(tiny_model, tmp_path)
     assert shares == pytest.approx([n / 6 for n in range(7)])
     assert (found.adapter, found.model, found.method) == ("lora", str(tiny_model), "lora")
     for m, u in zip(found.matrices, study.updates(base, adapter), strict=True):
-        w, d = u.weight.numpy(), u.delta.numpy()
+        w, d = u.weight.cpu().numpy(), u.delta.cpu().numpy()
         assert (m.name, m.layer, m.shape) == (u.name, u.layer, w.shape)
         assert (m.role, m.short_name) in {("query", "q_proj"), ("value", "v_proj")}
         assert m.weight.values == pytest.approx(np.linalg.svd(w, compute_uv=False), rel=1e-3, abs=1e-5)
@@ -151,7 +153,7 @@ def test_a_full_fine_tune_keeps_enough_to_compare_with_and_is_small(tiny_model, 
     other = rand(64, 4) @ rand(4, 64, seed=1)
     exact = lowrank.similarity(lowrank.factors(u.delta).v[:, :16], lowrank.factors(other).v[:, :4])
     kept = lowrank.overlap(m.directions, lowrank.directions(other))
-    assert np.array(kept.grid) == pytest.approx(exact.numpy(), abs=2e-3)
+    assert np.array(kept.grid) == pytest.approx(exact.cpu().numpy(), abs=2e-3)
     assert len(m.directions.left) + len(m.directions.right) < 16 * (64 + 64) * 1.4
 
 

@@ -8,7 +8,6 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import transformers
@@ -65,6 +64,7 @@ def index(tied_model, monkeypatch) -> Index:
 
 def write_gguf(file: Path, begins: bool) -> None:
     """One block, random, with a tokenizer of eight tokens whose second begins every text if `begins`."""
+    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(32)
     writer.add_embedding_length(16)

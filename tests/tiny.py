@@ -146,14 +146,14 @@ def attached(name: str, spec: RunSpec):
     return methods.find(spec.method).attach(weights.share(base), targets, spec)
 
 
-def run_of(spec: RunSpec, out: Path):
-    """A run of a resolved spec, as `train` starts it, but for the evaluations."""
+def run_of(spec: RunSpec, out: Path, eager: bool = False):
+    """A run of a resolved spec, as `train` starts it, but for the evaluations; `eager`, it takes no CUDA graph."""
     from peftlab import tasks, weights
     from peftlab.train import engine
     from peftlab.train.batches import encode
 
     base, task = weights.load(spec), tasks.find(spec.task)
-    return engine._Run(spec, task, base, out, encode(base.tokenizer, task, task.train))
+    return engine._Run(spec, task, base, out, encode(base.tokenizer, task, task.train), eager)
 
 
 def steps(run, n: int) -> list[float]:
@@ -168,11 +168,18 @@ def steps(run, n: int) -> list[float]:
     return seen
 
 
+def ids_on(model, rows):
+    """Token ids, where the model is."""
+    import torch
+
+    return torch.tensor(rows, device=next(model.parameters()).device)
+
+
 def logits(model):
     """Of two rows; in evaluation mode, as adapters are used."""
     import torch
 
-    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
+    ids = ids_on(model, [[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
 
@@ -181,11 +188,13 @@ SMALL = {"rank": 4, "virtual_tokens": 5, "bottleneck": 8, "block_size": 16}
 
 
 def small(model, method: str, **rest) -> RunSpec:
-    """The resolved spec of a short run with a small adapter."""
+    """The resolved spec of a short run with a small adapter, in fp32 on every machine."""
     from peftlab.methods import METHODS
 
     used = {k: v for k, v in SMALL.items() if k in METHODS[method].settings}
-    return resolve(RunSpec(model=str(model), method=method, task="toy", **{"steps": 5, **used, **rest}))
+    return resolve(
+        RunSpec(model=str(model), method=method, task="toy", **{"steps": 5, "precision": "fp32", **used, **rest})
+    )
 
 
 def said(model, prompts, decoding, eos=-1):

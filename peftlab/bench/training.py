@@ -20,6 +20,7 @@ from ..errors import PeftlabError
 from ..generate import answer, mean_score
 from ..methods import METHODS
 from ..resolve import resolve_here
+from ..seeded import seeded
 from ..spec import RunSpec
 from ..train import engine, pace, train, warm_up
 from ..train.batches import IGNORED, Batches, encode
@@ -185,7 +186,7 @@ def _timed(trainer: Any, spec: RunSpec, tokens: int) -> dict[str, Any]:
             watch.step()
 
     trainer.add_callback(Ends())
-    with engine._seeded(spec.seed or 0):
+    with seeded(spec.seed or 0):
         trainer.train()
     return watch.finish(tokens)
 

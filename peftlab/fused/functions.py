@@ -80,7 +80,9 @@ def _norm(module: Any) -> tuple[Forward | None, bool]:
     if (type(module), dtype) not in _norms:
         like = copy.copy(module)
         like._parameters = {"weight": torch.nn.Parameter(torch.linspace(0.5, 2, 8, dtype=dtype))}
-        probe = torch.linspace(-3, 2, 32).view(4, 8) * torch.tensor([[1.0], [1.0], [1e-3], [1e-3]])  # epsilon counts too
+        probe = torch.linspace(-3, 2, 32).view(4, 8) * torch.tensor(
+            [[1.0], [1.0], [1e-3], [1e-3]]
+        )  # epsilon counts too
         probe, close = probe.to(dtype), functools.partial(torch.allclose, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         fits: list[Forward] = []
         try:

@@ -19,6 +19,7 @@ from .. import architecture as architectures
 from .. import configs, fused, methods, optimizers, seam
 from ..catalog import models
 from ..errors import PeftlabError, SpecError
+from ..seeded import seeded
 from ..spec import RunSpec, parse_layers
 from . import kernels, step
 from .report import Moment, Overtaken
@@ -268,7 +269,8 @@ def _meta(spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
     method = methods.METHODS["lora" if spec.method == "pissa" else spec.method or ""]  # its start needs W's numbers
     seam.set_attention(model.config, kernels.NAME if spec.attention == "sdpa" else spec.attention or "eager")
     spec = spec.but(method=method.key)
-    model = method.attach(model, methods.targets(shape, spec), spec)
+    with seeded(0):  # the start of an adapter is drawn, which is nobody else's business
+        model = method.attach(model, methods.targets(shape, spec), spec)
     if spec.quantization not in (None, "none"):
         names = {name for m in shape.linear() for _, name in m.names()}
         kernels.quantize(model, names, spec.quantization or "", bool(spec.double_quantization))

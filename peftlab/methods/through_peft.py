@@ -40,21 +40,24 @@ def _tensors(model: Any) -> dict[int, Any]:
 def load(model: Any, folder: Path) -> Any:
     """A PeftModel on `model`'s device with the adapter of `folder`, in the wider of the file's type and the base's.
 
-    peft loads some in the base's type: a norm in bf16 would lose what it has learned.
+    peft loads some in the base's type: a norm in bf16 would lose what it has learned. What it loads into the model's own
+    tensors, such as the biases that were trained with LoRA, goes into copies of them, for their storage is shared.
     """
     import torch
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    device, old = next(model.parameters()).device, _tensors(model)
+    device = next(model.parameters()).device
     config = PeftConfig.from_pretrained(str(folder))
+    saved = load_file(folder / "adapter_model.safetensors")
+    _copy(model, {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in saved})
+    old = _tensors(model)
     relative = str(getattr(config, "init_lora_weights", "")) == "pissa"
     if relative:
         config.init_lora_weights = True
     adapted = PeftModel.from_pretrained(model, folder, config=config).to(device)
     if relative:
         leave_residual(adapted)
-    saved = load_file(folder / "adapter_model.safetensors")
     added = [t for number, t in _tensors(adapted).items() if number not in old]
     at = {t.data_ptr(): t for t in added if t.numel()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -66,6 +69,20 @@ def load(model: Any, folder: Path) -> Any:
         if (place := places.get(name)) is not None:
             place.data = tensor.to(device, dtype)
     return _settled(adapted)
+
+
+def _copy(model: Any, names: set[str]) -> None:
+    """Gives `model` tensors of its own in place of those that are named; where several modules share one, they still do."""
+    import torch
+
+    copies: dict[int, Any] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if name in names and id(tensor) not in copies:
+            own = tensor.detach().clone()
+            copies[id(tensor)] = torch.nn.Parameter(own, False) if isinstance(tensor, torch.nn.Parameter) else own
+    for module in model.modules() if copies else ():
+        for held in (module._parameters, module._buffers):
+            held.update({name: copies[id(t)] for name, t in held.items() if id(t) in copies})
 
 
 def leave_residual(model: Any, start: bool = False) -> None:
@@ -119,10 +136,14 @@ def merge(model: Any) -> Any:
 def _settled(model: Any) -> Any:
     """What peft leaves to the caller: norms that keep the data's type, and virtual tokens that decoding can step over."""
     from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from torch.nn import LayerNorm
 
     for module in model.modules():
         if isinstance(module, LNTuningLayer):
             module.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
+            if isinstance(module.base_layer, LayerNorm):  # whose CUDA kernel takes one type for all
+                for norm in module.ln_tuning_layers.values():
+                    norm.register_forward_pre_hook(lambda norm, args: (args[0].to(norm.weight.dtype),))
         if hasattr(module, "init_8bit_state"):
             module.register_forward_pre_hook(_with_scales)
     if model.active_peft_config.is_prompt_learning:

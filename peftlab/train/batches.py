@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import tasks
+from .. import graphs, tasks
 from ..tasks import Row, Task
 
 if TYPE_CHECKING:
@@ -129,4 +129,4 @@ class Batches:
         labels = [[IGNORED] * len(row.prompt) + row.answer + [IGNORED] * n for row, n in zip(rows, blank, strict=True)]
         data = torch.tensor([ids, labels])
         answers = sum(len(row.answer) for row in rows)
-        return Batch(data.pin_memory() if self.pinned else data, self.starts[width], answers, sum(map(len, rows)))
+        return Batch(graphs.pinned(data) if self.pinned else data, self.starts[width], answers, sum(map(len, rows)))

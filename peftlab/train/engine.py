@@ -13,11 +13,10 @@ import math
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from ..generate import Answer, answer, mean_score, nats_per_token
 from ..memory import exact
 from ..memory.states import workspace
 from ..resolve import resolve_here
+from ..seeded import seeded
 from ..spec import RunSpec
 from ..tasks import Task
 from .batches import Batch, Batches, Pair, encode
@@ -151,7 +151,7 @@ def _attached(base: weights.Base, spec: RunSpec) -> Any:
     """A private copy of the base with the method attached; only the method's own parameters require gradients."""
     shape = architectures.of(spec.model or "")
     targets = methods.targets(shape, spec, base.entry.name)
-    with _seeded(spec.seed or 0):
+    with seeded(spec.seed or 0):
         model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -171,25 +171,6 @@ def _drops(model: Any) -> bool:
     names = ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
     chances = (getattr(module, name, 0) for module in model.modules() for name in names)
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
-
-
-_drawing = threading.Lock()
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed`, then on as before. One run at a time, for torch has one generator for all threads."""
-    import torch
-
-    with _drawing, torch.random.fork_rng(devices=_cuda()):
-        torch.manual_seed(seed)
-        yield
-
-
-def _cuda() -> list[int]:
-    import torch
-
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def _rate(step: int, steps: int) -> float:
@@ -341,9 +322,9 @@ class _Run:
         step = self.steps_done + len(self.pending)
         self.model.train()
         rate = (self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1)
-        seeded = functools.partial(_seeded, (self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext
+        drawing = functools.partial(seeded, (self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext
         why = ""
-        with seeded():
+        with drawing():
             try:
                 self.pending.append(self.gear.run(pieces, rate))
             except CaptureError as error:
@@ -351,7 +332,7 @@ class _Run:
         if why:  # no longer handling the error, which would hold on to the memory of the step that failed
             self.gear = Eager(self.gear.step, why)
             yield {"type": "gear", "gear": self.gear.name, "why_eager": why}
-            with seeded():
+            with drawing():
                 self.pending.append(self.gear.run(pieces, rate))
         if (step + 1) % self.every == 0:
             with self.gear.order():
@@ -471,7 +452,7 @@ class _Run:
 
     def _predicted_peak(self) -> int | None:
         """Of a step with the largest batch, and what stays beside it: the base where training has its own copy, and cuBLAS's
-        workspace for the stream that evaluates. None on a CPU.
+        workspace for the stream that evaluates. None on a CPU, and for a step that cannot be traced.
         """
         if self.highest is None:
             return None
@@ -479,4 +460,7 @@ class _Run:
         spec = self.spec.but(batch_size=batch, sequence_length=max(width, 8))
         own = {p.data_ptr() for p in self.model.parameters()}
         beside = sum(p.nbytes for p in self.base.model.parameters() if p.data_ptr() not in own)
-        return exact(spec, logits=width - start, quick=True).allocated + beside + workspace(spec.gpu)
+        try:
+            return exact(spec, logits=width - start, quick=True).allocated + beside + workspace(spec.gpu)
+        except SpecError:  # the run itself is done, and is not to end by this
+            return None

@@ -4,6 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("playwright")
 from conftest import App
 from playwright.sync_api import Page, expect
 

@@ -3,6 +3,8 @@
 import re
 
 import pytest
+
+pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
 KNOB = "[data-knob={}][type={}]:visible"

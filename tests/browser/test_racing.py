@@ -4,6 +4,8 @@ import csv
 import re
 
 import pytest
+
+pytest.importorskip("playwright")
 from conftest import ROOT, App
 from playwright.sync_api import expect
 from test_app import drawer, sentence, tab

@@ -7,11 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny import LLAMA, TOY, make_model  # noqa: E402
+from tiny import LLAMA, TOY, make_model
 
-from peftlab import tasks  # noqa: E402
-from peftlab.catalog import models  # noqa: E402
-from peftlab.methods import METHODS  # noqa: E402
+from peftlab import tasks
+from peftlab.catalog import models
+from peftlab.methods import METHODS
 
 
 def broken(model, targets, spec, attach=METHODS["ia3"].attach):
@@ -31,6 +31,6 @@ models.MODELS[models.DEFAULT] = replace(
 tasks.TASKS[tasks.DEFAULT] = replace(TOY, key=tasks.DEFAULT)
 METHODS["ia3"] = replace(METHODS["ia3"], attach=broken)
 
-import app  # noqa: E402
+import app
 
 app.main()
