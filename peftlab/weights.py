@@ -91,11 +91,16 @@ def fetch(model: str) -> Iterator[Progress]:
         return
     if entry.folder is not None:
         raise WeightsError(f"{entry.folder} has a config.json and no safetensors weights; add model.safetensors")
-    with _fetching:  # a second caller waits here, and then finds the first one's result
+    with _lock_of(folder_of(entry)):  # a second caller waits here, and then finds the first one's result
         yield from _fetch_missing(entry)
 
 
-_fetching = threading.Lock()
+_locks: dict[object, threading.Lock] = {}
+
+
+def _lock_of(thing: object) -> threading.Lock:
+    """The lock of one folder or one loaded model. `setdefault` is a single operation, so all threads get the same one."""
+    return _locks.setdefault(thing, threading.Lock())
 
 
 def _fetch_missing(entry: BaseModel) -> Iterator[Progress]:
@@ -119,12 +124,13 @@ def _fetch_missing(entry: BaseModel) -> Iterator[Progress]:
             ready = Path(part) / "ready"
             (ready / MANIFEST).write_text(json.dumps(source.__dict__))
             target = folder_of(entry)
-            shutil.rmtree(target, ignore_errors=True)
-            try:
-                ready.rename(target)
-            except OSError:  # another process finished first
-                if source_of(entry) is None:
-                    raise
+            if source_of(entry) is None:  # else another process finished first, and may be reading its copy
+                shutil.rmtree(target, ignore_errors=True)
+                try:
+                    ready.rename(target)
+                except OSError:  # it finished in this very moment
+                    if source_of(entry) is None:
+                        raise
         yield Progress("ready", source.where, source.size, source.size)
         return
     raise WeightsError(
@@ -354,22 +360,16 @@ class Base:
 
 
 _loaded: dict[tuple[str, ...], Base] = {}
-_loading = threading.Lock()
+_building = threading.Lock()
+"""transformers builds one model at a time: meanwhile torch's default type and every model's `tie_weights` are changed."""
 
 
 def load(spec: RunSpec) -> Base:
     """The base model of a resolved spec, in its precision or quantized, on this machine's device; loaded once and kept.
 
-    Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
+    One that is loaded is had at once, whatever else is being fetched or loaded. Raises SpecError for a model that does not
+    write text, and WeightsError where its weights cannot be had.
     """
-    import torch
-
-    from . import fused
-
-    transformers = seam.library()
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     entry = models.find(spec.model or "")
     if not entry.is_causal:
         raise SpecError(
@@ -380,31 +380,45 @@ def load(spec: RunSpec) -> Base:
         str(k)
         for k in (folder_of(entry), spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
     )
-    with _loading:
-        if key not in _loaded:
-            for _ in fetch(spec.model or ""):
-                pass
-            source = source_of(entry)
-            assert source is not None
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder_of(entry),
-                dtype=dtype,
-                attn_implementation=spec.attention or "sdpa",
-                **_quantized(spec, dtype, device),
-            )
-            # what an adapter names as its base: the published model, not this machine's copy of it
-            model.name_or_path = model.config._name_or_path = entry.hub_id or str(entry.folder)
-            model.requires_grad_(False).eval()
-            if spec.quantization in (None, "none"):
-                model.to(device)
-                fused.adjoin(model)
-            _settle(model)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(entry))
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            _loaded[key] = Base(entry, model, tokenizer, source, device)
-        return _loaded[key]
+    if (base := _loaded.get(key)) is None:
+        with _lock_of(key):  # a second caller waits here, and then finds the first one's
+            if (base := _loaded.get(key)) is None:
+                base = _loaded[key] = _load(entry, spec, device)
+    return base
+
+
+def _load(entry: BaseModel, spec: RunSpec, device: str) -> Base:
+    import torch
+
+    from . import fused
+
+    transformers = seam.library()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for _ in fetch(spec.model or ""):
+        pass
+    source = source_of(entry)
+    assert source is not None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
+    with _building:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder_of(entry),
+            dtype=dtype,
+            attn_implementation=spec.attention or "sdpa",
+            **_quantized(spec, dtype, device),
+        )
+    # what an adapter names as its base: the published model, not this machine's copy of it
+    model.name_or_path = model.config._name_or_path = entry.hub_id or str(entry.folder)
+    model.requires_grad_(False).eval()
+    if spec.quantization in (None, "none"):
+        model.to(device)
+        fused.adjoin(model)
+    _settle(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(entry))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(entry, model, tokenizer, source, device)
 
 
 def allocated(base: Base | None = None) -> int:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 import zipfile
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +225,103 @@ def test_two_at_once_download_once(index):
     for thread in threads:
         thread.join(30)
     assert ends == ["ready", "ready"] and index.downloads == 1
+
+
+def until(true):
+    """Waits for what another thread is about to do."""
+    ends = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def beside(*works):
+    """Each of `works` in a thread of its own."""
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_two_models_are_fetched_at_the_same_time(index, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "other", replace(models.find("fake"), key="other", hub_id="nobody/other"))
+    index.gate.clear()
+    threads = beside(fetch, lambda: fetch("other"))
+    try:
+        until(lambda: index.downloads == 2)
+    finally:
+        index.gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert left() == ["fake", "other"]
+
+
+def test_what_another_process_fetched_meanwhile_stays(index, tied_model, monkeypatch):
+    """It may be reading its copy by now."""
+    run = index.run
+    folder = weights.folder_of(models.find("fake"))
+
+    def overtaken(command, stop, **environment):
+        run(command, stop, **environment)
+        if "download" not in command:
+            shutil.copytree(tied_model, folder)
+            (folder / "theirs").touch()
+
+    monkeypatch.setattr(weights, "_run", overtaken)
+    assert fetch()[-1].stage == "ready"
+    assert (folder / "theirs").exists() and left() == ["fake"]
+
+
+def test_a_model_being_downloaded_holds_up_no_other(index, tiny_model):
+    """Neither one that is loaded nor one that is on disk."""
+    loaded, on_disk = (resolve(RunSpec(model=str(tiny_model), precision=p)) for p in ("fp32", "fp16"))
+    base, found = weights.load(loaded), []
+    index.gate.clear()
+    (download,) = beside(lambda: weights.load(resolve(RunSpec(model="fake"))))
+    try:
+        until(lambda: index.downloads)
+        for other in beside(*(lambda spec=spec: found.append(weights.load(spec)) for spec in (loaded, on_disk))):
+            other.join(20)
+        assert len(found) == 2 and base in found
+    finally:
+        index.gate.set()
+    download.join(30)
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """How many models transformers is building, at the start of each build."""
+    now, seen = [], []
+    build = transformers.AutoModelForCausalLM.from_pretrained
+
+    def slowly(*args, **settings):
+        now.append(1)
+        seen.append(len(now))
+        time.sleep(0.1)
+        try:
+            return build(*args, **settings)
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(weights, "_loaded", {})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", slowly)
+    return seen
+
+
+def test_who_asks_for_the_same_model_at_the_same_time_gets_the_same(tiny_model, builds):
+    spec, found = resolve(RunSpec(model=str(tiny_model))), []
+    for thread in beside(*[lambda: found.append(weights.load(spec))] * 3):
+        thread.join(30)
+    assert builds == [1] and len(found) == 3 and all(base is found[0] for base in found)
+
+
+def test_models_are_built_one_after_the_other(tiny_model, tied_model, builds):
+    """transformers changes torch's default type for all threads while it builds one."""
+    specs = [resolve(RunSpec(model=str(m), precision=p)) for m in (tiny_model, tied_model) for p in ("bf16", "fp32")]
+    for thread in beside(*(lambda spec=spec: weights.load(spec) for spec in specs)):
+        thread.join(30)
+    assert builds == [1, 1, 1, 1]
+    assert [str(weights.load(spec).model.dtype) for spec in specs] == ["torch.bfloat16", "torch.float32"] * 2
 
 
 def test_a_local_folder_works(tiny_model):
