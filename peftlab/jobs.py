@@ -60,7 +60,8 @@ class Job:
 
 _pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
 _jobs: dict[str, Job] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Held while the table is read through or added to; `start` asks `running` while it holds it."""
 
 
 def find(job_id: str | None) -> Job | None:
@@ -68,12 +69,14 @@ def find(job_id: str | None) -> Job | None:
 
 
 def running(owner: str) -> Job | None:
-    return next((j for j in _jobs.values() if j.owner == owner and not j.over), None)
+    with _lock:
+        return next((j for j in _jobs.values() if j.owner == owner and not j.over), None)
 
 
 def finished() -> list[tuple[RunSpec, dict[str, Any]]]:
     """The spec and last event of every run that came to its end, the newest first."""
-    over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
+    with _lock:
+        over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
     return [(spec, done) for spec, done in reversed(over) if done.get("steps")]
 
 

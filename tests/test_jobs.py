@@ -115,6 +115,26 @@ def test_a_spec_that_cannot_run_takes_no_place(trainer):
     assert jobs.running("ann") is None
 
 
+@pytest.mark.parametrize("read", [lambda: jobs.running("ann"), jobs.finished], ids=["running", "finished"])
+def test_a_run_that_starts_while_the_table_is_read_does_no_harm(read, trainer, monkeypatch):
+    started = []
+
+    def starts_another(job):
+        """What the reader asks of each job; a run starts in another thread meanwhile."""
+        if not started:
+            started.append(threading.Thread(target=jobs.start, args=(RunSpec(), "bob", trainer)))
+            started[0].start()
+            started[0].join(1)
+        return True
+
+    trainer.go.set()
+    ends(jobs.start(RunSpec(), "ann", trainer))
+    monkeypatch.setattr(jobs.Job, "over", property(starts_another, lambda job, over: None), raising=False)
+    read()
+    started[0].join(20)
+    assert len(jobs._jobs) == 2
+
+
 def test_a_real_run(toy_spec, tmp_path):
     job = jobs.start(toy_spec, "ann")
     assert ends(job)[-1]["type"] == "done" and (tmp_path / job.id / "adapter").exists()
