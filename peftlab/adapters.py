@@ -48,7 +48,8 @@ class Adapter:
 def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None = None) -> Path:
     """Writes what was trained: in peft's own format where peft attached it.
 
-    Written beside `folder` and swapped in, so that an interrupted save never costs the last good one.
+    Written beside `folder` and swapped in: the last good one is moved aside, and removed only once the new one is in its
+    place. Whenever the process ends, `read` of `folder` finds one of the two whole, for it looks aside too.
     """
     from safetensors.torch import save_file
 
@@ -67,14 +68,30 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
         "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    aside = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that ended before it could
+        folder.rename(aside)
+    try:
+        part.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _aside(folder: Path) -> Path:
+    """Where an adapter is while a new one takes its place."""
+    return folder.with_name(folder.name + ".old")
 
 
 def read(folder: Path | str) -> Adapter:
     """The manifest of an adapter folder, ours or peft's. Raises AdapterError that says what is missing."""
     folder = Path(folder)
+    if not folder.exists() and _aside(folder).exists():  # a save ended between its two moves
+        folder = _aside(folder)
     try:
         if (folder / MANIFEST).exists():
             manifest = json.loads((folder / MANIFEST).read_text())

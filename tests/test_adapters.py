@@ -1,5 +1,7 @@
 import json
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from tiny import LLAMA, digest, ids_on, make_model
@@ -65,6 +67,58 @@ def test_saved_read_and_applied_it_is_the_same_model(model, method, request, tmp
     assert logits(applied).equal(logits(made)) and not logits(applied).equal(logits(base.model))
     assert digest(base.model) == before
     assert not any(p.requires_grad for p in applied.parameters())
+
+
+class Killed(BaseException):
+    """The end of the process, as far as a test can have it."""
+
+
+@pytest.mark.parametrize("error", [OSError, Killed])
+@pytest.mark.parametrize("broken", ["rmtree", "rename"])
+def test_whenever_a_save_over_an_adapter_ends_one_of_the_two_is_there(broken, error, tiny_model, tmp_path, monkeypatch):
+    """At each removal and each move in turn; and the next save is as any other."""
+    base, spec, made = trained(tiny_model, "lora")
+    folder = tmp_path / "adapter"
+    for last in range(1, 9):
+        adapters.save(made, spec, folder, {"which": "first"})
+        place, name = (shutil, "rmtree") if broken == "rmtree" else (Path, "rename")
+        work, calls = getattr(place, name), 0
+
+        def fails(*args, work=work, last=last, **settings):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise error("the disk is gone")
+            return work(*args, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fails)
+            with suppress(OSError, Killed):
+                adapters.save(made, spec, folder, {"which": "second"})
+        left = adapters.read(folder)
+        assert left.result["which"] in ("first", "second")
+        assert logits(adapters.apply(base, left)).equal(logits(made))
+        if calls < last:
+            break
+    else:
+        pytest.fail("it never got through")
+    assert left.folder == folder and left.result == {"which": "second"}
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_save_that_cannot_be_put_in_place_puts_the_last_one_back(tiny_model, tmp_path, monkeypatch):
+    _, spec, made = trained(tiny_model, "lora")
+    folder, rename = adapters.save(made, spec, tmp_path / "adapter", {"which": "first"}), Path.rename
+
+    def fails(self, target):
+        if self.name == "adapter.part":
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        adapters.save(made, spec, folder, {"which": "second"})
+    assert folder.exists() and adapters.read(folder).result == {"which": "first"}
 
 
 @pytest.mark.parametrize("model, method", CASES)
