@@ -1,8 +1,10 @@
+import gc
 import itertools
 import json
 import math
 import re
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,8 @@ DONE = {"type", "adapter", "steps", "stopped", "seconds", "training_seconds", "t
         "predicted_peak_bytes", "measured_peak_bytes", "device"}  # fmt: skip
 
 
-on_cpu = pytest.mark.skipif(hardware.here().device != "cpu", reason="it is refused on a CPU only")
+MACHINE = hardware.here()
+on_cpu = pytest.mark.skipif(MACHINE.device != "cpu", reason="it is refused on a CPU only")
 
 
 def losses(spec, out, **how):
@@ -200,6 +203,83 @@ def test_a_page_closed_before_the_first_step_leaves_nothing(toy_spec, tmp_path):
     advance(events, "start")
     events.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def attached(monkeypatch):
+    """The models that runs attach a method to, None once nothing holds them any more; nobody but a run looks for cycles."""
+    made, attach = [], engine._attached
+
+    def recorded(*args, **settings):
+        model = attach(*args, **settings)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(engine, "_attached", recorded)
+    gc.disable()
+    yield made
+    gc.enable()
+
+
+def test_a_page_closed_at_the_start_cleans_up(toy_spec, tmp_path, attached):
+    events = train(toy_spec, tmp_path)
+    advance(events, "start")
+    (tmp_path / STOP).touch()
+    events.close()
+    assert list(tmp_path.iterdir()) == [] and [model() for model in attached] == [None]
+
+
+@pytest.mark.parametrize("part", ["choose", "_drops", "nats_per_token"])
+def test_a_run_that_fails_leaves_no_model_and_no_stop(part, toy_spec, tmp_path, attached, monkeypatch):
+    """Nor does the error, which holds whatever was at work."""
+
+    def fails(model, *args):
+        raise MemoryError("no more")
+
+    weights.load(resolve(toy_spec)).measured.clear()
+    (tmp_path / STOP).touch()
+    monkeypatch.setattr(engine, part, fails)
+    with pytest.raises(MemoryError, match="no more") as error:
+        list(train(toy_spec, tmp_path))
+    assert list(tmp_path.iterdir()) == [] and [model() for model in attached] == [None], error
+
+
+def test_a_pace_that_cannot_be_measured_leaves_no_model(toy_spec, attached, monkeypatch):
+    def fails(step, piece):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(gears.Step, "loss", fails)
+    with pytest.raises(MemoryError, match="no more") as error:
+        engine.pace(toy_spec)
+    assert [model() for model in attached] == [None], error
+
+
+def test_a_warming_up_that_fails_leaves_no_model(toy_spec, attached, monkeypatch):
+    """On a GPU, as far as it is asked."""
+
+    def fails(*args):
+        raise MemoryError("no more")
+
+    base = weights.load(resolve(toy_spec))
+    monkeypatch.setattr(weights, "load", lambda spec: base)
+    monkeypatch.setattr(engine, "answer", fails)
+    monkeypatch.setattr(engine.hardware, "here", lambda: replace(MACHINE, device="cuda"))
+    with pytest.raises(MemoryError, match="no more") as error:
+        engine.warm_up(resolve(toy_spec))
+    assert [model() for model in attached] == [None], error
+
+
+def test_a_save_that_fails_at_the_end_still_cleans_up(toy_spec, tmp_path, attached, monkeypatch):
+    def fails(*args):
+        raise OSError("the disk is full")
+
+    events = train(toy_spec.but(steps=50), tmp_path)
+    advance(events, "step")
+    (tmp_path / STOP).touch()
+    monkeypatch.setattr(adapters, "save", fails)
+    with pytest.raises(OSError, match="the disk is full") as error:
+        events.close()
+    assert list(tmp_path.iterdir()) == [] and [model() for model in attached] == [None], error
 
 
 @pytest.fixture

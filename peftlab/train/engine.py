@@ -12,11 +12,13 @@ import itertools
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,15 +87,12 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None
-    run = _Run(spec, task, base, out, pairs, eager, plain)
-    yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
-           "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
-           "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
-           "why_eager": run.gear.why, "fused": run.fused.counts(), "not_fused": list(run.fused.kept)}  # fmt: skip
-    try:
+    with closing(_Run(spec, task, base, out, pairs, eager, plain)) as run:
+        yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
+               "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
+               "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
+               "why_eager": run.gear.why, "fused": run.fused.counts(), "not_fused": list(run.fused.kept)}  # fmt: skip
         yield from run.events()
-    finally:
-        run.close()
 
 
 def warm_up(spec: RunSpec) -> None:
@@ -102,13 +101,14 @@ def warm_up(spec: RunSpec) -> None:
         return
     base, task = weights.load(spec), tasks.find(spec.task or "")
     pairs = encode(base.tokenizer, task, task.train)
-    with tempfile.TemporaryDirectory() as folder:
-        run = _Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), pairs)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(_Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), pairs)) as run,
+    ):
         run.rehearse(WARM_STEPS)
         for model in (base.quick, run.model.eval()):
             for _ in answer(model, base.tokenizer, dataclasses.replace(task, max_new_tokens=4), task.heldout):
                 pass
-        run.close()
 
 
 def pace(spec: RunSpec, steps: int = 2 * WARM_STEPS) -> Pace:
@@ -117,13 +117,10 @@ def pace(spec: RunSpec, steps: int = 2 * WARM_STEPS) -> Pace:
     _check(spec)
     base, task = weights.load(spec), tasks.find(spec.task or "")
     pairs = encode(base.tokenizer, task, task.train)
-    with tempfile.TemporaryDirectory() as folder:
-        run = _Run(spec, task, base, Path(folder), pairs)
+    with tempfile.TemporaryDirectory() as folder, closing(_Run(spec, task, base, Path(folder), pairs)) as run:
         run.rehearse(steps // 2)
         seconds = run.rehearse(steps - steps // 2)
-        found = Pace(run.gear.name, run.gear.why, seconds, run.fused.kept)
-        run.close()
-    return found
+        return Pace(run.gear.name, run.gear.why, seconds, run.fused.kept)
 
 
 def _check(spec: RunSpec) -> None:
@@ -193,22 +190,11 @@ class _Run:
         plain: bool = False,
     ) -> None:
         self.spec, self.task, self.base, self.out = spec, task, base, out
-        self.model = model = _attached(base, spec)
-        self.fused = _quickened(model, spec, plain)
-        self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, base.device)
-        self.trained = self.gear.step.trained
-        self.batches = Batches(
-            pairs, spec.batch_size or 1, spec.accumulation or 1, spec.seed or 0, base.tokenizer.pad_token_id,
-            pinned=base.device == "cuda",
-        )  # fmt: skip
         self.good: tuple[int, list[Any]] = (0, [])
         self.snapshots: deque[tuple[int, list[Any]]] = deque()
-        small = sum(p.numel() * p.element_size() for p in self.trained) < SMALL
-        self.keep = base.device if small else "cpu"
         self.every = max(1, (spec.steps or 1) // SNAPSHOTS)
         self.hopeless = 0
         self.steps_done = self.saved_at = self.tokens = 0
-        self.draws = _drops(model)
         self.pending: list[Any] = []
         self.stride = 1
         self.losses: list[float] = []
@@ -218,6 +204,25 @@ class _Run:
         self.answers: list[list[Answer]] = []
         self.largest = (0, 0, 0)
         self.highest: int | None = None
+        self.batches = Batches(
+            pairs, spec.batch_size or 1, spec.accumulation or 1, spec.seed or 0, base.tokenizer.pad_token_id,
+            pinned=base.device == "cuda",
+        )  # fmt: skip
+        try:
+            self._attach(eager, plain)
+        except BaseException:
+            self.close()  # nobody else has it yet
+            raise
+
+    def _attach(self, eager: bool, plain: bool) -> None:
+        spec = self.spec
+        self.model = model = _attached(self.base, spec)
+        self.fused = _quickened(model, spec, plain)
+        self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, self.base.device)
+        self.trained = self.gear.step.trained
+        small = sum(p.numel() * p.element_size() for p in self.trained) < SMALL
+        self.keep = self.base.device if small else "cpu"
+        self.draws = _drops(model)
 
     @property
     def adapter(self) -> Path:
@@ -230,13 +235,16 @@ class _Run:
         """Keeps what was learned when the run ends early: a closed tab, an error, a stop."""
         import torch
 
-        if self.steps_done > self.saved_at:
-            self._save()
-        (self.out / STOP).unlink(missing_ok=True)
-        if self.base.device == "cuda":
-            torch.cuda.synchronize()  # what is still under way must not lose its graph
-        self.gear = self.trained = self.model = None  # type: ignore[assignment]
-        gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
+        try:
+            if self.steps_done > self.saved_at:
+                self._save()
+        finally:
+            (self.out / STOP).unlink(missing_ok=True)
+            if self.base.device == "cuda":
+                torch.cuda.synchronize()  # what is still under way must not lose its graph
+            self.gear = self.trained = self.model = None  # type: ignore[assignment]
+            traceback.clear_frames(sys.exc_info()[2])  # an error's frames hold the model until it has been told
+            gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
 
     def _save(self, result: Event | None = None) -> None:
         adapters.save(self.model, self.spec, self.adapter, result)
@@ -310,11 +318,13 @@ class _Run:
     def rehearse(self, steps: int) -> float:
         """Takes steps that are not to be kept, and gives the usual one's seconds. Raises RunError."""
         began = time.perf_counter()
-        for pieces in itertools.islice(self.batches, steps):
-            for _ in self._launch(pieces):
-                pass
-        seconds = [event["seconds"] for event in self._fetch(began)]
-        self.saved_at = self.steps_done
+        try:
+            for pieces in itertools.islice(self.batches, steps):
+                for _ in self._launch(pieces):
+                    pass
+            seconds = [event["seconds"] for event in self._fetch(began)]
+        finally:
+            self.saved_at = self.steps_done
         return statistics.median(seconds)
 
     def _launch(self, pieces: list[Batch]) -> Iterator[Event]:
