@@ -237,6 +237,22 @@ def test_traces_are_forgotten_in_turn(tiny_model, monkeypatch):
     assert list(tracing._known.values()) == [2, 3]
 
 
+def test_a_trace_that_is_forgotten_between_a_look_and_the_next_does_no_harm(tiny_model, monkeypatch):
+    class Forgetful(dict):
+        """Another thread's trace pushes each out as soon as it has been looked for, or put there."""
+
+        def __contains__(self, key):
+            return self.pop(key, None) is not None
+
+        def get(self, key, default=None):
+            return self.pop(key, default)
+
+    monkeypatch.setattr(tracing, "_known", Forgetful())
+    monkeypatch.setattr(tracing, "_trace", lambda spec, *rest: spec.batch_size)
+    spec = resolve(RunSpec(model=str(tiny_model), batch_size=2))
+    assert trace(spec) == trace(spec) == trace(spec) == 2
+
+
 def test_two_at_once_answer_as_each_alone(tiny_model, monkeypatch):
     specs = [resolve(RunSpec(model=str(tiny_model), batch_size=n, sequence_length=24)) for n in (1, 2)]
     alone = [trace(s) for s in specs]

@@ -67,12 +67,12 @@ def trace(
         if overtaken():
             raise Overtaken
 
-    if key in _known:
-        return _known[key]
+    if (known := _known.get(key)) is not None:  # in one look: another thread may forget it between two
+        return known
     while not _one_at_a_time.acquire(timeout=0.1):
         stop()
     try:
-        if key not in _known:
+        if (found := _known.get(key)) is None:
             try:
                 found = _trace(*key, stop)
             except (PeftlabError, Overtaken):
@@ -86,7 +86,7 @@ def trace(
             if len(_known) >= KNOWN:
                 del _known[next(iter(_known))]
             _known[key] = found
-        return _known[key]
+        return found
     finally:
         _one_at_a_time.release()
 
