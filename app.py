@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
@@ -69,6 +70,8 @@ def to_link(spec: RunSpec, convention: str, race: str = "") -> str:
 TAB = "document.querySelector('[role=tab][aria-selected=true]')?.textContent?.trim().toLowerCase()"
 SCREEN = f"(_, ...rest) => [`${{{TAB}}} ${{Date.now()}}`, ...rest]"
 """Which tab is on screen, and when."""
+SEEN = re.compile(r"(\S+) (\d+)")
+"""What it gives; a page that is on its way in or out may have no tab to name, which is no question."""
 UNREAD = "?"
 """Instead of a query until the link has been read: the page sends it with its address, which must still have it."""
 LINK = """(query) => {
@@ -135,7 +138,9 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
 
     def look(request: gr.Request, screen: str, spec: RunSpec, chosen: str, convention: str, *rest: Any) -> Any:
         """The link to what is on screen, and what the tab on screen does not show yet."""
-        tab, moment = screen.split()
+        if not (seen := SEEN.fullmatch(screen)):
+            return page.skipped([query, drew, *every_output])
+        tab, moment = seen.groups()
         who = page.visitor(request)
         overtaken = who.looks(float(moment))
         inputs = {memory.tab: (convention, *rest)}
@@ -148,7 +153,8 @@ with gr.Blocks(title="peftlab", fill_width=True) as demo:
         return (link, gr.skip() if answer == page.skipped(answer) else screen, *answer)
 
     def arrived(request: gr.Request, screen: str) -> None:
-        page.visitor(request).arrived(screen.split()[0])
+        if seen := SEEN.fullmatch(screen):
+            page.visitor(request).arrived(seen[1])
 
     every_output = [output for view in views for output in view.outputs]
     convention, choice = memory.inputs[0], race.linked.inputs[0]

@@ -128,6 +128,13 @@ def test_a_look_sent_before_a_change_and_heard_after_it_shows_nothing(me):
     assert page.visitor(me).look(view(), never, R32) == ("rank 32",)  # the one that follows every change
 
 
+@pytest.mark.parametrize("screen", ["", " 1700000000000", "lora", "lora now", "one two 3"])
+def test_a_look_without_a_tab_is_answered_with_nothing(screen, me):
+    answer = app.look(me, screen, page.OPENING, "", page.CONVENTION)
+    assert is_skipped(answer) and len(answer) == 2 + len(app.every_output)
+    assert app.arrived(me, screen) is None
+
+
 def test_exact_figures_of_settings_that_a_link_has_replaced_are_not_wanted(me):
     """A page asks for them as it opens; the link's settings may be made before the asking is heard."""
     to(R32)(me)
