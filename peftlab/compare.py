@@ -13,7 +13,7 @@ from .adapters import Adapter
 from .count import BYTES
 from .errors import SpecError
 from .generate import Decoding, answer, nats_per_token, stream
-from .resolve import resolve
+from .resolve import resolve_again
 from .tasks import Task
 
 BASE = "base"
@@ -76,7 +76,7 @@ def score_of(model: str, scores: list[float], forgetting: float | None = None) -
 
 
 def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base, dict[str, Any]]:
-    """The base that `chosen` share, and name → model ready to generate, the base first.
+    """The base that `chosen` share, in the widest precision of their runs, and name → model ready to generate, the base first.
 
     Raises AdapterError for one that does not fit, SpecError when they were trained on different bases or, `merged`, for
     one that cannot be folded into the base's weights.
@@ -86,7 +86,7 @@ def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base
         raise SpecError(f"these adapters have different bases ({', '.join(sorted(bases))}); compare one base's")
     put = adapters.merge if merged else adapters.apply
     whole = {"quantization": "none"} if merged else {}
-    specs = [resolve(a.spec.but(precision=None, gpu=None, **whole)) for a in chosen]
+    specs = [resolve_again(a.spec.but(**whole)) for a in chosen]
     base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision or "fp32"]))  # no adapter is rounded
     models = {BASE: base.quick}
     for a in chosen:

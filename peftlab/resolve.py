@@ -78,6 +78,23 @@ def resolve_here(spec: RunSpec) -> RunSpec:
     return resolve(spec.but(gpu=None))
 
 
+def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
+    """A run's own spec, to use on this machine what it learned: in the run's precision where this machine can run that.
+
+    Then base and adapter say what they said in the run. Elsewhere the precision is automatic: a CPU has no amp, and would
+    be slow with a GPU's 16-bit numbers where it has no instructions for them.
+    """
+    machine = machine or hardware.here()
+    whole = (spec.quantization or "none") == "none"
+    here = (
+        machine.device == "cuda"
+        or spec.precision == "fp32"
+        or (spec.gpu is None and spec.precision != "amp")  # the run was on a CPU itself
+        or (spec.precision == "bf16" and machine.bf16 and whole)
+    )
+    return resolve(spec.but(gpu=None) if here else spec.but(gpu=None, precision=None), machine)
+
+
 def _precision(method: methods.Method, on_gpu: bool, bf16: bool) -> str:
     """bf16 weights lose small updates to rounding, so whatever trains the weights themselves keeps them in fp32.
 

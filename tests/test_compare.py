@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import TOY, drain, run_of, small
 
 from peftlab import AdapterError, RunSpec, SpecError, adapters, weights
-from peftlab.compare import BASE, on_prompt, on_task, score_of, wilson
+from peftlab.compare import BASE, models_of, on_prompt, on_task, score_of, wilson
 from peftlab.generate import Decoding
+from peftlab.hardware import Machine
+from peftlab.resolve import resolve_again
 from peftlab.tasks import prompt_ids
 from peftlab.train import train
 
@@ -61,6 +64,52 @@ def test_one_batch_says_what_models_in_turn_say(adapter, decoding, monkeypatch):
     monkeypatch.setattr(fused, "together", lambda *_: None)
     turns = on_prompt([adapter], "what colour is the sky?", decoding).exchanges[0].replies
     assert [(r.model, r.text) for r in batch] == [(r.model, r.text) for r in turns]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_is_compared_in_its_own_precision(precision, toy_spec, toy_task, tmp_path):
+    """So that base and adapter say what they said in it."""
+    for _ in train(toy_spec.but(precision=precision, steps=8), tmp_path / "run"):
+        pass
+    adapter = adapters.read(tmp_path / "run" / "adapter")
+    assert weights.load(adapter.spec) is models_of([adapter])[0]
+    _, report = drain(on_task([adapter], toy_task))
+    said = [tuple(r.text for r in e.replies) for e in report.exchanges]
+    assert said == [(r["base"], r["adapted"]) for r in adapter.result["heldout"]]
+
+
+def test_runs_of_several_precisions_are_compared_in_the_widest(adapter):
+    narrow = replace(adapter, spec=adapter.spec.but(precision="bf16"))
+    assert str(models_of([narrow, adapter])[0].model.dtype) == "torch.float32"
+
+
+OLD_CPU, NEW_CPU = (Machine("cpu", "a CPU", None, 2, None, bf16) for bf16 in (False, True))
+GPU = Machine("cuda", "NVIDIA L4", "l4", 8, None)
+
+
+@pytest.mark.parametrize(
+    "run, machine, precision",
+    [
+        ({"precision": "bf16", "gpu": "h100-80gb"}, OLD_CPU, "fp32"),
+        ({"precision": "bf16", "gpu": "h100-80gb"}, NEW_CPU, "bf16"),
+        ({"precision": "bf16", "gpu": "h100-80gb", "method": "qlora"}, NEW_CPU, "fp32"),
+        ({"precision": "fp16", "gpu": "h100-80gb"}, NEW_CPU, "bf16"),
+        ({"precision": "amp", "gpu": "h100-80gb"}, OLD_CPU, "fp32"),
+        ({"precision": "amp"}, OLD_CPU, "fp32"),
+        ({"precision": "bf16"}, OLD_CPU, "bf16"),
+        ({"precision": "fp32"}, NEW_CPU, "fp32"),
+        ({"precision": "fp32"}, GPU, "fp32"),
+        ({"precision": "amp", "gpu": "h100-80gb"}, GPU, "amp"),
+        ({"precision": "fp16", "gpu": "h100-80gb"}, GPU, "fp16"),
+        ({}, OLD_CPU, "fp32"),
+        ({}, GPU, "bf16"),
+    ],
+    ids=str,
+)
+def test_a_runs_precision_is_kept_where_this_machine_can_run_it(run, machine, precision):
+    spec = RunSpec(**run)
+    again = resolve_again(spec.but(quantization="nf4") if spec.method == "qlora" else spec, machine)
+    assert (again.precision, again.gpu) == (precision, machine.gpu)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
