@@ -79,8 +79,8 @@ def test_a_run_is_compared_in_its_own_precision(precision, toy_spec, toy_task, t
 
 
 def test_runs_of_several_precisions_are_compared_in_the_widest(adapter):
-    narrow = replace(adapter, spec=adapter.spec.but(precision="bf16"))
-    assert str(models_of([narrow, adapter])[0].model.dtype) == "torch.float32"
+    narrow, wide = (replace(adapter, spec=adapter.spec.but(precision=precision)) for precision in ("bf16", "fp32"))
+    assert str(models_of([narrow, wide])[0].model.dtype) == "torch.float32"
 
 
 OLD_CPU, NEW_CPU = (Machine("cpu", "a CPU", None, 2, None, bf16) for bf16 in (False, True))
