@@ -54,9 +54,9 @@ def build_meta(config: Mapping[str, Any]) -> Any:
 
     with in_words(config):
         _, parsed, cls = _parse(config)
-        with torch.device("meta"), _bounded():
+        with seam.building, torch.device("meta"), _bounded():
             model = cls(parsed)
-        model.tie_weights()
+            model.tie_weights()
         total = sum(p.numel() for p in model.parameters())
         if not 0 < total <= MOST_PARAMETERS:
             raise SpecError(

@@ -35,6 +35,14 @@ def pinned(tensor: Any) -> Any:
         return tensor.pin_memory()
 
 
+def follow() -> None:
+    """What is launched `apart` from now on comes after what this thread has launched so far."""
+    import torch
+
+    with _using:  # waiting for another stream's work, a recording would fail
+        stream().wait_stream(torch.cuda.current_stream())
+
+
 @contextmanager
 def recording(graph: Any, pool: Any = None) -> Iterator[None]:
     """Records what is launched within into a `torch.cuda.CUDAGraph`; use it `apart`. Raises RuntimeError.

@@ -40,6 +40,10 @@ SILENCE = {
 }  # fmt: skip
 """What keeps libraries from writing to the terminal, in this process and those that it starts."""
 _importing = threading.Lock()
+building = threading.Lock()
+"""For whoever has transformers build a model: while it loads one, torch's default type and every model's `tie_weights` are
+changed for all threads, so that a model built meanwhile would be counted untied.
+"""
 
 
 def quiet() -> None:

@@ -360,8 +360,6 @@ class Base:
 
 
 _loaded: dict[tuple[str, ...], Base] = {}
-_building = threading.Lock()
-"""transformers builds one model at a time: meanwhile torch's default type and every model's `tie_weights` are changed."""
 
 
 def load(spec: RunSpec) -> Base:
@@ -401,7 +399,7 @@ def _load(entry: BaseModel, spec: RunSpec, device: str) -> Base:
     source = source_of(entry)
     assert source is not None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
-    with _building:
+    with seam.building:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder_of(entry),
             dtype=dtype,

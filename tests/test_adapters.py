@@ -43,7 +43,7 @@ def trained(folder, method, **settings):
     """A base, its resolved spec, and a model whose trained parameters have all been moved."""
     import torch
 
-    spec = resolve(RunSpec(model=str(folder), method=method, **settings))
+    spec = resolve(RunSpec(model=str(folder), method=method, **{"precision": "fp32", **settings}))
     base = weights.load(spec)
     targets = methods.targets(architecture.of(str(folder)), spec)
     model = methods.find(method).attach(weights.share(base.model), targets, spec).eval()

@@ -453,3 +453,17 @@ def test_two_threads_may_be_the_first_to_need_transformers():
         assert said == [True] * 4, said
     """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_nothing_is_built_while_a_model_is_being_loaded():
+    """transformers ties no weights then, in any thread, and a tied model would be counted untied."""
+    from peftlab import seam
+
+    made = []
+    thread = threading.Thread(target=lambda: made.append(configs.build_meta(CONFIGS["llama-tied"])))
+    with seam.building:
+        thread.start()
+        thread.join(0.5)
+        assert made == []
+    thread.join(30)
+    assert sum(p.numel() for p in made[0].parameters()) == 162_240

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import attached
 
-from peftlab import RunSpec, SpecError, optimizers, predict, resolve
+from peftlab import RunSpec, SpecError, hardware, optimizers, predict, resolve
 from peftlab.catalog.gpus import GPUS
 from peftlab.memory import CONVENTIONS, closed_form
 from peftlab.memory.conventions import NF4_BITS
@@ -151,7 +151,8 @@ def test_a_prediction_is_a_whole_step(spec):
     assert after.bytes["logits"] == 0
 
 
-def test_the_context_is_the_gpus():
+def test_the_context_is_the_gpus(monkeypatch):
+    monkeypatch.setattr(hardware, "here", lambda: hardware.Machine("cpu", "a CPU", None, 2, None))
     specs = [RunSpec(model="gpt2", gpu=gpu) for gpu in ("h100-80gb", "t4", None)]
     assert [predict(s).context for s in specs] == [767 * 2**20, 500 * 2**20, 500 * 2**20]
     assert predict(specs[0]).allocated > predict(specs[1]).allocated  # cuBLAS keeps more on Hopper

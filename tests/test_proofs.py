@@ -17,8 +17,8 @@ def saved(model, method, folder, noise=0.1, **settings):
     """An adapter on disk whose trained parameters have all been moved, and the base it belongs to, in fp32."""
     import torch
 
-    spec = resolve(RunSpec(model=str(model), method=method, quantization="none", **settings))
-    base = weights.load(spec.but(precision="fp32"))
+    spec = resolve(RunSpec(model=str(model), method=method, quantization="none", precision="fp32", **settings))
+    base = weights.load(spec)
     chosen = "lora" if method == "qlora" else method  # the same adapter on a base that is whole
     torch.manual_seed(0)
     targets = methods.targets(architecture.of(spec.model), spec.but(method=chosen))

@@ -200,6 +200,9 @@ def test_a_method_is_one_file_and_one_entry(copy, tiny_model):
     assert json.loads(counted)["trainable_parameters"] == 1_824  # FACTS.md, section 4
 
     events = python(copy, "-m", "peftlab", "train", *spec, "--task", "toy", "--steps", 2, "--out", "run")
+    events = [
+        line for line in events if line.startswith("{")
+    ]  # on a GPU, peft's BOFT tells how its kernels are compiled
     start, done = (next(e for e in map(json.loads, events) if e["type"] == kind) for kind in ("start", "done"))
     assert start["trainable_parameters"] == 1_824 and done["steps"] == 2
 

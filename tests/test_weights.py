@@ -331,7 +331,7 @@ def test_a_local_folder_works(tiny_model):
 
 
 def test_a_model_is_loaded_once(tiny_model):
-    spec = resolve(RunSpec(model=str(tiny_model)))
+    spec = resolve(RunSpec(model=str(tiny_model), precision="fp32"))
     assert weights.load(spec) is weights.load(spec)
     assert weights.load(spec.but(precision="bf16")) is not weights.load(spec)
 

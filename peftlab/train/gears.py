@@ -144,7 +144,7 @@ class Graph(Eager):
         import torch
 
         super().__init__(step, "")
-        graphs.stream().wait_stream(torch.cuda.current_stream())
+        graphs.follow()
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, _Captured | None] = {}
 
