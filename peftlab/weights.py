@@ -476,10 +476,20 @@ def share(model: Any) -> Any:
         memo[id(buffer)] = buffer
     for module in model.modules():  # what bitsandbytes keeps beside its parameters
         state = getattr(module, "state", None)
-        for held in (getattr(module, "quant_state", None), *(vars(state).values() if state else ())):
-            if hasattr(held, "data_ptr") or hasattr(held, "absmax"):
+        for held in vars(state).values() if state else ():
+            if hasattr(held, "data_ptr"):
                 memo[id(held)] = held
+        if packed := getattr(module, "quant_state", None):  # whose tensors move with the copy
+            memo[id(packed)] = memo[id(module.weight)].quant_state = _same_scales(packed)
     return copy.deepcopy(model, memo)
+
+
+def _same_scales(state: Any) -> Any:
+    """An NF4 weight's scales, whose own may be quantized too, as an object of their own over the same tensors."""
+    twin = copy.copy(state)
+    if state.nested:
+        twin.state2 = copy.copy(state.state2)
+    return twin
 
 
 def _twin(parameter: Any) -> Any:

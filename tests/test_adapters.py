@@ -140,7 +140,8 @@ def test_peft_loads_our_lora_with_no_help(tiny_model, tmp_path):
 
     _, spec, made = trained(tiny_model, "lora", rank=4, layers="last:2", target_modules="query,down")
     adapters.save(made, spec, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter").eval()
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32").to(made.device)
+    theirs = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
     assert logits(theirs).allclose(logits(made), atol=1e-5)
 
 

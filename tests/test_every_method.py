@@ -103,6 +103,7 @@ def test_two_at_once_equal_the_same_alone(method, family, families, toy_task, tm
         def work(i):
             run = run_of(specs[i], tmp_path / str(i))
             seen[i] = steps(run, 3), {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+            run.close()
 
         threads = [threading.Thread(target=work, args=(i,)) for i in numbers]
         for t in threads:

@@ -159,7 +159,7 @@ def test_latency_reports_all_four_with_what_they_add(lora):
     for speed in speeds.values():
         assert 0 < speed.lower <= speed.seconds <= speed.upper
         assert speed.ratio == speed.seconds / speeds["base"].seconds
-    assert (report.tokens, report.rounds, report.precision) == (3, 3, "fp32")
+    assert (report.tokens, report.rounds, report.precision) == (3, 3, resolve(RunSpec()).precision)
     assert report.device and report.versions["torch"] == version("torch") and report.prompt_tokens > 5
     added = {name: (s.added_modules > 0, s.added_parameters) for name, s in speeds.items()}
     rank_4 = 4 * (26_880 // 8)

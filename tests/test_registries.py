@@ -206,6 +206,7 @@ def test_a_method_is_one_file_and_one_entry(copy, tiny_model):
     start, done = (next(e for e in map(json.loads, events) if e["type"] == kind) for kind in ("start", "done"))
     assert start["trainable_parameters"] == 1_824 and done["steps"] == 2
 
+    pytest.importorskip("gradio")
     gradients, *tabs = python(copy, "-c", TABS)
     linear = architecture.of("llama-2-7b").linear()
     assert int(gradients) == 4 * sum(m.count * (4 * m.d_in + m.d_out) for m in linear)

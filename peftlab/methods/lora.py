@@ -86,7 +86,11 @@ def adaptive(model: Any, targets: list[Target], spec: RunSpec) -> Any:
         tinit=steps // 10,
         tfinal=3 * steps // 10,
     )
-    return through_peft.attach(model, config, spec)
+    model = through_peft.attach(model, config, spec)
+    for name, parameter in model.named_parameters():
+        if "ranknum" in name:  # a count of ranks, which peft moves to a GPU as a copy that would be trained
+            parameter.requires_grad_(False)
+    return model
 
 
 SURVIVING = 2 / 3

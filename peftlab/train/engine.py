@@ -242,6 +242,8 @@ class _Run:
             (self.out / STOP).unlink(missing_ok=True)
             if self.base.device == "cuda":
                 torch.cuda.synchronize()  # what is still under way must not lose its graph
+            if gear := getattr(self, "gear", None):
+                gear.close()
             self.gear = self.trained = self.model = None  # type: ignore[assignment]
             traceback.clear_frames(sys.exc_info()[2])  # an error's frames hold the model until it has been told
             gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
@@ -340,6 +342,7 @@ class _Run:
             except CaptureError as error:
                 why = str(error)
         if why:  # no longer handling the error, which would hold on to the memory of the step that failed
+            self.gear.close()
             self.gear = Eager(self.gear.step, why)
             yield {"type": "gear", "gear": self.gear.name, "why_eager": why}
             with drawing():

@@ -110,6 +110,9 @@ class Eager:
         """What is launched within comes after the steps launched before it, and before those launched after it."""
         yield
 
+    def close(self) -> None:
+        """Once no step is under way any more."""
+
     def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
         """Loss and norm of one step at a learning rate, on the device."""
         self.step.set_rate(rate)
@@ -147,6 +150,9 @@ class Graph(Eager):
         graphs.follow()
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, _Captured | None] = {}
+        self.last: Sequence[Batch] = ()
+        """Kept until the next step. Memory that the GPU reads by itself is given up by a mark on its stream, which in the
+        midst of another thread's recording would be recorded."""
 
     @contextmanager
     def order(self) -> Iterator[None]:
@@ -157,6 +163,7 @@ class Graph(Eager):
         """As Eager's. Raises CaptureError."""
         shape = tuple(piece.shape for piece in pieces)
         with self.order():
+            self.last = pieces
             self.step.set_rate(rate)  # here, or a step still waiting would read it
             held = self.captured.get(shape)
             if not held and self.step.done:
@@ -174,6 +181,11 @@ class Graph(Eager):
             held.answers.fill_(sum(b.answers for b in pieces))
             held.graph.replay()
             return held.out.clone()
+
+    def close(self) -> None:
+        with self.order():
+            self.last = ()
+            self.captured.clear()
 
     def _capture(self, pieces: Sequence[Batch]) -> _Captured:
         import torch
