@@ -70,7 +70,7 @@ def test_the_yardstick_learns_what_ours_learns(spec, monkeypatch, tmp_path):
     stream = iter(run.batches)
     for _ in range(4):
         list(run._launch(next(stream)))
-    near = 2e-3 if hardware.here().device == "cpu" else 0.1  # Adam makes a whole step of a small gradient's rounding
+    near = 2e-3 if hardware.here().device == "cpu" else 0.2  # Adam makes a whole step of a small gradient's rounding
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() < near * b.norm()
 

@@ -191,7 +191,7 @@ _register(
 _register(
     "adalora",
     terms=(*BA, Term(("rank",))),
-    keeps=(*INPUT, Keep(("d_out",)), Keep(("rank", "d_in"), each="module")),  # BΛAx before its scale, and ΛA
+    keeps=(*INPUT, Keep(("rank", "d_in"), each="module")),  # ΛA
     attach=adaptive,
     drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "~× α/r"), leaves=0, joins=1),
     defaults={"learning_rate": 1e-2, "rank": 12},

@@ -233,17 +233,13 @@ class _Run:
 
     def close(self) -> None:
         """Keeps what was learned when the run ends early: a closed tab, an error, a stop."""
-        import torch
-
         try:
             if self.steps_done > self.saved_at:
                 self._save()
         finally:
             (self.out / STOP).unlink(missing_ok=True)
-            if self.base.device == "cuda":
-                torch.cuda.synchronize()  # what is still under way must not lose its graph
-            if gear := getattr(self, "gear", None):
-                gear.close()
+            if getattr(self, "gear", None):
+                self.gear.close()
             self.gear = self.trained = self.model = None  # type: ignore[assignment]
             traceback.clear_frames(sys.exc_info()[2])  # an error's frames hold the model until it has been told
             gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found

@@ -111,7 +111,7 @@ class Eager:
         yield
 
     def close(self) -> None:
-        """Once no step is under way any more."""
+        """Takes no further step; those under way are waited for."""
 
     def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
         """Loss and norm of one step at a learning rate, on the device."""
@@ -183,7 +183,10 @@ class Graph(Eager):
             return held.out.clone()
 
     def close(self) -> None:
+        import torch
+
         with self.order():
+            torch.cuda.synchronize()  # or a step under way would lose its graph
             self.last = ()
             self.captured.clear()
 
