@@ -62,6 +62,9 @@ def library() -> Any:
     """transformers. Its import puts another module in its own place: a second thread meanwhile would get an empty one."""
     with _importing:
         import transformers
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     return transformers
 
 

@@ -391,9 +391,6 @@ def _load(entry: BaseModel, spec: RunSpec, device: str) -> Base:
     from . import fused
 
     transformers = seam.library()
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     for _ in fetch(spec.model or ""):
         pass
     source = source_of(entry)

@@ -37,6 +37,16 @@ def test_the_backend_knows_nothing_of_the_page(file):
     assert not {"gradio", "spaces", "demos"} & set(imports(file))
 
 
+def test_one_file_knows_transformers_inside():
+    """Others ask it for the library, whose documented names they use; the bench runs the peers' own trainers."""
+    found = {
+        f.relative_to(ROOT / "peftlab").as_posix()
+        for f in (ROOT / "peftlab").rglob("*.py")
+        if "transformers" in imports(f)
+    }
+    assert found == {"seam.py", "bench/training.py"}
+
+
 def test_importing_peftlab_is_cheap():
     heavy = ("torch", "transformers", "peft", "gradio", "plotly")
     code = f"import peftlab, sys; print([m for m in {heavy} if m in sys.modules])"
