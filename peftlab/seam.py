@@ -168,6 +168,8 @@ def _fixed_layer() -> Any:
     from transformers.cache_utils import StaticLayer
 
     class Layer(StaticLayer):
+        cumulative_length: Any  # transformers gives it a number or a tensor, by its version
+
         def __init__(self, keys: Tensor, values: Tensor, room: int, at: Tensor) -> None:
             super().__init__(max_cache_len=room)
             self.lazy_initialization(keys, values)
