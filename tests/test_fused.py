@@ -125,8 +125,6 @@ def test_no_family_of_the_catalogue_loses_an_operation(family):
 def test_what_was_found_is_what_runs(family, monkeypatch):
     """Every layer's positions go through `rotate`, in the copy alone, and are prepared once for all layers."""
     calls, prepared, own = [], set(), functions.rotate
-    functions._turning.cache_clear()
-    functions._tried.clear()
 
     def counted(q, k, cos, sin, *args, **kwargs):
         calls.append(q.shape)
@@ -142,8 +140,6 @@ def test_what_was_found_is_what_runs(family, monkeypatch):
     assert len(calls) == found.rotary == 3 and len(prepared) <= 2  # Gemma 3 has two bases of angles
     base(input_ids=IDS)
     assert len(calls) == 3
-    functions._turning.cache_clear()
-    functions._tried.clear()
 
 
 def other(name, **values):
