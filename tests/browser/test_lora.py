@@ -54,10 +54,12 @@ def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
     """
     page = opened(open_page(app.url + "?tab=lora"))
     expect(page.locator(".chip")).to_contain_text("is ready", timeout=300_000)  # until then the page asks how far it is
-    page.wait_for_timeout(1500)  # and until its answer has come
-    page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": 6})
-    sent = []
+    sent = [""]
     page.on("request", lambda request: sent.append(request.url))
+    while sent:  # and until its last answers have come
+        sent.clear()
+        page.wait_for_timeout(3000)
+    page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": 6})
     best = [float("inf")] * 60
     for _ in range(8):
         times = page.evaluate(MOVES)
