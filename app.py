@@ -179,9 +179,12 @@ def main() -> None:
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
-    demo.launch(**page.launch_options(), prevent_thread_lock=True)
-    preparation.begin()  # once the page answers: loading a model library would hold it up
-    demo.block_thread()
+    try:
+        demo.launch(**page.launch_options(), prevent_thread_lock=True)
+        preparation.begin()  # once the page answers: loading a model library would hold it up
+        demo.block_thread()
+    except KeyboardInterrupt:  # before it blocks, from where on Gradio closes by itself
+        demo.close()
 
 
 if __name__ == "__main__":
