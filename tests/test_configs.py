@@ -29,6 +29,11 @@ VISION = {
 }
 
 
+@pytest.fixture(scope="module")
+def page():
+    return pytest.importorskip("demos.page")
+
+
 def pasted(config, **changes):
     return models.from_config(json.dumps({**config, **changes}))
 
@@ -68,8 +73,7 @@ def test_a_pasted_config_counts_as_the_catalogues_own(key):
     assert architecture.of(entry.key) == architecture.of(key)
 
 
-def test_the_key_travels_in_a_link_and_from_a_visitor():
-    page = pytest.importorskip("demos.page")
+def test_the_key_travels_in_a_link_and_from_a_visitor(page):
     spec = RunSpec(model=pasted(LLAMA).key)
     assert len(spec.model) < 400 and RunSpec.from_query(spec.to_query()) == spec
     assert page.public({"model": spec.model}) == spec
@@ -269,8 +273,7 @@ def test_a_key_that_somebody_made_runs_through_the_same_checks():
 @pytest.mark.parametrize(
     "model", ["config:../x", "config:", "config:" + "A" * 9000, "x" * 5000, f"{'x' * 5000}/y", "config:a/b"]
 )
-def test_a_visitor_names_no_more_than_before(model):
-    page = pytest.importorskip("demos.page")
+def test_a_visitor_names_no_more_than_before(page, model):
     with pytest.raises(SpecError, match="no such model"):
         page.public({"model": model})
 
@@ -315,8 +318,7 @@ FIELDS = sorted({name for config in CONFIGS.values() for name in config} | {
 
 @settings(max_examples=300, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
-def test_any_change_of_a_config_makes_a_model_or_is_refused(family, changes):
-    page = pytest.importorskip("demos.page")
+def test_any_change_of_a_config_makes_a_model_or_is_refused(page, family, changes):
     try:
         entry = pasted(CONFIGS[family], **changes)
     except SpecError as refusal:
