@@ -72,6 +72,11 @@ def capturable(spec: RunSpec) -> dict[str, Any] | None:
     return None if spec.optimizer_precision == "fp32" else CAPTURABLE.get(spec.optimizer or "adamw")
 
 
+def fused(spec: RunSpec) -> dict[str, Any]:
+    """Options with which a resolved spec's optimizer takes its step in one operation on a CPU."""
+    return {"fused": True} if capturable(spec) else {}
+
+
 def find(spec: RunSpec) -> Optimizer:
     """Of a resolved spec. `optimizer_precision` fp32 matters to AdamW alone; the others' states have one format."""
     if spec.optimizer == "adamw" and spec.optimizer_precision == "fp32":

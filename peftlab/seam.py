@@ -7,6 +7,8 @@ When a release of transformers moves one of these, this file changes and no othe
 - buffers named `inv_freq` hold a frequency for each pair of numbers that is rotated (`rotary_sizes`);
 - RMS norms keep their epsilon as `variance_epsilon` or `eps` (`epsilon`);
 - a config says in `_attn_implementation` how its model attends, and looks it up there in two tables (`register_attention`);
+- a mask of four dimensions reaches attention as it is, and `position_ids` say where in its row each token stands
+  (`train/packing.py`); a config bounds in `sliding_window` or `attention_chunk_size` what a token attends to (`windows`);
 - keys and values that were read are called `cache` from 5.24 on, `past_key_values` before (`cache_name`), and are kept
   layer by layer (`fixed_cache`);
 - a model that writes text calls its body by `base_model_prefix` and maps what that gives to logits (`writer`);
@@ -112,6 +114,12 @@ def configs_of(model: Any) -> list[Any]:
 def attention_of(config: Any) -> str:
     """sdpa, eager, or a name that was registered."""
     return config._attn_implementation
+
+
+def windows(config: Any) -> list[int]:
+    """How many tokens before it a token attends to, wherever the config bounds that."""
+    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return [window for window in found if isinstance(window, int) and window > 0]
 
 
 def set_attention(config: Any, name: str) -> None:

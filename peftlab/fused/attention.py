@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 NAME = "peftlab"
 """Our name among transformers' ways to attend."""
+ROWS = "peftlab_rows"
+"""The attribute of a mask that says which tokens of a packed sequence make which row: (rows × width, place of each token among
+all those)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ def _register() -> None:
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
     """transformers' own, but that the heads of a single token which share keys are read as that many tokens of one head."""
     rows, heads, length, _ = query.shape
+    if (packed := getattr(mask, ROWS, None)) is not None:
+        side, back = packed
+        apart = (
+            x[0].index_select(1, side.flatten()).unflatten(1, side.shape).transpose(0, 1) for x in (query, key, value)
+        )
+        out, _ = seam.sdpa(module, *apart, None, **more)
+        return out.flatten(0, 1).index_select(0, back)[None], None
     if mask is None or length > 1 or any(more.get(name) is not None for name in ("softcap", "position_bias")):
         return seam.sdpa(module, query, key, value, mask, **more)
     grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear maps that most families give the same input."""
+WIDE = 1024
+"""Outputs of a map above which a CPU has it by itself: to write rows of a joined product takes longer than that saves."""
 
 
 @cache
@@ -138,7 +140,10 @@ def _base(module: Any) -> Any:
 
 
 def _adjoined(a: Any, b: Any) -> bool:
-    return _is_whole(a) and _is_whole(b) and _follows(_base(a).weight, _base(b).weight)
+    if not (_is_whole(a) and _is_whole(b)):
+        return False
+    one, two = _base(a).weight, _base(b).weight
+    return _follows(one, two) and not (one.device.type == "cpu" and len(one) > WIDE)
 
 
 def _follows(a: Tensor, b: Tensor) -> bool:
@@ -285,13 +290,13 @@ class _LoRA(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, weight, a, low, *bs = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_low, grad_bs = torch.empty_like(low), []
+        grad_low, grad_bs = low.new_empty(low.shape[::-1]), []  # on its side: few long rows are multiplied sooner
         ranks = [b.shape[1] for b in bs]
-        for part, mine, to, b in zip(ctx.parts, low.split(ranks, 1), grad_low.split(ranks, 1), bs, strict=True):
-            torch.mm(grad[:, part], b, out=to)
-            grad_bs.append(torch.mm(grad[:, part].T, mine))
-        grad_x = torch.mm(grad, weight).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, torch.mm(grad_low.T, rows), *grad_bs
+        for part, mine, to, b in zip(ctx.parts, low.split(ranks, 1), grad_low.split(ranks), bs, strict=True):
+            torch.mm(b.T, grad[:, part].T, out=to)
+            grad_bs.append(torch.mm(mine.T, grad[:, part]).T)
+        grad_x = torch.mm(grad, weight).addmm_(grad_low.T, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, torch.mm(grad_low, rows), *grad_bs
 
 
 class _Added(torch.autograd.Function):

@@ -49,6 +49,19 @@ class Batch:
         """Rows, width, start: batches of one shape take the same arithmetic."""
         return (self.data.shape[1], self.data.shape[2], self.start)
 
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        import torch
+
+        ids = self.data[0]
+        # As a slice, the head would copy its weight.
+        last = torch.arange(self.start - ids.shape[1], 0, device=ids.device)
+        return {"input_ids": ids, "logits_to_keep": last}
+
+    def learned(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """(what came `out` where a token is predicted, those tokens; IGNORED where nothing is learned)"""
+        return out[:, :-1], self.data[1, :, self.start + 1 :]
+
     def trimmed(self) -> Batch:
         """As narrow as its own longest row allows, for whoever has no use for equal shapes."""
         learned = self.data[1] != IGNORED

@@ -33,6 +33,7 @@ from ..resolve import resolve_here
 from ..seeded import seeded
 from ..spec import RunSpec
 from ..tasks import Task
+from . import packing
 from .batches import Batch, Batches, Pair, encode
 from .gears import CaptureError, Eager, Step, choose
 
@@ -91,7 +92,8 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
         yield {"type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": base.source.where,
                "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,
                "heldout": len(task.heldout), "metric": task.metric, "gear": run.gear.name,
-               "why_eager": run.gear.why, "fused": run.fused.counts(), "not_fused": list(run.fused.kept)}  # fmt: skip
+               "why_eager": run.gear.why, "packed": run.gear.packs, "fused": run.fused.counts(),
+               "not_fused": list(run.fused.kept)}  # fmt: skip
         yield from run.events()
 
 
@@ -219,10 +221,15 @@ class _Run:
         self.model = model = _attached(self.base, spec)
         self.fused = _quickened(model, spec, plain)
         self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, self.base.device)
+        self.draws = _drops(model)
+        if not eager and not plain and self.base.device == "cpu":
+            why = "dropout draws for each" if self.draws else packing.why_not(model, self.batches.widths[-1])
+            self.gear.packs = not why
+            if why:
+                self.fused = dataclasses.replace(self.fused, kept=(*self.fused.kept, f"rows side by side ({why})"))
         self.trained = self.gear.step.trained
         small = sum(p.numel() * p.element_size() for p in self.trained) < SMALL
         self.keep = self.base.device if small else "cpu"
-        self.draws = _drops(model)
 
     @property
     def adapter(self) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import fused, graphs, methods, optimizers
 from ..spec import RunSpec
 from .batches import Batch
+from .packing import Packed, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class Step:
             else:
                 group["lr"] = rate * group["scale"]
 
-    def __call__(self, pieces: Sequence[Batch], answers: Tensor | int) -> Tensor:
+    def __call__(self, pieces: Sequence[Batch | Packed], answers: Tensor | int) -> Tensor:
         """Loss in nats per answer token and norm of the gradient, on the device. `answers` are those of all `pieces`."""
         import torch
 
@@ -65,17 +66,13 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack((total, norm.to(total)))
 
-    def loss(self, piece: Batch) -> tuple[Tensor, Tensor | None]:
+    def loss(self, piece: Batch | Packed) -> tuple[Tensor, Tensor | None]:
         """Sum of the cross-entropy over the answers' tokens, and the logits where the spec holds them through backward."""
         import torch
 
-        ids, labels = piece.data
-        last = torch.arange(
-            piece.start - ids.shape[1], 0, device=ids.device
-        )  # as a slice, the head would copy its weight
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
-            out = self.model(input_ids=ids, logits_to_keep=last, use_cache=False).logits
-        loss = fused.cross_entropy(out[:, :-1], labels[:, piece.start + 1 :], self.head)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
+            out = self.model(**piece.inputs(), use_cache=False).logits
+        loss = fused.cross_entropy(*piece.learned(out), self.head)
         return loss, out if self.spec.hold_outputs else None
 
 
@@ -90,7 +87,8 @@ def _optimizer(model: Any, spec: RunSpec, capturable: bool) -> Any:
             groups.setdefault(method.rate(name, spec), []).append(parameter)
     parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
     if not capturable:
-        return optimizers.find(spec).make(parameters, rate)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return optimizers.find(spec).make(parameters, rate, **(optimizers.fused(spec) if on_cpu else {}))
     made = optimizers.find(spec).make(parameters, rate, **(optimizers.capturable(spec) or {}))
     for group in made.param_groups:
         group["lr"] = torch.tensor(rate, device=group["params"][0].device)
@@ -101,6 +99,9 @@ class Eager:
     """Each operation launched by Python: anything, anywhere."""
 
     name = "eager"
+
+    packs = False
+    """Whether it reads the rows of a batch as one sequence."""
 
     def __init__(self, step: Step, why: str) -> None:
         self.step, self.why = step, why
@@ -117,7 +118,7 @@ class Eager:
         """Loss and norm of one step at a learning rate, on the device."""
         self.step.set_rate(rate)
         moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in (p.trimmed() for p in pieces)]
-        return self.step(moved, sum(b.answers for b in pieces))
+        return self.step([*map(pack, moved)] if self.packs else moved, sum(b.answers for b in pieces))
 
     def fetch(self, results: Sequence[Tensor]) -> list[list[float]]:
         """The numbers of `results`, once every step that they come from is done."""
