@@ -1,4 +1,4 @@
-"""Our training beside other trainers': the same model, adapter, rows, order, padding, steps and final evaluation."""
+"""Our training beside other trainers': the same model, adapter, rows, order, steps and final evaluation."""
 
 from __future__ import annotations
 
