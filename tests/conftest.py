@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -19,6 +20,15 @@ from peftlab import RunSpec, hardware, tasks
 from peftlab.tasks import Task
 
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def older_than_this_file():
+    """What is there already is no garbage. A run that closes looks for its own, and would look through all of that too:
+    half a second of each test that trains.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
