@@ -24,9 +24,7 @@ hardware._multiplies_bf16 = lambda: False  # automatic settings are the same whe
 
 @pytest.fixture(autouse=True, scope="module")
 def older_than_this_file():
-    """What is there already is no garbage. A run that closes looks for its own, and would look through all of that too:
-    half a second of each test that trains.
-    """
+    """What is there already is no garbage. A run that closes looks for its own, and would look through all of that too."""
     gc.collect()
     gc.freeze()
 

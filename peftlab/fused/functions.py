@@ -238,9 +238,6 @@ def rotate(
     signed: Tensor = sin.signed  # type: ignore[attr-defined]
     swapped = unsqueeze_dim == HEADS_FIRST  # in memory, length comes before heads all the same
     both = [x.transpose(1, 2) if swapped else x for x in (q, k)]
-    if q.device.type == "cpu":  # launching is cheap there, and copying is not
-        new_q, new_k = (_Rotated.apply(x, cos.unsqueeze(2), signed.unsqueeze(2)) for x in both)
-        return (new_q.transpose(1, 2), new_k.transpose(1, 2)) if swapped else (new_q, new_k)
     turned = _Rotated.apply(torch.cat(both, 2), cos.unsqueeze(2), signed.unsqueeze(2))
     new_q, new_k = turned.split([x.shape[2] for x in both], 2)
     return (new_q.transpose(1, 2), new_k.transpose(1, 2)) if swapped else (new_q, new_k)

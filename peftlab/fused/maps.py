@@ -282,29 +282,22 @@ class _LoRA(torch.autograd.Function):
         low, y = linear(rows, a), linear(rows, weight, bias)
         ctx.save_for_backward(rows, weight, a, low, *bs)
         ctx.shape, ctx.parts = x.shape, parts
-        if (
-            len(bs) == 1 and bs[0].shape[0] == y.shape[1]
-        ):  # as below, with fewer words: they take as long as small products
-            y.addmm_(low, bs[0].T)
-        else:
-            for part, mine, b in zip(parts, low.split([b.shape[1] for b in bs], 1), bs, strict=True):
-                y[:, part].addmm_(mine, b.T)
+        for part, mine, b in zip(parts, low.split([b.shape[1] for b in bs], 1), bs, strict=True):
+            y[:, part].addmm_(mine, b.T)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, weight, a, low, *bs = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        if len(bs) == 1 and bs[0].shape[0] == grad.shape[1]:
-            grad_low, grad_bs = torch.mm(bs[0].T, grad.T), [torch.mm(low.T, grad).T]
-        else:
-            grad_low, grad_bs = low.new_empty(low.shape[::-1]), []  # on its side: few long rows are multiplied sooner
-            ranks = [b.shape[1] for b in bs]
-            for part, mine, to, b in zip(ctx.parts, low.split(ranks, 1), grad_low.split(ranks), bs, strict=True):
-                torch.mm(b.T, grad[:, part].T, out=to)
-                grad_bs.append(torch.mm(mine.T, grad[:, part]).T)
-        grad_x = torch.mm(grad, weight).addmm_(grad_low.T, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, torch.mm(grad_low, rows), *grad_bs
+        on_cpu = grad.device.type == "cpu"  # where few long rows are multiplied sooner than many short ones
+        grad_low = low.new_empty(low.shape[::-1]).T if on_cpu else torch.empty_like(low)
+        ranks, grad_bs = [b.shape[1] for b in bs], []
+        for part, mine, to, b in zip(ctx.parts, low.split(ranks, 1), grad_low.split(ranks, 1), bs, strict=True):
+            torch.mm(grad[:, part], b, out=to)
+            grad_bs.append(torch.mm(mine.T, grad[:, part]).T if on_cpu else torch.mm(grad[:, part].T, mine))
+        grad_x = torch.mm(grad, weight).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, torch.mm(grad_low.T, rows), *grad_bs
 
 
 class _Added(torch.autograd.Function):

@@ -99,7 +99,6 @@ class Eager:
     """Each operation launched by Python: anything, anywhere."""
 
     name = "eager"
-
     packs = False
     """Whether it reads the rows of a batch as one sequence."""
 

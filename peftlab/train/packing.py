@@ -1,7 +1,7 @@
 """The rows of a batch as one sequence, in which the beginning that they share stands once.
 
 Every row of a task begins with the same instruction, and what a token attends to is the same in each row, so it need not be
-read more than once: 20 to 44% fewer tokens in the bundled tasks, and no padding. Losses and gradients are those of the rows
+read more than once, and nothing is padded. Losses and gradients are those of the rows
 side by side, up to rounding. For a CPU, where a step takes as long as its arithmetic.
 """
 
