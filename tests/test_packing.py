@@ -14,6 +14,7 @@ from peftlab.train.batches import IGNORED, Batches, Pair
 from peftlab.train.packing import pack, why_not
 
 WORDS = 500
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a run packs its rows on a CPU only")
 
 
 def batch(draw, size=4, shared=5):
@@ -52,6 +53,7 @@ def test_what_is_shared_stands_once():
     assert alone.ids[0].tolist() == one.data[0, 0].tolist()
 
 
+@on_a_cpu
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "bitfit"])  # llama has no bias
 def test_every_method_learns_the_same_or_says_why_not(method, tiny_model, toy_task, tmp_path):
     runs = [run_of(small(tiny_model, method, batch_size=3), tmp_path / name) for name in ("packed", "apart")]
@@ -94,6 +96,7 @@ def test_a_model_whose_rows_come_out_otherwise_is_left_alone(monkeypatch):
     assert model.training == fresh("llama").training
 
 
+@on_a_cpu
 def test_dropout_is_told(tiny_model, toy_task, tmp_path):
     run = run_of(small(tiny_model, "lora", dropout=0.1), tmp_path)
     assert not run.gear.packs and "rows side by side (dropout draws for each)" in run.fused.kept
