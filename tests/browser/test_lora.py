@@ -25,21 +25,26 @@ WORK = """() => {
   place.remove();
   return times.sort((a, b) => a - b)[3];
 }"""
-MOVES = """async () => {
+MOVES = """async (stops) => {
   const range = [...document.querySelectorAll('[data-knob=rank][type=range]')].find((e) => e.offsetWidth), times = [];
   const stage = range.closest('.stage'), [sentence, picture, axis] = ['.sentence', '.matrices', '.rank-axis'].map((n) => stage.querySelector(n));
   const repainted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-  for (let stop = 0; stop < 60; stop++) {
+  const move = async (stop) => {
     const start = performance.now();
-    range.value = (stop + 20) % 60;
+    range.value = stop;
     range.dispatchEvent(new Event('input', {bubbles: true}));
     await repainted();
-    times.push(performance.now() - start);
+    const time = performance.now() - start;
     const rank = +range.getAttribute('aria-valuetext').slice(5), shows = (text) => { if (!text) throw new Error('rank ' + rank + ' is not shown'); };
     shows(sentence.textContent.startsWith(`Rank ${rank} on`));
     shows(picture.getAttribute('aria-label').includes(` by ${rank} and A is ${rank} by `) && picture.textContent.includes(` × ${rank}`));
     await repainted();
     shows(axis.textContent.endsWith(`rank ${rank}`));
+    return time;
+  };
+  for (const stop of stops) {
+    if (+range.value !== (stop + 59) % 60) await move((stop + 59) % 60);
+    times.push(await move(stop));
   }
   return times;
 }"""
@@ -77,8 +82,8 @@ def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
     """On a processor as slow as PHONE, each of 60 moves of the rank is on screen within 50 ms and sends no request.
 
     A move's time is from its event until the frame is made that has its rank in the sentence, the picture and its
-    captions. The axis, the map and the totals come in the frame after, and the next move waits for that. Each move counts
-    at its best of up to eight rounds: others on the machine may hold up any one of them.
+    captions. The axis, the map and the totals come in the frame after, and the next move waits for that. Others on the
+    machine may hold up any move: those over the budget are made again, and each counts at its best.
     """
     page = opened(open_page(app.url + "?tab=lora"))
     expect(page.locator(".chip")).to_contain_text("is ready", timeout=300_000)  # until then the page asks how far it is
@@ -89,16 +94,14 @@ def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
         sent.clear()
         page.wait_for_timeout(3000)
     throttle(page, rate)
-    best = [float("inf")] * 60
-    for _ in range(8):
-        times = page.evaluate(MOVES)
-        best = [min(pair) for pair in zip(best, times, strict=True)]
-        print(f"a round of moves in ms: median {sorted(times)[30]:.0f}, slowest {max(times):.0f}")
-        if max(best) <= BUDGET:
-            break
-    print(f"each at its best: median {sorted(best)[30]:.0f}, slowest {max(best):.0f}")
+    best = dict.fromkeys(range(60), float("inf"))
+    made = 0
+    while (slow := [stop for stop, time in best.items() if time > BUDGET]) and made < 600:
+        best.update({stop: min(best[stop], time) for stop, time in zip(slow, page.evaluate(MOVES, slow), strict=True)})
+        made += len(slow)
+    print(f"{made} moves; in ms, each at its best: median {sorted(best.values())[30]:.0f}, slowest {max(best.values()):.0f}")
     assert not sent, "a slider that moves must not ask the server"
-    assert max(best) <= BUDGET
+    assert not slow, f"{len(slow)} moves took longer than {BUDGET} ms"
 
 
 def test_keys_change_rank_targets_and_layers_and_the_link_keeps_them(app, open_page):
