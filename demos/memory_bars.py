@@ -12,15 +12,12 @@ from peftlab import MemoryReport, words
 from peftlab.catalog.gpus import GPUS
 from peftlab.figures import COMPONENTS
 from peftlab.memory import ClosedForm
+from peftlab.methods import METHODS
 
 OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
 SLIDERS = ("batch_size", "sequence_length", "rank")
-MOVED = "(batch, length, rank) => { window.dispatchEvent(new CustomEvent('peftlab-moved', {detail: [batch, length, rank]})); }"
-"""What the three sliders do, in the page alone."""
-REST = 500
-"""Milliseconds without a move after which the exact figures are asked for."""
 DRAW = """
-let at = props.value.at, timer = null;
+let at = props.value.at;
 const evaluate = (terms) => terms.reduce((sum, [c, i, j, k]) => sum + c * at[0] ** i * at[1] ** j * at[2] ** k, 0);
 const add = (kinds) => Object.values(kinds).reduce((a, b) => a + b, 0);
 const isExact = (run) => run.exact && at.every((n, i) => n === props.value.at[i] || (i === 2 && !props.value.ranked));
@@ -52,13 +49,13 @@ const draw = () => {
   const where = gpu ? fill(words.one, {...words, gpu: gpu[0]})
     : fill(words.several, {...words, n: Math.ceil(needed / largest[1]).toLocaleString('en-US'), gpu: largest[0]});
   const room = element.querySelector('.bars').clientWidth;
-  const begin = fill(words.full, {model: strong(props.value.model), full: strong(size(totals[0]))});
-  const ratio = totals[0] / needed;
+  const ratio = totals[0] / needed, sure = runs.every((run) => !run.form || isExact(run)), about = sure ? '' : 'about ';
+  const begin = fill(words.full, {model: strong(props.value.model), full: about + strong(size(totals[0]))});
   const name = (run) => run.name.replace('{rank}', at[2]);
   element.querySelector('.sentence').innerHTML = begin + ' ' + (last ? fill(words.chosen, {
-    method: strong(name(runs[last]), 'trained'), chosen: strong(size(needed), 'trained'),
-    ratio: significant(Math.max(ratio, 1 / ratio)), less: ratio >= 1 ? 'less' : 'more', where: where,
-  }) : where[0].toUpperCase() + where.slice(1) + '.');
+    method: strong(name(runs[last]), 'trained'), chosen: about + strong(size(needed), 'trained'),
+    ratio: about + significant(Math.max(ratio, 1 / ratio)), less: ratio >= 1 ? 'less' : 'more', where: sure ? ', and ' + where : '',
+  }) : sure ? where[0].toUpperCase() + where.slice(1) + '.' : '');
   element.querySelector('.bars').innerHTML = runs.map((run, i) => {
     const pieces = kinds.filter(([kind]) => each[i][kind] > 0).map(([kind, colour, label]) => {
       const share = 100 * each[i][kind] / most;
@@ -75,25 +72,18 @@ const draw = () => {
   const source = element.querySelector('.source');
   source.innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
 };
-const moved = () => Object.fromEntries(SLIDERS.map((name, i) => [name, at[i]]).filter(([, n], i) => n !== props.value.at[i]));
-const report = () => { clearTimeout(timer); timer = null; trigger('submit', {moved: moved()}); };
-const rest = () => {
-  clearTimeout(timer);
-  const wanted = props.value.runs.every((run) => run.form) && !props.value.runs.every(isExact);
-  timer = wanted ? setTimeout(report, REST) : null;
-};
-draw(); rest();
-watch('value', () => { at = props.value.at; draw(); rest(); });
+draw();
+watch('value', () => { at = props.value.at; draw(); });
 new ResizeObserver(draw).observe(element);
-window.addEventListener('peftlab-moved', (e) => { at = e.detail; draw(); rest(); });
-document.addEventListener('pointerdown', ({target}) => {
-  if (timer && target.closest('[role=tab]') && Object.keys(moved()).length) report();
-}, true);
-""".replace("REST", str(REST)).replace("SLIDERS", str(list(SLIDERS)))
+window.addEventListener('peftlab-written', ({detail}) => {
+  at = SLIDERS.map((name, i) => +detail[name] || at[i]);
+  draw();
+});
+""".replace("SLIDERS", str(list(SLIDERS)))
 
 
 def bars(value: dict[str, Any], sentence: str) -> gr.HTML:
-    """`submit` is sent once the sliders rest and the exact figures are wanted, with the sliders `moved` since the value."""
+    """The sentence and the bars, which follow the sliders while these move."""
     return gr.HTML(
         value,
         html_template=f'<h2 class="sentence" aria-live="polite">{sentence}</h2><div class="bars"></div>'
@@ -106,8 +96,12 @@ def bars_value(
     reports: tuple[MemoryReport, ...],
     forms: tuple[ClosedForm | None, ...],
     at: tuple[int, int, int],
+    share: float | None = None,
 ) -> dict[str, Any]:
-    """What the page draws: full fine-tuning first, then the chosen method unless that is the same."""
+    """What the page draws: full fine-tuning first, then the chosen method unless that is the same.
+
+    Of a model that is only a number, `share` percent is trained.
+    """
     if reports[-1].spec.method == "full":
         reports, forms = reports[:1], forms[:1]
     chosen = reports[-1]
@@ -115,7 +109,7 @@ def bars_value(
         "at": at,
         "ranked": any(r.spec.rank for r in reports),
         "model": escape(chosen.model_name),
-        "runs": [_run(r, f) for r, f in zip(reports, forms, strict=True)],
+        "runs": [_run(r, f, share) for r, f in zip(reports, forms, strict=True)],
         "gpus": [[words.gpu_name(g), g.memory_bytes] for g in GPUS.values()],
         "words": words.SENTENCES | words.it(chosen),
         "kinds": [*COMPONENTS, *OVERHEAD],
@@ -134,14 +128,18 @@ CLOSED = (
 )
 
 
-def _run(report: MemoryReport, form: ClosedForm | None) -> dict[str, Any]:
+def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> dict[str, Any]:
     exact = None
     if report.source == "trace" and report.peak and report.reserved:
         exact = {**report.peak.bytes, "reserve": report.reserved - report.peak.total, "context": report.context}
     spec = report.spec
     name = words.method_name(report)
+    if share is not None and spec.method != "full":
+        name = f"{METHODS[spec.method or ''].name}, {share:g}% trained"
+    elif spec.rank:
+        name = name.replace(f"rank {spec.rank}", "rank {rank}", 1)
     return {
-        "name": escape(name.replace(f"rank {spec.rank}", "rank {rank}", 1) if spec.rank else name),
+        "name": escape(name),
         "note": escape(", ".join(filter(None, (spec.precision, _base(report))))) if form else "",
         "form": form.to_data() if form else None,
         "states": {k: getattr(report, k) for k in ("frozen_weights", "trainable_weights", "gradients", "optimizer")},

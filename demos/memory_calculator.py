@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,14 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import costs, memory_bars, methods, page
-from peftlab import MemoryReport, RunSpec, SpecError, figures, predict, resolve, words
+from demos import choice, costs, memory_bars, methods, page
+from demos.tab import QUIET, Asked, Draw, Slow, Tab
+from peftlab import MemoryReport, PeftlabError, RunSpec, figures, predict, resolve, worker, words
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import DEFAULT, MODELS, find
-from peftlab.memory import CONVENTIONS, ClosedForm, Overtaken, closed_form, exact
+from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.conventions import EXACT
 
-TAB = "memory"
 BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
 """Settings that some methods read and counts depend on."""
 SIZES = ("batch_size", "sequence_length", "gradient_checkpointing")
@@ -50,17 +48,26 @@ def both(spec: RunSpec) -> tuple[RunSpec, RunSpec]:
     return spec.but(method="full", quantization=None), spec
 
 
-def closed(
-    spec: RunSpec, convention: str, share: float
-) -> tuple[tuple[MemoryReport, MemoryReport], tuple[ClosedForm | None, ClosedForm | None]]:
-    """What can be said at once; `share` (percent) is trained where the model is only a number."""
-    entry = find(spec.model or DEFAULT)
-    trainable = None if entry.config else max(1, round(entry.total_parameters * share / 100))
-    if convention == EXACT and entry.is_causal and entry.config:
-        forms = tuple(closed_form(s) for s in both(spec))
-        return tuple(f.report() for f in forms), forms
-    full, chosen = both(spec)
-    return (predict(full, convention), predict(chosen, convention, trainable)), (None, None)
+Reports = tuple[MemoryReport, MemoryReport]
+Forms = tuple[ClosedForm | None, ClosedForm | None]
+
+
+def has_step(asked: Asked) -> bool:
+    """Whether a whole training step is predicted, not only states as a convention counts them."""
+    entry = find(asked.spec.model or DEFAULT)
+    return bool(asked["convention"] == EXACT and entry.is_causal and entry.config)
+
+
+def seen(asked: Asked) -> tuple[Reports, Forms]:
+    """Full fine-tuning and the chosen method: traced where both traces are known, else by the closed form."""
+    full, chosen = both(asked.spec)
+    if has_step(asked):
+        forms = closed_form(full), closed_form(chosen)
+        traces = worker.known(exact, full), worker.known(exact, chosen)
+        return (traces if all(traces) else (forms[0].report(), forms[1].report())), forms
+    entry, rule = find(asked.spec.model or DEFAULT), asked["convention"]
+    trainable = None if entry.config else max(1, round(entry.total_parameters * asked["share"] / 100))
+    return (predict(full, rule), predict(chosen, rule, trainable)), (None, None)
 
 
 def at(spec: RunSpec) -> tuple[int, int, int]:
@@ -98,226 +105,146 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
     return table + (costs.derivation(form) if form else "")
 
 
-def picture(
-    spec: RunSpec,
-    convention: str,
-    view: tuple[float, ...],
-    reports: tuple[MemoryReport, MemoryReport],
-    forms: tuple[ClosedForm | None, ClosedForm | None],
-) -> tuple:
-    """Everything that is drawn of two reports; `view` is tasks, streams, context, price and utilisation."""
-    full, chosen = reports
-    surprises = words.memory_surprises(full, chosen)
-    return (
-        memory_bars.bars_value(reports, forms, at(chosen.spec)),
-        "".join(f"<p>{text}</p>" for text in surprises[:2]),
-        figures.themed(figures.memory_timeline, chosen) if chosen.moments else gr.skip(),
-        numbers(full, chosen, forms[1]),
-        costs.gpus(full, chosen),
-        costs.room(forms[1]) if forms[1] else "",
-        costs.compute_and_disk(chosen, *view),
-        costs.conventions(spec, reports),
-        costs.measured(),
-        page.changed(spec),
-    )
+class Memory(Tab):
+    """The memory calculator."""
 
+    key, title = "memory", "Memory"
+    choices = {
+        "convention": choice.one_of("convention", EXACT, [EXACT, *CONVENTIONS]),
+        "share": choice.number("share", 0.5, 0.01, 10, whole=False),
+        **costs.CHOICES,
+    }
 
-def build(spec: gr.State) -> page.View:
-    changing = partial(page.changing, TAB)
-    start = costs.VIEW
-    first = picture(page.OPENING, EXACT, start, *closed(page.OPENING, EXACT, 0.5))
-    sentence = words.memory_sentence(*closed(page.OPENING, EXACT, 0.5)[0])
-    batch, length, _ = at(page.OPENING)
-    with gr.Row(elem_classes="stage"):
-        with page.controls():
-            page.drawer_handle()
-            model = page.model_choice(page.OPENING.model)
-            sizes = [
-                page.slider("batch_size", 1, 64, batch),
-                page.slider("sequence_length", 16, 16384, length, step=16),
-                gr.Checkbox(False, **page.described("gradient_checkpointing")),
-            ]
-            method = methods.method_choice(page.OPENING.method or "lora", page.OPENING.model or DEFAULT)
-            about = page.note(methods.method_card("lora", page.OPENING.model or DEFAULT))
-            own = methods.method_settings(page.OPENING, *BY_METHOD)
-            share = gr.Slider(
-                0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
-                info="A bare count has no layers to adapt, so its share is chosen",
-            )  # fmt: skip
-            with gr.Accordion("Precision, optimizer and GPUs", open=False):
-                folded = [_control(name) for name in FOLDED]
-            with gr.Accordion("Your own config.json", open=False):
-                text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
-                with gr.Row():
-                    use = gr.Button("Use it", size="sm", min_width=80)
-                    upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
-            with gr.Accordion("Count as a lecture does", open=False):
-                convention = gr.Dropdown(
-                    [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())],
-                    value=EXACT,
-                    label="Count as",
-                    info="Bytes a parameter, in each lecture's convention",
-                )
-            note = page.note(first[9])
-            reset = gr.Button("Reset to automatic", size="sm")
-        with gr.Column(elem_classes="main"):
-            problem = page.problem()
-            bars = memory_bars.bars(first[0], sentence)
-            surprises = gr.HTML(first[1], html_template='<div class="surprises">${value}</div>', js_on_load=None)
-            with gr.Row(elem_classes="lessons"):
-                lessons = [gr.Button(name, size="sm") for name in LESSONS]
-            timeline = page.plot(first[2], "Allocated memory through one training step, by kind")
-            with gr.Accordion("Every number, and how it comes about", open=False):
-                table = gr.HTML(first[3])
-            with gr.Accordion("Which GPUs hold it", open=False):
-                grid = gr.HTML(first[4])
-            with gr.Accordion("What would fit", open=False):
-                room = gr.HTML(first[5])
-            with gr.Accordion("Time, money, disk and serving", open=False):
-                view = costs.controls()
-                spent = gr.HTML(first[6])
-            with gr.Accordion("The lectures' conventions and numbers, recomputed", open=False):
-                rules = gr.HTML(first[7])
-                gr.HTML(page.claims_table("memory"))
-            with gr.Accordion("Measured beside predicted", open=False):
-                beside = gr.HTML(costs.measured())
-            with gr.Accordion("How the method works", open=False):
-                panel = gr.HTML(methods.method_panel("lora"))
+    def build(self) -> None:
+        with gr.Row(elem_classes="stage"):
+            with page.controls():
+                self._settings()
+            with gr.Column(elem_classes="main"):
+                self._pictures()
 
-    rank = own[0]
-    fields = [model, method, *own, *sizes, *folded]
-    looks = [convention, share, *view]
-    drawn = [bars, surprises, timeline, table, grid, room, spent, rules, beside, note]
-    shown_with_method = [about, panel]
+    def _settings(self) -> None:
+        opening = page.OPENING
+        batch, length, _ = at(opening)
+        page.drawer_handle()
+        self.control("model", page.model_choice(opening.model))
+        self.control("batch_size", page.slider("batch_size", 1, 64, batch))
+        self.control("sequence_length", page.slider("sequence_length", 16, 16384, length, step=16))
+        self.control("gradient_checkpointing", gr.Checkbox(False, **page.described("gradient_checkpointing")))
+        self.control("method", methods.method_choice("memory", opening.method or "lora", opening.model or DEFAULT))
+        self.panel("about", page.note(methods.method_card("lora", opening.model or DEFAULT)))
+        for name, component in methods.method_settings(opening, *BY_METHOD).items():
+            self.control(name, component)
+        share = gr.Slider(
+            0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
+            info="A bare count has no layers to adapt, so its share is chosen",
+        )  # fmt: skip
+        self.control("share", share)
+        with self.fold("Precision, optimizer and GPUs"):
+            for name in FOLDED:
+                self.control(name, _control(name))
+        with self.fold("Your own config.json"):
+            self._own_config()
+        with self.fold("Count as a lecture does"):
+            rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
+            about = {"label": "Count as", "info": "Bytes a parameter, in each lecture's convention"}
+            self.control("convention", gr.Dropdown(rules, value=EXACT, **about))
+        self.panel("changed", page.note(page.changed(opening)))
+        page.reset("model", "method", "task")
 
-    def changes(spec: RunSpec, refill: bool) -> tuple:
-        """The method's controls and, for a bare count, its share."""
-        bare = find(spec.model or DEFAULT).config is None
-        return (
-            *methods.method_updates(spec, BY_METHOD, refill),
-            gr.update(visible=bare and spec.method != "full"),
-        )
+    def _own_config(self) -> None:
+        text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
+        refused = page.problem()
+        with gr.Row():
+            use = gr.Button("Use it", size="sm", min_width=80)
+            upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
+        key = gr.Textbox(visible=False)
+        gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET)
+        upload.upload(lambda file: own_config(Path(file).read_text(errors="replace")), upload, [refused, key], **QUIET)
+        key.change(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
 
-    def explained(spec: RunSpec) -> tuple[str, str]:
-        method = spec.method or "lora"
-        return methods.method_card(method, spec.model or DEFAULT), methods.method_panel(method)
+    def _pictures(self) -> None:
+        asked = page.opening(self)
+        first = {name: draw() for name, draw in self.draw(asked).items() if name in ("bars", "surprises", "timeline")}
+        self.panel("problem", page.problem())
+        sentence = words.memory_sentence(*seen(asked)[0])
+        self.panel("bars", memory_bars.bars(first["bars"], sentence))
+        surprises = gr.HTML(first["surprises"], html_template='<div class="surprises">${value}</div>', js_on_load=None)
+        self.panel("surprises", surprises)
+        page.lessons({name: page.link(spec, convention=rule) for name, (spec, rule) in LESSONS.items()})
+        about = "Allocated memory through one training step, by kind"
+        self.panel("timeline", page.plot(first["timeline"]["value"], about))
+        with self.fold("Every number, and how it comes about"):
+            self.panel("numbers", gr.HTML())
+        with self.fold("Which GPUs hold it"):
+            self.panel("gpus", gr.HTML())
+        with self.fold("What would fit"):
+            self.panel("room", gr.HTML())
+        with self.fold("Time, money, disk and serving"):
+            for name, component in costs.controls().items():
+                self.control(name, component)
+            self.panel("spent", gr.HTML())
+        with self.fold("The lectures' conventions and numbers, recomputed"):
+            self.panel("conventions", gr.HTML())
+            self.panel("claims", gr.HTML())
+        with self.fold("Measured beside predicted"):
+            self.panel("measured", gr.HTML())
+        with self.fold("How the method works"):
+            self.panel("how", gr.HTML())
 
-    def update(spec: RunSpec, convention: str, share: float, *rest: Any) -> tuple:
-        """After a control: what the closed form says."""
-        before, view, values = spec, rest[: len(costs.VIEW)], rest[len(costs.VIEW) :]
-        spec, moved = methods.edit(spec, FIELDS, values)
-        spec = _without_automatic(spec)
-        return (
-            spec,
-            methods.method_value(spec.method, spec.model) if spec.model != before.model else gr.skip(),
-            *changes(spec, refill=moved),
-            *explained(spec),
-            *picture(spec, convention, view, *closed(spec, convention, share)),
-        )
+    def check(self, asked: Asked) -> None:
+        seen(asked)
 
-    def rested(spec: RunSpec, moved: Mapping[str, int]) -> tuple:
-        return (_without_automatic(methods.edit(spec, tuple(moved), tuple(moved.values()))[0]),)
-
-    def traced(spec: RunSpec, overtaken: Callable[[], bool], convention: str, share: float, *view: Any) -> tuple:
-        """What the trace says."""
-        _, forms = closed(spec, convention, share)
-        if forms[1] is None:  # counted by a convention since
-            raise Overtaken
-        return picture(spec, convention, view, tuple(exact(s, overtaken) for s in both(spec)), forms)
-
-    def rest(request: gr.Request, event: gr.EventData, spec: RunSpec) -> tuple:
-        """The sliders rest, and had told the server nothing: the settings that they `moved`."""
-        return changing(page.refusing(rested, 1))(request, spec, event.moved) if event.moved else (gr.skip(), gr.skip())
-
-    def trace(request: gr.Request, refusal: str, spec: RunSpec, *looks: Any) -> tuple:
-        """Once the sliders rest: the exact figures of the settings, unless those on screen were refused."""
-        who = page.visitor(request)
-        try:
-            if refusal:
-                raise Overtaken
-            overtaken = who.trace(spec)
-            answer = page.refusing(traced, len(drawn))(spec, overtaken, *looks)
-            who.sent(TAB)
-            if overtaken():
-                raise Overtaken
-            return answer
-        except Overtaken:
-            who.arrived(TAB)
-            return page.skipped([problem, *drawn])
-
-    def arrived(request: gr.Request) -> None:
-        page.visitor(request).arrived(TAB)
-
-    def body(spec: RunSpec, convention: str = EXACT, share: float = 0.5, *view: float) -> tuple:
-        """Every control and picture of a spec."""
-        *own, share_shown = changes(spec, refill=True)
+    def fill(self, asked: Asked) -> dict[str, Any]:
+        spec = asked.spec
         batch, length, _ = at(spec)
-        return (
-            _shown_model(spec),
-            methods.method_value(spec.method, spec.model),
-            *own,
-            batch,
-            length,
-            bool(spec.gradient_checkpointing),
-            *(_blank(name, getattr(spec, name)) for name in FOLDED),
-            share_shown,
-            *explained(spec),
-            *picture(spec, convention, view or costs.VIEW, *closed(spec, convention, share)),
-        )
+        bare = find(spec.model or DEFAULT).config is None
+        return {
+            "model": _shown_model(spec),
+            "method": methods.method_value(spec.method, spec.model),
+            **methods.method_updates(spec, BY_METHOD),
+            "batch_size": page.slid(batch, 64),
+            "sequence_length": page.slid(length, 16384),
+            "gradient_checkpointing": bool(spec.gradient_checkpointing),
+            **{name: page.blank(getattr(spec, name)) for name in FOLDED},
+            "share": gr.update(visible=bare and spec.method != "full", value=asked["share"]),
+            "convention": asked["convention"],
+            **{name: asked[name] for name in costs.CHOICES},
+        }
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    show = page.refusing(body, len(FIELDS) + 1 + len(shown_with_method) + len(drawn))
-    refresh = [problem, spec, method, *own, share, *shown_with_method, *drawn]
-    sliding = [sizes[0], sizes[1], rank]
-    gr.on([s.input for s in sliding], None, sliding, None, js=memory_bars.MOVED, **quiet)
-    gr.on(
-        [control.input for control in (*fields, *looks) if control not in sliding],
-        changing(page.refusing(update, len(refresh) - 1)),
-        [spec, *looks, *fields],
-        refresh,
-        trigger_mode="always_last",
-        **quiet,
-    )
-    bars.submit(rest, spec, [problem, spec], trigger_mode="multiple", **quiet).then(
-        trace, [problem, spec, *looks], [problem, *drawn], trigger_mode="multiple", **quiet
-    ).then(arrived, trigger_mode="multiple", **quiet)
-    shown = [problem, *fields, share, *shown_with_method, *drawn]
-    for button, (lesson, rule) in zip(lessons, LESSONS.values(), strict=True):
-        button.click(
-            changing(lambda share, *view, lesson=lesson, rule=rule: (lesson, rule, *show(lesson, rule, share, *view))),
-            [share, *view],
-            [spec, convention, *shown],
-            **quiet,
-        )
-    reset.click(
-        changing(
-            lambda spec, *looks: (
-                plain := RunSpec(model=spec.model, method=spec.method, task=spec.task),
-                *show(plain, *looks),
-            )
-        ),
-        [spec, *looks],
-        [spec, *shown],
-        **quiet,
-    )
+    def draw(self, asked: Asked) -> dict[str, Draw]:
+        spec, model = asked.spec, asked.spec.model or DEFAULT
+        reports, forms = seen(asked)
+        full, chosen = reports
+        entry = find(model)
+        timeline = figures.themed(figures.memory_timeline, chosen) if chosen.moments else None
+        return {
+            "bars": lambda: memory_bars.bars_value(reports, forms, at(chosen.spec), None if entry.config else asked["share"]),
+            "surprises": lambda: "".join(f"<p>{text}</p>" for text in words.memory_surprises(full, chosen)[:2]),
+            "timeline": lambda: gr.update(value=timeline, visible=timeline is not None),
+            "about": lambda: methods.method_card(spec.method or "lora", model),
+            "changed": lambda: page.changed(spec),
+            "numbers": lambda: numbers(full, chosen, forms[1]),
+            "gpus": lambda: costs.gpus(full, chosen),
+            "room": lambda: costs.room(forms[1]) if forms[1] else "",
+            "spent": lambda: costs.compute_and_disk(chosen, *(asked[name] for name in costs.CHOICES)),
+            "conventions": lambda: costs.conventions(spec, reports),
+            "claims": lambda: page.claims_table("memory"),
+            "measured": costs.measured,
+            "how": lambda: methods.method_panel(spec.method or "lora"),
+        }
 
-    def own_config(spec: RunSpec, text: str, *looks: Any) -> tuple:
-        from peftlab.catalog.models import from_config
+    def slow(self, asked: Asked) -> list[Slow]:
+        return [Slow(exact, (spec,)) for spec in both(asked.spec)] if has_step(asked) else []
 
-        try:
-            changed = spec.but(model=from_config(text).key)
-        except SpecError as error:
-            return page.Refused((gr.skip(), escape(str(error)), *[gr.skip()] * (len(shown) - 1)))
-        return changed, *show(changed, *looks)
 
-    gr.on([use.click, text.submit], changing(own_config), [spec, text, *looks], [spec, *shown], **quiet)
-    upload.upload(
-        changing(lambda spec, file, *looks: own_config(spec, Path(file).read_text(errors="replace"), *looks)),
-        [spec, upload, *looks],
-        [spec, *shown],
-        **quiet,
-    )
-    return page.View(TAB, show, shown, looks)
+def own_config(text: str) -> tuple[str, Any]:
+    """What is wrong with a pasted config.json, or its key as a model."""
+    from peftlab.catalog.models import from_config
+
+    try:
+        return "", from_config(text).key
+    except PeftlabError as error:
+        return escape(str(error)), gr.skip()
 
 
 def _control(name: str) -> Any:
@@ -326,22 +253,12 @@ def _control(name: str) -> Any:
     return page.text(name) if name in ("accumulation", "n_gpus") else page.choice(name)
 
 
-def _blank(name: str, value: Any) -> Any:
-    return value if value is not None or name in ("accumulation", "n_gpus") else ""
-
-
-def _without_automatic(spec: RunSpec) -> RunSpec:
-    """Sliders and boxes have no empty state: where they show what is automatic, nothing was set."""
-    usual = resolve(spec.but(**dict.fromkeys(SIZES)))
-    return spec.but(**{n: None for n in SIZES if getattr(spec, n) == getattr(usual, n)})
-
-
 def _shown_model(spec: RunSpec) -> Any:
+    """A config of the visitor's own is a choice with its name, while it is chosen."""
     key = spec.model or DEFAULT
-    if key.startswith("config:"):
-        return gr.update(value=key, choices=[*page.choices_of(MODELS), (find(key).name, key)])
-    return key
+    own = [(find(key).name, key)] if key.startswith("config:") else []
+    return gr.update(value=key, choices=[*page.choices_of(MODELS), *own])
 
 
 if __name__ == "__main__":
-    page.run_alone("Memory calculator", build)
+    page.run_alone(Memory())

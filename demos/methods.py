@@ -21,26 +21,23 @@ from peftlab.resolve import METHOD_SETTINGS
 
 CHOOSER = """
 const box = () => element.querySelector('select');
-const choose = (method) => { props.value = {...props.value, method}; trigger('input'); };
-element.addEventListener('change', (e) => choose(e.target.value));
-watch('value', () => { if (box() && props.value) box().value = props.value.method; });
-if (box().value !== props.value.method) choose(box().value);
+element.addEventListener('change', () => peftlab.heard('TAB.method', box().value));
+watch('value', () => { if (box()) box().value = props.value.method; });
 """
-"""The last line: somebody may have chosen before the page was listening."""
 
 
-def method_choice(method: str, model: str) -> gr.HTML:
+def method_choice(tab: str, method: str, model: str) -> gr.HTML:
     """The registry by family. A method that does not suit the model is there, disabled; `not_here` says why."""
     return gr.HTML(
         method_value(method, model),
         html_template=f'<label class="chooser"><span>Method</span><small>{page.described("method")["info"]}</small>'
         "<select>${value.options}</select></label>",
-        js_on_load=CHOOSER,
+        js_on_load=CHOOSER.replace("TAB", tab),
     )
 
 
 def method_value(method: str | None, model: str | None) -> dict[str, str]:
-    """What the chooser holds. `edit` reads the method from it."""
+    """What the chooser holds."""
     chosen = f'value="{method or "lora"}"'
     return {
         "method": method or "lora",
@@ -103,9 +100,9 @@ BY_METHOD = (*SLIDERS, "train_norms", "target_modules")
 """Settings whose controls show the method's own default when the method changes; the others are empty when automatic."""
 
 
-def method_settings(spec: RunSpec, *names: str) -> list[Any]:
+def method_settings(spec: RunSpec, *names: str) -> dict[str, Any]:
     """A control for each of `names`, settings that only some methods read, shown where `spec`'s method reads it."""
-    made = []
+    made: dict[str, Any] = {}
     for name in names:
         if name in SLIDERS:
             control: Any = page.slider(name, *SLIDERS[name])
@@ -116,26 +113,29 @@ def method_settings(spec: RunSpec, *names: str) -> list[Any]:
         else:
             control = page.text(name)
         control.visible = name in METHODS[spec.method or "lora"].settings
-        made.append(control)
+        made[name] = control
     return made
 
 
-def method_updates(spec: RunSpec, names: Sequence[str], refill: bool) -> list[Any]:
-    """Which of the controls `names` the spec's method reads, and their values where they are to be filled again."""
+def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, Any]:
+    """What the controls `names` show: those that the spec's method reads, and their values."""
     of, countable = resolve(spec), find(spec.model or DEFAULT).config is not None
     uses = METHODS[of.method or ""].settings if countable else ()
-    updates = []
+    updates = {}
     for name in names:
-        values = {"value": _blank(getattr(of if name in BY_METHOD else spec, name), name)} if refill else {}
-        updates.append(gr.update(visible=name in uses or name not in METHOD_SETTINGS, **values))
+        value = _blank(getattr(of if name in BY_METHOD else spec, name), name)
+        update = page.slid(value, SLIDERS[name][1]) if name in SLIDERS else gr.update(value=value)
+        updates[name] = update | {"visible": name in uses or name not in METHOD_SETTINGS}
     return updates
 
 
 def _blank(value: Any, name: str) -> Any:
     """What an empty control shows; a slider has no empty state."""
-    if value is None:
-        return SLIDERS[name][2] if name in SLIDERS else {"quantization": "", "target_modules": "all-linear"}.get(name)
-    return value
+    if name in SLIDERS:
+        return SLIDERS[name][2] if value is None else value
+    if value is None and name == "target_modules":
+        return "all-linear"
+    return bool(value) if name == "train_norms" else page.blank(value)
 
 
 TARGETS = (
@@ -147,27 +147,12 @@ TARGETS = (
 
 def preset_choice(keys: Sequence[str]) -> gr.Dropdown:
     choices = [("none", ""), *((PRESETS[key].name, key) for key in keys)]
-    return gr.Dropdown(choices, value="", label="Preset", info="Published settings, with their source")
+    return gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED)
 
 
-def preset_says(key: str) -> Any:
-    """The preset chooser, once `key` is chosen: what it sets and who published it."""
-    return gr.update(
-        info=f"{PRESETS[key].says} {PRESETS[key].source}." if key else "Published settings, with their source"
-    )
+PUBLISHED = "Published settings, with their source"
 
 
-def edit(spec: RunSpec, names: Sequence[str], values: Sequence[Any]) -> tuple[RunSpec, bool]:
-    """`spec` with the controls' values, and whether the method is another one. Raises SpecError.
-
-    Empty means automatic. Settings that the method does not read are left out, and a new method starts at its own.
-    """
-    plain = [v["method"] if isinstance(v, dict) else v for v in values]  # the chooser's value has its options too
-    given = {n: v for n, v in zip(names, plain, strict=True) if v not in (None, "")}
-    method = given.get("method") or spec.method or "lora"
-    moved = method != (spec.method or "lora")
-    unread = {n for n in METHOD_SETTINGS if moved or n not in METHODS[method].settings}
-    if moved:
-        unread |= {"learning_rate", "quantization"}
-    wanted = spec.to_dict() | dict.fromkeys(names) | given
-    return page.public({n: v for n, v in wanted.items() if n not in unread}), moved
+def preset_says(key: str) -> str:
+    """What a preset sets and who published it."""
+    return f"{PRESETS[key].says} {PRESETS[key].source}." if key else PUBLISHED

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
 
+from demos.tab import QUIET, Asked, Tab
 from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
 from peftlab.catalog.models import MODELS
@@ -23,6 +24,7 @@ from peftlab.places import ASSETS
 from peftlab.resolve import resolve_here
 from peftlab.spec import SETTINGS, closest
 
+log = logging.getLogger(__name__)
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
 NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
@@ -52,8 +54,6 @@ new ResizeObserver(() => {
 """
 """The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own
 theme picks the template; gr.Plot does neither."""
-UNDER_WAY = 10.0
-"""Seconds after which an answer that the page has not acknowledged is taken to have reached it."""
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
@@ -157,6 +157,44 @@ def note(text: str = "") -> gr.HTML:
 def problem() -> gr.HTML:
     """Where a refusal appears: beside the controls that caused it, and away again when it is cured."""
     return gr.HTML("", html_template='<div class="problem" role="alert">${value}</div>', js_on_load=None)
+
+
+def blank(value: Any) -> Any:
+    """What an empty control shows of a setting that is automatic."""
+    return "" if value is None else value if isinstance(value, (str, bool)) else _short(value)
+
+
+def slid(value: float, top: float) -> dict[str, Any]:
+    """What a slider shows: one that usually ends at `top` reaches further where the value does."""
+    return gr.update(value=value, maximum=max(top, value))
+
+
+def opening(tab: Tab) -> Asked:
+    """What a plain visit asks of `tab`."""
+    return Asked(OPENING, {name: one.usual for name, one in tab.choices.items()}, {})
+
+
+def link(spec: RunSpec, **choices: str) -> dict[str, str]:
+    """A run's settings as the address says them: nothing for those that the page opens with."""
+    usual = dict(parse_qsl(OPENING.to_query()))
+    return {n: v for n, v in parse_qsl(spec.to_query()) if usual.get(n) != v} | choices
+
+
+def writing(button: gr.Button, javascript: str) -> None:
+    """What a press of `button` writes to the settings."""
+    button.click(None, None, None, js=f"() => {{ {javascript} }}", **QUIET)
+
+
+def lessons(runs: Mapping[str, Mapping[str, str]]) -> None:
+    """A button for each run, by name, that replaces the settings with it."""
+    with gr.Row(elem_classes="lessons"):
+        for name, run in runs.items():
+            writing(gr.Button(name, size="sm"), f"peftlab.replace({json.dumps(run)})")
+
+
+def reset(*keeping: str) -> None:
+    """Makes every setting of the run automatic, but those that it keeps."""
+    writing(gr.Button("Reset to automatic", size="sm"), f"peftlab.replace({{}}, {json.dumps(keeping)})")
 
 
 def controls() -> gr.Column:
@@ -280,149 +318,19 @@ def claims_table(tab: str) -> str:
     return f'<div class="wide"><table class="data claims">{head}{"".join(rows)}</table></div>'
 
 
-class Refused(tuple):
-    """An answer that says what was wrong and changes nothing."""
+def as_update(value: Any) -> dict[str, Any]:
+    """What the page takes as an update of a component."""
+    return value if isinstance(value, dict) and "__type__" in value else gr.update(value=value)
 
 
-def refusing(work: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
-    """`work` with one output more, first: what was wrong, while everything else stays as it was."""
-
-    def guarded(*args: Any) -> Any:
-        try:
-            result = work(*args)
-        except SpecError as error:
-            return Refused((escape(str(error)), *[gr.skip()] * n_outputs))
-        return ("", *result)
-
-    return guarded
+def failed(error: Exception) -> str:
+    """What is said of an error that nobody foresaw; its traceback goes to the log."""
+    log.exception("the page: %s", error)
+    return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
 
 
-class Visitor:
-    """What one visitor's settings are, and what of them each tab shows.
-
-    Events leave a page with the settings of their moment, and their answers may come in any order. So each answer asks
-    here whether it is still wanted, and the page looks again after every change. One that was wanted when it left may still
-    reach the page after a later one: what a change draws while another answer to its tab is under way is drawn again.
-    """
-
-    landed = False
-    """Whether the link that brought them has been read."""
-
-    def __init__(self) -> None:
-        self._spec: RunSpec | None = None
-        self._asked = self._made = self._traces = 0
-        self._looked = 0.0
-        self._sent: dict[str, float] = {}
-        self._drawn: defaultdict[str, tuple[Any, ...]] = defaultdict(lambda: (OPENING, None))
-
-    def made(self, spec: RunSpec, tabs: Sequence[str]) -> None:
-        """The settings are `spec` from now on, and the answer that says so to the page draws `tabs`."""
-        self._spec = spec
-        self._made += 1
-        late = time.monotonic() - UNDER_WAY
-        self._drawn.update({tab: (None if self._sent.get(tab, late) > late else spec, None) for tab in tabs})
-
-    def sent(self, tab: str) -> None:
-        """From now on an answer that draws `tab` is under way, unless it is found unwanted yet."""
-        self._sent[tab] = time.monotonic()
-
-    def arrived(self, tab: str) -> None:
-        """It has reached the page, or never left."""
-        self._sent.pop(tab, None)
-
-    def since(self, spec: RunSpec) -> Callable[[], bool]:
-        """Whether the settings are others than `spec`, or were made again since now."""
-        made = self._made
-        return lambda: self._made != made or self._spec not in (None, spec)
-
-    def change(self) -> Callable[[], bool]:
-        """A change is asked for. Returns whether another one was since."""
-        self._asked += 1
-        asked = self._asked
-        return lambda: self._asked != asked
-
-    def trace(self, spec: RunSpec) -> Callable[[], bool]:
-        """The exact figures of `spec` are asked for. Returns whether they are not wanted any more."""
-        self._traces += 1
-        trace, changed = self._traces, self.since(spec)
-        return lambda: self._traces != trace or changed()
-
-    def looks(self, moment: float) -> Callable[[], bool]:
-        """The page looks, at a `moment` of its own clock. Returns whether it was heard to look again later."""
-        self._looked = max(self._looked, moment)
-        return lambda: self._looked > moment
-
-    def look(self, view: View, overtaken: Callable[[], bool], spec: RunSpec, inputs: tuple[Any, ...] = ()) -> tuple:
-        """What `view`, which is on screen, must draw anew to show `spec`: nothing, if it does already."""
-        changed = self.since(spec)
-        if changed() or self._drawn[view.tab] in ((spec, None), (spec, inputs)):
-            return skipped(view.outputs)
-        answer = view.show(spec, *inputs)
-        self.sent(view.tab)  # before it is asked whether it is wanted: a change since then knows of it
-        if changed() or overtaken():  # then the page has looked again, or will
-            self.arrived(view.tab)
-            return skipped(view.outputs)
-        self._drawn[view.tab] = (spec, inputs)
-        return answer
-
-
-_visitors: defaultdict[str | None, Visitor] = defaultdict(Visitor)
-
-
-def visitor(request: gr.Request) -> Visitor:
-    return _visitors[request.session_hash]
-
-
-def changing(tab: str, work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work`, a change of the settings on `tab`, which are among what it answers: nothing of it is shown if another one
-    was asked for meanwhile."""
-
-    def change(request: gr.Request, *args: Any) -> Any:
-        who = visitor(request)
-        overtaken = who.change()
-        answer = work(*args)
-        if overtaken():
-            return skipped(answer)
-        if not isinstance(answer, Refused):
-            who.made(next(part for part in answer if isinstance(part, RunSpec)), [tab])
-        return answer
-
-    return change
-
-
-def skipped(answer: Any) -> Any:
-    """As many outputs, each left as it is."""
-    return tuple(gr.skip() for _ in answer)
-
-
-@dataclass(frozen=True)
-class Event:
-    """`work(*inputs)` gives or streams the values of `outputs`."""
-
-    work: Callable[..., Any]
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class View:
-    """A built `tab`: `show(spec, *inputs)` gives the values of `outputs`, to follow a change made elsewhere.
-
-    It may also have something to do each time the tab is opened, when a page comes back to the run it had, and when a link
-    carries more than settings: then the first input is what it carries, as a query.
-    """
-
-    tab: str
-    show: Callable[..., tuple]
-    outputs: Sequence[Any]
-    inputs: Sequence[Any] = ()
-    opened: Event | None = None
-    resumed: Event | None = None
-    linked: Event | None = None
-
-
-def run_alone(title: str, build: Callable[[gr.State], View]) -> None:
+def run_alone(*tabs: Any) -> None:
     """`python demos/this_one.py`"""
-    with gr.Blocks(title=title, fill_width=True) as demo:
-        build(gr.State(OPENING))
-    demo.launch(**launch_options(), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+    from demos.store import blocks
+
+    blocks(*tabs).launch(**launch_options(), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -71,7 +71,7 @@ def bold(text: str, meaning: str = "") -> str:
 
 SENTENCES = {
     "full": "Full fine-tuning of {model} needs {full}.",
-    "chosen": "{method} needs {chosen}: {ratio}× {less}, and {where}.",
+    "chosen": "{method} needs {chosen}: {ratio}× {less}{where}.",
     "one": "{it} one {gpu}",
     "several": "{it_takes} {n} × {gpu}",
     "lora": "{what} on {where} trains {trained} of {total} numbers: {percent}. The adapter is {size}.",
@@ -91,7 +91,7 @@ def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
         chosen=bold(size(chosen.needed), "trained"),
         ratio=significant(max(ratio, 1 / ratio)),
         less="less" if ratio >= 1 else "more",
-        where=where,
+        where=f", and {where}",
     )
 
 

@@ -1,0 +1,83 @@
+"""What a tab's own choices may be: those of its settings that are no part of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftlab import SpecError
+from peftlab.spec import closest
+
+LETTERS = 2000
+"""Longest text that a visitor may send to a model."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`usual` is what it is at first; `read` makes a value of what a link or a control says, or raises SpecError."""
+
+    usual: Any
+    read: Callable[[str], Any]
+
+
+def number(name: str, usual: float | None, low: float, high: float, whole: bool = True) -> Choice:
+    """A number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (whole and value != int(value)):
+            kind = "a whole number" if whole else "a number"
+            try_ = high if value > high else low if value < low else low if usual is None else usual
+            raise SpecError(f"{name}={text[:40]}: {kind} from {low:g} to {high:,g}; try {try_:g}")
+        return int(value) if whole else value
+
+    return Choice(usual, read)
+
+
+def one_of(name: str, usual: str | None, known: Callable[[], Collection[str]] | Collection[str]) -> Choice:
+    """A key of a registry."""
+
+    def read(text: str) -> str:
+        keys = known() if callable(known) else known
+        if text not in keys:
+            raise SpecError(f"{name}={text[:40]}: no such {name}; {closest(text, keys)}")
+        return text
+
+    return Choice(usual, read)
+
+
+def several(name: str, usual: tuple[str, ...], known: Collection[str]) -> Choice:
+    """Any of a registry's keys, by semicolon; `none` for none of them."""
+
+    def read(text: str) -> tuple[str, ...]:
+        keys = () if text == "none" else tuple(text.split(";"))
+        return tuple(one_of(name, None, known).read(key) for key in keys)
+
+    return Choice(usual, read)
+
+
+def words(name: str, usual: str | None = None, most: int = LETTERS) -> Choice:
+    """Free text."""
+
+    def read(text: str) -> str:
+        if len(text) > most:
+            raise SpecError(f"{name}: {len(text):,} letters are more than the {most:,} that it takes; shorten it")
+        return text
+
+    return Choice(usual, read)
+
+
+def said(value: Any) -> str:
+    """A value as a link says it."""
+    if isinstance(value, tuple):
+        return ";".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def unusual(values: Mapping[str, Any], choices: Mapping[str, Choice]) -> dict[str, str]:
+    """What a link says of the choices: those that are not as usual."""
+    return {name: said(value) for name, value in values.items() if value != choices[name].usual}

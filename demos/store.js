@@ -1,0 +1,193 @@
+// The settings of the page, which owns them. Controls, links, Back, presets and lessons write here and nowhere else; the
+// address shows what is here; the server is asked what it looks like, and an answer to any but the newest question is dropped.
+
+const GIVEN = /*given*/{};  // {tabs: the first is the usual one, run: names of a run's settings, clears: {name: names}, outputs: names in order}
+const REST = 400; // milliseconds without a move after which a slider or a text box counts as at rest
+const PATIENCE = 30_000; // milliseconds after which an answer is taken for lost
+const LONGEST = 10_000; // letters of a value that an address still carries
+
+let tab = GIVEN.tabs[0], state = {}, open = new Set();
+let number = 0; // of the newest question
+let resting = 0, looking = 0; // timers
+let pending = {}, shown = {}; // updates that wait for Gradio to take them; what each output shows, as JSON
+let failures = 0;
+
+// --- what the browser keeps for itself: ids of runs and adapters, which no link carries
+
+const STORAGE = 'peftlab';
+const remembered = () => { try { return JSON.parse(localStorage.getItem(STORAGE)) ?? {}; } catch { return {}; } };
+const memory = Object.assign({visitor: crypto.randomUUID?.() ?? String(Math.random()).slice(2), adapters: []}, remembered());
+const keep = (more) => {
+  Object.assign(memory, more);
+  try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame may have no storage: then this visit's are kept */ }
+};
+
+// --- the address
+
+const read = () => {
+  state = {};
+  tab = GIVEN.tabs[0];
+  for (const [name, value] of new URLSearchParams(location.search))
+    if (name === 'tab') tab = GIVEN.tabs.includes(value) ? value : tab;
+    else if (!name.startsWith('__')) state[name] = value;
+};
+const record = (how) => {
+  const url = new URL(location.href), search = new URLSearchParams();
+  for (const [name, value] of Object.entries(state)) if (value.length <= LONGEST) search.set(name, value);
+  if (tab !== GIVEN.tabs[0]) search.set('tab', tab);
+  url.searchParams.forEach((value, name) => { if (name.startsWith('__')) search.set(name, value); });
+  url.search = search;
+  if (url.href === location.href) return;
+  history[how](null, '', url);
+  if (window.parent !== window) window.parent.postMessage({queryString: url.search.slice(1), hash: url.hash.slice(1)}, '*');
+};
+
+// --- lanes: one question under way in each, the last one wins, a lost answer is asked again
+
+const pause = (time) => new Promise((done) => setTimeout(done, time));
+const lane = (ask, take) => {
+  let busy = false, next = null;
+  const work = async () => {
+    busy = true;
+    while (next) {
+      const question = next;
+      next = null;
+      try {
+        const answer = await Promise.race([ask(question), pause(PATIENCE)]);
+        if (!answer) throw new Error('no answer');
+        failures = 0;
+        if (question.number === number) take(answer);
+      } catch {
+        failures += 1;
+        await pause(Math.min(3000, 100 * 2 ** failures));
+        if (question.number === number) next ??= question;
+      }
+      document.body.classList.toggle('unanswered', failures > 3);
+    }
+    busy = false;
+  };
+  return (question) => { next = question; if (!busy) work(); };
+};
+const question = () => ({number, tab, state, kept: {...memory}, open: [...open]});
+const quick = lane((asked) => server.answer(asked), (answer) => {
+  state = answer.state;
+  record('replaceState');
+  refuse(answer.problems);
+  show(answer.show);
+  clearTimeout(looking);
+  if (answer.again) looking = setTimeout(look, 1000 * answer.again);
+  if (answer.slow) exact(question());
+});
+const exact = lane((asked) => server.exact(asked), (answer) => show(answer.show));
+const look = () => quick(question());
+
+// --- writing
+
+const settled = (how = 'pushState') => {
+  clearTimeout(resting);
+  resting = 0;
+  record(how);
+  look();
+};
+const write = (patch, atRest = false) => {
+  if (resting && !atRest) settled();
+  const next = {...state}, cleared = Object.keys(patch).flatMap((name) => GIVEN.clears[name] ?? []);
+  for (const name of cleared) delete next[name];
+  for (const [name, value] of Object.entries(patch)) {
+    const text = Array.isArray(value) ? value.join(';') || 'none' : value === null || value === undefined ? '' : String(value);
+    if (text === '') delete next[name]; else next[name] = text;
+  }
+  state = next;
+  window.dispatchEvent(new CustomEvent('peftlab-written', {detail: patch}));
+  number += 1;
+  clearTimeout(resting);
+  resting = 0;
+  if (atRest) resting = setTimeout(settled, REST); else settled();
+};
+/** Another run: a lesson's settings, or with none, of the present ones those that are `keeping`. */
+const replace = (run, keeping = []) => {
+  const gone = GIVEN.run.filter((name) => !keeping.includes(name));
+  write({...Object.fromEntries(gone.map((name) => [name, ''])), ...run});
+};
+/** A control was moved. What it says now need not be shown to it again, unless it is another number than was typed. */
+const heard = (control, value, atRest = false) => {
+  shown[control] = null;
+  write({[control.split('.')[1]]: value}, atRest);
+};
+const go = (to) => {
+  if (to === tab || !GIVEN.tabs.includes(to)) return;
+  if (!navigator.userActivation.hasBeenActive) return; // Gradio selects its first tab as the page loads
+  if (resting) settled();
+  tab = to;
+  number += 1;
+  settled();
+};
+const fold = (name, isOpen) => {
+  if (isOpen) open.add(name); else open.delete(name);
+  if (isOpen) look();
+};
+
+// --- showing
+
+const show = (updates) => {
+  for (const [name, update] of Object.entries(updates)) {
+    const text = JSON.stringify(update);
+    if (shown[name] === text || isBeingTyped(name)) continue;
+    shown[name] = text;
+    pending[name] = update;
+  }
+  if (Object.keys(pending).length) trigger('submit');
+};
+/** What somebody types stays as they type it: they may be in the middle of a number. */
+const isBeingTyped = (name) => {
+  const block = document.getElementById(name.replace('.', '-'));
+  return block?.matches('.typed') && block.contains(document.activeElement);
+};
+/** The updates for Gradio, in the order of its outputs. */
+const take = () => {
+  const taken = pending;
+  pending = {};
+  return GIVEN.outputs.map((name) => taken[name] ?? {__type__: 'update'});
+};
+/** A refusal stands beside its control; where the tab has none for it, at the top. */
+const refuse = (problems) => {
+  document.querySelectorAll('.refusal').forEach((old) => old.remove());
+  const rest = [];
+  for (const [name, text] of Object.entries(problems)) {
+    const place = document.getElementById(`${tab}-${name}`);
+    if (!place?.offsetParent) { rest.push(text); continue; }
+    place.append(Object.assign(document.createElement('div'), {className: 'problem refusal', role: 'alert', textContent: text}));
+  }
+  const name = `${tab}.problem`;
+  shown[name] = null;
+  show({[name]: rest.join(' ')});
+};
+const showTab = () => {
+  pending['store.tabs'] = {__type__: 'update', selected: tab};
+  trigger('submit');
+};
+
+// --- beginning
+
+keep({});
+window.peftlab = {write, replace, heard, go, fold, look, take, question, keep: (more) => { keep(more); look(); },
+  get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
+document.addEventListener('input', ({target}) => {
+  const block = target.closest('.typed');
+  if (block) heard(block.id.replace('-', '.'), target.value, true);
+});
+document.addEventListener('click', ({target}) => {
+  const press = target.closest('[data-write]');
+  if (press) write(JSON.parse(press.dataset.write));
+});
+window.addEventListener('popstate', () => {
+  clearTimeout(resting);
+  resting = 0;
+  read();
+  number += 1;
+  showTab();
+  look();
+});
+read();
+if (tab !== GIVEN.tabs[0]) showTab();
+if (Object.keys(state).length || tab !== GIVEN.tabs[0]) look(); else exact(question());
