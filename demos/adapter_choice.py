@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from typing import Any
 
-import gradio as gr
-
-from peftlab import adapters, jobs, tasks
+from peftlab import PeftlabError, adapters, jobs, tasks
 from peftlab.adapters import Adapter
 
 
+@lru_cache(maxsize=1)
 def bundled() -> dict[str, Adapter]:
     return {a.name: a for a in adapters.bundled()}
 
 
-def of(key: str) -> Adapter:
-    """A bundled adapter by name, or one just trained by its run's id; nothing else on the disk can be named."""
+def of(key: Any) -> Adapter:
+    """A bundled adapter by name, or one trained here by its run's id; nothing else on the disk can be named."""
     if key in bundled():
         return bundled()[key]
-    folder = jobs.RUNS / key / "adapter"
-    if not re.fullmatch(r"[\w-]+", key) or not folder.exists():
-        raise gr.Error(f"The adapter {key} is not here any more; choose another one")
-    return adapters.read(folder)
+    if not _is_here(key):
+        raise PeftlabError(f"The adapter {str(key)[:60]} is not here any more; choose another one")
+    return adapters.read(jobs.RUNS / key / "adapter")
 
 
-def choices(mine: list[str]) -> list[tuple[str, str]]:
-    """Own adapters first, the newest at the top, then the bundled ones."""
-    own = [i for i in reversed(mine) if re.fullmatch(r"[\w-]+", i) and (jobs.RUNS / i / "adapter").exists()]
-    return [(f"yours: {_label(of(i))}", i) for i in own] + [(f"bundled: {_label(a)}", k) for k, a in bundled().items()]
+def choices(mine: Any) -> list[list[str]]:
+    """Names and keys: the visitor's own, as `Asked.kept["adapters"]` lists them, the newest first; then the bundled ones."""
+    own = [key for key in reversed(mine if isinstance(mine, list) else []) if _is_here(key)]
+    return [
+        *([f"yours: {_label(of(key))}", key] for key in own),
+        *([f"bundled: {_label(adapter)}", key] for key, adapter in bundled().items()),
+    ]
+
+
+def _is_here(key: Any) -> bool:
+    return isinstance(key, str) and bool(re.fullmatch(r"[\w-]+", key)) and (jobs.RUNS / key / "adapter").exists()
 
 
 def _label(adapter: Adapter) -> str:

@@ -51,11 +51,11 @@ def one_of(name: str, usual: str | None, known: Callable[[], Collection[str]] | 
 
 
 def several(name: str, usual: tuple[str, ...], known: Collection[str]) -> Choice:
-    """Any of a registry's keys, by semicolon; `none` for none of them."""
+    """Any of a registry's keys, by semicolon, in the registry's order; `none` for none of them."""
 
     def read(text: str) -> tuple[str, ...]:
-        keys = () if text == "none" else tuple(text.split(";"))
-        return tuple(one_of(name, None, known).read(key) for key in keys)
+        keys = {one_of(name, None, known).read(key) for key in text.split(";")} if text != "none" else ()
+        return tuple(key for key in known if key in keys)
 
     return Choice(usual, read)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import methods, page
 from demos.gpu import on_gpu
-from peftlab import RunSpec, SpecError, adapters, count, figures, jobs, tasks, words
+from demos.tab import Asked, Draw, Tab
+from peftlab import RunSpec, adapters, count, figures, jobs, scores, tasks, words
 from peftlab.bench import recorded_runs
 from peftlab.catalog.models import DEFAULT, MODELS
 from peftlab.catalog.presets import PRESETS
-from peftlab.resolve import with_preset
 from peftlab.tasks import METRICS, TASKS
 from peftlab.train import train
 
-TAB = "live"
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods, next to the method; FOLDED are under More settings."""
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
-FIELDS = ("task", "model", "method", *OWN, *FOLDED, "learning_rate", "steps", "batch_size", "quantization", "seed")
-BY_METHOD = (*OWN, *FOLDED, "learning_rate", "quantization")
-"""Controls that follow the method."""
+TYPED = ("steps", "learning_rate", "batch_size", "quantization", "seed")
 LARGEST = 2_000_000_000
 """Parameters of the largest model offered for a live run."""
+MINE = 8
+"""Adapters that a browser keeps, the newest."""
+POLL = 0.5
+"""Seconds between two looks at a run."""
 
 TRAIN = on_gpu(train)  # at import, because a shared GPU wants to know its functions before the page is up
 
@@ -113,216 +114,210 @@ def card(task: str) -> str:
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
 
 
-def explained(spec: RunSpec) -> tuple[str, str, str, str]:
-    """In words: the task, what the method trains, the method in full, and the settings a run would have."""
-    method = spec.method or "lora"
-    return (
-        card(spec.task or tasks.DEFAULT),
-        methods.method_card(method, here(spec).model or DEFAULT),
-        methods.method_panel(method),
-        page.settings_line(spec),
-    )
-
-
-def charts(events: Events) -> tuple[dict[str, Any], dict[str, Any]]:
+def charts(events: Events) -> dict[str, Any]:
+    """The loss and the metric of a run so far, by panel."""
     start = next((e for e in events if e["type"] == "start"), None)
     steps = start["spec"]["steps"] if start else 40
     name = METRICS[start["metric"]].name if start else "Score"
-    return figures.themed(figures.loss_curve, events, steps), figures.themed(figures.metric_curve, events, steps, name)
+    return {
+        "loss": figures.themed(figures.loss_curve, events, steps),
+        "metric": figures.themed(figures.metric_curve, events, steps, name),
+    }
 
 
-def recording(task: str) -> tuple[str, str, Any, Any, str]:
-    """What stands here until the first live run: a recorded one of this task, fastest hardware first.
+@lru_cache(maxsize=32)
+def charts_of(job: jobs.Job, seen: int) -> dict[str, Any]:
+    """The same of the first `seen` events of a job."""
+    return charts(job.events[:seen])
 
-    Sentence, provenance, loss, metric and answers.
-    """
+
+def drawn(job: jobs.Job) -> dict[str, Any]:
+    """The charts of a job: new ones only where there is a new point."""
+    events = list(job.events)
+    return charts_of(job, next((n for n in range(len(events), 0, -1) if events[n - 1]["type"] in ("step", "eval")), 0))
+
+
+@lru_cache(maxsize=len(TASKS) + 8)
+def recording(task: str) -> dict[str, Any]:
+    """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
     run = next((r for r in recorded_runs() if r["spec"]["task"] == task), None)
     if run is None:
-        return "Press Train: the model learns while you watch.", "", *charts([]), ""
-    events = run["events"]
+        said = "Press Train: the model learns while you watch."
+        return {"sentence": said, "bar": "", "said": "", **charts([])}
+    events, recorded = run["events"], scores.of_run(run)
     libraries = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     mark = page.how("measured", f"{run['hardware']}, {run['date']}, {libraries}. Command: {run['command']}")
     about = (
-        f'<div class="status"><span>{mark} Recorded on {escape(run["hardware"])}: '
-        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}. "
-        "Press Train to run it here.</span></div>"
+        f'<div class="status"><span>{mark} A recording, seed {recorded.spec["seed"]}: {recorded.settings()}, '
+        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}. Press Train to run it here.</span></div>"
+        f'<div class="note">{page.explained(escape(scores.elsewhere(recorded)))}</div>'
     )
-    return words.live_sentence(events), about, *charts(events), answers(events)
+    sentence = f"Recorded on {escape(run['hardware'])}: {words.live_sentence(events)}"
+    return {"sentence": sentence, "bar": about, "said": answers(events), **charts(events)}
 
 
-def build(spec: gr.State, mine: gr.BrowserState, current: gr.BrowserState) -> page.View:
-    changing = partial(page.changing, TAB)
-    first = recording(tasks.DEFAULT)
-    sentence = page.sentence(first[0])
-    with gr.Row(elem_classes="stage"):
-        with page.controls():
-            page.drawer_handle()
-            task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
-            lesson = page.note(card(tasks.DEFAULT))
-            method = methods.method_choice("lora", DEFAULT)
-            about = page.note(methods.method_card("lora", DEFAULT))
-            own = methods.method_settings(page.OPENING, *OWN)
-            steps = page.text("steps")
-            learning_rate = page.text("learning_rate")
-            with gr.Accordion("More settings", open=False):
-                model = page.choice("model", runnable(), DEFAULT)
-                preset = methods.preset_choice(list(PRESETS))
-                folded = methods.method_settings(page.OPENING, *FOLDED)
-                batch_size = page.text("batch_size")
-                quantization = page.choice("quantization")
-                seed = page.text("seed")
-            note = page.note(page.settings_line(here(page.OPENING)))
-            reset = gr.Button("Reset to automatic", size="sm")
-        with gr.Column(elem_classes="main"):
-            with gr.Row(elem_classes="run-row"):
-                go = gr.Button("Train", variant="primary", scale=0, min_width=160)
-                stop = gr.Button("Stop and keep", scale=0, min_width=190, interactive=False)
-                keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
-            problem = page.problem()
-            bar = gr.HTML(first[1], min_height=44)
-            with gr.Row(elem_classes="panes"):
-                loss = page.plot(first[2], "Training loss by step")
-                metric = page.plot(first[3], "Held-out metric by step")
-            said = gr.HTML(first[4])
-            panel = gr.HTML(methods.method_panel("lora"))
-    fields = [task, model, method, *own, *folded, learning_rate, steps, batch_size, quantization, seed]
-    follows = [*own, *folded, learning_rate, quantization]
-    live = [problem, sentence, bar, loss, metric, said, go, stop, keep]
-
-    def update(spec: RunSpec, *values: Any) -> tuple:
-        before = here(spec)
-        chosen, moved = methods.edit(before, FIELDS, values)
-        count(chosen)  # refuses what has nothing to train
-        return (
-            chosen,
-            *explained(chosen),
-            methods.method_value(chosen.method, chosen.model) if chosen.model != before.model else gr.skip(),
-            *methods.method_updates(chosen, BY_METHOD, refill=moved),
-        )
-
-    def use_preset(spec: RunSpec, key: str, *values: Any) -> tuple:
-        chosen, _ = methods.edit(here(spec), FIELDS, values)
-        chosen = with_preset(chosen, PRESETS[key]) if key else chosen
-        return (chosen, methods.preset_says(key), *show(chosen))
-
-    def follow(job: jobs.Job | None) -> Iterator[tuple]:
-        """A job's picture, again each time something happened."""
-        if job is None:
-            yield (gr.skip(),) * len(live)
-            return
-        drawn = -1
-        for events in job.follow():
-            points = sum(e["type"] in ("step", "eval") for e in events)
-            begun = any(e["type"] == "start" for e in events)  # until then, the recorded run stays on screen
-            lines = charts(events) if begun and points != drawn else (gr.skip(), gr.skip())
-            over = events[-1]["type"] in ("done", "error")
-            error = escape(events[-1]["message"]) if events[-1]["type"] == "error" else ""
-            drawn = points if begun else drawn
-            pack = _zip(job) if over else None
-            yield (
-                error if over else gr.skip(),  # a refused second press stays readable meanwhile
-                words.live_sentence(events),
-                status(events),
-                *lines,
-                answers(events) if begun else gr.skip(),
-                gr.update(interactive=over, value="Train again" if over else "Training"),
-                gr.update(interactive=not over),
-                gr.update(value=pack, visible=pack is not None),
-            )
-
-    def begin(spec: RunSpec, mine: list[str], request: gr.Request, *values: Any) -> Iterator[tuple]:
-        try:
-            chosen, _ = methods.edit(here(spec), FIELDS, values)
-            count(chosen)
-            job = jobs.start(chosen, request.session_hash or "", TRAIN)
-        except SpecError as error:
-            yield (gr.skip(), gr.skip(), gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))
-            return
-        page.visitor(request).made(chosen, [TAB])
-        started: tuple = (chosen, job.id, [*[i for i in mine if i != job.id], job.id][-8:])
-        for picture in follow(job):
-            yield *started, *picture
-            started = (gr.skip(),) * 3  # what is set on another tab while this runs stays set
-
-    def again(run: str) -> Iterator[tuple]:
-        """A page that comes back finds its run where it is."""
-        yield from follow(jobs.find(run))
-
-    def halt(run: str, request: gr.Request) -> Any:
-        job = jobs.running(request.session_hash or "") or jobs.find(run)
-        if job is None or job.over:
-            return gr.skip()
-        job.stop()
-        return gr.update(interactive=False, value="Stopping")
-
-    gr.on(
-        [control.input for control in fields],
-        changing(page.refusing(update, 6 + len(follows))),
-        [spec, *fields],
-        [problem, spec, lesson, about, panel, note, method, *follows],
-        trigger_mode="always_last",
-        show_progress="hidden",
-        concurrency_limit=None,
-        api_visibility="private",
-    )
-    task.input(
-        lambda task, run: (gr.skip(),) * 5 if run else recording(task),
-        [task, current],
-        [sentence, bar, loss, metric, said],
-        show_progress="hidden",
-        concurrency_limit=None,
-        api_visibility="private",
-    )
-    go.click(None, None, problem, js="() => ''", show_progress="hidden", api_visibility="private")
-    go.click(
-        begin,
-        [spec, mine, *fields],
-        [spec, current, mine, *live],
-        show_progress="hidden",
-        concurrency_limit=None,
-        trigger_mode="multiple",
-        api_visibility="private",
-    )
-    stop.click(halt, current, stop, show_progress="hidden", concurrency_limit=None, api_visibility="private")
-
-    def show(spec: RunSpec) -> tuple:
-        s = here(spec)
-        return (
-            s.task or tasks.DEFAULT,
-            s.model,
-            methods.method_value(s.method, s.model),
-            *methods.method_updates(s, BY_METHOD, refill=True),
-            s.steps,
-            s.batch_size,
-            s.seed,
-            *explained(s),
-        )
-
-    shown = [task, model, method, *follows, steps, batch_size, seed, lesson, about, panel, note]
-    preset.input(
-        changing(page.refusing(use_preset, 2 + len(shown))),
-        [spec, preset, *fields],
-        [problem, spec, preset, *shown],
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    reset.click(
-        changing(lambda spec: (plain := RunSpec(model=spec.model, method=spec.method, task=spec.task), *show(plain))),
-        spec,
-        [spec, *shown],
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    return page.View(TAB, show, shown, resumed=page.Event(again, [current], live))
+def waiting(job: jobs.Job) -> str:
+    """Of a run that has not begun: how many are before it, or what it is loading."""
+    last, before = job.events[-1], jobs.ahead(job)
+    what = f"Your run waits: {before} ahead of it" if last["type"] == "queued" and before else "Your run begins"
+    if last["type"] == "loading":
+        what = f"Your run begins: loading {escape(last['model'])}"
+    return f'<div class="status"><span><b>{what}.</b> Below is a recording.</span></div>'
 
 
-def _zip(job: jobs.Job) -> str | None:
-    folder = job.folder / "adapter"
-    return str(adapters.pack(folder)) if folder.exists() else None
+def has_begun(job: jobs.Job) -> bool:
+    """Whether there is anything of its own to see: until then, the recording stays."""
+    return job.over or any(event["type"] == "start" for event in job.events)
+
+
+def shown(job: jobs.Job | None, task: str) -> dict[str, Any]:
+    """What the panels of a run show, by name."""
+    if job is None or not has_begun(job):
+        old = recording(task)
+        return old | ({"bar": waiting(job) + old["bar"]} if job else {})
+    events = list(job.events)
+    error = f'<div class="problem">{escape(events[-1]["message"])}</div>' if events[-1]["type"] == "error" else ""
+    return {
+        "sentence": words.live_sentence(events),
+        "bar": error or page.explained(status(events)),
+        "said": answers(events),
+        **drawn(job),
+    }
+
+
+class Live(Tab):
+    """A fine-tune that runs while people watch."""
+
+    key, title = "live", "Live"
+    choices = methods.PRESET
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+        """By job: where its adapter is to be downloaded."""
+
+    def build(self) -> None:
+        with gr.Row(elem_classes="stage"):
+            with page.controls():
+                self._settings()
+            with gr.Column(elem_classes="main"):
+                self._pictures()
+
+    def _settings(self) -> None:
+        opening = here(page.OPENING)
+        page.drawer_handle()
+        self.control("task", gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
+        self.panel("lesson", page.note(card(tasks.DEFAULT)))
+        self.control("method", methods.method_choice("live", "lora", DEFAULT))
+        self.panel("about", page.note(methods.method_card("lora", DEFAULT)))
+        self._controls(methods.method_settings(opening, *OWN))
+        self._controls({name: page.text(name) for name in ("steps", "learning_rate")})
+        with gr.Accordion("More settings", open=False):
+            self.control("model", page.choice("model", runnable(), DEFAULT))
+            methods.presets(self, list(PRESETS))
+            self._controls(methods.method_settings(opening, *FOLDED))
+            self.control("batch_size", page.text("batch_size"))
+            self.control("quantization", page.choice("quantization"))
+            self.control("seed", page.text("seed"))
+        self.panel("note", page.note())
+        page.reset("model", "method", "task")
+
+    def _controls(self, made: Mapping[str, Any]) -> None:
+        for name, component in made.items():
+            self.control(name, component)
+
+    def _pictures(self) -> None:
+        self.panel("sentence", page.sentence(""))
+        with gr.Row(elem_classes="run-row"):
+            go = self.panel("go", gr.Button("Train", variant="primary", scale=0, min_width=160))
+            stop = self.panel("stop", gr.Button("Stop and keep", scale=0, min_width=190, interactive=False))
+            keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
+            self.panel("keep", keep)
+        self.panel("problem", page.problem())
+        self.panel("bar", gr.HTML(min_height=44))
+        with gr.Row(elem_classes="panes"):
+            self.panel("loss", page.plot(None, "Training loss by step"))
+            self.panel("metric", page.plot(None, "Held-out metric by step"))
+        units = "Loss in nats; the metric on held-out items, which training never sees."
+        page.note(page.explained(units))
+        self.panel("said", gr.HTML())
+        self.panel("how", gr.HTML())
+        off = gr.update(interactive=False)
+        self.press(go, self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
+        self.press(stop, self.stop, ["kept", "stop"], busy={"stop": off})
+
+    # --- presses
+
+    def train(self, asked: Asked) -> Iterator[dict[str, Any]]:
+        """Starts a run and tells the browser its id. Where one is under way, as after a double click, it is that one's."""
+        owner = asked.kept.get("visitor") or ""
+        job = jobs.running(owner)
+        if job is None or job.trainer is not TRAIN:
+            spec = here(asked.spec)
+            count(spec)  # refuses what has nothing to train
+            job = jobs.start(spec, owner, TRAIN)
+        mine = [key for key in asked.kept.get("adapters") or () if key != job.id]
+        yield {"kept": {"run": job.id, "adapters": [*mine, job.id][-MINE:]}, "go": gr.update(interactive=False)}
+
+    def stop(self, asked: Asked) -> Iterator[dict[str, Any]]:
+        """Asks the run on screen to end. Its picture says what came of it."""
+        job = self.job(asked)
+        if job:
+            job.stop()
+        yield {"kept": {"run": asked.kept.get("run")}}
+
+    # --- pictures
+
+    def job(self, asked: Asked) -> jobs.Job | None:
+        return jobs.find(asked.kept.get("run"))
+
+    def again(self, asked: Asked) -> float | None:
+        job = self.job(asked)
+        return POLL if job and not job.over else None
+
+    def check(self, asked: Asked) -> None:
+        count(here(asked.spec))
+
+    def fill(self, asked: Asked) -> dict[str, Any]:
+        spec = here(asked.spec)
+        return {
+            "task": spec.task or tasks.DEFAULT,
+            "model": spec.model,
+            "method": methods.method_value(spec.method, spec.model),
+            "preset": methods.preset_shown(asked),
+            **methods.method_updates(spec, (*OWN, *FOLDED)),
+            **{name: page.blank(getattr(spec, name)) for name in TYPED},
+        }
+
+    def draw(self, asked: Asked) -> dict[str, Draw]:
+        spec, job = here(asked.spec), self.job(asked)
+        method, over = spec.method or "lora", job is None or job.over
+        picture = shown(job, spec.task or tasks.DEFAULT)
+        stopping = job is not None and job.stopping
+        return {
+            **{name: lambda name=name: picture[name] for name in picture},
+            "go": lambda: gr.update(
+                interactive=over, value="Training" if not over else "Train again" if job else "Train"
+            ),
+            "stop": lambda: gr.update(
+                interactive=not over and not stopping, value="Stopping" if stopping else "Stop and keep"
+            ),
+            "keep": lambda: gr.update(value=(file := self.download(job)), visible=file is not None),
+            "lesson": lambda: card(spec.task or tasks.DEFAULT),
+            "about": lambda: methods.method_card(method, spec.model or DEFAULT),
+            "how": lambda: methods.method_panel(method),
+            "note": lambda: page.settings_line(spec),
+        }
+
+    def download(self, job: jobs.Job | None) -> Any:
+        """The adapter of a run that is over, as a file that the page can fetch; None where there is none."""
+        if job is None or not job.over or not (job.folder / "adapter").exists():
+            return None
+        if job.id not in self.files:
+            file = self.panels["keep"].serve_static_file(adapters.pack(job.folder / "adapter"))
+            self.files[job.id] = file | {"url": file["url"].lstrip("/"), "orig_name": f"{job.id}.zip"}
+        return self.files[job.id]
 
 
 if __name__ == "__main__":
-    with gr.Blocks(title="Live fine-tune", fill_width=True) as demo:
-        view = build(gr.State(page.OPENING), gr.BrowserState([]), gr.BrowserState(""))
-        demo.load(view.resumed.work, view.resumed.inputs, view.resumed.outputs)
-    demo.launch(**page.launch_options())
+    page.run_alone(Live())

@@ -1,5 +1,5 @@
-// The LoRA tab, drawn by the page alone. The server sends a model's shapes and the registry's terms once; every slider,
-// tick and click after that is answered here, and the settings are reported once the reader pauses.
+// The LoRA tab, drawn by the page alone. The server sends a model's shapes and the registry's terms; every slider, tick and
+// click after that is answered here, and written to the page's settings, which ask the server once the reader pauses.
 
 // --- counting: the registry's terms, as peftlab/methods evaluates them
 
@@ -29,24 +29,8 @@ const scaleOf = (data, settings) => {
   return alpha === null ? 1 : alpha / (data.methods[settings.method].root ? Math.sqrt(settings.rank) : settings.rank);
 };
 
-// --- words: those of peftlab/words.py
+// --- words: those of peftlab/words.py, and of words.js, which stands before this
 
-const fill = (text, values) => text.replace(/{(\w+)}/g, (_, name) => values[name]);
-const formats = {}; // made once: one costs more than a hundred uses
-const formatted = (n, digits = 0) => (formats[digits] ??= new Intl.NumberFormat('en-US', {maximumFractionDigits: digits})).format(n);
-const whole = (n) => formatted(n);
-const significant = (n) => {
-  if (!n) return '0';
-  const digits = 2 - Math.floor(Math.log10(Math.abs(n))), scale = 10 ** digits;
-  return formatted(Math.round(n * scale) / scale, Math.max(0, digits));
-};
-const size = (n) => {
-  for (const [unit, scale] of [['TB', 1e12], ['GB', 1e9], ['MB', 1e6], ['kB', 1e3]])
-    if (n >= scale) return significant(n / scale) + ' ' + unit;
-  return Math.round(n) + ' B';
-};
-const percent = (share) => significant(100 * share) + '%';
-const bold = (text, meaning) => `<b class="${meaning}">${text}</b>`;
 /** A set of layers as `layers` takes it; empty for all. */
 const layersText = (layers, n) => {
   if (layers.size === n) return '';
@@ -63,26 +47,27 @@ const targetsText = (data, targets) => {
 };
 const whereText = (data, {targets, layers}) => {
   const text = targetsText(data, targets), which = layersText(layers, data.n_layers);
-  const said = data.words.where[text] ?? text.replaceAll(',', ', ');
+  const said = WORDS.where[text] ?? text.replaceAll(',', ', ');
   return which ? `${said} of layers ${which}` : said;
 };
-/** What is wrong with the settings, in words; empty when nothing is. */
-const refusal = (data, settings) => {
-  const method = data.methods[settings.method], {rank, alpha, targets, layers} = settings;
-  const given = (n) => Number.isNaN(n) ? 'nothing' : n;
-  if (!targets.size) return data.words.no_target;
-  if (!layers.size) return data.words.no_layer;
-  if (!Number.isInteger(rank) || rank < 1) return fill(data.words.bad_rank, {rank: given(rank)});
-  if (alpha !== null && !(alpha > 0 && alpha <= 1e6)) return fill(data.words.bad_alpha, {alpha: given(alpha)});
+/** What is wrong with the settings, with `typed` numbers in place of theirs; empty when nothing is. */
+const refusal = (data, settings, typed = {}) => {
+  const number = (name) => typed[name] === undefined ? settings[name] : typed[name] === '' ? NaN : +typed[name];
+  const given = (name) => typed[name] === '' ? 'nothing' : typed[name] ?? settings[name];
+  const method = data.methods[settings.method], {targets, layers} = settings, rank = number('rank'), alpha = number('alpha');
+  if (!targets.size) return WORDS.no_target;
+  if (!layers.size) return WORDS.no_layer;
+  if (!Number.isInteger(rank) || rank < 1) return fill(WORDS.bad_rank, {rank: given('rank')});
+  if (alpha !== null && !(alpha > 0 && alpha <= 1e6)) return fill(WORDS.bad_alpha, {alpha: given('alpha')});
   const chosen = chosenOf(data, settings, data.n_layers);
-  if (!chosen.some(Boolean)) return data.words.no_layer;
-  if (!method.limit) return rank <= 65536 ? '' : fill(data.words.bad_rank, {rank});
+  if (!chosen.some(Boolean)) return WORDS.no_layer;
+  if (!method.limit) return rank <= 65536 ? '' : fill(WORDS.bad_rank, {rank});
   const ranks = data.modules.filter((_, i) => chosen[i]).map((m) => Math.min(m.d_in, m.d_out));
   const limit = method.limit === 'largest' ? Math.max(...ranks) : Math.min(...ranks);
   if (rank <= limit) return '';
-  return fill(data.words.rank, {rank, limit, which: data.words[method.limit], usual: Math.min(limit, data.words.usual_rank)});
+  return fill(WORDS.rank, {rank, limit, which: WORDS[method.limit], usual: Math.min(limit, WORDS.usual_rank)});
 };
-const sentence = (data, settings, counted) => fill(data.words.sentence, {
+const sentence = (data, settings, counted) => fill(WORDS.sentence, {
   what: fill(settings.method === 'lora' ? 'Rank {rank}' : '{name}, rank {rank},', {name: data.methods[settings.method].name, rank: settings.rank}),
   where: whereText(data, settings),
   trained: bold(whole(counted.trained), 'trained'),
@@ -91,12 +76,14 @@ const sentence = (data, settings, counted) => fill(data.words.sentence, {
   size: size(counted.saved * settings.bytes),
 });
 
+/** The setting that a refusal begins with, where it has a place for its own. */
+const blamed = (wrong) => /^(rank|alpha)=/.exec(wrong)?.[1] ?? '';
+
 // --- the state: what the server sent, and what the reader has done since
 
-const REST = 400; // milliseconds without a move after which the settings are reported
 const COLUMN = [2, -1, 3, 1, -2], ROW = [1, -2, 2, 3, -1]; // of the small example; further ranks rotate them
 const stage = element.closest('.stage');
-let data, settings, shown, toyRank = 1, timer = 0, late = 0, places = {}, width = 600;
+let data, settings, typed = {}, shown, built, toyRank = 1, late = 0, places = {}, width = 600; // typed: numbers that are refused
 
 const $ = (name) => places[name] ??= stage.querySelector(`.main ${name}`);
 const all = (name) => places[name + ' all'] ??= [...stage.querySelectorAll(name)];
@@ -126,39 +113,36 @@ const stops = (top) => {
 const nearest = (numbers, one) => numbers.findIndex((n) => n >= one) < 0 ? numbers.length - 1 : numbers.findIndex((n) => n >= one);
 const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
 
+/** The settings as the server has them, but for a slider that the reader holds. */
 const read = () => {
-  data = props.value;
-  const {method, rank, alpha, targets, layers} = data.at;
+  const held = stage.querySelector('[type=range][data-knob]:active')?.dataset.knob, mine = settings?.[held];
+  data = {...props.value};
+  const {method, rank, alpha, targets, layers, refused} = data.at;
   settings = {method, rank, bytes: data.bytes, alpha: alpha ?? null, targets: new Set(targets), layers: new Set(layers)};
+  if (held) settings[held] = mine;
+  typed = {...refused};
   const largest = Math.max(...data.modules.map((m) => Math.min(m.d_in, m.d_out)));
   data.stops = {rank: stops(largest), alpha: stops(Math.max(2 * largest, data.at.alpha ?? 0))};
   shown = data.modules.find((m) => m.name === shown?.name) ?? data.modules.find((m) => targets.includes(m.name)) ?? data.modules[0];
 };
 
+/** Writes what is set here, a refused number as it was typed. A method is written where it is another one: it clears others. */
 const report = () => {
-  timer = 0;
-  if (refusal(data, settings)) return;
+  stage.querySelectorAll('.knob .refusal').forEach((old) => old.remove());
+  if (!chosenOf(data, settings, data.n_layers).some(Boolean) || Object.values(typed).includes('')) return;
   const layers = layersText(settings.layers, data.n_layers), asSent = layers === layersText(new Set(data.at.layers), data.n_layers);
-  const targets = targetsText(data, settings.targets);
-  trigger('submit', {model: data.key, settings: {
-    method: settings.method, rank: settings.rank === data.methods[settings.method].usual ? null : settings.rank, alpha: settings.alpha,
+  const targets = targetsText(data, settings.targets), isUsual = settings.rank === data.methods[settings.method].usual;
+  peftlab.heard('lora.picture', null, true, {
+    ...(settings.method === (peftlab.get().state.method ?? OPENING.method) ? {} : {method: settings.method}),
+    rank: isUsual ? null : settings.rank, alpha: settings.alpha, ...typed,
     target_modules: targets === 'all-linear' ? null : targets, layers: asSent ? data.at.layers_said : layers || null,
-  }});
+  });
 };
-/** Who leaves within that time is not kept waiting: what they open next is to show the new settings. */
-const left = () => {
-  if (!timer) return;
-  clearTimeout(timer);
-  report();
-};
-const moved = () => {
-  clearTimeout(timer);
-  timer = 0;
-  paint();
-};
+/** Who leaves before that rests is not kept waiting: what they open next is to show the new settings. */
+const left = () => { if (peftlab.get().resting) peftlab.write({}); };
 const released = () => {
-  moved();
-  timer = setTimeout(report, REST);
+  paint();
+  report();
 };
 
 // --- the picture
@@ -184,10 +168,10 @@ const build = () => {
 };
 
 const paint = () => {
-  const wrong = refusal(data, settings);
-  put($('.problem.here'), wrong);
+  const wrong = refusal(data, settings, typed);
+  for (const of of ['', 'rank', 'alpha']) put(stage.querySelector(`.here[data-of="${of}"]`), blamed(wrong) === of ? wrong : '');
   sync();
-  if (wrong) return;
+  if (refusal(data, settings)) return;
   put($('.sentence'), sentence(data, settings, count(data, settings)));
   paintMatrices();
   if (!late) late = requestAnimationFrame(() => { late = requestAnimationFrame(paintRest); });
@@ -212,11 +196,14 @@ const sync = () => {
     attribute(range, 'max', numbers.length - 1);
     if (numbers[range.value] !== value) enter(range, nearest(numbers, value));
     attribute(range, 'aria-valuetext', `${name} ${value}`);
-    if (document.activeElement !== number || name === 'alpha' && alpha === null) enter(number, value);
+    if (document.activeElement !== number || name === 'alpha' && alpha === null && !('alpha' in typed)) enter(number, typed[name] ?? value);
   }
   enter(knob('method'), method);
   stage.querySelector('.alpha-knob').hidden = auto === null;
   knob('automatic').disabled = alpha === null;
+  const preset = Object.keys(PRESETS).find((key) => alpha !== null && alpha === presetOf(key).alpha && rank === presetOf(key).rank) ?? '';
+  enter(knob('preset'), preset);
+  put(knob('preset').previousElementSibling, PRESETS[preset]?.says ?? PUBLISHED);
   all('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
 };
 
@@ -231,18 +218,18 @@ const paintMatrices = () => {
       `${whole(high * wide)} frozen`, 'as large as W', `${whole(high * wide)} trained`, `${whole(high * wide)} trained`][i] + '</small>');
   });
   put($('.times'), `${significant(scaleOf(data, settings))} ×`);
-  attribute($('.matrices'), 'aria-label', fill(data.words.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
+  attribute($('.matrices'), 'aria-label', fill(WORDS.spoken, {d_out: m.d_out, d_in: m.d_in, rank}));
 };
 
 const paintFindings = ({each}) => {
   const m = shown, {rank} = settings, scale = scaleOf(data, settings);
   for (const name of ['.delta', '.toy']) style($(name), '--breath', (scale / (scale + 1)).toFixed(3));
   const even = evenOf(m), one = each[data.modules.indexOf(m)], base = m.d_in * m.d_out;
-  const past = fill(data.words[rank >= even ? 'past' : 'before'], {rank, even: Math.round(even), times: significant(even / rank)});
-  put($('.finding'), fill(data.words.matrix, {name: m.path, one: whole(one), base: whole(base), share: percent(one / base)}) +
-    ' ' + past + (m.swapped ? ' ' + data.words.swapped : ''));
+  const past = fill(WORDS[rank >= even ? 'past' : 'before'], {rank, even: Math.round(even), times: significant(even / rank)});
+  put($('.finding'), fill(WORDS.matrix, {name: m.path, one: whole(one), base: whole(base), share: percent(one / base)}) +
+    ' ' + past + (m.swapped ? ' ' + WORDS.swapped : ''));
   const alpha = alphaOf(data, settings);
-  put($('.scale'), alpha === null ? data.words.no_alpha : fill(data.words.scale, {
+  put($('.scale'), alpha === null ? WORDS.no_alpha : fill(WORDS.scale, {
     alpha: significant(alpha), rank, plain: bold(significant(alpha / rank), data.methods[settings.method].root ? '' : 'trained'),
     root: bold(significant(alpha / Math.sqrt(rank)), data.methods[settings.method].root ? 'trained' : ''),
   }));
@@ -254,7 +241,7 @@ const paintAxis = () => {
   const high = 190, left = 4, right = 12, top = 26, foot = 34;
   const x = (r) => left + (width - left - right) * r / end, most = Math.max(m.d_in * m.d_out, rank * (m.d_in + m.d_out)) * 1.08;
   const y = (n) => high - foot - (high - foot - top) * n / most;
-  put($('.rank-axis'), `<svg viewBox="0 0 ${width} ${high}" width="${width}" height="${high}" role="img" aria-label="${fill(data.words.axis, {even: Math.round(even)})}">` +
+  put($('.rank-axis'), `<svg viewBox="0 0 ${width} ${high}" width="${width}" height="${high}" role="img" aria-label="${fill(WORDS.axis, {even: Math.round(even)})}">` +
     `<rect class="past" x="${x(even)}" y="${top}" width="${x(end) - x(even)}" height="${high - foot - top}"/>` +
     `<path class="frozen" d="M${x(0)} ${y(m.d_in * m.d_out)}H${x(end)}"/><path class="trained" d="M${x(0)} ${y(0)}L${x(end)} ${y(end * (m.d_in + m.d_out))}"/>` +
     `<path class="even" d="M${x(even)} ${top}V${high - foot}"/><path class="base" d="M${x(0)} ${high - foot}H${x(end)}"/>` +
@@ -330,7 +317,7 @@ const toyFinding = (i, j) => {
   const scale = scaleOf(data, settings), number = (n) => n < 0 ? `(−${-n})` : n;
   if (i === undefined) {
     const many = 10 * toyRank;
-    put($('.toy-said'), fill(data.words[many < 25 ? 'toy' : 'toy_past'], {rank: toyRank, numbers: bold(many, 'trained')}));
+    put($('.toy-said'), fill(WORDS[many < 25 ? 'toy' : 'toy_past'], {rank: toyRank, numbers: bold(many, 'trained')}));
     return;
   }
   const parts = toySum(i, j), sum = parts.reduce((a, b) => a + b, 0);
@@ -349,14 +336,27 @@ const light = (cell) => {
 // --- what the reader does
 
 const set = (name, value) => { settings = {...settings, [name]: value}; };
+/** Rank and alpha as a preset would have them; alpha automatic for none. */
+const presetOf = (key) => {
+  const {rank = settings.rank, alpha = null, over_rank} = PRESETS[key] ?? {};
+  return {rank, alpha: over_rank ? over_rank * rank : alpha};
+};
 const flip = (kept, one) => { const other = new Set(kept); if (!other.delete(one)) other.add(one); return other; };
 const heard = (target) => {
-  const {knob: name} = target.dataset, number = target.value === '' ? NaN : +target.value;
-  if (name === 'rank' || name === 'alpha') set(name, target.type === 'range' ? data.stops[name][number] : number);
-  else if (name === 'target') set('targets', flip(settings.targets, target.value));
+  const {knob: name} = target.dataset;
+  if (name === 'rank' || name === 'alpha') {
+    const {[name]: _, ...others} = typed, value = target.type === 'range' ? String(data.stops[name][target.value]) : target.value;
+    const isRefused = blamed(refusal(data, settings, {[name]: value})) === name;
+    typed = isRefused ? {...others, [name]: value} : others;
+    if (!isRefused) set(name, +value);
+  } else if (name === 'preset') {
+    settings = {...settings, ...presetOf(target.value)};
+    typed = {};
+  } else if (name === 'target') set('targets', flip(settings.targets, target.value));
   else if (name === 'method') {
     const {usual, bytes} = data.methods[target.value];
     settings = {...settings, method: target.value, rank: usual, alpha: null, bytes};
+    typed = {};
   }
 };
 /** Arrow keys move through a group of which one member is in the tab order. */
@@ -373,13 +373,16 @@ const walk = (event, members, columns) => {
 stage.addEventListener('input', ({target}) => {
   if (!target.dataset.knob) return;
   heard(target);
-  if (target.type === 'range') moved(); else released();
+  if (target.type === 'range') paint(); else released();
 });
 stage.addEventListener('change', ({target}) => { if (target.dataset.knob) released(); });
 stage.addEventListener('click', ({target}) => {
   const layer = target.closest('.layers button'), cell = target.closest('.strip i'), row = target.closest('.map-row[data-module]');
   const some = target.closest('[data-layers]'), ranks = target.closest('.toy-ranks button');
-  if (target.closest('[data-knob=automatic]')) set('alpha', null);
+  if (target.closest('[data-knob=automatic]')) {
+    set('alpha', null);
+    delete typed.alpha;
+  }
   else if (layer) set('layers', flip(settings.layers, +layer.dataset.layer));
   else if (some?.matches('button')) {
     const n = data.n_layers, half = Math.ceil(n / 2), keep = {all: () => true, first: (i) => i < half, last: (i) => i >= n - half};
@@ -406,11 +409,18 @@ stage.addEventListener('focusout', ({relatedTarget}) => { if (!stage.contains(re
 document.addEventListener('pointerdown', ({target}) => { if (!stage.contains(target)) left(); }, true);
 document.addEventListener('visibilitychange', left);
 const begin = () => {
+  if (!props.value) return; // the tab has not been opened
   if (!knob('rank', 'range') || !$('.map')) return setTimeout(begin, 20);
+  const {at, ...rest} = props.value, wanted = JSON.stringify(rest);
   read();
-  build();
+  if (built !== wanted) build();
+  built = wanted;
   paint();
 };
+window.addEventListener('peftlab-written', ({detail}) => { // modules and layers are a model's
+  if (data && 'model' in detail) settings = {...settings, targets: new Set(data.modules.filter((m) => m.role !== 'head').map((m) => m.name)),
+    layers: new Set(Array.from({length: data.n_layers}, (_, i) => i))};
+});
 begin();
 watch('value', begin);
 new ResizeObserver(() => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -12,6 +13,7 @@ import gradio as gr
 from demos import methods, page
 from peftlab import RunSpec, architecture, resolve, words
 from peftlab.catalog.models import find
+from peftlab.catalog.presets import PRESETS
 from peftlab.count import BYTES
 from peftlab.methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
 from peftlab.spec import parse_layers
@@ -19,8 +21,9 @@ from peftlab.spec import parse_layers
 FAMILY = tuple(key for key, method in METHODS.items() if "rank" in method.settings)
 """The methods that have a rank."""
 FIELDS = ("method", "rank", "alpha", "target_modules", "layers")
-"""What the page reports."""
-SCRIPT = (Path(__file__).parent / "lora_widget.js").read_text()
+"""What the page writes."""
+OF_ALPHA = tuple(key for key in PRESETS if key.startswith("alpha"))
+"""Published rules for alpha."""
 ADAM = 8
 """Bytes of optimizer state a trained parameter: Adam's two moments in fp32."""
 WORDS = {
@@ -49,9 +52,27 @@ WORDS = {
     **{key: said for key, (_, said) in RANK_LIMITS.items()},
 }
 
+CONSTANTS = {
+    "WORDS": WORDS,
+    "OPENING": {"method": page.OPENING.method},
+    "PRESETS": {
+        key: {**PRESETS[key].settings, "over_rank": PRESETS[key].alpha_over_rank, "says": escape(methods.preset_says(key))}
+        for key in OF_ALPHA
+    },
+    "PUBLISHED": methods.PUBLISHED,
+}
+SCRIPT = (
+    page.FORMATS
+    + "".join(f"const {name} = {json.dumps(value)};\n" for name, value in CONSTANTS.items())
+    + (Path(__file__).parent / "lora_widget.js").read_text(encoding="utf-8")
+)
 
-def value(spec: RunSpec) -> dict[str, Any]:
-    """What the page needs to know of `spec` and its model. Raises SpecError where LoRA has nothing to do there."""
+
+def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the page needs to know of `spec` and its model, and which of its numbers were refused.
+
+    Raises SpecError where LoRA has nothing to do there.
+    """
     spec = of_family(spec)
     entry = find(spec.model or "")
     shape = architecture.of(spec.model or "")
@@ -83,7 +104,6 @@ def value(spec: RunSpec) -> dict[str, Any]:
         "methods": {key: _method(METHODS[key], spec) for key in FAMILY},
         "bytes": BYTES[of.adapter_precision or "fp32"],
         "adam": ADAM,
-        "words": WORDS,
         "at": {
             "method": spec.method,
             "rank": of.rank,
@@ -91,6 +111,7 @@ def value(spec: RunSpec) -> dict[str, Any]:
             "targets": [name for name, m in zip(names, linear, strict=True) if m in wanted],
             "layers": layers,
             "layers_said": spec.layers,
+            "refused": {name: escape(text[:40]) for name, text in (refused or {}).items() if name in ("rank", "alpha")},
         },
     }
 
@@ -135,45 +156,42 @@ def _method(method: Method, spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def settled(spec: RunSpec, settings: Mapping[str, Any]) -> RunSpec:
-    """`spec` with what the page reported. Raises SpecError.
-
-    A new method leaves behind what only the old one read, but for the modules and layers that the page still shows.
-    """
-    spec, _ = methods.edit(of_family(spec), ["method"], [settings.get("method")])
-    return methods.edit(spec, FIELDS, [settings.get(name) for name in FIELDS])[0]
-
-
-def knobs(spec: RunSpec) -> gr.HTML:
-    """The controls, which the page's script reads: method, rank and alpha."""
-    given = value(spec)["at"]
-    options = "".join(
-        f'<option value="{key}"{" selected" if key == given["method"] else ""}>{escape(METHODS[key].name)}</option>'
-        for key in FAMILY
-    )
+def knobs() -> gr.HTML:
+    """The controls, which the page's script reads: method, rank, alpha and what was published of it."""
     return gr.HTML(
-        f'<label class="chooser"><span>Method</span><small>Of those that have a rank</small>'
-        f'<select data-knob="method">{options}</select></label>'
-        + _slider("rank", "Rank", page.described("rank")["info"], 'min="0" max="64"', 'min="1"')
+        _chooser("method", "Method", "Of those that have a rank", {key: METHODS[key].name for key in FAMILY})
+        + _slider("rank", "Rank", page.described("rank")["info"], 'min="1"')
         + '<div class="alpha-knob">'
-        + _slider("alpha", "Alpha", page.described("alpha")["info"], 'min="0" max="64"', 'min="0" step="any"')
-        + '<button type="button" class="small-button" data-knob="automatic">Automatic alpha</button></div>',
+        + _slider("alpha", "Alpha", page.described("alpha")["info"], 'min="0" step="any"')
+        + '<button type="button" class="small-button" data-knob="automatic">Automatic alpha</button>'
+        + _chooser("preset", "Preset", methods.PUBLISHED, {"": "none", **{key: PRESETS[key].name for key in OF_ALPHA}})
+        + "</div>",
         js_on_load=None,
         elem_classes="knobs",
     )
 
 
-def _slider(name: str, label: str, info: str, of_range: str, of_number: str) -> str:
+def _chooser(name: str, label: str, info: str, options: Mapping[str, str]) -> str:
+    choices = "".join(f'<option value="{key}">{escape(said)}</option>' for key, said in options.items())
     return (
-        f'<div class="knob"><span>{label}</span><small>{escape(info)}</small><div>'
-        f'<input type="range" data-knob="{name}" aria-label="{label}" {of_range}>'
-        f'<input type="number" data-knob="{name}" aria-label="number input for {label}" {of_number}></div></div>'
+        f'<label class="chooser"><span>{label}</span><small>{escape(info)}</small>'
+        f'<select data-knob="{name}">{choices}</select></label>'
     )
 
 
-def picture(given: dict[str, Any], sentence: str) -> gr.HTML:
-    """`submit` is sent once the reader pauses, with the `model` and the `settings` then."""
-    return gr.HTML(given, html_template=TOP.replace("SENTENCE", sentence), js_on_load=SCRIPT, elem_classes="drawn")
+def _slider(name: str, label: str, info: str, of_number: str) -> str:
+    """A refusal of the setting stands below its slider: the page's own at once, the server's once it has answered."""
+    return (
+        f'<div class="knob" id="lora-{name}"><span>{label}</span><small>{escape(info)}</small><div>'
+        f'<input type="range" data-knob="{name}" aria-label="{label}" min="0" max="64">'
+        f'<input type="number" data-knob="{name}" aria-label="number input for {label}" {of_number}></div>'
+        f'<p class="problem here" data-of="{name}" role="alert"></p></div>'
+    )
+
+
+def picture() -> gr.HTML:
+    """Its script draws it, the knobs' state and the lower half, and writes the settings, which are FIELDS."""
+    return gr.HTML(None, html_template=TOP, js_on_load=SCRIPT, elem_classes="drawn")
 
 
 def rest() -> gr.HTML:
@@ -182,8 +200,8 @@ def rest() -> gr.HTML:
 
 
 TOP = """
-<h2 class="sentence" aria-live="polite">SENTENCE</h2>
-<div class="problem here" role="alert"></div>
+<h2 class="sentence" aria-live="polite"></h2>
+<div class="problem here" data-of="" role="alert"></div>
 <div class="lora-top"><div class="matrices" style="contain: content" role="img"></div></div>
 <div class="lora-pair"><p class="note finding"></p><p class="note scale"></p></div>
 """

@@ -16,7 +16,7 @@ from peftlab.methods import METHODS
 
 OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
 SLIDERS = ("batch_size", "sequence_length", "rank")
-DRAW = """
+DRAW = page.FORMATS + """
 let at = props.value.at;
 const evaluate = (terms) => terms.reduce((sum, [c, i, j, k]) => sum + c * at[0] ** i * at[1] ** j * at[2] ** k, 0);
 const add = (kinds) => Object.values(kinds).reduce((a, b) => a + b, 0);
@@ -29,18 +29,6 @@ const parts = (run) => {
   const peak = moments.reduce((a, b) => add(b) > add(a) ? b : a);
   return {...peak, reserve: (run.form.reserve - 1) * add(peak), context: run.form.context};
 };
-const significant = (n) => {
-  if (!n) return '0';
-  const digits = 2 - Math.floor(Math.log10(Math.abs(n))), scale = 10 ** digits;
-  return (Math.round(n * scale) / scale).toLocaleString('en-US', {maximumFractionDigits: Math.max(0, digits)});
-};
-const size = (n) => {
-  for (const [unit, scale] of [['TB', 1e12], ['GB', 1e9], ['MB', 1e6], ['kB', 1e3]])
-    if (n >= scale) return significant(n / scale) + ' ' + unit;
-  return Math.round(n) + ' B';
-};
-const fill = (text, values) => text.replace(/{(\\w+)}/g, (_, name) => values[name]);
-const strong = (text, kind) => `<b class="${kind || ''}">${text}</b>`;
 const draw = () => {
   const {runs, gpus, words, kinds} = props.value;
   const each = runs.map(parts), totals = each.map(add), most = Math.max(...totals);
@@ -50,12 +38,13 @@ const draw = () => {
     : fill(words.several, {...words, n: Math.ceil(needed / largest[1]).toLocaleString('en-US'), gpu: largest[0]});
   const room = element.querySelector('.bars').clientWidth;
   const ratio = totals[0] / needed, sure = runs.every((run) => !run.form || isExact(run)), about = sure ? '' : 'about ';
-  const begin = fill(words.full, {model: strong(props.value.model), full: about + strong(size(totals[0]))});
+  const begin = fill(words.full, {model: bold(props.value.model), full: about + bold(size(totals[0]))});
   const name = (run) => run.name.replace('{rank}', at[2]);
-  element.querySelector('.sentence').innerHTML = begin + ' ' + (last ? fill(words.chosen, {
-    method: strong(name(runs[last]), 'trained'), chosen: about + strong(size(needed), 'trained'),
-    ratio: about + significant(Math.max(ratio, 1 / ratio)), less: ratio >= 1 ? 'less' : 'more', where: sure ? ', and ' + where : '',
-  }) : sure ? where[0].toUpperCase() + where.slice(1) + '.' : '');
+  element.querySelector('.sentence').innerHTML = begin + (last ? ' ' + fill(words.chosen, {
+    method: bold(name(runs[last]), 'trained'), chosen: about + bold(size(needed), 'trained'),
+    ratio: about + significant(Math.max(ratio, 1 / ratio)), less: ratio >= 1 ? 'less' : 'more',
+    where: sure ? ', and ' + where : '',
+  }) : sure ? ' ' + where[0].toUpperCase() + where.slice(1) + '.' : '');
   element.querySelector('.bars').innerHTML = runs.map((run, i) => {
     const pieces = kinds.filter(([kind]) => each[i][kind] > 0).map(([kind, colour, label]) => {
       const share = 100 * each[i][kind] / most;
@@ -124,7 +113,7 @@ CLOSED = (
         "A closed form: polynomials in batch, length and rank, worked out from what autograd keeps. The allocator's reserve is "
         "taken as usual. Once you pause, a trace of the whole step takes its place.",
     )
-    + " at once, from the closed form. The exact figure follows when you pause."
+    + page.explained(" at once, from the closed form. The exact figure follows when you pause.")
 )
 
 
@@ -140,7 +129,7 @@ def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> 
         name = name.replace(f"rank {spec.rank}", "rank {rank}", 1)
     return {
         "name": escape(name),
-        "note": escape(", ".join(filter(None, (spec.precision, _base(report))))) if form else "",
+        "note": page.explained(escape(", ".join(filter(None, (spec.precision, _base(report)))))) if form else "",
         "form": form.to_data() if form else None,
         "states": {k: getattr(report, k) for k in ("frozen_weights", "trainable_weights", "gradients", "optimizer")},
         "exact": exact,
@@ -169,8 +158,14 @@ def _compared(reports: tuple[MemoryReport, ...], forms: tuple[ClosedForm | None,
         "One training step traced on fake tensors, replayed through a model of PyTorch's allocator, every token predicted. "
         "Held against an H100 in assets/measured/memory-h100.json.",
     )
-    closed = form.report().allocated or 0
-    allocated = chosen.allocated or 1
-    off = closed / allocated - 1
-    differs = "said the same" if abs(off) < 5e-4 else f"said {abs(off):.1%} {'more' if off > 0 else 'less'}"
-    return f"{mark} a traced step: {words.size(allocated)} allocated at the peak. The closed form {differs}."
+    estimate, needed, allocated = form.report(), chosen.process or 1, chosen.allocated or 1
+    off, of_allocated = (estimate.process or 0) / needed - 1, (estimate.allocated or 0) / allocated - 1
+    less = "less" if off < 0 else "more"
+    differs = "said the same" if abs(off) < 5e-4 else f"said {abs(off):.1%} {less}"
+    if abs(off - of_allocated) > 0.005:
+        differs += f", {abs(of_allocated):.1%} off in what is allocated: it takes PyTorch's reserve as usual"
+    said = page.explained(
+        f"a traced step: {words.size(allocated)} allocated at the peak, {words.size(needed)} with PyTorch's reserve and the "
+        f"CUDA context. The closed form {differs}."
+    )
+    return f"{mark} {said}"

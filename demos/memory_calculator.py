@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import choice, costs, memory_bars, methods, page
 from demos.tab import QUIET, Asked, Draw, Slow, Tab
-from peftlab import MemoryReport, PeftlabError, RunSpec, figures, predict, resolve, worker, words
+from peftlab import MemoryReport, PeftlabError, RunSpec, figures, predict, resolve, words, worker
 from peftlab.catalog.gpus import GPUS
-from peftlab.catalog.models import DEFAULT, MODELS, find
+from peftlab.catalog.models import DEFAULT, find
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.conventions import EXACT
 
@@ -80,7 +80,7 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
     reports = [full] if chosen.spec.method == "full" else [full, chosen]
     parts = [(r.peak.bytes if r.peak else vars(r)) for r in reports]
     rows = "".join(
-        f'<tr><td><span class="key {colour}"></span>{name}</td>'
+        f'<tr><td><span class="key {colour}"></span>{page.explained(name)}</td>'
         + "".join(f"<td>{words.size(part.get(kind, 0))}</td>" for part in parts)
         + "</tr>"
         for kind, colour, name in figures.COMPONENTS
@@ -199,7 +199,7 @@ class Memory(Tab):
         batch, length, _ = at(spec)
         bare = find(spec.model or DEFAULT).config is None
         return {
-            "model": _shown_model(spec),
+            "model": page.shown_model(spec),
             "method": methods.method_value(spec.method, spec.model),
             **methods.method_updates(spec, BY_METHOD),
             "batch_size": page.slid(batch, 64),
@@ -219,7 +219,7 @@ class Memory(Tab):
         timeline = figures.themed(figures.memory_timeline, chosen) if chosen.moments else None
         return {
             "bars": lambda: memory_bars.bars_value(reports, forms, at(chosen.spec), None if entry.config else asked["share"]),
-            "surprises": lambda: "".join(f"<p>{text}</p>" for text in words.memory_surprises(full, chosen)[:2]),
+            "surprises": lambda: page.explained("".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])),
             "timeline": lambda: gr.update(value=timeline, visible=timeline is not None),
             "about": lambda: methods.method_card(spec.method or "lora", model),
             "changed": lambda: page.changed(spec),
@@ -251,13 +251,6 @@ def _control(name: str) -> Any:
     if name == "gpu":
         return page.choice("gpu", [("automatic: an H100", ""), *page.choices_of(GPUS)], "")
     return page.text(name) if name in ("accumulation", "n_gpus") else page.choice(name)
-
-
-def _shown_model(spec: RunSpec) -> Any:
-    """A config of the visitor's own is a choice with its name, while it is chosen."""
-    key = spec.model or DEFAULT
-    own = [(find(key).name, key)] if key.startswith("config:") else []
-    return gr.update(value=key, choices=[*page.choices_of(MODELS), *own])
 
 
 if __name__ == "__main__":

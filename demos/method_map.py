@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -14,15 +15,16 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import methods, page
-from peftlab import RunSpec, checks, count, evidence, figures, published, published_figures, words
+from demos import choice, methods, page
+from demos.tab import Asked, Draw, Slow, Tab
+from peftlab import RunSpec, checks, count, evidence, figures, published, published_figures, words, worker
 from peftlab.catalog.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, Case, Family, weighed
 from peftlab.catalog.models import DEFAULT, find
 from peftlab.count import why_not
 from peftlab.evidence import Place
+from peftlab.memory import exact
 from peftlab.methods import METHODS
 
-TAB = "methods"
 AXES = ("parameters", "accuracy")
 """Of the benchmark, at first: across and up."""
 MAP = """
@@ -30,14 +32,13 @@ let last = null;
 const all = () => [...element.querySelectorAll('button[data-method]')];
 const why = (text) => { element.querySelector('.why-not').textContent = text; };
 const mark = () => all().forEach((b) => b.setAttribute('aria-pressed', b.dataset.method === props.value.method));
-const choose = (method) => { props.value = {...props.value, method}; mark(); trigger('input'); };
 element.addEventListener('click', (e) => {
   const chip = e.target.closest('button[data-method]');
   if (!chip) return;
   if (chip.getAttribute('aria-disabled') === 'true') return why(chip.title);
   last = chip.dataset.method;
   why('');
-  choose(last);
+  peftlab.heard('methods.method', last);
 });
 element.addEventListener('keydown', (e) => {
   const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[e.key], at = all().indexOf(e.target);
@@ -52,16 +53,33 @@ watch('value', () => {
 });
 """
 """A chip is a button, and arrows walk from one to the next. One that does not suit the model says why, and chooses nothing."""
+TICKS = {group: f"when_{group}" for group in GROUPS}
+"""The choice that holds which of a group's situations are ticked."""
 COUNTED = (
     "Parameters are counted from the model's shapes and the registry's terms, each method at its automatic settings."
 )
 READ = "Our reading: a sentence of the registry, held against the lecture's by a person."
 
 
+def in_group(group: str) -> list[str]:
+    """The situations of a group."""
+    return [key for key, case in CASES.items() if case.group == group]
+
+
+def ticked(group: str) -> tuple[str, ...]:
+    """Those that are ticked at first."""
+    return tuple(key for key in in_group(group) if CASES[key].ticked)
+
+
+@lru_cache(maxsize=64)
+def places(model: str) -> list[Place]:
+    """Every method on the map. Raises SpecError where the model has no shapes to count by."""
+    return evidence.places(model)
+
+
 def spectrum(model: str, chosen: str | None) -> dict[str, str]:
     """What the map holds: its HTML, and the method that is chosen on it."""
-    on = evidence.places(model)
-    families = "".join(_family(family, on, chosen) for family in SPECTRUM)
+    families = "".join(_family(family, places(model), chosen) for family in SPECTRUM)
     return {"method": chosen or "lora", "families": families}
 
 
@@ -103,9 +121,9 @@ def _chip(place: Place, chosen: str | None) -> str:
     )
 
 
-def map_widget(value: dict[str, str]) -> gr.HTML:
+def map_widget() -> gr.HTML:
     return gr.HTML(
-        value,
+        {"method": "lora", "families": ""},
         html_template='<div class="spectrum"><p class="ends"><span>touches nothing inside</span>'
         "<span>changes the computation</span></p>"
         '<div class="families" role="group" aria-label="Methods, by how deep they reach">${value.families}</div>'
@@ -113,6 +131,7 @@ def map_widget(value: dict[str, str]) -> gr.HTML:
         f'{page.how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>',
         js_on_load=MAP,
         elem_classes="drawn-map",
+        min_height=420,
     )
 
 
@@ -129,7 +148,7 @@ def advice(keys: Iterable[str], model: str) -> str:
     named = [f"<b>{escape(METHODS[key].name)}</b> in {n} of {len(cases)}" for key, n in weighed(cases)]
     first = "First try without training. " if any(case.group == "none" for case in cases) else ""
     asked = f"Advised: {', '.join(named)}." if named else ""
-    return f'<p class="weighed">{first}{asked}</p>' + "".join(_case(case, model) for case in cases)
+    return page.explained(f'<p class="weighed">{first}{asked}</p>' + "".join(_case(case, model) for case in cases))
 
 
 def _case(case: Case, model: str) -> str:
@@ -152,7 +171,20 @@ def _case(case: Case, model: str) -> str:
     )
 
 
-def pros_and_cons(model: str) -> str:
+def traced() -> tuple[bool, ...]:
+    """Which memory that the tables speak of is traced: what they say changes with it."""
+    return tuple(worker.known(exact, spec) is not None for spec in compared())
+
+
+def compared(*models: str) -> list[RunSpec]:
+    """Runs whose memory the tab states: a small model's, and LoRA and QLoRA of `models` and of the model of the tables."""
+    pairs = (evidence.automatic(model, "lora", "qlora") for model in (page.OPENING.model or DEFAULT, *models))
+    found = [*evidence.small(), *(spec for pair in pairs for spec in pair)]
+    return list(dict.fromkeys(found))
+
+
+@lru_cache(maxsize=64)
+def pros_and_cons(model: str, traced: tuple[bool, ...] = ()) -> str:
     """The lectures' pros and cons, each with what is found of it for this model."""
     rows = []
     for source, sides in groupby(SIDES, key=lambda s: s.source):
@@ -165,7 +197,8 @@ def pros_and_cons(model: str) -> str:
                 f"<td>{escape(' '.join(filter(None, found)))}</td></tr>"
             )
     head = "<tr><th></th><th>pros</th><th>cons</th><th>here</th></tr>"
-    return f'<div class="wide"><table class="data prose sides">{head}{"".join(rows)}</table></div>{measured()}'
+    table = f'<div class="wide"><table class="data prose sides">{head}{"".join(rows)}</table></div>'
+    return page.explained(table) + measured()
 
 
 def measured() -> str:
@@ -174,9 +207,18 @@ def measured() -> str:
     return f'<p class="note">{page.how("measured", source)} Times of a token.</p>' if source else ""
 
 
-@lru_cache
-def tables() -> tuple[int, int, str]:
-    """The lectures' tables, statement by statement: how many hold, how many differ, and all of them as HTML."""
+@dataclass(frozen=True)
+class Checked:
+    """The lectures' tables, statement by statement."""
+
+    holds: int
+    differ: int
+    html: str
+
+
+@lru_cache(maxsize=8)
+def tables(traced: tuple[bool, ...] = ()) -> Checked:
+    """How many statements hold, how many differ, and all of them."""
     html, held = [], []
     for table in TABLES:
         rows = []
@@ -192,19 +234,18 @@ def tables() -> tuple[int, int, str]:
             )
         head = f'<tr><th colspan="4" class="source">{escape(table.source)}</th></tr>'
         html.append(head + "<tr><th></th><th>the lecture</th><th>here</th><th></th></tr>" + "".join(rows))
-    return (
-        sum(held),
-        len(held) - sum(held),
-        f'<div class="wide"><table class="data prose checks">{"".join(html)}</table></div>{measured()}',
-    )
+    table = page.explained(f'<div class="wide"><table class="data prose checks">{"".join(html)}</table></div>')
+    return Checked(sum(held), len(held) - sum(held), table + measured())
 
 
+@lru_cache
 def benchmark(x: str, y: str) -> tuple[dict[str, Any], str]:
     """The published runs by two metrics: the chart, and its front in words."""
     said = published.front_said(published.metric(x), published.metric(y))
     return figures.themed(published_figures.benchmark, x, y), f"<p>{escape(said)}</p>"
 
 
+@lru_cache
 def all_runs() -> str:
     """The chart's text equivalent."""
     metrics = published.METRICS.values()
@@ -216,106 +257,122 @@ def all_runs() -> str:
     return f'<div class="wide"><table class="data runs"><tr><th>run</th>{head}</tr>{rows}</table></div>'
 
 
-def _marks() -> str:
-    """Which mark is which family, for those who read the chart."""
+@lru_cache
+def marks() -> str:
+    """Which mark is which family, for those who read the chart, and where the runs come from."""
     shapes = {"circle": "●", "square": "■", "diamond": "◆", "star": "★"}
     named = (f'<b class="trained">{shapes[mark]}</b> {name}' for name, mark in published_figures.MARKS.items())
-    return f'{", ".join(named)}; grey <span class="other">●</span> a method that this app does not have.'
-
-
-def build(spec: gr.State) -> page.View:
-    changing = partial(page.changing, TAB)
-    model_key, opening = page.OPENING.model or DEFAULT, page.OPENING.method
-    sentence = page.sentence(evidence.map_sentence(evidence.places(model_key)))
-    with gr.Row(elem_classes="stage"):
-        with page.controls():
-            page.drawer_handle()
-            model = page.model_choice(model_key)
-            reasons = page.note(unsuited(model_key))
-        with gr.Column(elem_classes="main"):
-            problem = page.problem()
-            chart = map_widget(spectrum(model_key, opening))
-            line = gr.HTML(chosen_line(page.OPENING), elem_classes="chosen-line")
-            panel = gr.HTML(methods.method_panel(opening or "lora"))
-    gr.HTML("<h2>Which one, and whether any</h2>", js_on_load=None, elem_classes="part")
-    with gr.Row(elem_classes="panes"):
-        with gr.Column(min_width=320):
-            ticks = [
-                gr.CheckboxGroup(
-                    [(case.when, key) for key, case in CASES.items() if case.group == group],
-                    value=[key for key, case in CASES.items() if case.group == group and case.ticked],
-                    label=title,
-                )
-                for group, title in GROUPS.items()
-            ]
-        with gr.Column(min_width=320):
-            advised = gr.HTML(advice((key for key, case in CASES.items() if case.ticked), model_key))
-    gr.HTML("<h2>What others measured</h2>", js_on_load=None, elem_classes="part")
-    page.note(f"<p>{escape(published.not_memory())}</p>")
-    with gr.Row(elem_classes="axes"):
-        choices = [(m.title.split(",")[0].capitalize(), key) for key, m in published.METRICS.items()]
-        x, y = (
-            gr.Dropdown(choices, value=axis, label=label, scale=0, min_width=240)
-            for axis, label in zip(AXES, ("Across", "Up"), strict=True)
-        )
-    drawn, front = benchmark(*AXES)
-    runs = page.plot(drawn, "The published runs by two metrics; the sentence below names the best")
-    page.note(
-        f"<p>{_marks()} Source: <a href='{published.URL}'>{escape(published.SOURCE)}</a>. "
+    return (
+        f'<p>{", ".join(named)}; grey <span class="other">●</span> a method that this app does not have. '
+        f"Source: <a href='{published.URL}'>{escape(published.SOURCE)}</a>. "
         f"{page.how('measured', 'By its authors, not here. ' + published.SOURCE)}</p>"
     )
-    words_of_front = page.note(front)
-    with gr.Accordion(f"All {len(published.runs())} runs as a table", open=False):
-        gr.HTML(all_runs())
-    with gr.Accordion("Pros and cons, as the lectures have them", open=False):
-        sides = gr.HTML(pros_and_cons(model_key))
-    holds, differ, checked = tables()
-    with gr.Accordion(f"The lectures' tables, checked: {holds} statements hold, {differ} differ", open=False):
-        gr.HTML(checked)
-        gr.HTML(f"<h3>Their numbers, recomputed</h3>{page.claims_table('lora')}")
-    about = gr.State(model_key)  # the advice follows the model and the ticks, which `show` does not have
 
-    def body(spec: RunSpec) -> tuple:
-        key = spec.model or DEFAULT
-        on = evidence.places(key)
-        return (
-            key,
-            evidence.map_sentence(on),
-            spectrum(key, spec.method or "lora"),
-            unsuited(key),
-            *chosen(spec),
-            pros_and_cons(key),
-            key,
-        )
 
-    def chosen(spec: RunSpec) -> tuple[str, str]:
-        return chosen_line(spec), methods.method_panel(spec.method or "lora")
+class Methods(Tab):
+    """The map of methods, and which one to choose."""
 
-    def choose(spec: RunSpec, value: dict[str, str]) -> tuple:
-        new, _ = methods.edit(spec, ["method"], [value])
-        return (new, *chosen(new))
+    key, title = "methods", "Methods"
+    choices = {
+        "across": choice.one_of("across", AXES[0], published.METRICS),
+        "up": choice.one_of("up", AXES[1], published.METRICS),
+        **{name: choice.several(name, ticked(group), in_group(group)) for group, name in TICKS.items()},
+    }
 
-    def choose_model(spec: RunSpec, model: str) -> tuple:
-        page.public({"model": model})
-        method = spec.method or "lora"
-        new = spec.but(model=model, target_modules=None, layers=None)
-        new = RunSpec(model=model, task=spec.task) if why_not(method, model) else new
-        return (new, *body(new))
+    def build(self) -> None:
+        self.panel("sentence", page.sentence(""))
+        with gr.Row(elem_classes="stage"):
+            with page.controls():
+                page.drawer_handle()
+                self.control("model", page.model_choice(page.OPENING.model))
+                self.panel("reasons", page.note())
+            with gr.Column(elem_classes="main"):
+                self.panel("problem", page.problem())
+                self.control("method", map_widget())
+                self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
+                self.panel("card", gr.HTML(min_height=400))
+        self._advice()
+        self._published()
+        with self.fold("Pros and cons, as the lectures have them"):
+            self.panel("sides", gr.HTML())
+        with self.fold("The lectures' tables, checked") as accordion:
+            self.panel("checked", gr.HTML())
+            self.panel("claims", gr.HTML())
+        self.panel("counted", accordion)
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    show = page.refusing(body, 8)  # a bare count from another tab has nothing to count by
-    shown = [problem, model, sentence, chart, reasons, line, panel, sides, about]
-    chart.input(changing(page.refusing(choose, 3)), [spec, chart], [problem, spec, line, panel], **quiet)
-    model.input(changing(page.refusing(choose_model, 9)), [spec, model], [problem, spec, *shown[1:]], **quiet)
-    gr.on(
-        [about.change, *(t.input for t in ticks)],
-        lambda model, *ticked: advice((key for keys in ticked for key in keys), model),
-        [about, *ticks],
-        advised,
-        **quiet,
-    )
-    gr.on([x.input, y.input], benchmark, [x, y], [runs, words_of_front], **quiet)
-    return page.View(TAB, show, shown)
+    def _advice(self) -> None:
+        gr.HTML("<h2>Which one, and whether any</h2>", js_on_load=None, elem_classes="part")
+        with gr.Row(elem_classes="panes"):
+            with gr.Column(min_width=320):
+                for group, name in TICKS.items():
+                    cases = [(CASES[key].when, key) for key in in_group(group)]
+                    self.control(name, gr.CheckboxGroup(cases, value=list(ticked(group)), label=GROUPS[group]))
+            with gr.Column(min_width=320):
+                self.panel("advice", gr.HTML(min_height=400))
+
+    def _published(self) -> None:
+        gr.HTML("<h2>What others measured</h2>", js_on_load=None, elem_classes="part")
+        self.panel("not_memory", page.note())
+        metrics = [(m.title.split(",")[0].capitalize(), key) for key, m in published.METRICS.items()]
+        with gr.Row(elem_classes="axes"):
+            for name, axis in zip(("across", "up"), AXES, strict=True):
+                made = gr.Dropdown(metrics, value=axis, label=name.capitalize(), scale=0, min_width=240)
+                self.control(name, made)
+        label = "The published runs by two metrics; the sentence below names the best"
+        self.panel("runs", page.plot(None, label))
+        self.panel("marks", page.note())
+        self.panel("front", page.note())
+        with self.fold(f"All {len(published.runs())} runs as a table"):
+            self.panel("all_runs", gr.HTML())
+
+    def check(self, asked: Asked) -> None:
+        places(asked.spec.model or DEFAULT)  # a bare count has nothing to count by
+        count(asked.spec)
+
+    def fill(self, asked: Asked) -> dict[str, Any]:
+        model = asked.spec.model or DEFAULT
+        own = {name: list(asked[name]) for name in TICKS.values()}
+        map_ = spectrum(model, asked.spec.method or "lora")
+        return {"model": model, "method": map_, "across": asked["across"], "up": asked["up"], **own}
+
+    def draw(self, asked: Asked) -> dict[str, Draw]:
+        spec, model = asked.spec, asked.spec.model or DEFAULT
+        checked = tables(traced())
+        chart, front = benchmark(asked["across"], asked["up"])
+        return {
+            "sentence": lambda: evidence.map_sentence(places(model)),
+            "reasons": lambda: unsuited(model),
+            "chosen": lambda: chosen_line(spec),
+            "card": lambda: methods.method_panel(spec.method or "lora"),
+            "advice": lambda: advice(situations(asked), model),
+            "not_memory": lambda: f"<p>{escape(published.not_memory())}</p>",
+            "runs": lambda: chart,
+            "marks": marks,
+            "front": lambda: page.explained(front),
+            "all_runs": all_runs,
+            "sides": lambda: pros_and_cons(model, traced()),
+            "counted": lambda: gr.update(
+                label=f"The lectures' tables, checked: {checked.holds} statements hold, {checked.differ} differ"
+            ),
+            "checked": lambda: checked.html,
+            "claims": lambda: f"<h3>Their numbers, recomputed</h3>{page.claims_table('lora')}",
+        }
+
+    def slow(self, asked: Asked) -> list[Slow]:
+        """The memory that the tab states, so that it is what the Memory tab says."""
+        about = {CASES[key].model or asked.spec.model or DEFAULT for key in situations(asked) if CASES[key].here == "quantized"}
+        return [Slow(exact, (spec,)) for spec in compared(*(model for model in about if is_traced(model)))]
+
+
+def situations(asked: Asked) -> list[str]:
+    """Those that are ticked."""
+    return [key for name in TICKS.values() for key in asked[name]]
+
+
+def is_traced(model: str) -> bool:
+    """Whether a training step of LoRA and QLoRA can be traced."""
+    entry = find(model)
+    return bool(entry.is_causal and entry.config) and not any(why_not(key, model) for key in ("lora", "qlora"))
 
 
 def unsuited(model: str) -> str:
@@ -325,4 +382,4 @@ def unsuited(model: str) -> str:
 
 
 if __name__ == "__main__":
-    page.run_alone("Methods", build)
+    page.run_alone(Methods())

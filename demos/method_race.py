@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import methods, page
+from demos import choice, methods, page
 from demos.gpu import on_gpu
 from demos.live_finetune import here, runnable
-from peftlab import RunSpec, SpecError, figures, jobs, lessons, race, race_figures, tasks, words
+from demos.tab import QUIET, Asked, Draw, Tab
+from peftlab import RunSpec, SpecError, figures, jobs, race, race_figures, scores, tasks, words
 from peftlab.catalog.models import DEFAULT
 from peftlab.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
@@ -28,10 +28,9 @@ from peftlab.resolve import METHOD_SETTINGS
 from peftlab.spec import closest
 from peftlab.tasks import METRICS, TASKS
 
-TAB = "race"
 FIRST = next(iter(LESSONS))
-SHOW = "show me"
-"""Instead of a guess."""
+SHOW, NONE = "show me", "none"
+"""Instead of a guess: the result in the open, and hidden until there is a guess."""
 MOST = 24
 """Racers of one race here."""
 MOST_SEEDS = 5
@@ -41,73 +40,33 @@ RACE = on_gpu(race.race)  # at import, because a shared GPU wants to know its fu
 Events = Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What of this tab a link carries, besides the settings."""
-
-    lesson: str = FIRST
-    sort: str = "score"
-    values: str = ""
-    """Of the race to run here, by semicolon; empty for the lesson's own."""
-    seconds: str = ""
-    seeds: str = ""
-
-    def __post_init__(self) -> None:
-        lessons.find(self.lesson)
-        race.column(self.sort)
-        number(self.seconds, "seconds", 600.0)
-        number(self.seeds, "seeds", float(MOST_SEEDS))
-
-    @classmethod
-    def read(cls, query: str) -> Choice:
-        """Raises SpecError for what is no choice; other words of the query are not its own."""
-        given = dict(parse_qsl(query))
-        return cls(**{name: given[name] for name in CARRIED if name in given})
-
-    def query(self) -> str:
-        usual = Choice()
-        return urlencode({n: v for n in CARRIED if (v := getattr(self, n)) != getattr(usual, n)}, safe=",;")
-
-    def racing(self) -> tuple[str, ...]:
-        return tuple(self.values.split(";")) if self.values else LESSONS[self.lesson].values
+def named(text: str) -> tuple[str, ...]:
+    """The racers that a link or the box names, by semicolon."""
+    return () if text == "none" else tuple(text.split(";"))
 
 
-CARRIED = tuple(Choice.__dataclass_fields__)
-
-
-def number(text: str, name: str, most: float) -> float | None:
-    """Raises SpecError for what is no number above 0; None for nothing."""
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value <= most:
-        raise SpecError(f"{name}={text}: a number above 0 and at most {most:g}; leave it empty for the usual")
-    return value
-
-
-def racers(spec: RunSpec, choice: Choice) -> list[race.Racer]:
-    """Those of a race run here. Raises SpecError."""
-    lesson, base = LESSONS[choice.lesson], here(spec)
-    method = METHODS[base.method or "lora"]
+def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
+    """Those of a race run here: `values` of what the lesson varies, its own where none are named. Raises SpecError."""
+    base, values = here(spec), lesson.values if values is None else values
+    method, named = METHODS[base.method or "lora"], ";".join(values)[:80] or NONE
+    if not 2 <= len(values) <= MOST:
+        raise SpecError(f"values={named}: a race here takes 2 to {MOST} racers, not {len(values)}; name others")
     if lesson.setting == "method" or (lesson.setting in METHOD_SETTINGS and lesson.setting not in method.settings):
         plain = dict.fromkeys([*METHOD_SETTINGS, "method", "learning_rate", "quantization"])
         base = RunSpec.from_dict({**base.to_dict(), **plain})
-    for model in choice.racing() if lesson.setting == "model" else ():
+    for model in values if lesson.setting == "model" else ():
         if model not in (offered := [key for _, key in runnable()]):
-            raise SpecError(f"model={model}: no model that trains here; {closest(model, offered)}")
-    found = race.along(base, {lesson.setting: choice.racing()})
-    if len(found) > MOST:
-        raise SpecError(f"{len(found)} racers: at most {MOST} run here at a time; take some away")
-    return found
+            raise SpecError(f"values={model}: no model that trains here; {closest(model, offered)}")
+    try:
+        return race.along(base, {lesson.setting: values})
+    except SpecError as error:
+        raise SpecError(f"values={named}: {error}") from None
 
 
 BOARD = """
 element.addEventListener('click', (e) => {
   const sort = e.target.closest('[data-sort]'), csv = e.target.closest('[data-csv]'), link = e.target.closest('[data-link]');
-  if (sort) { props.value = {...props.value, sort: sort.dataset.sort}; trigger('input'); }
+  if (sort) peftlab.write({sort: sort.dataset.sort});
   if (csv) {
     const file = Object.assign(document.createElement('a'), {download: 'peftlab-race.csv'});
     file.href = URL.createObjectURL(new Blob([props.value.csv], {type: 'text/csv'}));
@@ -119,8 +78,8 @@ element.addEventListener('click', (e) => {
 """
 
 
-CLOSED = "() => { document.querySelectorAll('.controls.open').forEach((e) => e.classList.remove('open')); return ''; }"
-"""A phone's drawer, so that what was started is seen; and an old refusal."""
+CLOSED = "() => { document.querySelectorAll('.controls.open').forEach((e) => e.classList.remove('open')); }"
+"""A phone's drawer, so that what was started is seen."""
 TOOLBAR = (
     '<div class="toolbar"><button type="button" class="small-button" data-csv>Download CSV</button>'
     '<button type="button" class="small-button" data-link>Copy link</button>'
@@ -128,10 +87,8 @@ TOOLBAR = (
 )
 
 
-def board(lines: Sequence[Line], sort: str, run: str = "") -> dict[str, str]:
-    """The board as the page holds it: a table to look at, the same as CSV, the column it is sorted by, and the live run
-    that it is of, if any.
-    """
+def board(lines: Sequence[Line], sort: str) -> dict[str, str]:
+    """The board as the page holds it: a table to look at, and the same as CSV."""
     lines = race.ranked(lines, sort)
     columns = [c for c in race.COLUMNS if c.key not in ("low", "high") and any(c.of(x) is not None for x in lines)]
     head = "".join(_head(c, sort) for c in columns)
@@ -140,15 +97,13 @@ def board(lines: Sequence[Line], sort: str, run: str = "") -> dict[str, str]:
         "html": f'<div class="wide"><table class="data board"><thead><tr><th>racer</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
         "csv": race.to_csv(lines),
-        "sort": sort,
-        "run": run,
     }
 
 
 def _head(column: race.Column, sort: str) -> str:
     chosen = column.key == sort
     order = ' aria-sort="descending"' if chosen and column.high_is_good else ' aria-sort="ascending"' if chosen else ""
-    unit = f"<small>{escape(column.unit)}</small>" if column.unit and column.unit != "bytes" else ""
+    unit = f"<small>{page.explained(escape(column.unit))}</small>" if column.unit and column.unit != "bytes" else ""
     return f'<th{order}><button type="button" data-sort="{column.key}">{escape(column.title)}</button>{unit}</th>'
 
 
@@ -189,10 +144,11 @@ def findings(lesson: Lesson, lines: Sequence[Line]) -> str:
             f"<td>{escape(found.text)}</td><td>{verdict}</td></tr>"
         )
     head = "<tr><th>What the lectures claim</th><th>in this race</th><th></th></tr>"
-    return f'<table class="data findings">{head}{rows}</table>' if rows else ""
+    return page.explained(f'<table class="data findings">{head}{rows}</table>') if rows else ""
 
 
-def provenance(recording: Recording) -> str:
+def provenance(recording: Recording, before: str = "") -> str:
+    """Where and when a race was recorded, after the words `before`."""
     libraries = ", ".join(f"{name} {version}" for name, version in recording.versions.items())
     tip = (
         f"{recording.hardware}, {recording.date}, {libraries}. {' '.join(f'Command: {c}' for c in recording.commands)}"
@@ -200,24 +156,57 @@ def provenance(recording: Recording) -> str:
     fewest, most = recording.seeds
     seeds = "1 seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
     said = f"Recorded on {escape(recording.hardware)}, {len(recording.lines)} racers, {seeds} each."
-    return f'<div class="status"><span>{page.how("measured", tip)} {said}</span></div>'
+    return f'<div class="status"><span>{page.how("measured", tip)} {before}{said}</span></div>'
 
 
-def picture(lesson: Lesson, lines: Sequence[Line], sort: str, run: str = "") -> tuple:
-    """Sentence, scores, losses and board of any race, recorded or live."""
+def elsewhere(lesson: Lesson, recording: Recording) -> str:
+    """Why other tabs have another score of the method that all of them show first."""
+    line = next((x for x in recording.lines if x.spec["method"] == "lora" and x.scores), None)
+    if line is None or lesson.setting != "method":
+        return ""
+    said = escape(scores.elsewhere(scores.of_line(line, recording.hardware)))
+    return f'<div class="note"><b>{escape(line.name)}</b>: {words.score(line.score)} here. {said}</div>'
+
+
+def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, Any]:
+    """What is seen of any race, recorded or live, by panel."""
     metric = METRICS[tasks.find(lines[0].spec["task"]).metric].name
     steps = max([len(losses) for line in lines for losses in line.losses] + [lines[0].spec["steps"] or 1])
     finished = [line for line in lines if line.scores]
-    return (
-        words.race_sentence(lines),
-        figures.themed(race_figures.scores, finished, lesson.setting, metric),
-        figures.themed(race_figures.curves, lines, steps),
-        board(lines, sort, run),
-    )
+    return {
+        "sentence": words.race_sentence(lines),
+        "scores": figures.themed(race_figures.scores, finished, lesson.setting, metric),
+        "losses": figures.themed(race_figures.curves, lines, steps),
+        "tested": findings(lesson, lines),
+        "board": board(lines, sort),
+    }
 
 
-def so_far(events: Events) -> tuple[list[Line], dict[int, list[float]], dict[str, Any]]:
-    """Of a race's events: its lines, the losses of runs that are not in them, and the last event of the run under way."""
+@lru_cache(maxsize=64)
+def recorded_picture(key: str, device: str, sort: str) -> dict[str, Any]:
+    return picture(LESSONS[key], recorded(key, device).lines, sort)
+
+
+@dataclass(frozen=True)
+class SoFar:
+    """A race as far as its events tell."""
+
+    lines: list[Line]
+    """None before it begins."""
+    running: dict[int, list[float]]
+    """By racer, the losses of a run that is not in its line yet."""
+    last: dict[str, Any]
+    """The last event of the run under way."""
+
+    def with_running(self) -> list[Line]:
+        """The lines, and in them the losses of what is under way."""
+        return [
+            replace(line, losses=[*line.losses, self.running[i]]) if i in self.running else line
+            for i, line in enumerate(self.lines)
+        ]
+
+
+def so_far(events: Events) -> SoFar:
     lines: list[Line] = []
     running: dict[int, list[float]] = {}
     last: dict[str, Any] = {}
@@ -232,11 +221,19 @@ def so_far(events: Events) -> tuple[list[Line], dict[int, list[float]], dict[str
             last = event
             if event["event"]["type"] == "step":
                 running.setdefault(event["racer"], []).append(event["event"]["loss"])
-    return lines, running, last
+    return SoFar(lines, running, last)
 
 
-def status(events: Events, lines: Sequence[Line], last: Mapping[str, Any]) -> str:
-    """Who runs, how far the race is, with a bar."""
+@lru_cache(maxsize=32)
+def live_picture(job: jobs.Job, seen: int, key: str, sort: str) -> dict[str, Any]:
+    """The same of a race here, of its first `seen` events; findings are of what has finished."""
+    found = so_far(job.events[:seen])
+    return picture(LESSONS[key], found.with_running(), sort) | {"tested": findings(LESSONS[key], found.lines)}
+
+
+def status(events: Events, found: SoFar, ahead: int = 0) -> str:
+    """Who runs, how far the race is, with a bar; before it begins, how many are `ahead`."""
+    lines, last = found.lines, found.last
     seeds = next((e["seeds"] for e in events if e["type"] == "racers"), 1)
     over = sum(len(line.scores) if not line.error else seeds for line in lines)
     share, what = over / (seeds * len(lines)) if lines else 0.0, ""
@@ -246,8 +243,8 @@ def status(events: Events, lines: Sequence[Line], last: Mapping[str, Any]) -> st
     elif last:
         step = last["event"].get("step")
         what = lines[last["racer"]].name + (f", step {step}" if last["event"]["type"] == "step" else "")
-    elif events and events[-1]["type"] == "queued" and events[-1]["ahead"]:
-        what = f"Waiting: {events[-1]['ahead']} ahead of yours"
+    elif events and events[-1]["type"] == "queued" and ahead:
+        what = f"Waiting: {ahead} ahead of yours"
     return (
         f'<div class="status"><span>{over} of {seeds * len(lines)} runs</span><span>{escape(what)}</span></div>'
         f'<div class="progress" role="progressbar" aria-label="race" aria-valuenow="{100 * share:.0f}">'
@@ -264,201 +261,181 @@ def devices(key: str) -> list[tuple[str, str]]:
     return [(r.hardware, r.device) for r in LESSONS[key].recordings()]
 
 
-def build(spec: gr.State, current: gr.BrowserState) -> page.View:
-    changing = partial(page.changing, TAB)
-    first, opening = LESSONS[FIRST], recorded(FIRST)
-    start = picture(first, opening.lines, "score")
-    choice = gr.Textbox("", visible=False)
-    sentence = page.sentence(start[0])
-    with gr.Row(elem_classes="stage"):
-        with page.controls():
-            page.drawer_handle()
-            lesson = gr.Radio(page.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
-            device = gr.Radio(
-                devices(FIRST), value=opening.device, label="Recorded on", visible=len(devices(FIRST)) > 1
-            )
-            with gr.Row(elem_classes="run-row"):
-                go = gr.Button("Race here", variant="primary", scale=0, min_width=160)
-                stop = gr.Button("Stop", scale=0, min_width=110, interactive=False)
-            task = gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task")
-            values = gr.Dropdown(
-                suited(first, page.OPENING), value=list(first.values), multiselect=True, allow_custom_value=True,
-                label="Racers", info=asked_for(first),
-            )  # fmt: skip
-            steps = page.text("steps")
-            with gr.Accordion("More settings", open=False):
-                seconds = gr.Textbox(
-                    label="Seconds", placeholder="none", max_lines=1, info="Of training for each, instead of steps"
-                )
-                seeds = gr.Textbox(label="Seeds", placeholder="1", max_lines=1, info="Runs of each, to see the spread")
-            note = page.note(page.settings_line(here(page.OPENING)))
-        with gr.Column(elem_classes="main"):
-            problem = page.problem()
-            guess = gr.Radio([*first.options, SHOW], label=first.question, value=SHOW, elem_classes="guess")
-            told = gr.HTML(revealed(first, opening.lines, SHOW), min_height=28)
-            bar = gr.HTML(provenance(opening), min_height=44)
-            with gr.Column() as result:
-                with gr.Row(elem_classes="panes"):
-                    with gr.Column(scale=3):
-                        chart = page.plot(start[1], "The held-out score of each racer, with 95% intervals")
-                    with gr.Column(scale=2):
-                        loss = page.plot(start[2], "Training loss of each racer by step")
-                tested = gr.HTML(findings(first, opening.lines))
-                gr.HTML("<h3>The board</h3>", js_on_load=None)
-                table = gr.HTML(
-                    start[3],
-                    html_template=TOOLBAR + "${value.html}",
-                    js_on_load=BOARD,
-                )
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    mine = [lesson, table, values, seconds, seeds]
-    shown = [sentence, told, bar, result, chart, loss, table, tested]
-    chosen = [lesson, device, values, seconds, seeds, guess]
+class Race(Tab):
+    """Lessons from recorded races, and the same race run here."""
 
-    def read(key: str, table: Mapping[str, str], values: list[str], seconds: str | None, seeds: str | None) -> Choice:
-        listed = ";".join(map(str, values or ()))
-        usual = ";".join(LESSONS[key].values)
-        return Choice(
-            key, table["sort"], "" if listed == usual else listed, (seconds or "").strip(), (seeds or "").strip()
-        )
+    key, title = "race", "Race"
+    choices = {
+        "lesson": choice.one_of("lesson", FIRST, LESSONS),
+        "device": choice.words("device", most=100),
+        "sort": choice.one_of("sort", "score", race.BY_KEY),
+        "values": choice.Choice(None, named),
+        "seconds": choice.number("seconds", None, 0.1, 600, whole=False),
+        "seeds": choice.number("seeds", None, 1, MOST_SEEDS),
+        "guess": choice.words("guess", SHOW, most=100),
+    }
+    clears = {"lesson": ("device", "values", "seconds", "seeds", "guess")}
 
-    def result_of(key: str, device: str, guess: str | None, sort: str) -> tuple:
-        """What is shown of a recorded race: nothing before a guess."""
-        about, record = LESSONS[key], recorded(key, device)
-        if not guess:
-            hidden = gr.update(visible=False)
-            return ("A guess first, then what was recorded.", "", provenance(record), hidden, *[gr.skip()] * 4)
-        said, scores, losses, lines = picture(about, record.lines, sort)
-        reply = revealed(about, record.lines, guess)
-        return (
-            said, reply, provenance(record), gr.update(visible=True), scores, losses, lines, findings(about, record.lines),
-        )  # fmt: skip
+    def __init__(self) -> None:
+        super().__init__()
+        self.raced: dict[str, str] = {}
+        """The lesson of each race that was started here, by the job's id."""
 
-    def open_lesson(key: str, table: Mapping[str, str], spec: RunSpec) -> tuple:
-        picked = Choice(key, table["sort"])
-        return (picked.query(), *arranged(picked, spec)[1:], *result_of(key, "", None, picked.sort))
+    def build(self) -> None:
+        with gr.Row(elem_classes="stage"):
+            with page.controls():
+                self._settings()
+            with gr.Column(elem_classes="main"):
+                self._pictures()
+        self.panels["go"].click(None, None, None, js=CLOSED, **QUIET)
+        self.press(self.panels["go"], self.begin, ["kept"])
+        self.press(self.panels["stop"], self.halt, ["stop", "kept"])
+        self.press(self.panels["back"], self.put_away, ["kept"])
 
-    def arranged(picked: Choice, spec: RunSpec, guess: str | None = None) -> tuple:
-        """The controls that a choice sets."""
-        about, places = LESSONS[picked.lesson], devices(picked.lesson)
-        return (
-            picked.lesson,
-            gr.update(choices=places, value=recorded(picked.lesson).device, visible=len(places) > 1),
-            gr.update(choices=suited(about, spec), value=list(picked.racing()), info=asked_for(about)),
-            picked.seconds,
-            picked.seeds,
-            gr.update(choices=[*about.options, SHOW], label=about.question, value=guess),
-        )
+    def _settings(self) -> None:
+        page.drawer_handle()
+        lesson = gr.Radio(page.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
+        self.control("lesson", lesson, guess=NONE)  # whoever opens one is asked first
+        self.control("device", gr.Radio([], label="Recorded on", visible=False))
+        with gr.Row(elem_classes="run-row"):
+            self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
+            self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
+        self.control("task", gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
+        values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST]))
+        self.control("values", values)
+        self.control("steps", page.text("steps"))
+        with gr.Accordion("More settings", open=False):
+            info = "Of training for each, instead of steps"
+            self.control("seconds", gr.Textbox(label="Seconds", placeholder="none", max_lines=1, info=info))
+            info = "Runs of each, to see the spread"
+            self.control("seeds", gr.Textbox(label="Seeds", placeholder="1", max_lines=1, info=info))
+        self.panel("settings", page.note())
 
-    def linked(query: str, spec: RunSpec) -> tuple:
-        """A link's choice, with its result in the open: whoever sent it has seen it. Raises SpecError."""
-        picked = Choice.read(query)
-        return (*arranged(picked, spec, SHOW), *result_of(picked.lesson, "", SHOW, picked.sort))
+    def _pictures(self) -> None:
+        self.panel("problem", page.problem())
+        self.panel("sentence", page.sentence(""))
+        self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
+        self.panel("told", gr.HTML(min_height=28))
+        self.panel("bar", gr.HTML(min_height=44))
+        self.panel("back", gr.Button("Show the recorded race", size="sm", visible=False))
+        with gr.Column() as result:
+            with gr.Row(elem_classes="panes"):
+                with gr.Column(scale=3):
+                    label = "The held-out score of each racer, with 95% intervals"
+                    self.panel("scores", page.plot(None, label))
+                with gr.Column(scale=2):
+                    self.panel("losses", page.plot(None, "Training loss of each racer by step"))
+            self.panel("tested", gr.HTML())
+            gr.HTML("<h3>The board</h3>", js_on_load=None)
+            self.panel("board", gr.HTML({"html": "", "csv": ""}, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD))
+        self.panel("result", result)
 
-    def guessed(key: str, device: str, guess: str, table: Mapping[str, str]) -> tuple:
-        return result_of(key, device, guess, table["sort"])
+    # --- what the settings show
 
-    def sorted_by(key: str, device: str, table: Mapping[str, str], *rest: Any) -> tuple:
-        job = jobs.find(table["run"])
-        lines = so_far(job.events)[0] if job else recorded(key, device).lines
-        picked = read(key, table, *rest)
-        return picked.query(), board(lines, picked.sort, table["run"])
+    def check(self, asked: Asked) -> None:
+        lesson, guess = LESSONS[asked["lesson"]], asked["guess"]
+        if asked["device"] and asked["device"] not in (known := [key for _, key in devices(lesson.key)]):
+            raise SpecError(f"device={asked['device']}: no such recording; {closest(asked['device'], known)}")
+        if guess not in (known := [*lesson.options, SHOW, NONE]):
+            raise SpecError(f"guess={guess}: no answer to the question; {closest(guess, known)}")
+        page.settings_line(here(asked.spec))  # refuses what cannot run
+        if asked["values"] is not None:
+            racers(asked.spec, lesson, asked["values"])
 
-    def settle(key: str, *rest: Any) -> tuple:
-        return (read(key, *rest).query(),)
+    def fill(self, asked: Asked) -> dict[str, Any]:
+        lesson, spec = LESSONS[asked["lesson"]], here(asked.spec)
+        places, values = devices(lesson.key), asked["values"]
+        options, guess = [*lesson.options, SHOW], asked["guess"]
+        return {
+            "lesson": lesson.key,
+            "device": gr.update(
+                choices=places, value=recorded(lesson.key, asked["device"]).device, visible=len(places) > 1
+            ),
+            "values": gr.update(
+                choices=suited(lesson, spec), value=list(lesson.values if values is None else values), info=asked_for(lesson)
+            ),
+            "guess": gr.update(
+                choices=[(o, o) for o in options], label=lesson.question, value=None if guess == NONE else guess
+            ),
+            "task": spec.task or tasks.DEFAULT,
+            **{name: page.blank(value) for name in ("seconds", "seeds") for value in [asked[name]]},
+            "steps": page.blank(spec.steps),
+        }
 
-    def follow(job: jobs.Job | None, about: Lesson, sort: str) -> Iterator[tuple]:
-        if job is None:
-            yield (gr.skip(),) * len(live)
-            return
-        drawn = -1
-        for events in job.follow():
-            lines, running, last = so_far(events)
-            over = events[-1]["type"] in ("done", "error")
-            points = sum(map(len, running.values())) + sum(len(x) for line in lines for x in line.losses)
-            error = escape(events[-1]["message"]) if events[-1]["type"] == "error" else ""
-            parts: tuple = (gr.skip(),) * 5
-            if lines and (points != drawn or over):
-                partial_lines = [
-                    replace(line, losses=[*line.losses, running[i]] if i in running else line.losses)
-                    for i, line in enumerate(lines)
-                ]
-                parts = (*picture(about, partial_lines, sort, job.id), findings(about, lines))
-                drawn = points
-            yield (
-                error if over else gr.skip(),  # a refused second press stays readable meanwhile
-                *parts,
-                status(events, lines, last),
-                gr.update(visible=bool(lines)),
-                gr.update(interactive=over, value="Race again" if over else "Racing"),
-                gr.update(interactive=not over, value="Stop"),
-            )
+    def draw(self, asked: Asked) -> dict[str, Draw]:
+        lesson, job = LESSONS[asked["lesson"]], self.race_of(asked)
+        standing = job if job and self.raced[job.id] == lesson.key else None
+        parts = self._buttons(job) | {
+            "settings": page.settings_line(here(asked.spec)),
+            "back": gr.update(visible=bool(standing and standing.over)),
+            **self._shown(asked, lesson, standing),
+        }
+        return {name: lambda value=value: value for name, value in parts.items()}  # type: ignore[misc]
 
-    live = [problem, sentence, chart, loss, table, tested, bar, result, go, stop]
+    def _buttons(self, job: jobs.Job | None) -> dict[str, Any]:
+        racing = job is not None and not job.over
+        stopping = racing and job is not None and job.stopping
+        go = "Racing" if racing else "Race again" if job else "Race here"
+        return {
+            "go": gr.update(interactive=not racing, value=go),
+            "stop": gr.update(interactive=racing and not stopping, value="Stopping" if stopping else "Stop"),
+        }
 
-    def begin(spec: RunSpec, request: gr.Request, task: str, steps: str, key: str, *rest: Any) -> Iterator[tuple]:
-        try:
-            asked = configured(spec, task, steps)
-            picked = read(key, *rest)
-            field = racers(asked, picked)
-            seconds, runs = (
-                number(picked.seconds, "seconds", 600.0),
-                int(number(picked.seeds, "seeds", MOST_SEEDS) or 1),
-            )
-            job = jobs.start(
-                field[0].spec, request.session_hash or "", lambda spec, out: RACE(field, out, runs, seconds)
-            )
-        except SpecError as error:
-            yield (gr.skip(), escape(str(error)), *[gr.skip()] * (len(live) - 1))
-            return
-        started: Any = f"{job.id} {key}"
-        for parts in follow(job, LESSONS[key], picked.sort):
-            yield (started, *parts)
-            started = gr.skip()
+    def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> dict[str, Any]:
+        """The race here once it has begun; the recorded one until then, but nothing of it before a guess."""
+        record, guess = recorded(lesson.key, asked["device"]), asked["guess"]
+        told = "" if guess == NONE else revealed(lesson, record.lines, guess)
+        parts = {"told": told, "result": gr.update(visible=guess != NONE)}
+        bar = ""
+        if job:
+            events = list(job.events)
+            found, last = so_far(events), events[-1]
+            failed = f'<div class="problem">{escape(last["message"])}</div>' if last["type"] == "error" else ""
+            bar = failed or status(events, found, jobs.ahead(job))
+            if found.lines:
+                live = live_picture(job, len(events), lesson.key, asked["sort"])
+                return parts | live | {"bar": bar, "result": gr.update(visible=True)}
+        bar += provenance(record, "Until yours begins, this stands below. " if job and not job.over else "")
+        if guess == NONE:
+            return parts | {"bar": bar, "sentence": "A guess first, then what was recorded."}
+        return parts | {"bar": bar + elsewhere(lesson, record)} | recorded_picture(lesson.key, record.device, asked["sort"])
 
-    def again(run: str, query: str) -> Iterator[tuple]:
-        """A page that comes back to the lesson finds its race where it is."""
-        name, _, key = run.partition(" ")
-        picked = Choice.read(query)
-        yield from follow(jobs.find(name) if key == picked.lesson else None, LESSONS[picked.lesson], picked.sort)
+    def again(self, asked: Asked) -> float | None:
+        job = self.race_of(asked)
+        return 0.5 if job and not job.over else None
 
-    def halt(run: str, request: gr.Request) -> Any:
-        job = jobs.running(request.session_hash or "") or jobs.find(run.partition(" ")[0])
+    # --- what the presses do
+
+    def race_of(self, asked: Asked) -> jobs.Job | None:
+        """The race that was started from this browser, the one under way first."""
+        running = jobs.running(owner(asked))
+        job = running if running and running.id in self.raced else jobs.find(str(asked.kept.get("race") or ""))
+        return job if job and job.id in self.raced else None
+
+    def begin(self, asked: Asked) -> Iterator[Mapping[str, Any]]:
+        """Starts a race; a second press finds the one that is under way."""
+        job = self.race_of(asked)
         if job is None or job.over:
-            return gr.skip()
-        job.stop()
-        return gr.update(interactive=False, value="Stopping")
+            lesson = LESSONS[asked["lesson"]]
+            field = racers(asked.spec, lesson, asked["values"])
+            seeds, seconds = asked["seeds"] or 1, asked["seconds"]
+            job = jobs.start(field[0].spec, owner(asked), lambda spec, out: RACE(field, out, seeds, seconds))
+            self.raced[job.id] = lesson.key
+        yield {"kept": {"race": job.id}}
 
-    def configured(spec: RunSpec, task: str, steps: str) -> RunSpec:
-        return page.public({**here(spec).to_dict(), "task": task, "steps": steps or None})
+    def halt(self, asked: Asked) -> Iterator[Mapping[str, Any]]:
+        job = self.race_of(asked)
+        if job and not job.over:
+            job.stop()
+            yield {"stop": gr.update(interactive=False, value="Stopping"), "kept": {"race": job.id}}
 
-    def set_task(spec: RunSpec, task: str, steps: str) -> tuple:
-        asked = configured(spec, task, steps)
-        return asked, page.settings_line(asked)
+    def put_away(self, asked: Asked) -> Iterator[Mapping[str, Any]]:
+        """The recorded race takes the place of a race that is over."""
+        yield {"kept": {"race": ""}}
 
-    lesson.input(open_lesson, [lesson, table, spec], [choice, *chosen[1:], *shown], **quiet)
-    gr.on([guess.input, device.input], guessed, [lesson, device, guess, table], shown, **quiet)
-    table.input(sorted_by, [lesson, device, *mine[1:]], [choice, table], **quiet)
-    gr.on(
-        [values.input, seconds.input, seeds.input], page.refusing(settle, 1), mine, [problem, choice],
-        trigger_mode="always_last", **quiet,
-    )  # fmt: skip
-    gr.on(
-        [task.input, steps.input], changing(page.refusing(set_task, 2)), [spec, task, steps], [problem, spec, note],
-        trigger_mode="always_last", **quiet,
-    )  # fmt: skip
-    go.click(None, None, problem, js=CLOSED, **quiet)
-    go.click(begin, [spec, task, steps, *mine], [current, *live], trigger_mode="multiple", **quiet)
-    stop.click(halt, current, stop, **quiet)
 
-    def show(spec: RunSpec) -> tuple:
-        asked = here(spec)
-        return asked.task or tasks.DEFAULT, asked.steps, page.settings_line(asked)
-
-    return page.View(
-        TAB, show, [task, steps, note], resumed=page.Event(again, [current, choice], live),
-        linked=page.Event(linked, [choice, spec], [*chosen, *shown]),
-    )  # fmt: skip
+def owner(asked: Asked) -> str:
+    return str(asked.kept.get("visitor") or "")
 
 
 def asked_for(lesson: Lesson) -> str:
@@ -492,4 +469,4 @@ def revealed(lesson: Lesson, lines: Sequence[Line], guess: str) -> str:
 
 
 if __name__ == "__main__":
-    page.run_alone("Race", lambda spec: build(spec, gr.BrowserState("")))
+    page.run_alone(Race())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
@@ -9,7 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from demos import page
+from demos import choice, page
+from demos.tab import QUIET, Asked, Tab
 from peftlab import RunSpec, figures, resolve
 from peftlab.catalog.methods import FAMILIES
 from peftlab.catalog.models import DEFAULT, find
@@ -17,7 +19,7 @@ from peftlab.catalog.papers import PAPERS
 from peftlab.catalog.presets import PRESETS
 from peftlab.count import why_not
 from peftlab.methods import METHODS
-from peftlab.resolve import METHOD_SETTINGS
+from peftlab.resolve import METHOD_SETTINGS, with_preset
 
 CHOOSER = """
 const box = () => element.querySelector('select');
@@ -150,6 +152,28 @@ def preset_choice(keys: Sequence[str]) -> gr.Dropdown:
     return gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED)
 
 
+def presets(tab: Tab, keys: Sequence[str]) -> None:
+    """A chooser of published settings, which it writes. The tab has PRESET among its choices."""
+    chooser, run = preset_choice(keys), gr.Textbox(visible=False)
+    tab.panel("preset", chooser)
+
+    def chosen(key: str, question: dict[str, Any]) -> str:
+        spec = tab.read(question["state"]).spec
+        return json.dumps(page.link(with_preset(spec, PRESETS[key]) if key else spec, preset=key))
+
+    write = "(run) => { if (run) peftlab.replace(JSON.parse(run)); return ''; }"
+    question = "(key) => [key, peftlab.question()]"
+    chooser.input(chosen, [chooser, tab.question], run, js=question, **QUIET).then(None, run, run, js=write, **QUIET)
+
+
+def preset_shown(asked: Asked) -> dict[str, Any]:
+    """The preset that was chosen, while the settings are still its own."""
+    key = asked["preset"]
+    holds = key and with_preset(asked.spec, PRESETS[key]) == asked.spec
+    return gr.update(value=key if holds else "", info=preset_says(key if holds else ""))
+
+
+PRESET = {"preset": choice.one_of("preset", "", PRESETS)}
 PUBLISHED = "Published settings, with their source"
 
 

@@ -18,7 +18,7 @@ import gradio as gr
 from demos.tab import QUIET, Asked, Tab
 from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
-from peftlab.catalog.models import MODELS
+from peftlab.catalog.models import DEFAULT, MODELS, find
 from peftlab.memory.conventions import EXACT
 from peftlab.places import ASSETS
 from peftlab.resolve import resolve_here
@@ -27,7 +27,7 @@ from peftlab.spec import SETTINGS, closest
 log = logging.getLogger(__name__)
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
-NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
+NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?\s?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
 """What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
 CONVENTION = EXACT
 """How the page counts at first: what the run allocates."""
@@ -54,6 +54,8 @@ new ResizeObserver(() => {
 """
 """The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own
 theme picks the template; gr.Plot does neither."""
+FORMATS = (Path(__file__).parent / "words.js").read_text(encoding="utf-8")
+"""What the scripts that count in the page begin with."""
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
@@ -164,13 +166,20 @@ def blank(value: Any) -> Any:
     return "" if value is None else value if isinstance(value, (str, bool)) else _short(value)
 
 
+def shown_model(spec: RunSpec) -> dict[str, Any]:
+    """What a chooser of models shows. A config of the visitor's own is a choice with its name, while it is chosen."""
+    key = spec.model or DEFAULT
+    own = [(find(key).name, key)] if key.startswith("config:") else []
+    return gr.update(value=key, choices=[*choices_of(MODELS), *own])
+
+
 def slid(value: float, top: float) -> dict[str, Any]:
     """What a slider shows: one that usually ends at `top` reaches further where the value does."""
     return gr.update(value=value, maximum=max(top, value))
 
 
 def opening(tab: Tab) -> Asked:
-    """What a plain visit asks of `tab`."""
+    """What a plain visit asks of `tab`, or of a store."""
     return Asked(OPENING, {name: one.usual for name, one in tab.choices.items()}, {})
 
 
@@ -299,6 +308,34 @@ def how(kind: str, tip: str) -> str:
     """The small mark that answers 'how do you know?': exact, estimated or measured."""
     words = f'aria-label="{kind}: {escape(tip)}"'
     return f'<span class="how" tabindex="0" role="note" {words}>{kind}<span class="tip">{escape(tip)}</span></span>'
+
+
+TERMS = {
+    "amp": "Automatic mixed precision: fp32 weights, 16-bit copies for the matrix products",
+    "temporaries": "Buffers that one operation needs while it runs, and then gives back",
+    "closed form": "A formula in batch, length and rank, answered at once and a little off",
+    "traced step": "One whole training step run without numbers, every tensor counted byte by byte",
+    "held-out": "Kept apart: training never sees these, so they score what was learned",
+    "CUDA graph": "All of a step's GPU work recorded once, then launched with one call",
+    "fused": "Several operations done in one pass over memory, which is sooner done",
+    "Greedy": "Always the likeliest token, so the same prompt gives the same answer",
+    "nats": "How surprised the model is per token, in natural logarithms; lower is better",
+}
+"""Words of the trade that stand on the page, each with what it means."""
+
+
+def term(word: str, shown: str = "") -> str:
+    """A word of TERMS that says what it means on hover, on focus or when it is tapped."""
+    tip = escape(TERMS[word])
+    tag = f'<span class="how term" tabindex="0" role="note" aria-label="{word}: {tip}">'
+    return f'{tag}{shown or word}<span class="tip">{tip}</span></span>'
+
+
+def explained(text: str) -> str:
+    """HTML in which the first of each of TERMS, outside tags, says what it means."""
+    for word in TERMS:
+        text = re.sub(rf"(?<![\w>-]){word}(?![\w-])(?![^<]*>)", lambda found: term(found[0]), text, count=1)
+    return text
 
 
 def claims_table(tab: str) -> str:

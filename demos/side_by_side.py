@@ -6,18 +6,27 @@ import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import page
-from demos.adapter_choice import bundled, choices, of, task_of
+from demos import choice, page
+from demos.adapter_choice import choices, of, task_of
 from demos.gpu import on_gpu
-from peftlab import PeftlabError, compare, figures, tasks, words
-from peftlab.compare import ComparisonReport
+from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
+from peftlab import compare, figures, hardware, scores, words
+from peftlab.adapters import Adapter
+from peftlab.compare import ComparisonReport, Reply
 from peftlab.generate import Decoding
-from peftlab.tasks import METRICS, TASKS
+from peftlab.tasks import METRICS, Task
+
+DECODING = {
+    "temperature": choice.number("temperature", 0, 0, 1.5, whole=False),
+    "tokens": choice.number("tokens", 64, 8, 256),
+    "decoding_seed": choice.number("decoding_seed", 0, 0, 2**31 - 1),
+}
 
 
 def recorded_pair(report: ComparisonReport | None, prompt: str) -> tuple[str, str] | None:
@@ -29,18 +38,15 @@ def recorded_pair(report: ComparisonReport | None, prompt: str) -> tuple[str, st
     return None
 
 
-def generate(
-    key: str, prompt: str, tokens: int, temperature: float, seed: int
-) -> Iterator[tuple[str, str, float, float]]:
-    """Both texts so far and their seconds, after each token of both."""
+def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
+    """What the base and the adapter have said so far, after each token of both."""
     adapter = of(key)
     base, models = compare.models_of([adapter])
-    decoding = Decoding(int(tokens), temperature, seed=int(seed))
     virtual = adapter.spec.virtual_tokens or 0
     ids = compare.prompt_tokens(base, task_of(adapter).instruction, prompt, decoding, virtual)
     for said in compare.side_by_side(base, models, ids, decoding):
-        left, right = said.values()
-        yield left.text, right.text, left.seconds, right.seconds
+        plain, adapted = said.values()
+        yield plain, adapted
 
 
 def scored(key: str) -> Iterator[tuple[float, ComparisonReport | None]]:
@@ -58,161 +64,170 @@ def scored(key: str) -> Iterator[tuple[float, ComparisonReport | None]]:
 GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
 
 
-def build(mine: gr.BrowserState) -> page.Event:
-    first = next(iter(bundled()), "")
+def chosen(asked: Asked) -> str:
+    """The adapter's key: without a choice, the one that was trained last from this browser, else the first bundled one."""
+    known = choices(asked.kept.get("adapters") or [])
+    return asked["adapter"] or next((key for _, key in known), "")
 
-    def about(key: str) -> tuple:
-        """An adapter's picture from its own recording: sentence, panes, examples and score."""
-        adapter = of(key)
-        task = task_of(adapter)
-        report = compare.recorded(adapter)
-        prompts = [row.prompt for row in task.heldout]
-        base, adapted = recorded_pair(report, prompts[0]) or ("", "")
-        return (
-            words.compare_sentence(report)
-            if report
-            else "This adapter has no recorded score: press Score to measure it.",
-            gr.update(value=prompts[0]),
-            gr.update(choices=prompts, value=prompts[0]),
-            base,
-            adapted,
-            reference(task, prompts[0], "Recorded when the adapter was made"),
-            *scores(report, task),
-        )
 
-    def scores(report: ComparisonReport | None, task: tasks.Task) -> tuple:
-        return (
-            figures.themed(figures.score_bars, report, METRICS[task.metric].name) if report else None,
-            table(report, task) if report else "",
-        )
+def prompt_of(asked: Asked, task: Task) -> str:
+    return asked["prompt"] or task.heldout[0].prompt
 
-    def reference(task: tasks.Task, prompt: str, source: str) -> str:
-        row = next((r for r in task.heldout if r.prompt == prompt), None)
-        said = f"Reference: <code>{escape(row.answer)}</code>. " if row else ""
-        return f"{escape(source)}. {said}Instruction to both: “{escape(task.instruction)}”"
 
-    start = about(first)
-    sentence = page.sentence(start[0])
-    with gr.Row(elem_classes="stage"):
-        with page.controls():
-            page.drawer_handle()
-            adapter = gr.Dropdown(
-                choices([]), value=first, label="Adapter", info="Trained here, or bundled with the app"
-            )
-            examples = gr.Dropdown(
-                start[2]["choices"], value=start[2]["value"], label="Held-out examples", info="Never seen in training"
-            )
-            with gr.Accordion("Decoding, the same for both", open=True):
-                temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 takes the likeliest token")
-                tokens = gr.Slider(8, 256, 64, step=8, label="Longest answer, tokens")
-                seed = gr.Number(0, precision=0, label="Seed")
-        with gr.Column(elem_classes="main"):
-            problem = page.problem()
-            prompt = gr.Textbox(start[1]["value"], label="Prompt", lines=2, max_lines=6)
-            with gr.Row(elem_classes="run-row"):
-                ask = gr.Button("Ask both", variant="primary", scale=0, min_width=160)
-            with gr.Row(elem_classes="panes"):
-                left = gr.Textbox(
-                    start[3], label="Base model", lines=4, max_lines=12, interactive=False, elem_classes="pane base"
-                )
-                right = gr.Textbox(
-                    start[4],
-                    label="With the adapter",
-                    lines=4,
-                    max_lines=12,
-                    interactive=False,
-                    elem_classes="pane adapted",
-                )
-            said = page.note(start[5])
-            chart = page.plot(start[6], "The task's metric for base and adapter, with 95% intervals")
-            with gr.Row(elem_classes="lessons"):
-                measure = gr.Button(f"Score all {len(TASKS[tasks.DEFAULT].heldout)} held-out items here", size="sm")
-            with gr.Accordion("Every held-out answer", open=False):
-                every = gr.HTML(start[7])
-    picture = [sentence, prompt, examples, left, right, said, chart, every]
+def reference(task: Task, prompt: str, source: str) -> str:
+    """Where the answers on screen are from, what would be right, and what both models are told."""
+    row = next((r for r in task.heldout if r.prompt == prompt), None)
+    said = f"Reference: <code>{escape(row.answer)}</code>. " if row else ""
+    return f"{escape(source)}. {said}Instruction to both: “{escape(task.instruction)}”"
 
-    def pick(key: str, text: str) -> tuple:
-        """A held-out example, with the recorded answers where there are any."""
-        a = of(key)
-        pair = recorded_pair(compare.recorded(a), text)
-        base, adapted = pair or ("", "")
-        return (
-            text,
-            base,
-            adapted,
-            reference(task_of(a), text, "Recorded when the adapter was made" if pair else "Press Ask both"),
-        )
 
-    def talk(key: str, text: str, tokens: int, temperature: float, seed: float) -> Iterator[tuple]:
-        yield "", "", "", "Loading the model.", gr.update(interactive=False)
-        try:
-            last = ("", "", 0.0, 0.0)
-            for last in GENERATE(key, text, tokens, temperature, int(seed or 0)):
-                yield gr.skip(), last[0], last[1], gr.skip(), gr.skip()
-            seconds = f"Base {words.seconds(last[2])}, adapter {words.seconds(last[3])}, just now"
-            yield (
-                "",
-                last[0].strip(),
-                last[1].strip(),
-                reference(task_of(of(key)), text, seconds),
-                gr.update(interactive=True),
-            )
-        except PeftlabError as error:
-            yield escape(str(error)), gr.skip(), gr.skip(), "", gr.update(interactive=True)
+def whence(adapter: Adapter) -> str:
+    """What the recorded score was trained with, and why other tabs show another."""
+    mark = page.how("measured", f"Saved {adapter.saved}. {adapter.result.get('device', '')}")
+    recorded = scores.of_adapter(adapter)
+    more = page.explained(escape(scores.elsewhere(recorded)))
+    return f"{mark} Recorded on {escape(recorded.hardware)}: {recorded.settings()}. {more}"
 
-    def score_now(key: str) -> Iterator[tuple]:
-        task = task_of(of(key))
-        try:
-            for share, report in SCORED(key):
-                if report is None:
-                    yield (
-                        "",
-                        gr.skip(),
-                        gr.skip(),
-                        gr.skip(),
-                        gr.update(value=f"Scoring, {words.score(share)}", interactive=False),
-                    )
-                    continue
-                done = gr.update(value=f"Score all {len(task.heldout)} held-out items here", interactive=True)
-                yield "", words.compare_sentence(report), *scores(report, task), done
-        except PeftlabError as error:
-            yield escape(str(error)), gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=True)
 
-    quiet = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    adapter.input(about, adapter, picture, **quiet)
-    examples.input(pick, [adapter, examples], [prompt, left, right, said], **quiet)
-    one_at_a_time = {
-        "show_progress": "hidden",
-        "concurrency_id": "generate",
-        "concurrency_limit": 1,
-        "api_visibility": "private",
+def scored_value(report: ComparisonReport, task: Task) -> dict[str, Any]:
+    """What the panels of a score show, by name."""
+    return {
+        "sentence": page.explained(words.compare_sentence(report)),
+        "chart": figures.themed(figures.score_bars, report, METRICS[task.metric].name),
+        "every": table(report, task),
     }
-    gr.on(
-        [ask.click, prompt.submit],
-        talk,
-        [adapter, prompt, tokens, temperature, seed],
-        [problem, left, right, said, ask],
-        **one_at_a_time,
-    )
-    measure.click(score_now, adapter, [problem, sentence, chart, every, measure], **one_at_a_time)
-
-    def opened(mine: list[str], chosen: str) -> tuple:
-        """An adapter trained since the last look comes first and is chosen."""
-        known = choices(mine)
-        key = known[0][1] if mine and known and known[0][1] == mine[-1] else chosen
-        if key == chosen:
-            return (gr.update(choices=known), *page.skipped(picture))
-        return (gr.update(choices=known, value=key), *about(key))
-
-    return page.Event(opened, [mine, adapter], [adapter, *picture])
 
 
-def _said(reply: compare.Reply) -> str:
+class Compare(Tab):
+    """The base and an adapter, side by side."""
+
+    key, title = "compare", "Compare"
+    choices = {"adapter": choice.words("adapter", "", 200), "prompt": choice.words("prompt"), **DECODING}
+    clears = {"adapter": ("prompt",)}
+
+    def build(self) -> None:
+        with gr.Row(elem_classes="stage"):
+            with page.controls():
+                self._settings()
+            with gr.Column(elem_classes="main"):
+                self._pictures()
+
+    def _settings(self) -> None:
+        page.drawer_handle()
+        own = gr.Dropdown(choices([]), label="Adapter", info="Trained here, or bundled with the app")
+        self.control("adapter", own)
+        examples = self.panel("example", gr.Dropdown([], label="Held-out examples", info="Never seen in training"))
+        examples.input(None, examples, None, js="(prompt) => { peftlab.write({prompt}); }", **QUIET)
+        with gr.Accordion("Decoding, the same for both", open=True):
+            hot = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 takes the likeliest token")
+            self.control("temperature", hot)
+            self.control("tokens", gr.Slider(8, 256, 64, step=8, label="Longest answer, tokens"))
+            self.control("decoding_seed", gr.Number(0, precision=0, label="Seed"))
+
+    def _pictures(self) -> None:
+        self.panel("sentence", page.sentence(""))
+        self.panel("whence", page.note())
+        self.panel("problem", page.problem())
+        prompt = self.control("prompt", gr.Textbox(label="Prompt", lines=2, max_lines=6))
+        with gr.Row(elem_classes="run-row"):
+            ask = self.panel("ask", gr.Button("Ask both", variant="primary", scale=0, min_width=160))
+            self.panel("asking", page.note())
+        with gr.Row(elem_classes="panes"):
+            self.panel("left", _pane("Base model", "base"))
+            self.panel("right", _pane("With the adapter", "adapted"))
+        self.panel("said", page.note())
+        self.panel("chart", page.plot(None, "The task's metric for base and adapter, with 95% intervals"))
+        with gr.Row(elem_classes="lessons"):
+            measure = self.panel("measure", gr.Button("Score all held-out items here", size="sm"))
+            self.panel("measuring", page.note())
+        with self.fold("Every held-out answer"):
+            self.panel("every", gr.HTML())
+        off, on = gr.update(interactive=False), gr.update(interactive=True)
+        self.press(
+            [ask.click, prompt.submit], self.ask, ["left", "right", "said"],
+            {"ask": off, "asking": "Loading the model."}, {"ask": on, "asking": ""}, **ONE_AT_A_TIME,
+        )  # fmt: skip
+        self.press(
+            measure, self.score, ["sentence", "whence", "chart", "every", "measuring"],
+            {"measure": off, "measuring": "Loading the model."}, {"measure": on, "measuring": ""}, **ONE_AT_A_TIME,
+        )  # fmt: skip
+
+    # --- presses
+
+    def ask(self, asked: Asked) -> Iterator[dict[str, Any]]:
+        """The prompt to both, token by token."""
+        key = chosen(asked)
+        task = task_of(of(key))
+        prompt = prompt_of(asked, task)
+        decoding = Decoding(asked["tokens"], asked["temperature"], seed=asked["decoding_seed"])
+        yield {"left": "", "right": ""}
+        source = ""
+        for base, adapted in GENERATE(key, prompt, decoding):
+            source = f"Base {words.seconds(base.seconds)}, adapter {words.seconds(adapted.seconds)}, just now"
+            yield {"left": base.text.strip(), "right": adapted.text.strip(), "asking": ""}
+        yield {"said": reference(task, prompt, source)}
+
+    def score(self, asked: Asked) -> Iterator[dict[str, Any]]:
+        """Every held-out row to both."""
+        key = chosen(asked)
+        for share, report in SCORED(key):
+            if report is None:
+                yield {"measuring": f"Scoring, {words.score(share)}"}
+            else:
+                mark = page.how("measured", f"{hardware.here().name}, just now")
+                yield scored_value(report, task_of(of(key))) | {"whence": f"{mark} Measured here, just now."}
+
+    # --- pictures
+
+    def check(self, asked: Asked) -> None:
+        task_of(of(chosen(asked)))
+
+    def fill(self, asked: Asked) -> dict[str, Any]:
+        key, known = chosen(asked), choices(asked.kept.get("adapters") or [])
+        return {
+            "adapter": gr.update(choices=[list(pair) for pair in known], value=key),
+            "prompt": prompt_of(asked, task_of(of(key))),
+            **{name: asked[name] for name in DECODING},
+        }
+
+    def draw(self, asked: Asked) -> dict[str, Draw]:
+        adapter = of(chosen(asked))
+        task, report = task_of(adapter), compare.recorded(adapter)
+        prompt, rows = prompt_of(asked, task), [row.prompt for row in task.heldout]
+        pair = recorded_pair(report, prompt)
+        source = "Recorded when the adapter was made" if pair else "Press Ask both"
+        picture = scored_value(report, task) if report else {"chart": gr.update(value=None), "every": ""}
+        unscored = "This adapter has no recorded score: press Score to measure it."
+        return {
+            "sentence": lambda: picture.get("sentence", unscored),
+            "whence": lambda: whence(adapter) if report else "",
+            "chart": lambda: picture["chart"],
+            "every": lambda: picture["every"],
+            "example": lambda: gr.update(
+                choices=[[row, row] for row in rows], value=prompt if prompt in rows else None
+            ),
+            "left": lambda: _said_to(prompt, pair and pair[0]),
+            "right": lambda: _said_to(prompt, pair and pair[1]),
+            "said": lambda: reference(task, prompt, source),
+            "measure": lambda: f"Score all {len(rows)} held-out items here",
+        }
+
+
+def _pane(label: str, kind: str) -> gr.Textbox:
+    return gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, elem_classes=f"pane {kind}")
+
+
+def _said_to(prompt: str, text: str | None) -> dict[str, Any]:
+    """A pane as it stands for a prompt: another prompt is another update, so that no answer to the last one stays."""
+    return gr.update(value=text or "", placeholder=f"Press Ask both: “{prompt[:60]}”")
+
+
+def _said(reply: Reply) -> str:
     verdict = '<span class="good">right</span>' if reply.score else '<span class="bad">wrong</span>'
     return f'<td class="said">{escape(reply.text.strip())}<br>{verdict}</td>'
 
 
-def table(report: ComparisonReport, task: tasks.Task) -> str:
+def table(report: ComparisonReport, task: Task) -> str:
     rows = "".join(
         f"<tr><td>{escape(e.prompt)}</td>{''.join(_said(r) for r in e.replies)}</tr>" for e in report.exchanges
     )
@@ -224,6 +239,4 @@ def table(report: ComparisonReport, task: tasks.Task) -> str:
 
 
 if __name__ == "__main__":
-    with gr.Blocks(title="Side by side", fill_width=True) as demo:
-        build(gr.BrowserState([]))
-    demo.launch(**page.launch_options())
+    page.run_alone(Compare())

@@ -59,7 +59,7 @@ const lane = (ask, take) => {
         if (question.number === number) take(answer);
       } catch {
         failures += 1;
-        await pause(Math.min(3000, 100 * 2 ** failures));
+        await pause(Math.min(1000, 50 * 2 ** failures)); // twice as long each time, up to a second
         if (question.number === number) next ??= question;
       }
       document.body.classList.toggle('unanswered', failures > 3);
@@ -110,9 +110,9 @@ const replace = (run, keeping = []) => {
   write({...Object.fromEntries(gone.map((name) => [name, ''])), ...run});
 };
 /** A control was moved. What it says now need not be shown to it again, unless it is another number than was typed. */
-const heard = (control, value, atRest = false) => {
+const heard = (control, value, atRest = false, also = {}) => {
   shown[control] = null;
-  write({[control.split('.')[1]]: value}, atRest);
+  write({[control.split('.')[1]]: value, ...also}, atRest);
 };
 const go = (to) => {
   if (to === tab || !GIVEN.tabs.includes(to)) return;

@@ -10,13 +10,14 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from demos import choice, page
-from demos.tab import QUIET, Asked, Tab
+from demos.tab import QUIET, Asked, Slow, Tab
 from peftlab import PeftlabError, SpecError, resolve, worker
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
@@ -74,7 +75,7 @@ class Store:
             try:
                 asked = self.read(state, kept)
                 tab.check(asked)
-                return asked, problems
+                return replace(asked, refused={name: str(question["state"][name]) for name in problems}), problems
             except PeftlabError as error:
                 if not state:
                     raise
@@ -108,7 +109,7 @@ class Store:
                 "problems": problems,
                 "show": self.shown(tab, asked, question.get("open") or ()) | self.kept_as_typed(tab, problems, state),
                 "again": tab.again(asked),
-                "slow": any(worker.known(s.work, *s.arguments) is None for s in tab.slow(asked)),
+                "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
             }
         except Exception as error:
             said = str(error) if isinstance(error, PeftlabError) else page.failed(error)
@@ -125,6 +126,11 @@ class Store:
         shown = {**tab.fill(asked), **panels}
         return {f"{tab.key}.{name}": page.as_update(value) for name, value in shown.items()}
 
+    def wanted(self, tab: Tab, asked: Asked, question: Mapping[str, Any]) -> list[Slow]:
+        """Slow work whose result is in sight."""
+        seen = {None, *(question.get("open") or ())}
+        return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in seen]
+
     def kept_as_typed(self, tab: Tab, problems: Mapping[str, str], state: Mapping[str, str]) -> dict[str, Any]:
         """What is refused stays in its control, which would else end where its scale does."""
         shown = {f"{tab.key}.{name}": {"__type__": "update"} for name in problems if name in tab.controls}
@@ -139,7 +145,7 @@ class Store:
         try:
             if tab is not None:
                 asked, _ = self.understood(tab, question)
-                for slow in tab.slow(asked):
+                for slow in self.wanted(tab, asked, question):
                     await worker.once(slow.work, *slow.arguments)
                 shown = self.shown(tab, asked, question.get("open") or ())
                 return {"number": question.get("number"), "show": shown}
@@ -158,7 +164,7 @@ class Store:
             named = {**tab.controls, **tab.panels}
             outputs |= {f"{tab.key}.{name}": component for name, component in named.items()}
             for name, component in tab.controls.items():
-                self._hear(f"{tab.key}.{name}", component)
+                self._hear(f"{tab.key}.{name}", component, tab.also[name])
             for name, fold in tab.folds.items():
                 for event, is_open in ((fold.expand, "true"), (fold.collapse, "false")):
                     event(None, None, None, js=f"() => peftlab.fold('{name}', {is_open})", **QUIET)
@@ -181,11 +187,11 @@ class Store:
         )  # fmt: skip
         self.carrier.submit(None, None, list(outputs.values()), js="() => peftlab.take()", trigger_mode="multiple", **QUIET)
 
-    def _hear(self, name: str, component: Any) -> None:
+    def _hear(self, name: str, component: Any, also: Mapping[str, str]) -> None:
         """HTML and text boxes are heard by scripts of the page: Gradio tells of letters, not of what is pasted or deleted."""
         if not isinstance(component, (gr.HTML, gr.Textbox)):
-            rest = str(isinstance(component, REST)).lower()
-            component.input(None, component, None, js=f"(v) => {{ peftlab.heard('{name}', v, {rest}); }}", **QUIET)
+            more = ", ".join(["v", str(isinstance(component, REST)).lower(), *([json.dumps(also)] if also else [])])
+            component.input(None, component, None, js=f"(v) => {{ peftlab.heard('{name}', {more}); }}", **QUIET)
 
 
 def blocks(*tabs: Tab, head: Callable[[], None] | None = None, foot: Callable[[], None] | None = None) -> gr.Blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -29,6 +29,8 @@ class Asked:
     """`visitor`, a name that the browser made up; `adapters`, `run` and `race`, ids of what was started from it."""
     given: frozenset[str] = frozenset()
     """Names of the settings and choices that are not left as usual."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """What was given of settings that the tab refuses, and that are left out of the above."""
 
     def __getitem__(self, name: str) -> Any:
         return self.choices[name]
@@ -40,6 +42,8 @@ class Slow:
 
     work: Callable[..., Any]
     arguments: tuple[Any, ...]
+    panel: str = ""
+    """Where one panel alone shows it: nothing is begun while that is folded."""
 
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -62,13 +66,16 @@ class Tab:
 
     def __init__(self) -> None:
         self.controls: dict[str, Any] = {}
+        self.also: dict[str, dict[str, str]] = {}
+        """What a control writes besides its own setting."""
         self.panels: dict[str, Any] = {}
         self.folds: dict[str, gr.Accordion] = {}
         self.folded: dict[str, str] = {}
         """Panels that are inside a fold, and which."""
 
-    def control(self, name: str, component: Any) -> Any:
-        """`component` writes the setting `name`. The page hears a text box letter by letter."""
+    def control(self, name: str, component: Any, **also: str) -> Any:
+        """`component` writes the setting `name`, and with it the settings `also`. The page hears a text box letter by letter."""
+        self.also[name] = also
         component.elem_id = f"{self.key}-{name}"
         if isinstance(component, gr.Textbox):
             component.elem_classes = [*component.elem_classes, "typed"]
@@ -77,6 +84,7 @@ class Tab:
         return component
 
     def panel(self, name: str, component: Any) -> Any:
+        component.elem_id = f"{self.key}-{name}"
         self.panels[name] = component
         return component
 
@@ -116,16 +124,17 @@ class Tab:
 
     def press(
         self, on: Any, work: Callable[[Asked], Iterator[Mapping[str, Any]]], shows: Sequence[str],
-        busy: Mapping[str, Any] | None = None, free: Mapping[str, Any] | None = None, **options: Any,
+        busy: Mapping[str, Any] | None = None, free: Mapping[str, Any] | None = None, problem: str = "problem",
+        **options: Any,
     ) -> None:  # fmt: skip
         """`on`, a button or several events, starts `work(asked)`, which yields values of controls and panels by name.
 
         `shows` names those that it may yield. `busy` is shown before it begins and `free` once it is over, however it ends;
-        what goes wrong is said in the panel `problem`. A value named `kept` is a dict for the browser to keep.
+        what goes wrong is said in the panel that `problem` names. A value named `kept` is a dict for the browser to keep.
         """
         from demos import page
 
-        before, after = {"problem": "", **(busy or {})}, dict(free or {})
+        before, after = {problem: "", **(busy or {})}, dict(free or {})
         named = {**self.controls, **self.panels, "kept": self.keeper}
         names = list(dict.fromkeys([*before, *after, *shows]))
 
@@ -139,9 +148,9 @@ class Tab:
                     yield shown(values)
                 yield shown(after)
             except PeftlabError as error:
-                yield shown({**after, "problem": escape(str(error))})
+                yield shown({**after, problem: escape(str(error))})
             except Exception as error:
-                yield shown({**after, "problem": page.failed(error)})
+                yield shown({**after, problem: page.failed(error)})
 
         gr.on(
             on if isinstance(on, list) else [on.click], pressed, self.question, [named[n] for n in names],

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     bench = command("bench", _bench, "measure on this machine and write JSON", spec=True)
-    bench.add_argument("what", choices=("train", "gears", "generate", "record", "memory", "calculators"))
+    bench.add_argument("what", choices=("train", "gears", "generate", "record", "memory", "calculators", "page"))
     bench.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     bench.add_argument("--at-once", type=_count, default=1, help="memory: processes that share the GPU")
     bench.add_argument("--seeds", type=_count, default=1, help="train: runs of each trainer")
@@ -554,7 +554,15 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .bench import record_calculators, record_gears, record_generation, record_memory, record_speed, record_train
+    from .bench import (
+        record_calculators,
+        record_gears,
+        record_generation,
+        record_memory,
+        record_page,
+        record_speed,
+        record_train,
+    )
     from .bench.calculators import markdown
 
     def say(line: str) -> None:
@@ -568,6 +576,8 @@ def _bench(args: argparse.Namespace) -> None:
         document = record_gears(_spec(args), args.out, say)
     elif args.what == "train":
         document = record_speed(_spec(args), args.out, args.seeds, args.peer, args.random_weights, say)
+    elif args.what == "page":
+        document = record_page(args.out, say)
     elif args.what == "calculators":
         document = record_calculators(args.out)
         for comparison in () if args.json else document["comparisons"]:

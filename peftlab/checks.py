@@ -169,8 +169,8 @@ def _all_tasks(spec: Mapping[str, Any], convention: str, trainable: int) -> Find
 
 
 def _cheaper(method: str, than: str, model: str) -> Finding:
-    mine, other = (predict(RunSpec(model=model, method=key)) for key in (method, than))
-    text = f"{words.size(mine.needed)} against {words.size(other.needed)} predicted for {mine.model_name}"
+    mine, other = evidence.predicted(*evidence.automatic(model, method, than))
+    text = f"{evidence.needed(mine)} against {evidence.needed(other)} predicted for {mine.model_name}"
     return Finding(text, mine.needed < other.needed)
 
 

@@ -41,6 +41,8 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """0 where a family has its own, which may lie outside the config's vocabulary; left out where it has none."""
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Without these there is no text model with attention; transformers knows how each family calls them."""
+SIZES = ("hidden_size", "num_hidden_layers")
+"""Of these, what every published config.json says itself."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
@@ -75,6 +77,15 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
         return _parse(config)[0]
 
 
+def check_whole(config: Mapping[str, Any]) -> None:
+    """Raises SpecError where a config.json leaves out its SIZES: transformers would take some model's of the family."""
+    kind, values, _ = _text_model(config)
+    names = seam.library().CONFIG_MAPPING[kind].attribute_map
+    for name in SIZES:
+        if not {name, names.get(name, name)} & set(values):
+            raise SpecError(f"{name} is missing: with it left out, this would be any {kind}; paste a model's whole config.json")
+
+
 def layer_types(config: Mapping[str, Any]) -> list[str] | None:
     """What tells the layers apart, such as how far each sees; None for a family whose layers are all alike."""
     with in_words(config):
@@ -97,6 +108,8 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     for name in NEEDED:
         for own in {name, config_class.attribute_map.get(name, name)} & set(values):
             _check_count(own, values[own])
+    if isinstance(window := values.get("sliding_window"), (list, dict, str)):
+        raise SpecError(f"sliding_window={shown(window)}: this is a whole number or null; use that of the model's own config")
     parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
     for name in NEEDED:
         if get(parsed, name) is None:

@@ -13,14 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import published, words
+from . import published, words, worker
 from .catalog.guide import SPECTRUM
 from .catalog.methods import FAMILIES
 from .catalog.models import MODELS, find
 from .count import ParameterReport, count, why_not
 from .errors import SpecError
 from .lessons import LESSONS
-from .memory import predict
+from .memory import MemoryReport, exact, predict
 from .memory import storage as stored
 from .methods import METHODS
 from .places import ASSETS
@@ -35,8 +35,10 @@ LEAST = 0.0001
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 TASKS = 50
 """As kiit-tutorial has it."""
-STEP = RunSpec(model="smollm2-135m", precision="bf16", adapter_precision="fp32", batch_size=4, sequence_length=512)
+STEP = RunSpec(model="smollm2-135m", precision="bf16", batch_size=4, sequence_length=512)
 """A step of a small model, one of those that the bench measured."""
+GPU = "h100-80gb"
+"""For which the Memory tab predicts, unless another one is chosen."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,28 @@ def merging(key: str) -> str:
     return "merges into the weights" if METHODS[key].merge else "cannot be merged"
 
 
+def small() -> tuple[RunSpec, RunSpec]:
+    """A small model's step, whole and with LoRA."""
+    return STEP.but(method="full", gpu=GPU), STEP.but(method="lora", rank=16, gpu=GPU)
+
+
+def automatic(model: str, *keys: str) -> tuple[RunSpec, ...]:
+    """Methods at their automatic settings, on the GPU of the Memory tab."""
+    return tuple(RunSpec(model=model, method=key, gpu=GPU) for key in keys)
+
+
+def predicted(*specs: RunSpec) -> tuple[MemoryReport, ...]:
+    """Of runs that are held against each other: traced where every trace is known, else by the closed form."""
+    traces = tuple(worker.known(exact, spec) for spec in specs)
+    return traces if all(traces) else tuple(predict(spec) for spec in specs)
+
+
+def needed(report: MemoryReport) -> str:
+    """What a run needs, as the Memory tab says it; a closed form is about right."""
+    is_about = report.source != "trace" and report.process is not None
+    return ("about " if is_about else "") + words.size(report.needed)
+
+
 def raced(says: str) -> str:
     """What the race recorded here says to a lecture's claim."""
     for lesson in LESSONS.values():
@@ -179,11 +203,10 @@ def _near_full(model: str) -> str:
 
 
 def _small_memory(model: str) -> str:
-    runs = (STEP.but(method="full"), STEP.but(method="lora", rank=16))
-    full, lora = (predict(run) for run in runs)
+    full, lora = predicted(*small())
     return (
         f"{full.model_name}, 16-bit, {STEP.batch_size} × {STEP.sequence_length} tokens: full fine-tuning is predicted to "
-        f"allocate {words.size(full.allocated)}, LoRA of rank 16 on every linear layer {words.size(lora.allocated)}."
+        f"need {needed(full)}, LoRA of rank 16 on every linear layer {needed(lora)}."
     )
 
 
@@ -200,11 +223,8 @@ def _suits(model: str) -> str:
 
 
 def _quantized(model: str) -> str:
-    lora, qlora = (predict(RunSpec(model=model, method=key)) for key in ("lora", "qlora"))
-    return (
-        f"Predicted for {lora.model_name} at automatic settings: LoRA {words.size(lora.needed)}, "
-        f"QLoRA {words.size(qlora.needed)}."
-    )
+    lora, qlora = predicted(*automatic(model, "lora", "qlora"))
+    return f"Predicted for {lora.model_name} at automatic settings: LoRA {needed(lora)}, QLoRA {needed(qlora)}."
 
 
 def _latency(model: str) -> str:

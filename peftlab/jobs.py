@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 import time
@@ -24,19 +25,22 @@ Trainer = Callable[[RunSpec, Path], Iterator[dict[str, Any]]]
 class Job:
     """A run, queued or under way or over. Its events stay, so that a page that comes back sees all of them."""
 
-    def __init__(self, spec: RunSpec, owner: str) -> None:
+    def __init__(self, spec: RunSpec, owner: str, trainer: Trainer) -> None:
         self.id = f"{spec.task}-{spec.method}-{time.strftime('%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.spec = spec
         self.owner = owner
+        self.trainer = trainer
         self.folder = RUNS / self.id
         self.events: list[dict[str, Any]] = []
-        self.over = False
+        self.begun = self.over = False
         self._changed = threading.Condition()
 
     def add(self, event: dict[str, Any], over: bool = False) -> None:
         with self._changed:
             self.events.append(event)
             self.over = over
+            if over:
+                self._forget_stop()
             self._changed.notify_all()
 
     def follow(self, patience: float = 1.0) -> Iterator[list[dict[str, Any]]]:
@@ -53,9 +57,30 @@ class Job:
                     self._changed.wait(patience)
 
     def stop(self) -> None:
-        """Asks the run to end after the step in progress; what it learned is kept."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / STOP).touch()
+        """Asks the run to end after the step in progress; what it learned is kept. One that waits is over at once."""
+        with self._changed:
+            if not self.begun and not self.over:
+                self.add({"type": "error", "message": "Stopped while it waited: nothing was learned."}, over=True)
+            elif not self.over:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / STOP).touch()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop and has not come to it."""
+        return not self.over and (self.folder / STOP).exists()
+
+    def begin(self) -> bool:
+        """Its turn has come. False where it was stopped before."""
+        with self._changed:
+            self.begun = not self.over
+        return self.begun
+
+    def _forget_stop(self) -> None:
+        """A run that was refused has not removed the file itself, nor the folder that was made for it alone."""
+        (self.folder / STOP).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 _pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
@@ -73,6 +98,13 @@ def running(owner: str) -> Job | None:
         return next((j for j in _jobs.values() if j.owner == owner and not j.over), None)
 
 
+def ahead(job: Job) -> int:
+    """How many runs are before it, the one under way included."""
+    with _lock:
+        before = list(_jobs.values())
+    return sum(not other.over for other in before[: before.index(job)])
+
+
 def finished() -> list[tuple[RunSpec, dict[str, Any]]]:
     """The spec and last event of every run that came to its end, the newest first."""
     with _lock:
@@ -88,20 +120,24 @@ def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
             raise SpecError(
                 "a run of yours is already under way: wait for it, or stop it first; what it learned is kept"
             )
-        job = Job(spec, owner)
+        job = Job(spec, owner, trainer)
         _jobs[job.id] = job
-        ahead = sum(not j.over for j in _jobs.values()) - 1
-    job.add({"type": "queued", "ahead": ahead})
-    _pool.submit(contextvars.copy_context().run, _work, job, trainer)  # a shared GPU's quota hangs on the request
+    job.add({"type": "queued", "ahead": ahead(job)})
+    _pool.submit(contextvars.copy_context().run, _work, job)  # a shared GPU's quota hangs on the request
     return job
 
 
-def _work(job: Job, trainer: Trainer) -> None:
+def _work(job: Job) -> None:
+    if not job.begin():
+        return
+    last: dict[str, Any] = {"type": "error", "message": "the run ended without a word"}
     try:
-        for event in trainer(job.spec, job.folder):
-            job.add(event, over=event["type"] == "done")
-        if not job.over:
-            job.add({"type": "error", "message": "the run ended without a word"}, over=True)
+        for event in job.trainer(job.spec, job.folder):
+            if event["type"] == "done":
+                last = event
+            else:
+                job.add(event)
+        job.add(last, over=True)  # once it has cleaned up
     except PeftlabError as error:
         job.add({"type": "error", "message": str(error)}, over=True)
     except Exception as error:

@@ -209,11 +209,15 @@ def _checked(name: str, about: Setting, value: Any) -> Any:
 
 
 def closest(value: str, known: Any) -> str:
-    """'did you mean …?' with the nearest names, else the list of what would have worked."""
+    """'did you mean …?' with the nearest names, else what would have worked, or as much of it as one reads."""
     import difflib
 
     near = difflib.get_close_matches(str(value), list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    names = list(known)
+    more = f" or {len(names) - 8} others" if len(names) > 30 else ""
+    return f"choose one of {', '.join(names[:8] if more else names)}{more}"
 
 
 def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:

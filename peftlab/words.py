@@ -80,18 +80,23 @@ SENTENCES = {
 
 
 def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
-    """What full fine-tuning needs, what the chosen method needs, and what holds it."""
-    begin = SENTENCES["full"].format(model=bold(full.model_name), full=bold(size(full.needed)))
-    where = _where(chosen)
+    """What full fine-tuning needs, what the chosen method needs, and what holds it.
+
+    An estimate is marked as one and names no GPU: the exact figure, which follows it on the page, may name another.
+    """
+    estimated = chosen.peak is not None and chosen.source == "closed-form"
+    about = "about " if estimated else ""
+    begin = SENTENCES["full"].format(model=bold(full.model_name), full=about + bold(size(full.needed)))
+    where = "" if estimated else _where(chosen)
     if chosen.spec.method == "full":
-        return f"{begin} {where[0].upper()}{where[1:]}."
+        return begin + (f" {where[0].upper()}{where[1:]}." if where else "")
     ratio = full.needed / chosen.needed
     return f"{begin} " + SENTENCES["chosen"].format(
         method=bold(method_name(chosen), "trained"),
-        chosen=bold(size(chosen.needed), "trained"),
-        ratio=significant(max(ratio, 1 / ratio)),
+        chosen=about + bold(size(chosen.needed), "trained"),
+        ratio=about + significant(max(ratio, 1 / ratio)),
         less="less" if ratio >= 1 else "more",
-        where=f", and {where}",
+        where=f", and {where}" if where else "",
     )
 
 

@@ -37,7 +37,8 @@ def known(work: Callable[..., Any], *arguments: Any) -> Any:
 async def once(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `work(*arguments)`: a function of a module, of arguments that can be hashed and pickled.
 
-    Whoever waits holds no thread. Raises what the work raises, and PeftlabError when too many wait or the process is lost twice.
+    Whoever waits holds no thread. Raises what the work raises, and PeftlabError when too many wait or the process is
+    lost twice.
     """
     for _ in range(2):
         future = _begun(work, arguments)

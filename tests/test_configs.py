@@ -111,7 +111,8 @@ def test_a_config_that_names_no_class_gets_its_familys():
         == pasted(LLAMA, architectures=[])
     )
     assert pasted(LLAMA).is_causal
-    assert pasted({"model_type": "bert"}).config["architectures"] == ["BertForMaskedLM"]
+    bert = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert pasted(bert).config["architectures"] == ["BertForMaskedLM"]
 
 
 def test_of_a_multimodal_config_the_text_model_counts():
@@ -212,6 +213,15 @@ def test_a_config_that_makes_no_model(changes, said, monkeypatch):
 )
 def test_a_kind_that_has_no_such_numbers(kind, missing):
     assert f"{missing} is missing" in refused(models.from_config, json.dumps({"model_type": kind}))
+
+
+@pytest.mark.parametrize("kind, given", [("llama", {}), ("gpt2", {"n_layer": 2}), ("mistral", {"num_hidden_layers": 2})])
+def test_a_config_without_its_sizes_is_not_some_model_of_the_family(kind, given):
+    assert "hidden_size is missing" in refused(models.from_config, json.dumps({"model_type": kind, **given}))
+
+
+def test_a_window_is_a_number():
+    assert "sliding_window=" in refused(pasted, GPT2, sliding_window=[None])
 
 
 @pytest.mark.parametrize("name", ["n_embd", "n_layer", "n_head", "hidden_size"])

@@ -58,12 +58,33 @@ def test_two_owners_wait_in_line(trainer):
     assert trainer.order == [1, 2]
 
 
-def test_a_queued_run_can_be_stopped(trainer):
-    first, second = jobs.start(RunSpec(), "ann", trainer), jobs.start(RunSpec(), "bob", trainer)
+def test_a_queued_run_that_is_stopped_is_over_at_once_and_never_begins(trainer):
+    first, second = jobs.start(RunSpec(seed=1), "ann", trainer), jobs.start(RunSpec(seed=2), "bob", trainer)
+    assert (jobs.ahead(first), jobs.ahead(second)) == (0, 1)
     second.stop()
+    assert ends(second)[-1]["message"] == "Stopped while it waited: nothing was learned." and not first.over
     trainer.go.set()
-    assert ends(second)[-1] == {"type": "done", "stopped": True}
-    assert ends(first)[-1] == {"type": "done", "stopped": False}
+    third = jobs.start(RunSpec(seed=3), "bob", trainer)
+    assert ends(third)[-1] == ends(first)[-1] == {"type": "done", "stopped": False}
+    assert trainer.order == [1, 3] and jobs.ahead(third) == 0
+
+
+def test_a_stop_is_forgotten_once_a_run_is_over_even_one_that_was_refused(trainer):
+    def refuses(spec, folder):
+        yield {"type": "loading"}
+        assert trainer.go.wait(20)
+        raise SpecError("rank=0: no")
+
+    job = jobs.start(RunSpec(), "ann", refuses)
+    for events in job.follow(patience=0.05):
+        if events[-1]["type"] == "loading":
+            break
+    job.stop()
+    assert job.stopping
+    trainer.go.set()
+    ends(job)
+    job.stop()  # too late
+    assert not job.stopping and not job.folder.exists()
 
 
 def test_an_event_is_seen_as_soon_as_it_happens(trainer):

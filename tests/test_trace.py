@@ -2,17 +2,15 @@
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from tiny import small
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from peftlab import RunSpec, SpecError, configs, resolve
 from peftlab.__main__ import main
 from peftlab.catalog.models import MODELS
-from peftlab.memory import Overtaken, exact, predict
+from peftlab.memory import exact, predict
 from peftlab.memory import trace as tracing
 from peftlab.memory.report import KINDS
 from peftlab.memory.trace import trace
@@ -178,46 +176,11 @@ def test_few_layers_are_kept(kinds, most):
     assert len(tracing._shorten(list(kinds))[0]) <= most
 
 
-def test_whoever_is_overtaken_stops_at_once(tiny_model, monkeypatch):
-    monkeypatch.setattr(tracing, "_known", {})
-    spec = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
-    asked, operations = [], []
-
-    def stop_at(last=None):
-        asked.clear()
-
-        def overtaken():
-            asked.append(1)
-            operations.append(_len_torch_dispatch_stack())
-            return len(asked) == last
-
-        return overtaken
-
-    fresh = trace(spec, stop_at())
-    assert len(asked) > 6
-    assert set(operations) == {2}, (
-        "an exception inside an operation, where a mode is off the stack, can end the process"
-    )
-    for last in range(1, len(asked) + 1):
-        monkeypatch.setattr(tracing, "_known", {})
-        with pytest.raises(Overtaken):
-            trace(spec, stop_at(last))
-        assert len(asked) == last and not tracing._known
-    assert trace(spec) == fresh
-
-
-def test_whoever_waits_is_overtaken_too_and_a_known_answer_does_not_wait(tiny_model, monkeypatch):
-    monkeypatch.setattr(tracing, "_known", {})
+def test_a_known_answer_waits_for_nobody(tiny_model):
     known = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
     first = trace(known)
     with tracing._one_at_a_time:
-        began = time.perf_counter()
         assert trace(known) is first
-        assert time.perf_counter() - began < 0.05
-        with pytest.raises(Overtaken):
-            trace(known.but(batch_size=3), lambda: time.perf_counter() - began > 0.2)
-        assert time.perf_counter() - began < 2
-    assert trace(known.but(batch_size=3)).reserved
 
 
 def test_what_does_not_change_memory_is_not_traced_again(tiny_model, monkeypatch):

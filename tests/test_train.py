@@ -161,9 +161,16 @@ def test_answer_logits_alone_give_the_loss_of_all_logits(model, request, toy_tas
             assert loss.item() / batch.answers == pytest.approx(direct.item(), rel=1e-4)
 
 
-def test_a_stop_before_the_first_step_leaves_no_adapter(toy_spec, tmp_path):
+@pytest.mark.parametrize("after", [None, "loading", "start", "progress"])
+def test_a_stop_before_the_first_step_measures_nothing_and_leaves_no_adapter(after, toy_spec, tmp_path, monkeypatch):
+    weights.load(resolve(toy_spec)).measured.clear()
+    monkeypatch.setattr(engine, "nats_per_token", lambda *args: pytest.fail("nothing was learned, nothing forgotten"))
+    events = train(toy_spec, tmp_path)
+    if after:
+        advance(events, after)
     (tmp_path / STOP).touch()
-    (*_, done) = train(toy_spec, tmp_path)
+    *rest, done = events
+    assert not rest or [e["type"] for e in rest] == ["start"]
     assert done["adapter"] is None and done["steps"] == 0 and "nothing was learned" in done["message"]
     assert list(tmp_path.iterdir()) == []
 
@@ -237,10 +244,13 @@ def test_a_run_that_fails_leaves_no_model_and_no_stop(part, toy_spec, tmp_path, 
         raise MemoryError("no more")
 
     weights.load(resolve(toy_spec)).measured.clear()
-    (tmp_path / STOP).touch()
     monkeypatch.setattr(engine, part, fails)
+    events = train(toy_spec, tmp_path)
+    if part != "nats_per_token":
+        advance(events, "loading")
+        (tmp_path / STOP).touch()
     with pytest.raises(MemoryError, match="no more") as error:
-        list(train(toy_spec, tmp_path))
+        list(events)
     assert list(tmp_path.iterdir()) == [] and [model() for model in attached] == [None], error
 
 

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -49,9 +50,11 @@ def plain(sentence):
     return re.sub(r"<[^>]+>", "", sentence)
 
 
-def memory(convention="exact", **settings):
+def memory(convention="exact", source="trace", **settings):
+    """Two predictions and their sentence, as if they had been traced."""
     spec = RunSpec(**{"model": "llama-3.1-8b", "gpu": "h100-80gb"} | settings)
-    full, chosen = predict(spec.but(method="full", quantization=None), convention), predict(spec, convention)
+    both = predict(spec.but(method="full", quantization=None), convention), predict(spec, convention)
+    full, chosen = (replace(report, source=source) for report in both)
     return full, chosen, plain(words.memory_sentence(full, chosen))
 
 
@@ -64,6 +67,15 @@ def test_the_memory_sentence_is_true(convention, verb):
     gpu = next(g for g in GPUS.values() if said.endswith(f"{verb} one {words.gpu_name(g)}."))
     assert gpu.memory_bytes >= chosen.needed
     assert not any(chosen.needed <= g.memory_bytes < gpu.memory_bytes for g in GPUS.values())
+
+
+def test_an_estimate_is_marked_as_one_and_names_no_gpu():
+    full, chosen, said = memory(source="closed-form", rank=16)
+    ratio = words.significant(full.needed / chosen.needed)
+    assert said == (
+        f"Full fine-tuning of Llama 3.1 8B needs about {words.size(full.needed)}. LoRA, rank 16 needs about "
+        f"{words.size(chosen.needed)}: about {ratio}× less."
+    )
 
 
 def test_the_memory_sentence_counts_what_nvidia_smi_shows():

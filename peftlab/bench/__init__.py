@@ -3,6 +3,7 @@
 from .calculators import record_calculators
 from .generation import record_generation
 from .memory import record_memory
+from .page import record_page
 from .record import MEASURED, record_train, recorded_runs
 from .training import record_gears, record_speed
 
@@ -12,6 +13,7 @@ __all__ = [
     "record_gears",
     "record_generation",
     "record_memory",
+    "record_page",
     "record_speed",
     "record_train",
     "recorded_runs",

@@ -97,14 +97,14 @@ def find(model: str) -> BaseModel:
             return entry
     if model.startswith(CONFIG):
         return _from_key(model)
-    count = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT])", model.strip(), re.IGNORECASE)
+    count = re.fullmatch(r"(\d+(?:\.\d+)?)\s?([KMBT])", model.strip(), re.IGNORECASE)
     if count:
         total = float(count[1]) * UNITS[count[2].upper()]
         if not 1 <= total <= configs.MOST_PARAMETERS:
             raise SpecError(
                 f"model={configs.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B"
             )
-        return BaseModel(model, f"{model.upper()} parameters", round(total), source="a bare count")
+        return BaseModel(model, f"{count[1]}{count[2].upper()} parameters", round(total), source="a bare count")
     try:
         path = Path(model).expanduser()
         exists = path.exists()
@@ -167,9 +167,11 @@ def _read(text: str | bytes) -> tuple[str, dict[str, Any]]:
         raise SpecError(f"config.json is not JSON ({error}); paste the whole file, from {{ to }}") from None
     if not isinstance(values, dict):
         raise SpecError(f"config.json is an object, not a {type(values).__name__}; paste the whole file, from {{ to }}")
+    shape = configs.normal(values)
+    configs.check_whole(values)
     name = values.get("_name_or_path")
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] if isinstance(name, str) else ""
-    return re.sub(r"[^\w.+ -]", "", last)[:60], configs.normal(values)
+    return re.sub(r"[^\w.+ -]", "", last)[:60], shape
 
 
 def _from_file(model: str, path: Path) -> BaseModel:

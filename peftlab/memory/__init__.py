@@ -3,7 +3,7 @@
 from .closed_form import ClosedForm, closed_form, exact, predict
 from .conventions import CONVENTIONS, Convention
 from .fit import Fit, Storage, cheapest_changes, fits, gpu_grid, largest, largest_model, storage
-from .report import MemoryReport, Moment, Overtaken
+from .report import MemoryReport, Moment
 from .serving import Serving, serve
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Fit",
     "MemoryReport",
     "Moment",
-    "Overtaken",
     "Serving",
     "Storage",
     "cheapest_changes",

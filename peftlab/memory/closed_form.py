@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,19 +150,17 @@ def _on_several(form: ClosedForm) -> ClosedForm:
     return replace(form, moments=found.moments, several=found)
 
 
-def exact(
-    spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None, quick: bool = False
-) -> MemoryReport:
+def exact(spec: RunSpec, logits: int | None = None, quick: bool = False) -> MemoryReport:
     """`predict` from a trace of a whole training step on fake tensors: every token predicted, or each example's last `logits`.
 
     As any trainer runs it, or `quick`, with the fused operations and optimizer of ours.
-    Takes seconds, and torch. Raises SpecError for what cannot be traced, and Overtaken once `overtaken` says so.
+    Takes seconds, and torch. Raises SpecError for what cannot be traced.
     """
     states = predict_states(spec)
     spec = states.spec
     from .trace import trace
 
-    found = trace(spec, overtaken, logits, quick)
+    found = trace(spec, logits, quick)
     report = replace(
         states,
         optimizer=found.after["optimizer"],

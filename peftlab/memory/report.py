@@ -113,7 +113,3 @@ class MemoryReport:
             "timeline": [{"phase": m.phase, "part": m.part, "bytes": m.total, **m.bytes} for m in self.moments] or None,
             "source": self.source,
         }
-
-
-class Overtaken(Exception):
-    """Whoever asked for this trace has asked for another one since."""

@@ -22,7 +22,7 @@ from ..errors import PeftlabError, SpecError
 from ..seeded import seeded
 from ..spec import RunSpec, parse_layers
 from . import kernels, step
-from .report import Moment, Overtaken
+from .report import Moment
 from .states import workspace
 from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 
@@ -53,29 +53,21 @@ KNOWN = 512
 """Traces kept; the oldest goes first."""
 
 
-def trace(
-    spec: RunSpec, overtaken: Callable[[], bool] = lambda: False, logits: int | None = None, quick: bool = False
-) -> Trace:
+def trace(spec: RunSpec, logits: int | None = None, quick: bool = False) -> Trace:
     """Of a resolved spec, with every token predicted, or the last `logits` of each example; `quick`, as the engine trains.
 
-    Raises SpecError for a model without a config and for what cannot be traced, and Overtaken as soon as `overtaken` says so.
+    Raises SpecError for a model without a config and for what cannot be traced.
     """
     read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
     key = read, workspace(spec.gpu), logits, quick
 
-    def stop() -> None:
-        if overtaken():
-            raise Overtaken
-
     if (known := _known.get(key)) is not None:  # in one look: another thread may forget it between two
         return known
-    while not _one_at_a_time.acquire(timeout=0.1):
-        stop()
-    try:
+    with _one_at_a_time:
         if (found := _known.get(key)) is None:
             try:
-                found = _trace(*key, stop)
-            except (PeftlabError, Overtaken):
+                found = _trace(*key)
+            except PeftlabError:
                 raise
             except Exception as error:  # anybody's architecture, in transformers' code
                 said = str(error).splitlines()[0][:160] if str(error) else ""
@@ -87,11 +79,9 @@ def trace(
                 del _known[next(iter(_known))]
             _known[key] = found
         return found
-    finally:
-        _one_at_a_time.release()
 
 
-def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, quick: bool, stop: Callable[[], None]) -> Trace:
+def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, quick: bool) -> Trace:
     entry = models.find(spec.model or "")
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
@@ -105,7 +95,7 @@ def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, quick: bool,
     if not methods.find(spec.method or "").before_layers:
         types = configs.layer_types(entry.config) or [""] * shape.n_layers
         kept, copies = _shorten([(kind, i in chosen) for i, kind in enumerate(types)])
-    tapes = _record(spec, entry.config, kept, logits, quick, stop)
+    tapes = _record(spec, entry.config, kept, logits, quick)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
     return _replay(full, workspace_bytes, shape.n_layers)
@@ -151,12 +141,7 @@ def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
 
 
 def _record(
-    spec: RunSpec,
-    config: Mapping[str, Any],
-    kept: Sequence[int],
-    logits: int | None,
-    quick: bool,
-    stop: Callable[[], None],
+    spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, quick: bool
 ) -> dict[str, list[Entry]]:
     kernels.register()
     depth = len(kept)
@@ -173,20 +158,18 @@ def _record(
         trained = [p for p in model.parameters() if p.requires_grad]
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")
-        _watch(model, recorder, stop)
+        _watch(model, recorder)
         kind = optimizers.find(spec)
         own = kind.library == "torch"
         optimizer = step.optimizer(trained, spec, fused=quick) if own else optimizers.BlockwiseStates(trained, kind)
         for again in ("", " again")[: min(spec.accumulation or 1, 2)]:
             recorder.part = BEFORE
             for phase in step.micro(model, spec, "cpu", logits):
-                stop()
                 recorder.begin(phase + again)
             gc.collect(1)  # a model's own reference cycles hold tensors; a real step is long enough to collect them
             recorder.begin("gradients")
             recorder.name((p.grad for p in trained if p.grad is not None), "gradients")
         for phase in ("optimizer", "optimizer again"):
-            stop()
             recorder.begin(phase)
             optimizer.step()
             recorder.begin(phase + " states")
@@ -218,11 +201,8 @@ def _layers(model: Any, depth: int) -> tuple[str, Any]:
     return next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
 
 
-def _watch(model: Any, recorder: Recorder, stop: Callable[[], None]) -> None:
-    """Tells the recorder which part of the model is at work: the layers in turn, and back again.
-
-    `stop` may raise: it is asked between layers, since an exception inside an operation can end the process.
-    """
+def _watch(model: Any, recorder: Recorder) -> None:
+    """Tells the recorder which part of the model is at work: the layers in turn, and back again."""
     _, layers = _layers(model, recorder.depth)
 
     def at(part: int) -> Callable[..., None]:
@@ -240,7 +220,6 @@ def _watch(model: Any, recorder: Recorder, stop: Callable[[], None]) -> None:
 
     def end(part: int) -> Callable[..., None]:
         def leave(module: Any, args: Any, out: Any) -> None:
-            stop()
             if recorder.phase.startswith("forward"):
                 recorder.part = part + 1
                 hidden = out[0] if isinstance(out, tuple) else out

@@ -80,6 +80,10 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
     task = tasks.find(spec.task or "")
     rows = tasks.drawn(task, spec.training_rows, spec.seed or 0)
     report = count(spec)
+    if (out / STOP).exists():
+        (out / STOP).unlink()
+        yield _unlearned(0.0)
+        return
     yield {"type": "loading", "model": report.model_name}
     base = weights.load(spec)
     pairs = encode(base.tokenizer, task, rows)
@@ -123,6 +127,14 @@ def pace(spec: RunSpec, steps: int = 2 * WARM_STEPS) -> Pace:
         run.rehearse(steps // 2)
         seconds = run.rehearse(steps - steps // 2)
         return Pace(run.gear.name, run.gear.why, seconds, run.fused.kept)
+
+
+def _unlearned(seconds: float) -> Event:
+    """The last event of a run that was stopped before its first step."""
+    message = "Stopped before the first step: nothing was learned, so there is no adapter."
+    return {
+        "type": "done", "adapter": None, "steps": 0, "stopped": True, "seconds": seconds, "message": message,
+    }  # fmt: skip
 
 
 def _check(spec: RunSpec) -> None:
@@ -257,10 +269,6 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         steps = self.spec.steps or 1
-        known = self.base.measured
-        if "prose" not in known:
-            known["prose"] = nats_per_token(self.base.quick, self.base.tokenizer)
-        prose_before = known["prose"]
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
         stream = iter(self.batches)
@@ -279,14 +287,12 @@ class _Run:
         self._note_peak()
         stopped = self.steps_done < steps
         if not self.steps_done:
-            yield {"type": "done", "adapter": None, "steps": 0, "stopped": True, "seconds": self._seconds(),
-                   "message": "Stopped before the first step: nothing was learned, so there is no adapter."}  # fmt: skip
+            yield _unlearned(self._seconds())
             return
         self._save()
         (self.out / STOP).unlink(missing_ok=True)  # a second stop ends the last evaluation
         yield from self._evaluate("after")
         finished = len(self.scores) > 1 and not self.stopped()
-        prose_after = nats_per_token(self.model, self.base.tokenizer) if finished else math.nan
         done = {
             "type": "done",
             "adapter": str(self.adapter),
@@ -301,13 +307,20 @@ class _Run:
                 "after": {self.task.metric: self.scores[-1]} if finished else None,
                 "items": len(self.task.heldout),
             },
-            "forgetting": prose_after - prose_before if finished else None,
+            "forgetting": self._forgetting() if finished else None,
             "predicted_peak_bytes": self._predicted_peak(),
             "measured_peak_bytes": self.highest,
             "device": hardware.here().name,
         }
         self._save(done | ({"heldout": self._heldout()} if finished else {}))
         yield done
+
+    def _forgetting(self) -> float:
+        """How many more nats a token ordinary prose costs than it cost the base, which the first run of a base measures."""
+        known = self.base.measured
+        if "prose" not in known:
+            known["prose"] = nats_per_token(self.base.quick, self.base.tokenizer)
+        return nats_per_token(self.model, self.base.tokenizer) - known["prose"]
 
     def _heldout(self) -> list[Event]:
         """Every held-out row with what the model said before and after, for the adapter's manifest."""
@@ -421,8 +434,10 @@ class _Run:
 
     def _evaluate(self, when: str) -> Iterator[Event]:
         """The held-out metric; before, that of the base itself, since untrained virtual tokens already change what it says,
-        measured by the first run of a task. A stop during it leaves it unmeasured.
+        measured by the first run of a task. A stop before or during it leaves it unmeasured.
         """
+        if self.stopped():
+            return
         known = self.base.measured
         task, answers = known.get("answers", (None, [])) if when == "before" else (None, [])
         model = self.base.quick if when == "before" else self.model.eval()

@@ -1,0 +1,273 @@
+"""Sequences of what visitors do, while answers come late, fail or are lost; and whether the page ends up right.
+
+`python tests/browser/faults.py FIRST LAST [--busy N] [--out FILE.json]` runs the sequences of these seeds against an app of its
+own, beside N processes that are busy all the time, and writes what came of each.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import random
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+ACTIONS = 14
+PATIENCE = 5.0
+"""Seconds of rest after which everything must be right."""
+FAULTS = """(seed) => {
+  const random = () => (seed = seed * 16807 % 2147483647) / 2147483647, real = window.fetch;
+  window.faulty = true;
+  window.fetch = async (where, ...rest) => {
+    if (!String(where.url ?? where).includes('component_server')) return real(where, ...rest);
+    const chance = random(), late = 2000 * random();
+    if (window.faulty) await new Promise((done) => setTimeout(done, late));
+    if (window.faulty && chance < 0.1) return new Response('{}', {status: 500});
+    const answer = window.faulty && chance < 0.15 ? null : await real(where, ...rest);
+    if (window.faulty && chance < 0.25) throw new TypeError('dropped');
+    return answer ?? await real(where, ...rest);
+  };
+}"""
+SHOWS = """([tab, show]) => {
+  const text = (html) => { const e = document.createElement('div'); e.innerHTML = html; return e.textContent.replace(/\\s+/g, ' ').trim(); };
+  const wrong = [];
+  for (const [name, {value, visible}] of Object.entries(show)) {
+    const place = document.getElementById(name.replace('.', '-'));
+    if (!place || visible === false || value === undefined || value === null || !place.offsetParent) continue;
+    if (name === `${tab}.problem`) continue;
+    const boxes = [...place.querySelectorAll('input, textarea, select')], kinds = boxes.map((b) => b.type);
+    let found = null, wanted = String(value);
+    if (typeof value === 'boolean' && kinds.includes('checkbox')) [found, wanted] = [boxes[0].checked, value];
+    else if (kinds.includes('number')) [found, wanted] = [+boxes[kinds.indexOf('number')].value, +value];
+    else if (kinds.includes('radio')) found = boxes.find((b) => b.checked)?.value ?? '';
+    else if (kinds.includes('select-one')) [found, wanted] = [boxes[kinds.indexOf('select-one')].value, value.method ?? value];
+    else if (kinds.includes('textarea') || kinds[0] === 'text') {
+      if (place.querySelector('[role=listbox]')) continue;  // it shows the names of its values
+      found = boxes[0].value;
+    } else if (typeof value === 'string' && value && place.querySelector('.html-container, .prose, .note, div')) [found, wanted] = [place.innerText.replace(/\\s+/g, ' ').trim().length > 0, true];
+    if (found !== null && found !== wanted) wrong.push(`${name}: ${found} instead of ${wanted}`);
+    if (typeof value === 'string' && !boxes.length && !place.textContent.replace(/\\s+/g, ' ').includes(text(value))) wrong.push(`${name}: another text than ${text(value).slice(0, 80)}`);
+  }
+  return wrong;
+}"""
+
+
+class Server:
+    """The app, asked past the page: what Python says of settings."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        config = json.load(urllib.request.urlopen(url + "config"))
+        self.component = next(c["id"] for c in config["components"] if "answer" in (c["props"].get("server_fns") or []))
+
+    def answer(self, tab: str, state: dict, kept: dict) -> dict:
+        question = {"number": 0, "tab": tab, "state": state, "kept": kept, "open": []}
+        body = {"data": question, "component_id": self.component, "fn_name": "answer", "session_hash": "faults"}
+        request = urllib.request.Request(
+            self.url + "gradio_api/component_server", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+class Visitor:
+    """One sequence, decided by its seed."""
+
+    def __init__(self, page, server: Server, seed: int) -> None:
+        self.page, self.server, self.draw = page, server, random.Random(seed)
+        self.did: list[str] = []
+
+    def run(self) -> list[str]:
+        """What is wrong at the end: nothing, if all went well."""
+        acts = [self.number, self.number, self.slide, self.method, self.tab, self.tab, self.lesson, self.back, self.forward,
+                self.link, self.preset, self.chip, self.race]  # fmt: skip
+        for _ in range(ACTIONS):
+            act = self.draw.choice(acts)
+            self.did.append(act.__name__)
+            act()
+            self.page.wait_for_timeout(self.draw.choice([0, 0, 50, 300, 900]))
+        self.page.evaluate("window.faulty = false")
+        return self.wrong()
+
+    def wrong(self) -> list[str]:
+        state = self.page.evaluate("peftlab.get()")
+        found = self.within(state["tab"])
+        for tab in ("memory", "lora", "live", "compare", "methods", "race"):
+            if not found and tab != self.on():
+                self.go(tab)
+                found = self.within(tab)
+        return found
+
+    def within(self, tab: str) -> list[str]:
+        """What the tab on screen does not show rightly, PATIENCE seconds from now."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            found = self.differences(tab)
+            if not found or time.monotonic() > until:
+                return found
+            self.page.wait_for_timeout(200)
+
+    def differences(self, tab: str) -> list[str]:
+        of = self.page.evaluate("peftlab.get()")
+        if of["resting"]:
+            return ["the page is not at rest"]
+        said = self.server.answer(tab, of["state"], of["kept"])
+        address = dict(parse_qsl(urlsplit(self.page.url).query))
+        wanted = said["state"] | ({} if tab == "memory" else {"tab": tab})
+        if address != wanted:
+            return [f"the address says {address} instead of {wanted}"]
+        if set(said["problems"]) and not self.page.locator(".problem:visible").count():
+            return [f"no refusal of {said['problems']}"]
+        return self.page.evaluate(SHOWS, [tab, said["show"]]) + self.sentence(tab, said["show"])
+
+    def sentence(self, tab: str, show: dict) -> list[str]:
+        """The tab's own instrument, which draws what no other place says."""
+        text = self.page.locator(".sentence:visible").first.inner_text()
+        if tab == "memory":
+            run = show["memory.bars"]["value"]["runs"][-1]
+            if run["exact"]:
+                from peftlab.words import size
+
+                wanted = size(sum(run["exact"].values()))
+                return [] if wanted in text else [f"the sentence says {text!r}, without {wanted}"]
+        if tab == "lora":
+            wanted = f"ank {show['lora.picture']['value']['at']['rank']}"
+            return [] if wanted in text else [f"the sentence says {text!r}, without r{wanted}"]
+        return []
+
+    # --- what visitors do
+
+    def on(self) -> str:
+        return self.page.evaluate("peftlab.get().tab")
+
+    def go(self, tab: str) -> None:
+        self.page.get_by_role("tab", name=tab.capitalize().replace("Lora", "LoRA"), exact=True).click()
+
+    def tab(self) -> None:
+        self.go(self.draw.choice(["memory", "lora", "live", "compare", "methods", "race"]))
+
+    def fill(self, place: str, value: str) -> None:
+        box = self.page.locator(place)
+        with contextlib.suppress(Exception):  # it may not be on screen for this method
+            box.fill(value, timeout=300)
+            box.blur(timeout=300)
+
+    def number(self) -> None:
+        value = str(self.draw.choice([1, 3, 8, 24, 64, 200]))
+        place = {
+            "memory": "#memory-rank input[type=number]", "lora": "[data-knob=rank][type=number]:visible",
+            "live": "#live-steps input, #live-steps textarea", "race": "#race-steps input, #race-steps textarea",
+        }.get(self.on())  # fmt: skip
+        if place:
+            self.fill(place, value)
+        else:
+            self.page.evaluate("(rank) => peftlab.write({rank})", value)
+
+    def slide(self) -> None:
+        places = ("#memory-batch_size input[type=range]", "[data-knob=rank][type=range]:visible")
+        for place in places:
+            slider = self.page.locator(place)
+            if slider.count() and slider.first.is_visible():
+                slider.first.focus()
+                for _ in range(self.draw.randint(1, 9)):
+                    self.page.keyboard.press("ArrowRight")
+                    self.page.wait_for_timeout(20)
+
+    def method(self) -> None:
+        select = self.page.locator(f"#{self.on()}-method select:visible, [data-knob=method]:visible").first
+        if select.count():
+            select.select_option(self.draw.choice(["lora", "dora", "vera", "rslora"]))
+
+    def lesson(self) -> None:
+        buttons = self.page.locator(".lessons button:visible")
+        if buttons.count() and self.on() in ("memory", "lora"):
+            buttons.nth(self.draw.randrange(buttons.count())).click()
+
+    def back(self) -> None:
+        self.page.evaluate("history.back()")
+
+    def forward(self) -> None:
+        self.page.evaluate("history.forward()")
+
+    def link(self) -> None:
+        query = {"rank": self.draw.choice([2, 5, 77]), "model": self.draw.choice(["gpt2", "smollm2-135m", "llama-2-7b"])}
+        query |= self.draw.choice([{}, {"tab": "lora"}, {"convention": "12n"}, {"tab": "race", "sort": "forgetting"}])
+        self.page.goto(self.server.url + "?" + urlencode(query))
+        self.page.wait_for_function("window.peftlab")
+
+    def preset(self) -> None:
+        reset = self.page.get_by_role("button", name="Reset to automatic").locator("visible=true")
+        if reset.count():
+            reset.first.click()
+
+    def chip(self) -> None:
+        chips = self.page.locator("button[data-method]:visible:not([aria-disabled=true])")
+        if chips.count():
+            chips.nth(self.draw.randrange(chips.count())).click()
+
+    def race(self) -> None:
+        if self.on() == "race":
+            radios = self.page.locator("#race-lesson input[type=radio]")
+            radios.nth(self.draw.randrange(radios.count())).check(force=True)
+
+
+def sequence(browser, server: Server, seed: int) -> list[str]:
+    """Runs a seed's sequence in a new window. Returns what was wrong, each line with the seed and what was done."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    page.add_init_script(f"({FAULTS})({seed + 1})")
+    visitor = Visitor(page, server, seed)
+    try:
+        page.goto(server.url)
+        page.wait_for_function("window.peftlab")
+        page.wait_for_selector(".sentence >> visible=true")
+        return [f"seed {seed} ({', '.join(visitor.did)}): {line}" for line in visitor.run()]
+    finally:
+        context.close()
+
+
+def _spin() -> None:
+    while True:
+        sum(range(10**6))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int)
+    parser.add_argument("--url")
+    parser.add_argument("--busy", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    import shutil
+    import tempfile
+
+    from conftest import App
+    from playwright.sync_api import sync_playwright
+
+    app = None if args.url else App(None, Path(tempfile.mkdtemp()))
+    spinning = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(args.busy)]
+    for process in spinning:
+        process.start()
+    results = {}
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        server = Server(args.url or app.url)
+        for seed in range(args.first, args.last + 1):
+            results[seed] = sequence(browser, server, seed)
+            print(seed, results[seed] or "right", flush=True)
+        browser.close()
+    if app:
+        app.end()
+    if args.out:
+        wrong = {seed: lines for seed, lines in results.items() if lines}
+        document = {"sequences": len(results), "busy_processes": args.busy, "actions": ACTIONS, "wrong": wrong}
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    sys.exit(any(results.values()))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    main()

@@ -1,0 +1,285 @@
+"""What the presses of Live and Compare do, and what these tabs show before, during and after."""
+
+import threading
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from demos import live_finetune, side_by_side
+from demos.live_finetune import Live
+from demos.side_by_side import Compare
+from demos.store import blocks
+from peftlab import PeftlabError, SpecError, adapters, jobs, scores
+from peftlab.bench import recorded_runs
+from peftlab.catalog.models import DEFAULT
+from peftlab.compare import ComparisonReport, Exchange, Reply, score_of
+from peftlab.train import STOP
+
+START = {
+    "type": "start", "spec": {"steps": 2}, "metric": "exact_match", "model": "Tiny", "heldout": 40, "gear": "eager", "why_eager": "x",
+}  # fmt: skip
+STEP = {"type": "step", "step": 1, "steps": 2, "loss": 1.5, "seconds": 0.1, "eta_seconds": 0.1, "examples": 4}
+DONE = {
+    "type": "done", "steps": 1, "stopped": False, "seconds": 1.0, "tokens_per_second": 9.0, "device": "here", "measured_peak_bytes": None,
+    "predicted_peak_bytes": None,
+}  # fmt: skip
+
+
+class Trainer:
+    """A run that takes a step each time it is let on, and ends when it is stopped."""
+
+    def __init__(self) -> None:
+        self.go = threading.Semaphore(0)
+
+    def __call__(self, spec, folder):
+        assert self.go.acquire(timeout=20)
+        yield START
+        assert self.go.acquire(timeout=20)
+        yield STEP
+        assert self.go.acquire(timeout=20)
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "numbers").write_text("1")
+        yield DONE | {"stopped": (folder / STOP).exists()}
+
+    def goes(self, job, steps, events):
+        """Once it has gone on so often and so many events are known."""
+        for _ in range(steps):
+            self.go.release()
+        for seen in job.follow(patience=0.05):
+            if len(seen) >= events:
+                return
+
+
+class Visit:
+    """A browser: what it keeps, and what its tab shows."""
+
+    def __init__(self, tab, visitor="ann") -> None:
+        self.store, self.tab = blocks(tab).store, tab
+        self.kept, self.state = {"visitor": visitor, "adapters": []}, {}
+
+    def press(self, work):
+        """What a press shows, the last of each panel; the browser keeps what it is to keep."""
+        last = {}
+        for values in work(self.store.read(self.state, self.kept)):
+            last |= values
+        self.kept |= last.pop("kept", {})
+        return last
+
+    def sees(self):
+        question = {"number": 1, "tab": self.tab.key, "state": self.state, "kept": self.kept, "open": []}
+        answer = self.store.answer(question)
+        shown = {name.split(".")[1]: update for name, update in answer["show"].items()}
+        return shown | {"again": answer["again"], "problems": answer["problems"]}
+
+    @property
+    def job(self):
+        return jobs.find(self.kept["run"])
+
+
+@pytest.fixture(autouse=True)
+def own_jobs(monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs, "_jobs", {})
+    monkeypatch.setattr(jobs, "RUNS", tmp_path)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    made = Trainer()
+    monkeypatch.setattr(live_finetune, "TRAIN", made)
+    yield made
+    made.go.release(1000)
+
+
+def test_a_plain_visit_sees_a_recording_that_says_so(trainer):
+    seen = Visit(Live()).sees()
+    assert seen["sentence"]["value"].startswith("Recorded on NVIDIA H100 80GB HBM3: ") and seen["again"] is None
+    assert seen["go"]["interactive"] and not seen["stop"]["interactive"] and not seen["keep"]["visible"]
+
+
+def test_a_run_from_the_press_to_its_download(trainer):
+    ann = Visit(Live())
+    ann.press(ann.tab.train)
+    assert ann.kept["adapters"] == [ann.job.id] and ann.job.owner == "ann" and ann.job.spec.model == DEFAULT
+    seen = ann.sees()
+    assert seen["sentence"]["value"].startswith("Recorded on") and "Your run begins" in seen["bar"]["value"]
+    assert seen["go"] == {"interactive": False, "value": "Training", "__type__": "update"} and seen["again"]
+    trainer.goes(ann.job, 2, 3)
+    ann.state = {"task": "voice"}
+    seen = ann.sees()  # another task leaves one's own run on screen
+    assert "read 4 examples" in seen["sentence"]["value"] and "step 1 of 2" in seen["bar"]["value"]
+    assert seen["loss"]["value"]["light"]["data"][0]["y"] == (1.5,) or list(
+        seen["loss"]["value"]["light"]["data"][0]["y"]
+    ) == [1.5]
+    trainer.goes(ann.job, 1, 4)
+    seen = ann.sees()  # so does a page that is loaded again
+    assert seen["again"] is None and seen["go"]["value"] == "Train again" and seen["go"]["interactive"]
+    file = seen["keep"]["value"]
+    assert seen["keep"]["visible"] and file["url"].startswith("gradio_api/file=") and file["url"].endswith(".zip")
+    assert ann.sees()["keep"]["value"] == file  # packed once
+
+
+def test_a_second_press_is_no_error_and_starts_no_second_run(trainer):
+    ann = Visit(Live())
+    ann.press(ann.tab.train)
+    first, other = ann.job, Visit(Live())
+    assert "problem" not in ann.press(ann.tab.train) and ann.job is first
+    other.press(other.tab.train)  # in a second window, which has not heard of the run
+    assert other.job is first and len(jobs._jobs) == 1
+
+
+def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):
+    jobs.start(live_finetune.here(live_finetune.page.OPENING), "ann", lambda spec, folder: trainer(spec, folder))
+    ann = Visit(Live())
+    with pytest.raises(SpecError, match="already under way"):
+        ann.press(ann.tab.train)
+
+
+def test_who_waits_sees_how_many_are_ahead_and_may_leave(trainer):
+    ann, bob = Visit(Live()), Visit(Live(), "bob")
+    ann.press(ann.tab.train)
+    bob.press(bob.tab.train)
+    seen = bob.sees()
+    assert "1 ahead of it" in seen["bar"]["value"] and seen["sentence"]["value"].startswith("Recorded on")
+    bob.press(bob.tab.stop)
+    seen = bob.sees()
+    assert bob.job.over and "Stopped while it waited" in seen["bar"]["value"] and seen["go"]["interactive"]
+    assert not ann.job.over
+
+
+def test_stop_says_so_until_it_has_stopped(trainer):
+    ann = Visit(Live())
+    ann.press(ann.tab.train)
+    trainer.goes(ann.job, 2, 3)
+    assert ann.sees()["stop"]["interactive"]
+    ann.press(ann.tab.stop)
+    assert ann.sees()["stop"] == {"interactive": False, "value": "Stopping", "__type__": "update"}
+    trainer.goes(ann.job, 1, 4)
+    seen = ann.sees()
+    assert seen["stop"] == {"interactive": False, "value": "Stop and keep", "__type__": "update"}
+    assert "Stopped early; what it learned is kept." in seen["bar"]["value"]
+
+
+def test_looking_again_draws_charts_only_for_a_new_point(trainer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(live_finetune, "charts", lambda events: drawn.append(len(events)) or {})
+    live_finetune.charts_of.cache_clear()
+    ann = Visit(Live())
+    ann.press(ann.tab.train)
+    trainer.goes(ann.job, 2, 3)
+    drawn.clear()
+    ann.sees()
+    ann.job.add({"type": "progress", "what": "measuring", "share": 0.5})
+    ann.sees()
+    assert drawn == [3]
+    live_finetune.charts_of.cache_clear()
+
+
+def test_a_preset_is_named_while_its_settings_hold(trainer):
+    ann = Visit(Live())
+    ann.state = {"preset": "alpha-qlora", "rank": "64", "alpha": "16"}
+    assert ann.sees()["preset"]["value"] == "alpha-qlora"
+    ann.state |= {"rank": "32"}
+    assert ann.sees()["preset"]["value"] == ""
+
+
+def test_every_tab_says_why_its_score_is_another_one():
+    live = next(r for r in recorded_runs() if r["spec"]["task"] == "ticket" and r["spec"]["method"] == "lora")
+    said = scores.elsewhere(scores.of_run(live))
+    assert said.startswith(
+        "The same task and method: 88% in Compare (rank 2, 60 steps of 8 examples, learning rate 0.004"
+    )
+    assert "82% in Race (mean of 3 seeds)" in said and "78% is known only to lie between 62% and 88%" in said
+    assert said in live_finetune.recording("ticket")["bar"].replace("&#x27;", "'")
+    adapter = next(a for a in adapters.bundled() if a.name == "ticket-lora")
+    assert "78% in Live (rank 8, 40 steps of 4 examples, learning rate 0.003" in side_by_side.whence(adapter)
+
+
+# --- Compare
+
+
+def answers(*texts):
+    for text in texts:
+        yield Reply("base", text, 1.0), Reply("mine", text.upper(), 2.0)
+
+
+def test_ask_both_streams_and_says_how_long_it_took(monkeypatch):
+    ann, asked = Visit(Compare()), []
+    monkeypatch.setattr(side_by_side, "GENERATE", lambda *all: asked.append(all) or answers("a", "ab "))
+    ann.state = {"prompt": "Hello", "temperature": "0.5", "tokens": "16", "decoding_seed": "7"}
+    seen = ann.press(ann.tab.ask)
+    assert (seen["left"], seen["right"]) == ("ab", "AB") and seen["said"].startswith(
+        "Base 1.0 s, adapter 2.0 s, just now"
+    )
+    ((key, prompt, decoding),) = asked
+    assert (key, prompt) == ("ticket-lora", "Hello")
+    assert (decoding.max_new_tokens, decoding.temperature, decoding.seed) == (16, 0.5, 7)
+
+
+def test_a_recorded_answer_is_shown_where_there_is_one_and_none_to_another_prompt():
+    ann = Visit(Compare())
+    first = ann.sees()
+    assert '"name"' in first["right"]["value"] and first["said"]["value"].startswith(
+        "Recorded when the adapter was made"
+    )
+    assert first["example"]["value"] == first["prompt"]["value"]
+    ann.state = {"prompt": "Hello"}
+    other = ann.sees()
+    assert (
+        other["right"]["value"] == ""
+        and other["example"]["value"] is None
+        and other["said"]["value"].startswith("Press Ask")
+    )
+    ann.state = {"prompt": "Hello!"}
+    assert ann.sees()["right"] != other["right"]  # so that the page takes a press's answer to the last prompt away
+
+
+def test_score_shows_how_far_it_is_and_then_the_report(monkeypatch):
+    rows = tuple(Exchange("p", "r", (Reply("base", "", 0, 0), Reply("mine", "x", 0, 1))) for _ in range(4))
+    report = ComparisonReport(
+        "ticket", "exact_match", rows, (score_of("base", [0] * 4), score_of("mine", [1] * 4, 0.2))
+    )
+    monkeypatch.setattr(side_by_side, "SCORED", lambda key: iter([(0.5, None), (1.0, report)]))
+    seen = Visit(tab := Compare()).press(tab.score)
+    assert seen["measuring"] == "Scoring, 50%" and "wins <b>4</b> of 4" in seen["sentence"]
+    assert "Measured here" in seen["whence"] and 'aria-label="nats:' in seen["sentence"]
+
+
+@pytest.mark.parametrize("work, button", [("GENERATE", "ask"), ("SCORED", "measure")])
+def test_a_press_that_fails_frees_its_button(work, button, monkeypatch):
+    def fails(*all):
+        raise PeftlabError("no <model>")
+        yield
+
+    monkeypatch.setattr(side_by_side, work, fails)
+    tab = Compare()
+    demo = blocks(tab)
+    panels = {component: name for name, component in tab.panels.items()}
+    press = next(f for f in demo.fns.values() if tab.panels[button]._id in {i for i, _ in f.targets if i} and f.fn)
+    seen = {}
+    for values in press.fn({"state": {}, "kept": {}}):
+        seen |= {panels[component]: value for component, value in values.items() if component in panels}
+    assert seen[button]["interactive"] and seen["problem"] == "no &lt;model&gt;"
+    assert seen["asking" if button == "ask" else "measuring"] == ""
+
+
+def test_an_adapter_trained_here_is_chosen_where_nothing_else_was(tmp_path):
+    import shutil
+
+    for key in ("run-1", "run-2"):
+        shutil.copytree(adapters.bundled()[-1].folder, tmp_path / key / "adapter")
+    ann = Visit(Compare())
+    ann.kept["adapters"] = ["run-1", "run-2"]
+    seen = ann.sees()["adapter"]
+    assert seen["value"] == "run-2" and [key for _, key in seen["choices"]][:2] == ["run-2", "run-1"]
+    ann.state = {"adapter": "ticket-lora"}
+    assert ann.sees()["adapter"]["value"] == "ticket-lora"
+
+
+@pytest.mark.parametrize(
+    "state", [{"temperature": "9"}, {"tokens": "1"}, {"decoding_seed": "x"}, {"prompt": "a" * 3000}]
+)
+def test_a_bad_choice_is_refused_beside_its_control(state):
+    ann = Visit(Compare())
+    ann.state = state
+    assert list(ann.sees()["problems"]) == list(state)

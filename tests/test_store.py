@@ -1,0 +1,115 @@
+"""The server's half of the store: a function of what the page says."""
+
+import json
+
+import pytest
+
+gr = pytest.importorskip("gradio")
+
+import app
+from demos import page
+from demos.memory_calculator import LESSONS, Memory, exact, own_config
+from peftlab import worker
+
+STORE = app.demo.store
+TABS = list(STORE.tabs)
+
+
+def answer(tab, opened=(), kept=None, **state):
+    return STORE.answer({"number": 1, "tab": tab, "state": state, "open": list(opened), "kept": kept or {}})
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_every_tab_answers_with_what_a_browser_can_take(tab):
+    folds = [fold for of in STORE.tabs.values() for fold in of.folds]
+    for opened in ((), folds):
+        shown = answer(tab, opened)
+        assert not shown["problems"] and shown["show"]
+        json.dumps(shown["show"])
+        assert all(update["__type__"] == "update" for update in shown["show"].values())
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_equal_questions_have_equal_answers(tab):
+    one, other = answer(tab, model="gpt2", rank="4"), answer(tab, rank="4", model="gpt2")
+    assert json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_controls_and_panels_have_names_of_their_own(tab):
+    of = STORE.tabs[tab]
+    assert not set(of.controls) & set(of.panels)
+    assert set(of.fill(page.opening(STORE))) <= {*of.controls, *of.panels}
+    assert set(of.draw(page.opening(STORE))) <= set(of.panels)
+
+
+def test_no_choice_has_the_name_of_a_setting():
+    from peftlab.spec import SETTINGS
+
+    assert not set(STORE.choices) & set(SETTINGS)
+    assert len(STORE.choices) == sum(len(tab.choices) for tab in STORE.tabs.values())
+
+
+def test_folded_panels_are_drawn_once_they_are_open():
+    memory = STORE.tabs["memory"]
+    fold = memory.folded["room"]
+    assert "memory.room" not in answer("memory")["show"]
+    assert "cheapest change" in answer("memory", [fold])["show"]["memory.room"]["value"]
+
+
+def test_settings_that_the_method_does_not_read_are_left_out():
+    assert answer("memory", method="prompt", rank="4", virtual_tokens="8")["state"] == {
+        "method": "prompt", "virtual_tokens": "8",
+    }  # fmt: skip
+
+
+def test_what_is_refused_stays_in_its_box():
+    shown = answer("memory", rank="100000")
+    assert shown["show"]["memory.rank"] == {"__type__": "update", "value": 100000, "maximum": 100000}
+    assert shown["state"] == {"rank": "100000"}
+    beyond = answer("memory", sequence_length="100000")  # further than the slider usually reaches, and right
+    assert beyond["show"]["memory.sequence_length"]["maximum"] == 100000 and not beyond["problems"]
+
+
+def test_of_several_refusals_each_is_said():
+    assert set(answer("memory", rank="0", batch_size="x", steps="8")["problems"]) == {"rank", "batch_size"}
+
+
+def test_a_bare_count_has_no_step_to_draw_and_no_rank():
+    shown = answer("memory", model="100B", share="2")["show"]
+    assert shown["memory.timeline"]["visible"] is False and shown["memory.rank"]["visible"] is False
+    assert [run["name"] for run in shown["memory.bars"]["value"]["runs"]][1] == "LoRA, 2% trained"
+
+
+@pytest.mark.parametrize("text, says", [("{", "not JSON"), ('{"model_type": "llama"}', "hidden_size is missing")])
+def test_a_config_that_is_none_is_refused_where_it_is_pasted(text, says):
+    refused, key = own_config(text)
+    assert says in refused and key == gr.skip()
+
+
+def test_the_exact_figure_takes_the_estimates_place(monkeypatch):
+    from peftlab.memory import closed_form
+
+    fresh = {"model": "smollm2-135m", "batch_size": "3"}
+    assert answer("memory", **fresh)["slow"] is True
+    reports = {spec: closed_form(spec).report() for spec in (s.arguments[0] for s in _slow(fresh))}
+    monkeypatch.setattr(worker, "known", lambda work, spec: reports[spec] if work is exact else None)
+    assert answer("memory", **fresh)["slow"] is False
+
+
+def _slow(state):
+    return STORE.tabs["memory"].slow(STORE.read(state))
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_lesson_of_memory_is_what_its_button_writes(lesson):
+    spec, rule = LESSONS[lesson]
+    asked = STORE.read(page.link(spec, convention=rule))
+    assert (asked.spec, asked["convention"]) == (spec.but(method=spec.method or "lora"), rule)
+
+
+def test_a_tab_runs_alone():
+    from demos.store import blocks
+
+    alone = blocks(Memory()).store
+    assert alone.answer({"number": 1, "tab": "memory", "state": {}})["show"]
