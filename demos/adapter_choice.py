@@ -17,7 +17,7 @@ def bundled() -> dict[str, Adapter]:
 
 def of(key: Any) -> Adapter:
     """A bundled adapter by name, or one trained here by its run's id; nothing else on the disk can be named."""
-    if key in bundled():
+    if isinstance(key, str) and key in bundled():
         return bundled()[key]
     if not _is_here(key):
         raise PeftlabError(f"The adapter {str(key)[:60]} is not here any more; choose another one")

@@ -142,18 +142,21 @@ def recording(task: str) -> dict[str, Any]:
     """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
     run = next((r for r in recorded_runs() if r["spec"]["task"] == task), None)
     if run is None:
-        said = "Press Train: the model learns while you watch."
+        said = "The model learns while you watch."
         return {"sentence": said, "bar": "", "said": "", **charts([])}
     events, recorded = run["events"], scores.of_run(run)
     libraries = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     mark = page.how("measured", f"{run['hardware']}, {run['date']}, {libraries}. Command: {run['command']}")
     about = (
         f'<div class="status"><span>{mark} A recording, seed {recorded.spec["seed"]}: {recorded.settings()}, '
-        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}. Press Train to run it here.</span></div>"
+        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}.</span></div>"
         f'<div class="note">{page.explained(escape(scores.elsewhere(recorded)))}</div>'
     )
     sentence = f"Recorded on {escape(run['hardware'])}: {words.live_sentence(events)}"
     return {"sentence": sentence, "bar": about, "said": answers(events), **charts(events)}
+
+
+INVITATION = '<div class="status"><span><b>Press Train to run it here.</b></span></div>'
 
 
 def waiting(job: jobs.Job) -> str:
@@ -162,7 +165,7 @@ def waiting(job: jobs.Job) -> str:
     what = f"Your run waits: {before} ahead of it" if last["type"] == "queued" and before else "Your run begins"
     if last["type"] == "loading":
         what = f"Your run begins: loading {escape(last['model'])}"
-    return f'<div class="status"><span><b>{what}.</b> Below is a recording.</span></div>'
+    return f'<div class="status"><span><b>{what}.</b></span></div>'
 
 
 def has_begun(job: jobs.Job) -> bool:
@@ -174,7 +177,7 @@ def shown(job: jobs.Job | None, task: str) -> dict[str, Any]:
     """What the panels of a run show, by name."""
     if job is None or not has_begun(job):
         old = recording(task)
-        return old | ({"bar": waiting(job) + old["bar"]} if job else {})
+        return old | {"bar": (waiting(job) if job else INVITATION) + old["bar"]}
     events = list(job.events)
     error = f'<div class="problem">{escape(events[-1]["message"])}</div>' if events[-1]["type"] == "error" else ""
     return {
@@ -238,8 +241,6 @@ class Live(Tab):
         with gr.Row(elem_classes="panes"):
             self.panel("loss", page.plot(None, "Training loss by step"))
             self.panel("metric", page.plot(None, "Held-out metric by step"))
-        units = "Loss in nats; the metric on held-out items, which training never sees."
-        page.note(page.explained(units))
         self.panel("said", gr.HTML())
         self.panel("how", gr.HTML())
         off = gr.update(interactive=False)
@@ -315,7 +316,7 @@ class Live(Tab):
             return None
         if job.id not in self.files:
             file = self.panels["keep"].serve_static_file(adapters.pack(job.folder / "adapter"))
-            self.files[job.id] = file | {"url": file["url"].lstrip("/"), "orig_name": f"{job.id}.zip"}
+            self.files[job.id] = file | {"url": file["url"].lstrip("/")}
         return self.files[job.id]
 
 

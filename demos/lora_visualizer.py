@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,17 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import lora_widget, methods, page, proving, real_weights
-from demos.adapter_choice import bundled, choices
+from demos import lora_widget, page, proving, real_weights
+from demos.tab import Asked, Draw, Slow, Tab
 from peftlab import RunSpec, SpecError, architecture, count, figures, resolve, scratch, words
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog.models import DEFAULT, find
 from peftlab.methods import METHODS
-from peftlab.resolve import with_preset
 
-TAB = "lora"
 LESSONS = {
     "Lecture 11.2: Gemma 3 270M, q and v": RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"),
     "7B, q and v": RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj"),
     "70B: thin v": RunSpec(model="llama-2-70b", rank=64, target_modules="q_proj,v_proj"),
-    "Past break-even": RunSpec(model="gemma-3-270m", rank=256),
+    "Past break-even": RunSpec(model="gemma-3-270m", rank=512),
 }
 FLOWS = {
     "lora": "In parallel: the update is added to what W computes.",
@@ -93,91 +89,74 @@ def by_size(spec: RunSpec) -> dict[str, Any]:
     return figures.themed(figures.percent_by_size, of.rank, of.target_modules, of.model)
 
 
-def build(spec: gr.State, mine: gr.BrowserState) -> page.View:
-    changing = partial(page.changing, TAB)
-    with gr.Row(elem_classes="stage"):
-        with page.controls():
-            page.drawer_handle()
-            model = page.model_choice(page.OPENING.model)
-            lora_widget.knobs(page.OPENING)
-            preset = methods.preset_choice([key for key in PRESETS if key.startswith("alpha")])
-            note = page.note(page.changed(page.OPENING))
-            reset = gr.Button("Reset to automatic", size="sm")
-        with gr.Column(elem_classes="main"):
-            problem = page.problem()
-            picture = lora_widget.picture(
-                lora_widget.value(page.OPENING), words.lora_sentence(count(lora_widget.of_family(page.OPENING)))
+class Lora(Tab):
+    """The LoRA visualizer."""
+
+    key, title = "lora", "LoRA"
+    choices = {**real_weights.CHOICES, **proving.CHOICES}
+
+    def build(self) -> None:
+        with gr.Row(elem_classes="stage"):
+            with page.controls():
+                page.drawer_handle()
+                self.control("model", page.model_choice(page.OPENING.model))
+                lora_widget.knobs()
+                self.panel("changed", page.note())
+                page.reset("model", "task")
+            with gr.Column(elem_classes="main"):
+                self._pictures()
+
+    def _pictures(self) -> None:
+        self.panel("problem", page.problem())
+        self.panel("picture", lora_widget.picture())
+        page.lessons({name: page.link(spec) for name, spec in LESSONS.items()})
+        lora_widget.rest()
+        with self.fold("Four ways to change the forward pass"):
+            self.panel("flows", gr.HTML())
+        with self.fold("Percent against model size"):
+            self.panel("by_size", page.plot(None, "LoRA's trained percent by the size of the model"))
+        with self.fold("The mathematics, on real weights"):
+            real_weights.build(self)
+        with self.fold("Proofs by doing"):
+            proving.build(self)
+        with self.fold("From scratch: the layer in plain torch"), gr.Row(elem_classes="panes"):
+            with gr.Column():
+                self.panel("code", _code("", "Runs as it is; its output equals peft's"))
+            with gr.Column():
+                _code(scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
+        with self.fold("Why the lecture's merge_weights raises"):
+            gr.Markdown(scratch.WHY)
+        with self.fold("The lectures' tables, recomputed"):
+            self.panel("tables", gr.HTML())
+
+    def check(self, asked: Asked) -> None:
+        entry = find(asked.spec.model or DEFAULT)
+        if entry.config is None:
+            shown = find(page.OPENING.model or DEFAULT).name
+            raise SpecError(
+                f"model={entry.key}: a bare count has no matrices to draw; {shown} is shown, or choose a model"
             )
-            with gr.Row(elem_classes="lessons"):
-                lessons = [gr.Button(name, size="sm") for name in LESSONS]
-            lora_widget.rest()
-            with gr.Accordion("Four ways to change the forward pass", open=False):
-                paths = gr.HTML(flows(page.OPENING.model or ""))
-            with gr.Accordion("Percent against model size", open=False):
-                sizes = page.plot(by_size(page.OPENING), "LoRA's trained percent by the size of the model")
-            first = next(iter(bundled()))
-            with gr.Accordion("The mathematics, on real weights", open=False):
-                another = real_weights.build(first)
-            with gr.Accordion("Proofs by doing", open=False):
-                proved = proving.build(list(bundled())[-1])
-            with gr.Accordion("From scratch: the layer in plain torch", open=False), gr.Row(elem_classes="panes"):
-                with gr.Column():
-                    script = _code(code(page.OPENING), "Runs as it is; its output equals peft's")
-                with gr.Column():
-                    _code(scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
-            with gr.Accordion("Why the lecture's merge_weights raises", open=False):
-                gr.Markdown(scratch.WHY)
-            with gr.Accordion("The lectures' tables, recomputed", open=False):
-                gr.HTML(page.claims_table("lora") + notes())
+        count(lora_widget.of_family(asked.spec))
+        real_weights.check(asked)
 
-    def body(spec: RunSpec) -> tuple:
-        count(lora_widget.of_family(spec))  # refuses what has nothing to train
-        return spec.model, lora_widget.value(spec), flows(spec.model or ""), *beside(spec)
+    def fill(self, asked: Asked) -> dict[str, Any]:
+        return {"model": page.shown_model(asked.spec), **real_weights.fill(asked), **proving.fill(asked)}
 
-    def beside(spec: RunSpec) -> tuple:
-        """What follows the settings outside the picture."""
-        return page.changed(spec), by_size(spec), code(spec)
+    def draw(self, asked: Asked) -> dict[str, Draw]:
+        spec = asked.spec
+        return {
+            "picture": lambda: lora_widget.value(spec, asked.refused),
+            "changed": lambda: page.changed(spec),
+            "flows": lambda: flows(spec.model or DEFAULT),
+            "by_size": lambda: by_size(spec),
+            **real_weights.draw(asked),
+            **proving.draw(asked),
+            "code": lambda: code(spec),
+            "tables": lambda: page.claims_table("lora") + notes(),
+        }
 
-    def choose(spec: RunSpec, model: str) -> tuple:
-        page.public({"model": model})
-        chosen = spec.but(model=model, target_modules=None, layers=None)
-        return (chosen, *body(chosen))
-
-    def reported(event: gr.EventData, request: gr.Request, spec: RunSpec) -> tuple:
-        """The settings once the reader has paused, unless they are of a model that is no longer on screen."""
-        if event.model != spec.model:
-            return (gr.skip(),) * 5
-        return changing(page.refusing(settle, 4))(request, spec, event.settings)
-
-    def settle(spec: RunSpec, settings: Mapping[str, Any]) -> tuple:
-        chosen = lora_widget.settled(spec, settings)
-        count(chosen)
-        return chosen, *beside(chosen)
-
-    def use_preset(spec: RunSpec, key: str) -> tuple:
-        spec = with_preset(lora_widget.of_family(spec), PRESETS[key]) if key else spec
-        return (spec, methods.preset_says(key), *show(spec))
-
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    show = page.refusing(body, 6)  # a bare count from another tab has nothing to draw
-    followers = [note, sizes, script]
-    shown = [problem, model, picture, paths, *followers]
-    model.input(changing(page.refusing(choose, 7)), [spec, model], [problem, spec, *shown[1:]], **quiet)
-    picture.submit(reported, spec, [problem, spec, *followers], trigger_mode="multiple", **quiet)
-    preset.input(changing(use_preset), [spec, preset], [spec, preset, *shown], **quiet)
-    for button, lesson in zip(lessons, LESSONS.values(), strict=True):
-        button.click(changing(lambda lesson=lesson: (lesson, *show(lesson))), None, [spec, *shown], **quiet)
-    reset.click(
-        changing(lambda spec: (plain := RunSpec(model=spec.model, task=spec.task), *show(plain))),
-        spec,
-        [spec, *shown],
-        **quiet,
-    )
-
-    def known(mine: list[str]) -> tuple:
-        return (gr.update(choices=choices(mine)),) * 2
-
-    return page.View(TAB, show, shown, opened=page.Event(known, [mine], [another, proved]))
+    def slow(self, asked: Asked) -> list[Slow]:
+        return real_weights.slow(asked)
 
 
 def _code(text: str, label: str) -> gr.Code:
@@ -185,4 +164,4 @@ def _code(text: str, label: str) -> gr.Code:
 
 
 if __name__ == "__main__":
-    page.run_alone("LoRA visualizer", lambda spec: build(spec, gr.BrowserState([])))
+    page.run_alone(Lora())

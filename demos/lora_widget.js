@@ -53,7 +53,7 @@ const whereText = (data, {targets, layers}) => {
 /** What is wrong with the settings, with `typed` numbers in place of theirs; empty when nothing is. */
 const refusal = (data, settings, typed = {}) => {
   const number = (name) => typed[name] === undefined ? settings[name] : typed[name] === '' ? NaN : +typed[name];
-  const given = (name) => typed[name] === '' ? 'nothing' : typed[name] ?? settings[name];
+  const given = (name) => typed[name] || (Number.isNaN(number(name)) ? 'nothing' : number(name));
   const method = data.methods[settings.method], {targets, layers} = settings, rank = number('rank'), alpha = number('alpha');
   if (!targets.size) return WORDS.no_target;
   if (!layers.size) return WORDS.no_layer;
@@ -113,6 +113,11 @@ const stops = (top) => {
 const nearest = (numbers, one) => numbers.findIndex((n) => n >= one) < 0 ? numbers.length - 1 : numbers.findIndex((n) => n >= one);
 const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
 
+/** All linear modules, and all layers. */
+const everything = () => ({
+  targets: new Set(data.modules.filter((m) => m.role !== 'head').map((m) => m.name)),
+  layers: new Set(Array.from({length: data.n_layers}, (_, i) => i)),
+});
 /** The settings as the server has them, but for a slider that the reader holds. */
 const read = () => {
   const held = stage.querySelector('[type=range][data-knob]:active')?.dataset.knob, mine = settings?.[held];
@@ -129,12 +134,14 @@ const read = () => {
 /** Writes what is set here, a refused number as it was typed. A method is written where it is another one: it clears others. */
 const report = () => {
   stage.querySelectorAll('.knob .refusal').forEach((old) => old.remove());
-  if (!chosenOf(data, settings, data.n_layers).some(Boolean) || Object.values(typed).includes('')) return;
+  if (!chosenOf(data, settings, data.n_layers).some(Boolean)) return;
   const layers = layersText(settings.layers, data.n_layers), asSent = layers === layersText(new Set(data.at.layers), data.n_layers);
+  props.value = {...props.value, moved: true}; // or an answer that takes the move back would be no change, which Gradio tells nobody of
   const targets = targetsText(data, settings.targets), isUsual = settings.rank === data.methods[settings.method].usual;
   peftlab.heard('lora.picture', null, true, {
     ...(settings.method === (peftlab.get().state.method ?? OPENING.method) ? {} : {method: settings.method}),
-    rank: isUsual ? null : settings.rank, alpha: settings.alpha, ...typed,
+    rank: isUsual ? null : settings.rank, alpha: settings.alpha,
+    ...Object.fromEntries(Object.entries(typed).filter(([, text]) => text)),
     target_modules: targets === 'all-linear' ? null : targets, layers: asSent ? data.at.layers_said : layers || null,
   });
 };
@@ -196,12 +203,13 @@ const sync = () => {
     attribute(range, 'max', numbers.length - 1);
     if (numbers[range.value] !== value) enter(range, nearest(numbers, value));
     attribute(range, 'aria-valuetext', `${name} ${value}`);
-    if (document.activeElement !== number || name === 'alpha' && alpha === null && !('alpha' in typed)) enter(number, typed[name] ?? value);
+    const said = Number.isNaN(+(typed[name] ?? value)) ? '' : typed[name] ?? value;
+    if (document.activeElement !== number || number.value !== '' && +number.value !== +said) enter(number, said); // not while one types
   }
   enter(knob('method'), method);
   stage.querySelector('.alpha-knob').hidden = auto === null;
   knob('automatic').disabled = alpha === null;
-  const preset = Object.keys(PRESETS).find((key) => alpha !== null && alpha === presetOf(key).alpha && rank === presetOf(key).rank) ?? '';
+  const preset = presetNow();
   enter(knob('preset'), preset);
   put(knob('preset').previousElementSibling, PRESETS[preset]?.says ?? PUBLISHED);
   all('[data-knob=target]').forEach((tick) => { tick.checked = targets.has(tick.value); });
@@ -341,6 +349,11 @@ const presetOf = (key) => {
   const {rank = settings.rank, alpha = null, over_rank} = PRESETS[key] ?? {};
   return {rank, alpha: over_rank ? over_rank * rank : alpha};
 };
+/** The preset that the settings are those of; empty for none. */
+const presetNow = () => Object.keys(PRESETS).find((key) => {
+  const {rank, alpha} = presetOf(key);
+  return rank === settings.rank && alpha === settings.alpha;
+}) ?? '';
 const flip = (kept, one) => { const other = new Set(kept); if (!other.delete(one)) other.add(one); return other; };
 const heard = (target) => {
   const {knob: name} = target.dataset;
@@ -405,11 +418,14 @@ for (const kind of ['pointerover', 'focusin']) stage.addEventListener(kind, ({ta
   }
 });
 for (const kind of ['pointerout', 'focusout']) stage.addEventListener(kind, ({target}) => { if (target.closest('.toy-w td')) light(null); });
-stage.addEventListener('focusout', ({relatedTarget}) => { if (!stage.contains(relatedTarget)) left(); });
+stage.addEventListener('focusout', ({target, relatedTarget}) => {
+  if (!stage.contains(relatedTarget)) left();
+  if (target.type === 'number' && target.dataset.knob) sync();
+});
 document.addEventListener('pointerdown', ({target}) => { if (!stage.contains(target)) left(); }, true);
 document.addEventListener('visibilitychange', left);
 const begin = () => {
-  if (!props.value) return; // the tab has not been opened
+  if (!props.value || props.value.moved) return; // the tab has not been opened, or it was moved here
   if (!knob('rank', 'range') || !$('.map')) return setTimeout(begin, 20);
   const {at, ...rest} = props.value, wanted = JSON.stringify(rest);
   read();
@@ -417,9 +433,10 @@ const begin = () => {
   built = wanted;
   paint();
 };
-window.addEventListener('peftlab-written', ({detail}) => { // modules and layers are a model's
-  if (data && 'model' in detail) settings = {...settings, targets: new Set(data.modules.filter((m) => m.role !== 'head').map((m) => m.name)),
-    layers: new Set(Array.from({length: data.n_layers}, (_, i) => i))};
+window.addEventListener('peftlab-written', ({detail}) => {
+  if (!data || 'picture' in detail) return;
+  if (!chosenOf(data, settings, data.n_layers).some(Boolean)) { read(); paint(); } // which was not written, and so is not undone
+  if ('model' in detail) settings = {...settings, ...everything()}; // modules and layers are a model's
 });
 begin();
 watch('value', begin);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -56,7 +57,11 @@ CONSTANTS = {
     "WORDS": WORDS,
     "OPENING": {"method": page.OPENING.method},
     "PRESETS": {
-        key: {**PRESETS[key].settings, "over_rank": PRESETS[key].alpha_over_rank, "says": escape(methods.preset_says(key))}
+        key: {
+            **PRESETS[key].settings,
+            "over_rank": PRESETS[key].alpha_over_rank,
+            "says": escape(methods.preset_says(key)),
+        }
         for key in OF_ALPHA
     },
     "PUBLISHED": methods.PUBLISHED,
@@ -111,7 +116,9 @@ def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, 
             "targets": [name for name, m in zip(names, linear, strict=True) if m in wanted],
             "layers": layers,
             "layers_said": spec.layers,
-            "refused": {name: escape(text[:40]) for name, text in (refused or {}).items() if name in ("rank", "alpha")},
+            "refused": {
+                n: re.sub(r"[^\w.+-]", "", text)[:40] for n, text in (refused or {}).items() if n in ("rank", "alpha")
+            },
         },
     }
 

@@ -171,16 +171,10 @@ def _case(case: Case, model: str) -> str:
     )
 
 
-def traced() -> tuple[bool, ...]:
-    """Which memory that the tables speak of is traced: what they say changes with it."""
-    return tuple(worker.known(exact, spec) is not None for spec in compared())
-
-
-def compared(*models: str) -> list[RunSpec]:
-    """Runs whose memory the tab states: a small model's, and LoRA and QLoRA of `models` and of the model of the tables."""
-    pairs = (evidence.automatic(model, "lora", "qlora") for model in (page.OPENING.model or DEFAULT, *models))
-    found = [*evidence.small(), *(spec for pair in pairs for spec in pair)]
-    return list(dict.fromkeys(found))
+def traced(model: str) -> tuple[bool, ...]:
+    """Which of the memory that the tab states is traced: what is said changes with it."""
+    pairs = (evidence.automatic(of, "lora", "qlora") for of in (page.OPENING.model or DEFAULT, model))
+    return tuple(all(worker.known(exact, spec) for spec in pair) for pair in (evidence.small(), *pairs))
 
 
 @lru_cache(maxsize=64)
@@ -288,7 +282,9 @@ class Methods(Tab):
                 self.panel("reasons", page.note())
             with gr.Column(elem_classes="main"):
                 self.panel("problem", page.problem())
-                self.control("method", map_widget())
+                self.panel(
+                    "method", map_widget()
+                )  # drawn whether or not its method is refused: the others are the model's
                 self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
                 self.panel("card", gr.HTML(min_height=400))
         self._advice()
@@ -332,16 +328,16 @@ class Methods(Tab):
     def fill(self, asked: Asked) -> dict[str, Any]:
         model = asked.spec.model or DEFAULT
         own = {name: list(asked[name]) for name in TICKS.values()}
-        map_ = spectrum(model, asked.spec.method or "lora")
-        return {"model": model, "method": map_, "across": asked["across"], "up": asked["up"], **own}
+        return {"model": model, "across": asked["across"], "up": asked["up"], **own}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, model = asked.spec, asked.spec.model or DEFAULT
-        checked = tables(traced())
+        checked = tables(traced(model))
         chart, front = benchmark(asked["across"], asked["up"])
         return {
             "sentence": lambda: evidence.map_sentence(places(model)),
             "reasons": lambda: unsuited(model),
+            "method": lambda: spectrum(model, spec.method or "lora"),
             "chosen": lambda: chosen_line(spec),
             "card": lambda: methods.method_panel(spec.method or "lora"),
             "advice": lambda: advice(situations(asked), model),
@@ -350,7 +346,7 @@ class Methods(Tab):
             "marks": marks,
             "front": lambda: page.explained(front),
             "all_runs": all_runs,
-            "sides": lambda: pros_and_cons(model, traced()),
+            "sides": lambda: pros_and_cons(model, traced(model)),
             "counted": lambda: gr.update(
                 label=f"The lectures' tables, checked: {checked.holds} statements hold, {checked.differ} differ"
             ),
@@ -359,9 +355,15 @@ class Methods(Tab):
         }
 
     def slow(self, asked: Asked) -> list[Slow]:
-        """The memory that the tab states, so that it is what the Memory tab says."""
-        about = {CASES[key].model or asked.spec.model or DEFAULT for key in situations(asked) if CASES[key].here == "quantized"}
-        return [Slow(exact, (spec,)) for spec in compared(*(model for model in about if is_traced(model)))]
+        """Memory that the advice states, so that it is what the Memory tab says."""
+        specs: dict[RunSpec, None] = {}
+        for case in map(CASES.__getitem__, situations(asked)):
+            model = case.model or asked.spec.model or DEFAULT
+            if case.here == "small-memory":
+                specs |= dict.fromkeys(evidence.small())
+            if case.here == "quantized" and is_traced(model):
+                specs |= dict.fromkeys(evidence.automatic(model, "lora", "qlora"))
+        return [Slow(exact, (spec,)) for spec in specs]
 
 
 def situations(asked: Asked) -> list[str]:

@@ -48,9 +48,9 @@ def named(text: str) -> tuple[str, ...]:
 def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
     """Those of a race run here: `values` of what the lesson varies, its own where none are named. Raises SpecError."""
     base, values = here(spec), lesson.values if values is None else values
-    method, named = METHODS[base.method or "lora"], ";".join(values)[:80] or NONE
+    method, said = METHODS[base.method or "lora"], ";".join(values)[:80] or NONE
     if not 2 <= len(values) <= MOST:
-        raise SpecError(f"values={named}: a race here takes 2 to {MOST} racers, not {len(values)}; name others")
+        raise SpecError(f"values={said}: a race here takes 2 to {MOST} racers, not {len(values)}; name others")
     if lesson.setting == "method" or (lesson.setting in METHOD_SETTINGS and lesson.setting not in method.settings):
         plain = dict.fromkeys([*METHOD_SETTINGS, "method", "learning_rate", "quantization"])
         base = RunSpec.from_dict({**base.to_dict(), **plain})
@@ -60,7 +60,7 @@ def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -
     try:
         return race.along(base, {lesson.setting: values})
     except SpecError as error:
-        raise SpecError(f"values={named}: {error}") from None
+        raise SpecError(f"values={said}: {error}") from None
 
 
 BOARD = """
@@ -301,7 +301,9 @@ class Race(Tab):
             self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
             self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
         self.control("task", gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
-        values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST]))
+        values = gr.Dropdown(
+            [], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST])
+        )
         self.control("values", values)
         self.control("steps", page.text("steps"))
         with gr.Accordion("More settings", open=False):
@@ -317,7 +319,8 @@ class Race(Tab):
         self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
         self.panel("told", gr.HTML(min_height=28))
         self.panel("bar", gr.HTML(min_height=44))
-        self.panel("back", gr.Button("Show the recorded race", size="sm", visible=False))
+        with gr.Row():
+            self.panel("back", gr.Button("Show the recorded race", size="sm", visible=False, scale=0, min_width=230))
         with gr.Column() as result:
             with gr.Row(elem_classes="panes"):
                 with gr.Column(scale=3):
@@ -327,7 +330,9 @@ class Race(Tab):
                     self.panel("losses", page.plot(None, "Training loss of each racer by step"))
             self.panel("tested", gr.HTML())
             gr.HTML("<h3>The board</h3>", js_on_load=None)
-            self.panel("board", gr.HTML({"html": "", "csv": ""}, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD))
+            self.panel(
+                "board", gr.HTML({"html": "", "csv": ""}, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD)
+            )
         self.panel("result", result)
 
     # --- what the settings show
@@ -352,7 +357,9 @@ class Race(Tab):
                 choices=places, value=recorded(lesson.key, asked["device"]).device, visible=len(places) > 1
             ),
             "values": gr.update(
-                choices=suited(lesson, spec), value=list(lesson.values if values is None else values), info=asked_for(lesson)
+                choices=suited(lesson, spec),
+                value=list(lesson.values if values is None else values),
+                info=asked_for(lesson),
             ),
             "guess": gr.update(
                 choices=[(o, o) for o in options], label=lesson.question, value=None if guess == NONE else guess
@@ -370,7 +377,7 @@ class Race(Tab):
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
         }
-        return {name: lambda value=value: value for name, value in parts.items()}  # type: ignore[misc]
+        return {name: lambda value=value: value for name, value in parts.items()}
 
     def _buttons(self, job: jobs.Job | None) -> dict[str, Any]:
         racing = job is not None and not job.over
@@ -398,7 +405,11 @@ class Race(Tab):
         bar += provenance(record, "Until yours begins, this stands below. " if job and not job.over else "")
         if guess == NONE:
             return parts | {"bar": bar, "sentence": "A guess first, then what was recorded."}
-        return parts | {"bar": bar + elsewhere(lesson, record)} | recorded_picture(lesson.key, record.device, asked["sort"])
+        return (
+            parts
+            | {"bar": bar + elsewhere(lesson, record)}
+            | recorded_picture(lesson.key, record.device, asked["sort"])
+        )
 
     def again(self, asked: Asked) -> float | None:
         job = self.race_of(asked)

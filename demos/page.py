@@ -39,7 +39,9 @@ const draw = () => {
   const place = element.querySelector('.plot');
   if (!figure || !window.Plotly || !place) return;
   const {title, ...layout} = figure.layout;
-  element.querySelector('h3').textContent = title.text;
+  const heading = element.querySelector('h3');
+  heading.textContent = title.text;
+  heading.innerHTML = heading.innerHTML.replace(/\\bnats\\b/, NATS);
   place.style.minHeight = layout.height + 'px';
   window.Plotly.react(place, figure.data, layout, {displayModeBar: false, responsive: true});
 };
@@ -143,7 +145,7 @@ def plot(value: dict[str, Any] | None, label: str) -> gr.HTML:
         value,
         html_template=f"<h3>{escape(title)}</h3>"
         f'<div class="plot" role="img" aria-label="{escape(label)}" style="min-height:{height}px"></div>',
-        js_on_load=DRAW,
+        js_on_load=DRAW.replace("NATS", json.dumps(term("nats"))),
         elem_classes="figure",
     )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from demos import page
-from demos.adapter_choice import choices, of, task_of
+from demos import choice, page
+from demos.adapter_choice import bundled, choices, of, task_of
 from demos.gpu import on_gpu
+from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
 from peftlab import PeftlabError, proofs, words
 from peftlab.proofs import LatencyReport, MergeReport
 
@@ -103,63 +105,89 @@ def timed(report: LatencyReport) -> str:
     )
 
 
-def build(first: str) -> gr.Dropdown:
-    """Returns the choice of the adapter."""
-    adapter = gr.Dropdown(choices([]), value=first, label="Adapter", info="Trained here, or bundled with the app")
-    prompt = gr.Textbox(task_of(of(first)).heldout[0].prompt, label="Prompt", lines=2, max_lines=5)
-    problem = page.problem()
+CHOICES = {"proof_prompt": choice.words("proof_prompt")}
+"""Unless it is written, the first held-out prompt of the adapter's task."""
+ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
+IDLE = (
+    "h = W₀x + (alpha / r)BAx = (W₀ + (alpha / r)BA)x: kept apart or added up, the layer is the same. "
+    "Merge and see how exactly; scale the update from nothing to twice itself; measure what each way costs."
+)
+
+
+def build(tab: Tab) -> None:
+    about = {"label": "Adapter", "info": "Trained here, or bundled with the app"}
+    adapter = tab.panel("proof_adapter", gr.Dropdown(choices([]), value=list(bundled())[-1], **about))
+    adapter.input(None, adapter, None, js=ANOTHER, **QUIET)
+    tab.control("proof_prompt", gr.Textbox(label="Prompt", lines=2, max_lines=5))
+    tab.panel("proof_problem", page.problem())
     with gr.Row(elem_classes="lessons"):
-        check = gr.Button("Merge and compare", size="sm")
-        turn = gr.Button("Turn the dial from 0 to 2", size="sm")
-        time = gr.Button("Time the four ways to serve it", size="sm")
-    shown = gr.HTML(
-        '<p class="note">h = W₀x + (alpha / r)BAx = (W₀ + (alpha / r)BA)x: kept apart or added up, the layer is the same. '
-        "Merge and see how exactly; scale the update from nothing to twice itself; measure what each way costs.</p>"
-    )
-    buttons = [check, turn, time]
-    busy = [gr.update(interactive=False)] * len(buttons)
-    free = [gr.update(interactive=True)] * len(buttons)
+        for name, job in JOBS.items():
+            tab.panel(name, gr.Button(job.label, size="sm"))
+    tab.panel("proved", gr.HTML(f'<p class="note">{IDLE}</p>'))
+    busy, free = ({name: gr.update(interactive=is_free) for name in JOBS} for is_free in (False, True))
+    for name, job in JOBS.items():
+        tab.press(tab.panels[name], job.press, ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
 
-    def doing(work: Any, said: str) -> Any:
-        def run(key: str, text: str) -> Iterator[tuple]:
-            yield "", f'<p class="note">{said}</p>', *busy
-            try:
-                for now in work(key, text):
-                    yield gr.skip(), now, *busy
-                yield gr.skip(), gr.skip(), *free
-            except PeftlabError as error:
-                yield escape(str(error)), "", *free
 
-        return run
+def fill(asked: Asked) -> dict[str, Any]:
+    return {"proof_prompt": prompt(asked)}
 
-    def checking(key: str, text: str) -> Iterator[str]:
-        yield merged_said(MERGE(key, text))
 
-    def turning(key: str, text: str) -> Iterator[str]:
-        stops: list[tuple[float, str]] = []
-        for stop in DIAL(key, text):
-            stops.append(stop)
-            yield dialled(stops)
+def draw(asked: Asked) -> dict[str, Draw]:
+    return {"proof_adapter": lambda: gr.update(choices=choices(asked.kept.get("adapters")), value=chosen(asked))}
 
-    def timing(key: str, text: str) -> Iterator[str]:
-        for share, report in LATENCY(key, text):
-            yield timed(report) if report else f'<p class="note">Timing, {words.score(share)} done.</p>'
 
-    jobs = (
-        (check, checking, "Reading the same text with four models: apart and merged, in fp32 and in bf16."),
-        (turn, turning, "Answering five times."),
-        (time, timing, "Loading the four models."),
-    )
-    for button, work, said in jobs:
-        button.click(
-            doing(work, said), [adapter, prompt], [problem, shown, *buttons], show_progress="hidden",
-            concurrency_id="generate", concurrency_limit=1, api_visibility="private",
-        )  # fmt: skip
-    adapter.input(
-        lambda key: task_of(of(key)).heldout[0].prompt,
-        adapter,
-        prompt,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    return adapter
+def chosen(asked: Asked) -> str:
+    """The key of the adapter to prove with: a bundled one where the visitor's choice is not here any more."""
+    key = asked.kept.get("proof_adapter")
+    try:
+        of(key)
+        return str(key)
+    except PeftlabError:
+        return list(bundled())[-1]
+
+
+def prompt(asked: Asked) -> str:
+    return asked["proof_prompt"] or task_of(of(chosen(asked))).heldout[0].prompt
+
+
+def merging(asked: Asked) -> Iterator[str]:
+    yield merged_said(MERGE(chosen(asked), prompt(asked)))
+
+
+def turning(asked: Asked) -> Iterator[str]:
+    stops: list[tuple[float, str]] = []
+    for stop in DIAL(chosen(asked), prompt(asked)):
+        stops.append(stop)
+        yield dialled(stops)
+
+
+def timing(asked: Asked) -> Iterator[str]:
+    for share, report in LATENCY(chosen(asked), prompt(asked)):
+        yield timed(report) if report else f'<p class="note">Timing, {words.score(share)} done.</p>'
+
+
+@dataclass(frozen=True)
+class Job:
+    """A proof: its button, what is said while it begins, and what it shows as it goes on."""
+
+    label: str
+    begins: str
+    work: Callable[[Asked], Iterator[str]]
+
+    def press(self, asked: Asked) -> Iterator[dict[str, Any]]:
+        yield {"proved": f'<p class="note">{self.begins}</p>'}
+        try:
+            yield from ({"proved": shown} for shown in self.work(asked))
+        except PeftlabError:
+            yield {"proved": ""}
+            raise
+
+
+JOBS = {
+    "merge": Job(
+        "Merge and compare", "Reading the same text with four models: apart and merged, in fp32 and in bf16.", merging
+    ),
+    "dial": Job("Turn the dial from 0 to 2", "Answering five times.", turning),
+    "latency": Job("Time the four ways to serve it", "Loading the four models.", timing),
+}

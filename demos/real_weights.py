@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from demos import page
+from demos import choice, page
 from demos.adapter_choice import choices, of, task_of
 from demos.gpu import on_gpu
-from peftlab import PeftlabError, RunSpec, adapters, architecture, figures, lowrank, resolve, study, weights, words
-from peftlab import study_figures as draw
+from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab
+from demos.weight_pictures import images, is_here
+from peftlab import (
+    PeftlabError,
+    SpecError,
+    adapters,
+    architecture,
+    figures,
+    lowrank,
+    resolve,
+    study,
+    weights,
+    words,
+    worker,
+)
+from peftlab import study_figures as charts
 from peftlab.catalog.models import DEFAULT, MODELS
 from peftlab.catalog.papers import PAPERS
 from peftlab.study import MatrixStudy, Study
@@ -24,6 +39,17 @@ SHOWN = ("ticket-lora-r8", "ticket-lora-r64", "ticket-full")
 """Bundled, of one task and the same matrices, from other seeds: from the smallest rank to the full fine-tune."""
 KEEP = 12
 """Directions kept of each update, to compare with another's."""
+PANELS = ("study", "energy", "singular_values", "update_sizes", "shared", "shared_said", "matrix_table")
+LAST_LAYER, WIDTH = 29, 576
+"""Of the model that they are of."""
+CHOICES = {
+    "matrix": choice.one_of("matrix", None, architecture.ROLES),
+    "layer": choice.number("layer", None, 0, LAST_LAYER),
+    "directions": choice.number("directions", 64, 1, WIDTH),
+}
+"""Which matrix is shown, and how many directions of W its picture keeps."""
+DECOMPOSING = '<p class="note">W is being decomposed.</p>'
+NOT_HERE = '<p class="note">The base model is not here yet; the foot of the page says how far it is.</p>'
 SHARE = 0.9
 """Of the energy: how many directions keep it is what the sentence compares."""
 LOOK = (
@@ -74,10 +100,15 @@ def _name(of: Study) -> str:
     return f"LoRA, rank {max(m.delta.rank for m in of.matrices)}"
 
 
+def studies(mine: Study | None) -> dict[str, Study]:
+    """A visitor's own first."""
+    return {**({YOURS: mine} if mine else {}), **bundled()}
+
+
 def roles(mine: Study | None) -> list[str]:
     """Kinds of module that any study has a matrix of."""
-    studies = [*bundled().values(), *([mine] if mine else [])]
-    return list(dict.fromkeys(m.role for s in studies for m in s.matrices))
+    every = [*bundled().values(), *([mine] if mine else [])]
+    return list(dict.fromkeys(m.role for s in every for m in s.matrices))
 
 
 def about() -> str:
@@ -94,22 +125,29 @@ def about() -> str:
     )
 
 
-def picture(mine: Study | None, role: str, layer: int) -> tuple:
-    """Sentence, four charts and a table for one matrix, of the bundled studies and a visitor's own."""
-    studies = {**({YOURS: mine} if mine else {}), **bundled()}
-    here = {name: m for name, s in studies.items() for m in s.matrices if m.role == role and m.layer == layer}
+def changed(mine: Study | None, role: str, layer: int) -> dict[str, MatrixStudy]:
+    """What each study has of one matrix. Raises SpecError where none has it."""
+    here = {name: m for name, s in studies(mine).items() for m in s.matrices if m.role == role and m.layer == layer}
     if not here:
-        raise PeftlabError(f"no studied adapter changes the {role} of layer {layer}; choose another one")
+        raise SpecError(f"matrix={role}: no studied adapter changes it in layer {layer}; try {roles(mine)[0]}")
+    return here
+
+
+def pictures(mine: Study | None, role: str, layer: int) -> dict[str, Any]:
+    """Sentence, four charts and a table for one matrix, of the bundled studies and a visitor's own, by panel."""
+    here = changed(mine, role, layer)
     weight = next(iter(here.values())).weight
     deltas = {name: m.delta for name, m in here.items()}
-    return (
-        words.study_sentence(role, layer, weight, deltas, SHARE),
-        figures.themed(draw.energy, weight, deltas),
-        figures.themed(draw.singular_values, weight, deltas),
-        figures.themed(draw.sizes, {name: studies[name] for name in here}, role),
-        *_shared(here),
-        _table(here, studies, role),
-    )
+    shared, said = _shared(here)
+    return {
+        "study": words.study_sentence(role, layer, weight, deltas, SHARE),
+        "energy": figures.themed(charts.energy, weight, deltas),
+        "singular_values": figures.themed(charts.singular_values, weight, deltas),
+        "update_sizes": figures.themed(charts.sizes, {name: studies(mine)[name] for name in here}, role),
+        "shared": gr.update(value=shared, visible=shared is not None),
+        "shared_said": said,
+        "matrix_table": _table(here, studies(mine), role),
+    }
 
 
 def _shared(here: dict[str, MatrixStudy]) -> tuple[Any, str]:
@@ -124,10 +162,10 @@ def _shared(here: dict[str, MatrixStudy]) -> tuple[Any, str]:
         f"What {escape(a)} and {escape(b)} write into: φ({i}, {j}) is "
         f"<b>{overlap.grid[-1][-1]:.2f}</b>; random subspaces of {overlap.n} dimensions would share {overlap.random(i, j):.3f}."
     )
-    return figures.themed(draw.shared, overlap, a, b), said
+    return figures.themed(charts.shared, overlap, a, b), said
 
 
-def _table(here: dict[str, MatrixStudy], studies: dict[str, Study], role: str) -> str:
+def _table(here: dict[str, MatrixStudy], every: dict[str, Study], role: str) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in here)
 
     def row(label: str, values: list[str]) -> str:
@@ -136,7 +174,7 @@ def _table(here: dict[str, MatrixStudy], studies: dict[str, Study], role: str) -
     def factor(value: float | None) -> str:
         return "none" if value is None else f"{words.significant(value)}×"
 
-    every = [[m for m in studies[name].matrices if m.role == role] for name in here]
+    alike = [[m for m in every[name].matrices if m.role == role] for name in here]
     matrices = list(here.values())
     rows = [
         row("rank of ΔW", [f"{m.delta.rank}" for m in matrices]),
@@ -144,7 +182,7 @@ def _table(here: dict[str, MatrixStudy], studies: dict[str, Study], role: str) -
         row("amplification", [factor(m.amplification.factor) for m in matrices]),
         row("amplification of random directions", [factor(m.amplification.factor_of_random) for m in matrices]),
         row("intruders among its top 10", [f"{len(m.intruders.directions)}" for m in matrices]),
-        row("intruders in all layers", [f"{sum(len(m.intruders.directions) for m in all_)}" for all_ in every]),
+        row("intruders in all layers", [f"{sum(len(m.intruders.directions) for m in all_)}" for all_ in alike]),
     ]
     mark = page.how(
         "exact", "From singular value decompositions of the real weights; python -m peftlab study makes them."
@@ -164,39 +202,6 @@ def explained() -> str:
         )
         + "</dl>"
     )
-
-
-@lru_cache(maxsize=8)
-def _decomposed(role: str, layer: int) -> tuple[Any, lowrank.Factors]:
-    """W of the bundled base, and its singular value decomposition."""
-    base = weights.load(resolve(RunSpec(model=DEFAULT, precision="fp32")))
-    kind = next(m for m in architecture.of(DEFAULT).linear() if m.role == role)
-    name = next(name for number, name in kind.names() if number == layer)
-    weight = base.model.get_submodule(name).weight.detach().float().cpu()
-    return weight, lowrank.factors(weight)
-
-
-def images(role: str, layer: int, rank: int) -> str:
-    """W beside its best approximation of a rank, number for number."""
-    weight, found = _decomposed(role, layer)
-    rank = min(int(rank), len(found.s))
-    near, off = lowrank.best(found, rank)
-    limit = 3 * float(weight.std())
-    colour = figures.PALETTE["light"]["frozen"]
-
-    def shown(matrix: Any, text: str, said: str) -> str:
-        return f'<figure><img src="{draw.picture(matrix, limit, colour)}" alt="{said}"><figcaption>{text}</figcaption></figure>'
-
-    d_out, d_in = weight.shape
-    return (
-        '<div class="weight-pictures">'
-        + shown(weight, f"<b>W</b>, {d_out} × {d_in}", f"{d_out} by {d_in} numbers without a visible pattern")
-        + shown(
-            near, f"<b>the nearest of rank {rank}</b>: off by {words.percent(off)} of ‖W‖",
-            f"the nearest matrix of rank {rank}, which is off by {words.percent(off)}",
-        )
-        + "</div>"
-    )  # fmt: skip
 
 
 def work(key: str) -> Iterator[tuple[float, Study | None]]:
@@ -219,75 +224,101 @@ def work(key: str) -> Iterator[tuple[float, Study | None]]:
 WORK = on_gpu(work)
 
 
-def build(first: str) -> gr.Dropdown:
-    """Returns the choice of an adapter to add to the studied ones."""
-    known = roles(None)
-    smallest = [m for m in next(iter(bundled().values())).matrices if m.role == known[0]]
-    telling = max(smallest, key=lambda m: m.relative_size or 0).layer or 0
-    own = gr.State(None)
-    start = picture(None, known[0], telling)
-    gr.HTML(f"<p>{about()}</p>", elem_classes="note")
+def added(asked: Asked) -> Study | None:
+    """The study of the adapter that the visitor chose, where there is one."""
+    try:
+        folder = of(asked.kept.get("studied")).folder
+        return _recorded(folder, (folder / study.FILE).stat().st_mtime)
+    except (PeftlabError, OSError):
+        return None
+
+
+@lru_cache(maxsize=8)
+def _recorded(folder: Path, written: float) -> Study | None:
+    return study.recorded(adapters.read(folder))
+
+
+@lru_cache(maxsize=1)
+def telling() -> int:
+    """The layer that the smallest adapter changes most, of the matrix that is shown first."""
+    smallest = [m for m in next(iter(bundled().values())).matrices if m.role == roles(None)[0]]
+    return max(smallest, key=lambda m: m.relative_size or 0).layer or 0
+
+
+def place(asked: Asked) -> tuple[str, int]:
+    """Role and layer of the matrix that is shown."""
+    layer = asked["layer"]
+    return asked["matrix"] or roles(added(asked))[0], telling() if layer is None else layer
+
+
+def build(tab: Tab) -> None:
+    tab.panel("studied_runs", page.note())
     with gr.Row(elem_classes="run-row"):
-        role = gr.Radio(known, value=known[0], label="Matrix")
-        layer = gr.Slider(0, len(smallest) - 1, telling, step=1, label="Layer")
-    problem = page.problem()
-    said = page.note(start[0])
+        tab.control("matrix", gr.Radio(roles(None), label="Matrix"))
+        tab.control("layer", gr.Slider(0, LAST_LAYER, step=1, label="Layer"))
+    tab.panel("study_problem", page.problem())
+    tab.panel("study", page.note())
     with gr.Row(elem_classes="panes"):
-        kept = page.plot(start[1], "Energy kept by the first directions of W and of each update")
-        values = page.plot(start[2], "Singular values of W and of each update")
+        tab.panel("energy", page.plot(None, "Energy kept by the first directions of W and of each update"))
+        tab.panel("singular_values", page.plot(None, "Singular values of W and of each update"))
     with gr.Row(elem_classes="panes"):
-        size = page.plot(start[3], "Size of each update by layer")
+        tab.panel("update_sizes", page.plot(None, "Size of each update by layer"))
         with gr.Column():
-            shared = page.plot(start[4], "What the subspaces of two updates share")
-            shared_said = page.note(start[5])
-    table = gr.HTML(start[6])
-    with gr.Accordion("W as a picture, and its best approximation", open=False) as pictures:
-        rank = gr.Slider(1, 576, 64, step=1, label="Directions kept")
-        shown = gr.HTML("")
+            tab.panel("shared", page.plot(None, "What the subspaces of two updates share"))
+            tab.panel("shared_said", page.note())
+    tab.panel("matrix_table", gr.HTML())
+    with tab.fold("W as a picture, and its best approximation"):
+        tab.control("directions", gr.Slider(1, WIDTH, CHOICES["directions"].usual, step=1, label="Directions kept"))
+        tab.panel("weight_pictures", gr.HTML(min_height=430))
     with gr.Row(elem_classes="run-row"):
-        adapter = gr.Dropdown(
-            choices([]), value=first, label="Another adapter", info="Trained here, or bundled with the app"
-        )
-        add = gr.Button(ADD, scale=0, min_width=190)
+        about = {"label": "Another adapter", "info": "Trained here, or bundled with the app"}
+        adapter = tab.panel("studied", gr.Dropdown(choices([]), value=None, **about))
+        add = tab.panel("add", gr.Button(ADD, scale=0, min_width=190))
     gr.HTML(explained())
-    drawn = [said, kept, values, size, shared, shared_said, table]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    adapter.input(None, adapter, None, js="(studied) => { peftlab.keep({studied}); }", **QUIET)
+    busy, free = gr.update(value="Studying", interactive=False), gr.update(value=ADD, interactive=True)
+    tab.press(add, adding, ["add", "kept"], {"add": busy}, {"add": free}, "study_problem", **ONE_AT_A_TIME)
 
-    def safely(work: Any, n: int) -> Any:
-        def guarded(*args: Any) -> Any:
-            try:
-                return ("", *work(*args))
-            except PeftlabError as error:
-                return (escape(str(error)), *[gr.skip()] * n)
 
-        return guarded
+def check(asked: Asked) -> None:
+    changed(added(asked), *place(asked))
 
-    gr.on([role.input, layer.input], safely(picture, len(drawn)), [own, role, layer], [problem, *drawn],
-          trigger_mode="always_last", **quiet)  # fmt: skip
-    gr.on(
-        [pictures.expand, rank.release, role.input, layer.release],
-        safely(lambda *at: (images(*at),), 1), [role, layer, rank], [problem, shown], trigger_mode="always_last", **quiet,
-    )  # fmt: skip
 
-    def join(key: str, role: str, layer: int) -> Iterator[tuple]:
-        skips = [gr.skip()] * (2 + len(drawn))
-        try:
-            for share, found in WORK(key):
-                if found is None:
-                    yield "", gr.update(value=f"Studying, {words.score(share)}", interactive=False), *skips
-                    continue
-                changed = {m.role for m in found.matrices}
-                role = role if role in changed else min(changed)
-                yield (
-                    "",
-                    gr.update(value=ADD, interactive=True),
-                    found,
-                    gr.update(choices=roles(found), value=role),
-                    *picture(found, role, layer),
-                )
-        except PeftlabError as error:
-            yield escape(str(error)), gr.update(value=ADD, interactive=True), *skips
+def fill(asked: Asked) -> dict[str, Any]:
+    role, layer = place(asked)
+    return {
+        "matrix": gr.update(choices=[[name, name] for name in roles(added(asked))], value=role),
+        "layer": layer,
+        "directions": asked["directions"],
+    }
 
-    add.click(join, [adapter, role, layer], [problem, add, own, role, *drawn], show_progress="hidden",
-              concurrency_id="generate", concurrency_limit=1, api_visibility="private")  # fmt: skip
-    return adapter
+
+def draw(asked: Asked) -> dict[str, Draw]:
+    drawn = cache(lambda: pictures(added(asked), *place(asked)))
+    found = worker.known(images, *place(asked), asked["directions"])
+    return {
+        "studied_runs": about,
+        **{name: lambda name=name: drawn()[name] for name in PANELS},
+        "weight_pictures": lambda: found or DECOMPOSING if is_here() else NOT_HERE,
+        "studied": lambda: _offered(asked),
+    }
+
+
+def _offered(asked: Asked) -> dict[str, Any]:
+    known = choices(asked.kept.get("adapters"))
+    return gr.update(choices=known, value=next((key for _, key in known if key == asked.kept.get("studied")), None))
+
+
+def slow(asked: Asked) -> list[Slow]:
+    return [Slow(images, (*place(asked), asked["directions"]), "weight_pictures")] if is_here() else []
+
+
+def adding(asked: Asked) -> Iterator[dict[str, Any]]:
+    """Studies the adapter that was chosen; once the study lies beside it, it is drawn."""
+    key = asked.kept.get("studied")
+    if not key:
+        raise PeftlabError("no adapter is chosen; choose one to add it to these")
+    for share, found in WORK(key):
+        if found is None:
+            yield {"add": gr.update(value=f"Studying, {words.score(share)}", interactive=False)}
+    yield {"kept": {"studied": key}}

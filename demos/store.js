@@ -3,7 +3,7 @@
 
 const GIVEN = /*given*/{};  // {tabs: the first is the usual one, run: names of a run's settings, clears: {name: names}, outputs: names in order}
 const REST = 400; // milliseconds without a move after which a slider or a text box counts as at rest
-const PATIENCE = 30_000; // milliseconds after which an answer is taken for lost
+const PATIENCE = 30_000, LONG = 300_000; // milliseconds after which an answer is taken for lost: a quick one, an exact one
 const LONGEST = 10_000; // letters of a value that an address still carries
 
 let tab = GIVEN.tabs[0], state = {}, open = new Set();
@@ -18,34 +18,39 @@ const STORAGE = 'peftlab';
 const remembered = () => { try { return JSON.parse(localStorage.getItem(STORAGE)) ?? {}; } catch { return {}; } };
 const memory = Object.assign({visitor: crypto.randomUUID?.() ?? String(Math.random()).slice(2), adapters: []}, remembered());
 const keep = (more) => {
-  Object.assign(memory, more);
+  Object.assign(memory, remembered(), more); // another window may have kept something since
   try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame may have no storage: then this visit's are kept */ }
 };
 
 // --- the address
 
+/** Long texts and ids of runs are no part of a link: the browser's history holds them. */
+const isPublic = (value) => value.length <= LONGEST && !/-\d{6}-[0-9a-f]{6}$/.test(value);
 const read = () => {
-  state = {};
+  state = {...history.state?.peftlab};
   tab = GIVEN.tabs[0];
   for (const [name, value] of new URLSearchParams(location.search))
     if (name === 'tab') tab = GIVEN.tabs.includes(value) ? value : tab;
     else if (!name.startsWith('__')) state[name] = value;
 };
+const sorted = (search) => { const all = new URLSearchParams(search); all.sort(); return String(all); };
 const record = (how) => {
-  const url = new URL(location.href), search = new URLSearchParams();
-  for (const [name, value] of Object.entries(state)) if (value.length <= LONGEST) search.set(name, value);
+  const url = new URL(location.href), search = new URLSearchParams(), hidden = {};
+  for (const [name, value] of Object.entries(state)) if (isPublic(value)) search.set(name, value); else hidden[name] = value;
   if (tab !== GIVEN.tabs[0]) search.set('tab', tab);
   url.searchParams.forEach((value, name) => { if (name.startsWith('__')) search.set(name, value); });
   url.search = search;
-  if (url.href === location.href) return;
-  history[how](null, '', url);
+  const isHere = JSON.stringify(hidden) === JSON.stringify(history.state?.peftlab ?? {});
+  if (isHere && url.href === location.href) return;
+  if (isHere && sorted(url.search) === sorted(location.search)) how = 'replaceState'; // no change that Back could undo
+  history[how]({peftlab: hidden}, '', url);
   if (window.parent !== window) window.parent.postMessage({queryString: url.search.slice(1), hash: url.hash.slice(1)}, '*');
 };
 
 // --- lanes: one question under way in each, the last one wins, a lost answer is asked again
 
 const pause = (time) => new Promise((done) => setTimeout(done, time));
-const lane = (ask, take) => {
+const lane = (ask, take, patience) => {
   let busy = false, next = null;
   const work = async () => {
     busy = true;
@@ -53,7 +58,7 @@ const lane = (ask, take) => {
       const question = next;
       next = null;
       try {
-        const answer = await Promise.race([ask(question), pause(PATIENCE)]);
+        const answer = await Promise.race([ask(question), pause(patience)]);
         if (!answer) throw new Error('no answer');
         failures = 0;
         if (question.number === number) take(answer);
@@ -77,8 +82,8 @@ const quick = lane((asked) => server.answer(asked), (answer) => {
   clearTimeout(looking);
   if (answer.again) looking = setTimeout(look, 1000 * answer.again);
   if (answer.slow) exact(question());
-});
-const exact = lane((asked) => server.exact(asked), (answer) => show(answer.show));
+}, PATIENCE);
+const exact = lane((asked) => server.exact(asked), (answer) => show(answer.show), LONG);
 const look = () => quick(question());
 
 // --- writing
@@ -98,6 +103,7 @@ const write = (patch, atRest = false) => {
     if (text === '') delete next[name]; else next[name] = text;
   }
   state = next;
+  shown[`${tab}.problem`] = null; // what a press said of the settings before
   window.dispatchEvent(new CustomEvent('peftlab-written', {detail: patch}));
   number += 1;
   clearTimeout(resting);
@@ -158,9 +164,7 @@ const refuse = (problems) => {
     if (!place?.offsetParent) { rest.push(text); continue; }
     place.append(Object.assign(document.createElement('div'), {className: 'problem refusal', role: 'alert', textContent: text}));
   }
-  const name = `${tab}.problem`;
-  shown[name] = null;
-  show({[name]: rest.join(' ')});
+  show({[`${tab}.problem`]: rest.join(' ')});
 };
 const showTab = () => {
   pending['store.tabs'] = {__type__: 'update', selected: tab};

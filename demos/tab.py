@@ -74,7 +74,7 @@ class Tab:
         """Panels that are inside a fold, and which."""
 
     def control(self, name: str, component: Any, **also: str) -> Any:
-        """`component` writes the setting `name`, and with it the settings `also`. The page hears a text box letter by letter."""
+        """`component` writes the setting `name`, and `also` with it. The page hears a text box letter by letter."""
         self.also[name] = also
         component.elem_id = f"{self.key}-{name}"
         if isinstance(component, gr.Textbox):
@@ -146,7 +146,8 @@ class Tab:
             try:
                 for values in work(self.read(question["state"], question["kept"])):
                     yield shown(values)
-                yield shown(after)
+                if after:
+                    yield shown(after)
             except PeftlabError as error:
                 yield shown({**after, problem: escape(str(error))})
             except Exception as error:

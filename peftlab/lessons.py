@@ -55,7 +55,7 @@ class Lesson:
         for claim in self.claims:
             try:
                 found.append((claim, claim.test(board)))
-            except LookupError:
+            except (LookupError, ValueError):  # a racer has not finished, or none has of which to take the best
                 found.append((claim, None))
         return found
 

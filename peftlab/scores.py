@@ -36,7 +36,7 @@ class Recorded:
         rank = f"rank {self.spec['rank']}, " if self.spec.get("rank") else ""
         return f"{rank}{_steps(self.spec)}, learning rate {self.spec['learning_rate']:g}"
 
-    def unlike(self, other: Recorded) -> str:
+    def unlike(self, other: Recorded) -> list[str]:
         """What is different here, in words."""
         said = []
         if len(self.scores) != len(other.scores):
@@ -53,7 +53,7 @@ class Recorded:
             said.append(f"learning rate {self.spec['learning_rate']:g}")
         if self.hardware != other.hardware:
             said.append(f"on {self.hardware}")
-        return ", ".join(said) or "another run"
+        return said or ["another run"]
 
 
 def _steps(spec: Mapping[str, Any]) -> str:
@@ -70,7 +70,8 @@ def of_adapter(adapter: Adapter) -> Recorded:
     """Of an adapter in Compare, that has its score in its manifest."""
     done = adapter.result["eval"]
     scores, device = tuple(done["after"].values()), adapter.result["device"]
-    return Recorded("Compare", adapter.spec.to_dict(), scores, done["items"], device)
+    spec = adapter.spec.to_dict() | {"steps": adapter.result["steps"]}  # fewer than were meant, where it was stopped
+    return Recorded("Compare", spec, scores, done["items"], device)
 
 
 def of_line(line: Line, hardware: str) -> Recorded:
@@ -96,7 +97,15 @@ def elsewhere(here: Recorded) -> str:
             seen.setdefault(other.tab, other)
     if not seen:
         return ""
-    others = ", ".join(f"{words.score(o.score)} in {o.tab} ({o.unlike(here)})" for o in seen.values())
+    others, said = [], set[str]()
+    for other in seen.values():
+        unlike = other.unlike(here)
+        new = [part for part in unlike if part not in said]
+        others.append(
+            f"{words.score(other.score)} in {other.tab} ({', '.join(new if len(new) == len(unlike) else ['as there', *new])})"
+        )
+        said.update(unlike)
     low, high = wilson(here.scores[0] * here.items, here.items)
     known = f"{words.score(here.score)} is known only to lie between {words.score(low)} and {words.score(high)}"
-    return f"The same task and method: {others}{f'; on {here.items} items, {known}' if len(here.scores) == 1 else ''}."
+    sure = f"; on {here.items} items, {known}" if len(here.scores) == 1 else ""
+    return f"The same task and method: {', '.join(others)}{sure}."

@@ -1,4 +1,4 @@
-"""The LoRA tab outside its picture: charts and words of real studies, the proofs' words, and the layer from scratch."""
+"""The LoRA tab outside its picture: what it answers, charts and words of real studies, the proofs, the layer from scratch."""
 
 import re
 
@@ -6,35 +6,191 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from demos import lora_visualizer, page, proving, real_weights
-from peftlab import PeftlabError, RunSpec, count, lowrank
+from demos import adapter_choice, lora_visualizer, lora_widget, page, proving, real_weights, weight_pictures
+from demos.lora_visualizer import LESSONS, Lora
+from demos.store import blocks
+from peftlab import PeftlabError, RunSpec, SpecError, adapters, count, lowrank, resolve, study, weights, worker
+from peftlab.catalog.models import DEFAULT
 from peftlab.proofs import Agreement, Flip, LatencyReport, MergeReport, Speed
+
+STORE = blocks(Lora()).store
+TAB = STORE.tabs["lora"]
+MATHEMATICS = TAB.folded["study"]
+
+
+def answer(*opened, kept=None, **state):
+    return STORE.answer({"number": 1, "tab": "lora", "state": state, "kept": kept or {}, "open": list(opened)})
+
+
+def read(kept=None, **state):
+    return STORE.read(state, kept)
+
+
+def test_folded_panels_are_left_out_until_they_are_open():
+    assert not set(TAB.folded) & {name.removeprefix("lora.") for name in answer()["show"]}
+    shown = answer(MATHEMATICS, matrix="value", layer="3")["show"]
+    assert "layer 3's value matrix" in shown["lora.study"]["value"] and "lora.weight_pictures" not in shown
+    assert (shown["lora.matrix"]["value"], shown["lora.layer"]["value"]) == ("value", 3)
+
+
+def test_a_matrix_is_decomposed_in_the_other_process_and_only_where_its_picture_is_in_sight(monkeypatch):
+    monkeypatch.setattr(real_weights, "is_here", lambda: True)
+    fold = TAB.folded["weight_pictures"]
+    assert answer(MATHEMATICS)["slow"] is False and answer(fold)["slow"] is True
+    assert "being decomposed" in answer(fold)["show"]["lora.weight_pictures"]["value"]
+    asked = (weight_pictures.images, "value", 3, 5)
+    monkeypatch.setattr(worker, "known", lambda *work: "<img>" if work == asked else None)
+    seen = answer(fold, matrix="value", layer="3", directions="5")
+    assert seen["slow"] is False and seen["show"]["lora.weight_pictures"]["value"] == "<img>"
+    monkeypatch.setattr(real_weights, "is_here", lambda: False)
+    assert answer(fold)["slow"] is False and "not here yet" in answer(fold)["show"]["lora.weight_pictures"]["value"]
+
+
+def test_the_picture_of_a_matrix_is_of_the_base_as_it_is_stored(tiny_model, monkeypatch):
+    tiny = resolve(RunSpec(model=str(tiny_model), precision="fp32", quantization="none"))
+    entry = weights.load(tiny).entry
+    monkeypatch.setattr(weight_pictures, "MODELS", {DEFAULT: entry})
+    monkeypatch.setattr(weight_pictures, "architecture", type("", (), {"of": lambda _: _shape(tiny_model)}))
+    weight_pictures._decomposed.cache_clear()
+    weight, _ = weight_pictures._decomposed("query", 1)
+    assert weight.equal(weights.load(tiny).model.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().cpu())
+    assert weight_pictures.images("query", 1, 4).count("<img") == 2
+    with pytest.raises(PeftlabError, match="no query of layer 9"):
+        weight_pictures._decomposed("query", 9)
+    weight_pictures._decomposed.cache_clear()
+
+
+def _shape(model):
+    from peftlab import architecture
+
+    return architecture.of(str(model))
+
+
+def test_the_bounds_are_those_of_the_model_that_is_studied():
+    every = [m for s in real_weights.bundled().values() for m in s.matrices]
+    assert (max(m.layer for m in every), max(max(m.shape) for m in every)) == (
+        real_weights.LAST_LAYER,
+        real_weights.WIDTH,
+    )
+
+
+def test_a_bare_count_has_nothing_to_draw_here_and_the_opening_model_is_shown():
+    shown = answer(model="100B", rank="4")
+    assert "100B: a bare count has no matrices to draw; Llama 3.1 8B is shown" in shown["problems"]["model"]
+    value = shown["show"]["lora.picture"]["value"]
+    assert (value["key"], value["at"]["rank"]) == (page.OPENING.model, 4)
+    assert shown["state"] == {"model": "100B", "rank": "4"}
+
+
+@pytest.mark.parametrize("rank", ["abc", "0", "100000", "1000000000"])
+def test_a_refused_rank_is_in_the_link_in_its_box_and_in_the_refusal(rank):
+    shown = answer(rank=rank, alpha="3")
+    assert f"rank={rank}" in shown["problems"]["rank"] and shown["state"] == {"rank": rank, "alpha": "3"}
+    at = shown["show"]["lora.picture"]["value"]["at"]
+    assert (at["refused"], at["rank"], at["alpha"]) == ({"rank": rank}, 8, 3)
+
+
+def test_past_break_even_is_past_it_in_every_matrix():
+    value = lora_widget.value(LESSONS["Past break-even"])
+    rank, adapted = value["at"]["rank"], value["at"]["targets"]
+    of = [m for m in value["modules"] if m["name"] in adapted]
+    assert len(of) == 7 and all(rank * (m["d_in"] + m["d_out"]) > m["d_in"] * m["d_out"] for m in of)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_lesson_can_be_shown(lesson):
+    shown = answer(**page.link(LESSONS[lesson]))
+    assert not shown["problems"] and shown["show"]["lora.picture"]["value"]["key"] == LESSONS[lesson].model
 
 
 def test_the_sentence_and_the_table_are_of_the_bundled_studies():
-    name, study = next(iter(real_weights.bundled().items()))
-    matrix = next(m for m in study.matrices if m.role == "query" and m.layer == 3)
-    said, kept, _, sizes, *_, table = real_weights.picture(None, "query", 3)
-    assert f">{matrix.weight.rank_for(0.9)}</b> of its 576" in said and f"{name} <b" in said
-    assert [line["name"] for line in kept["light"]["data"]] == ["W", *real_weights.bundled()]
-    assert kept["dark"]["data"][1]["y"][-1] == pytest.approx(100)
-    assert len(sizes["light"]["data"][0]["x"]) == 30
-    assert re.findall(r"<td>rank of ΔW</td><td>(\d+)</td>", table) == [str(matrix.delta.rank)]
+    name, of = next(iter(real_weights.bundled().items()))
+    matrix = next(m for m in of.matrices if m.role == "query" and m.layer == 3)
+    shown = real_weights.pictures(None, "query", 3)
+    assert f">{matrix.weight.rank_for(0.9)}</b> of its 576" in shown["study"] and f"{name} <b" in shown["study"]
+    assert [line["name"] for line in shown["energy"]["light"]["data"]] == ["W", *real_weights.bundled()]
+    assert shown["energy"]["dark"]["data"][1]["y"][-1] == pytest.approx(100)
+    assert len(shown["update_sizes"]["light"]["data"][0]["x"]) == 30
+    assert re.findall(r"<td>rank of ΔW</td><td>(\d+)</td>", shown["matrix_table"]) == [str(matrix.delta.rank)]
 
 
 def test_a_study_of_ones_own_comes_first_and_is_compared():
     mine = next(iter(real_weights.bundled().values()))
-    _, kept, _, _, shared, shared_said, table = real_weights.picture(mine, "value", 0)
-    assert kept["light"]["data"][1]["name"] == "yours" and "<th>yours</th>" in table
+    shown = real_weights.pictures(mine, "value", 0)
+    assert shown["energy"]["light"]["data"][1]["name"] == "yours" and "<th>yours</th>" in shown["matrix_table"]
     directions = next(m.directions for m in mine.matrices if m.role == "value" and m.layer == 0)
     overlap = lowrank.overlap(directions, directions, "left")
-    assert shared["light"]["data"][0]["z"] == [list(row) for row in overlap.grid]
-    assert f"<b>{overlap.grid[-1][-1]:.2f}</b>" in shared_said  # with itself: everything
+    assert shown["shared"]["value"]["light"]["data"][0]["z"] == [list(row) for row in overlap.grid]
+    assert f"<b>{overlap.grid[-1][-1]:.2f}</b>" in shown["shared_said"]  # with itself: everything
 
 
-def test_a_matrix_that_no_adapter_changes_is_refused_in_words():
-    with pytest.raises(PeftlabError, match="no studied adapter changes the up of layer 0"):
-        real_weights.picture(None, "up", 0)
+def test_a_matrix_that_no_adapter_changes_is_refused_and_another_one_is_shown():
+    shown = answer(MATHEMATICS, matrix="up")
+    assert "matrix=up: no studied adapter changes it" in shown["problems"]["matrix"]
+    assert "query matrix" in shown["show"]["lora.study"]["value"]
+    with pytest.raises(SpecError, match="matrix=up"):
+        real_weights.check(read(matrix="up"))
+
+
+def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, tmp_path):
+    mine = adapter_choice.bundled()["voice-lora"]
+    folder = tmp_path / "mine-1" / "adapter"
+    folder.mkdir(parents=True)
+    for file in mine.folder.iterdir():
+        if file.name != study.FILE:
+            (folder / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(adapter_choice.jobs, "RUNS", tmp_path)
+    kept = {"studied": "mine-1", "adapters": ["mine-1"]}
+    shown = answer(MATHEMATICS, kept=kept)["show"]
+    assert "yours" not in shown["lora.study"]["value"] and shown["lora.studied"]["value"] == "mine-1"
+    assert shown["lora.studied"]["choices"][0][0].startswith("yours: ")
+
+    def studying(key):
+        yield 0.5, None
+        (folder / study.FILE).write_bytes((mine.folder / study.FILE).read_bytes())
+        yield 1.0, study.recorded(adapters.read(folder))
+
+    monkeypatch.setattr(real_weights, "WORK", studying)
+    told = list(real_weights.adding(read(kept)))
+    assert told[0]["add"]["value"] == "Studying, 50%" and told[-1] == {"kept": {"studied": "mine-1"}}
+    assert "of yours" in answer(MATHEMATICS, kept=kept)["show"]["lora.study"]["value"]
+    assert "mine-1" not in str(answer(kept=kept)["state"])  # ids of runs are in no link
+
+
+def test_without_a_choice_there_is_nothing_to_add():
+    with pytest.raises(PeftlabError, match="no adapter is chosen"):
+        list(real_weights.adding(read()))
+
+
+@pytest.mark.parametrize("mine", [None, 3, [3, None], ["../x"], ["gone"]])
+def test_adapters_that_are_not_here_are_not_offered(mine):
+    assert [key for _, key in adapter_choice.choices(mine)] == list(adapter_choice.bundled())
+    shown = answer(MATHEMATICS, TAB.folded["proved"], kept={"adapters": mine, "studied": mine, "proof_adapter": mine})
+    assert not shown["problems"] and shown["show"]["lora.proof_adapter"]["value"] in adapter_choice.bundled()
+    with pytest.raises(PeftlabError, match="not here any more"):
+        adapter_choice.of("../adapters")
+
+
+def test_the_prompt_is_the_adapters_own_until_one_is_written():
+    first = adapter_choice.task_of(adapter_choice.bundled()["ticket-lora"]).heldout[0].prompt
+    assert proving.prompt(read({"proof_adapter": "ticket-lora"})) == first
+    assert proving.prompt(read({"proof_adapter": "ticket-lora"}, proof_prompt="Hello")) == "Hello"
+
+
+def test_a_proof_tells_how_it_goes_on_with_the_adapter_and_the_prompt_that_were_chosen(monkeypatch):
+    asked = read({"proof_adapter": "ticket-lora"}, proof_prompt="Hello")
+    monkeypatch.setattr(proving, "DIAL", lambda *of: iter([(0.0, "base"), (1.0, "-".join(of))]))
+    begins, first, both = (shown["proved"] for shown in proving.JOBS["dial"].press(asked))
+    assert "Answering five times" in begins and "base" in first and "ticket-lora-Hello" in both
+
+    def refused(*_):
+        raise PeftlabError("the prompt is empty")
+
+    monkeypatch.setattr(proving, "MERGE", refused)
+    told = proving.JOBS["merge"].press(asked)
+    assert "four models" in next(told)["proved"] and next(told) == {"proved": ""}
+    with pytest.raises(PeftlabError, match="empty"):
+        next(told)
 
 
 def test_merging_is_told_with_its_numbers_and_texts_escaped():
@@ -67,11 +223,3 @@ def test_each_way_to_change_the_forward_pass_is_drawn_and_counted():
     for key in lora_visualizer.FLOWS:
         assert f"{count(RunSpec(model='llama-2-7b', method=key)).trainable_parameters:,} parameters" in page_
     assert page_.count("<svg") == len(lora_visualizer.FLOWS)
-
-
-def test_settings_of_a_model_that_is_gone_are_not_taken():
-    with gr.Blocks():
-        view = lora_visualizer.build(gr.State(page.OPENING), gr.BrowserState([]))
-    assert len(view.show(page.OPENING)) == len(view.outputs)
-    refused = view.show(RunSpec(model="100B"))
-    assert len(refused) == len(view.outputs) and "100B" in refused[0]

@@ -10,10 +10,15 @@ import pytest
 pytest.importorskip("gradio")
 
 from demos import lora_widget
+from demos import page as opened
+from demos.lora_visualizer import Lora
+from demos.store import CLEARS, blocks
 from peftlab import RunSpec, SpecError, architecture, count, resolve, words
 from peftlab.catalog.models import MODELS
+from peftlab.catalog.presets import PRESETS
 from peftlab.count import BYTES
 from peftlab.methods import METHODS
+from peftlab.resolve import with_preset
 from peftlab.spec import parse_layers
 
 DECODERS = [key for key, entry in MODELS.items() if entry.config is not None and entry.is_causal]
@@ -27,36 +32,39 @@ const stub = (listeners) => {
     style: {getPropertyValue: nothing, setProperty: nothing}, classList: {toggle: nothing}, clientWidth: 600,
     childNodes: Array.from({length: 99}, () => ({data: ''})),
     getAttribute: nothing, setAttribute: nothing, addEventListener: (name, f) => { listeners[name] = f; },
-    closest() { return this; }, querySelector: found, querySelectorAll: () => [],
+    closest() { return this; }, querySelector: (name) => name.includes(':active') ? null : found(name), querySelectorAll: () => [],
     get firstChild() { return found('first'); }, get lastChild() { return found('last'); },
-    get previousSibling() { return found('previous'); },
+    get previousSibling() { return found('previous'); }, get previousElementSibling() { return found('previous'); },
   };
 };
 class ResizeObserver { observe() {} }
 const said = cases.map(({value, points}) => {
-  const listeners = {}, stage = stub(listeners), props = {value};
-  let changed, paused, reported;
+  const listeners = {}, stage = stub(listeners), props = {value}, window = {addEventListener: (name, f) => { listeners[name] = f; }};
+  let changed, reported, state;
+  const peftlab = {get: () => ({state}), heard: (_, __, atRest, patch) => { reported = atRest && patch; }};
   const page = new Function(
-    'props', 'element', 'watch', 'trigger', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout', 'requestAnimationFrame',
-    script + '; return () => ({settings, ...count(data, settings), alpha: alphaOf(data, {...settings, alpha: null}),' +
+    'props', 'element', 'watch', 'peftlab', 'window', 'document', 'ResizeObserver', 'requestAnimationFrame',
+    script + '; return () => ({settings, preset: presetNow(), ...count(data, settings), alpha: alphaOf(data, {...settings, alpha: null}),' +
       'targets: targetsText(data, settings.targets), layers: layersText(settings.layers, data.n_layers)});')(
-    props, stage, (_, f) => { changed = f; }, (_, told) => { reported = told; }, {addEventListener: nothing}, ResizeObserver,
-    (f) => { paused = f; return 1; }, nothing, (f) => { f(); });
+    props, stage, (_, f) => { changed = f; }, peftlab, window, {addEventListener: nothing}, ResizeObserver, (f) => { f(); });
   return points.map((at) => {
     props.value = {...value, at};
+    state = {method: at.asked ?? at.method};
     reported = null;
     changed();
-    if (at.then) listeners.input({target: {dataset: {knob: 'method'}, value: at.then}});
-    const refused = stage.querySelector('.main .problem.here').written;
+    if (at.untick) listeners.input({target: {dataset: {knob: 'target'}, value: at.untick}});
+    if (at.writes) listeners['peftlab-written']({detail: at.writes});
+    for (const [knob, typed] of Object.entries(at.then ?? {})) listeners.input({target: {dataset: {knob}, type: 'number', value: typed}});
     listeners.change({target: {dataset: {knob: 'rank'}}});
-    paused();
-    return {...page(), refused, reported, sentence: stage.querySelector('.main .sentence').written};
+    const here = (name) => stage.querySelector(`.here[data-of="${name}"]`).written, sentence = stage.querySelector('.main .sentence').written;
+    return {...page(), refused: here('') || here('rank') || here('alpha'), rank: here('rank'), reported, sentence};
   });
 });
 console.log(JSON.stringify(said));
 """
-"""The page's own script with stand-ins for what the browser gives it. Each point is settings that the server sends,
-and perhaps a method that the reader chooses `then`."""
+"""The page's own script with stand-ins for what the browser gives it. Each point is settings that the server sends, and
+perhaps what the reader does: to `untick` a module, what another control `writes`, and `then` by knob; `asked` is the method of the address."""
+STORE = blocks(Lora()).store
 SPEC = RunSpec(model="smollm2-135m", method="lora")
 HERE = lora_widget.value(SPEC)["at"]
 needs_node = pytest.mark.skipif(not NODE, reason="no node")
@@ -74,6 +82,16 @@ def page(cases):
 def point(spec):
     """A spec's settings as the page has them; the modules in any order."""
     return lora_widget.value(spec)["at"]
+
+
+def written(spec, patch):
+    """The settings once the page has written `patch` to those of `spec`."""
+    state = opened.link(spec)
+    for name in (cleared for written in patch for cleared in CLEARS.get(written, ())):
+        state.pop(name, None)
+    return STORE.read(state | {n: v for n, v in patch.items() if v is not None}).spec.but(
+        **{n: None for n, v in patch.items() if v is None}
+    )
 
 
 def some(draw, members):
@@ -123,7 +141,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
                 report = count(asked)
             except SpecError as error:
                 refused += 1
-                assert answer["refused"] and answer["reported"] is None, asked
+                assert answer["refused"], asked
                 if str(error).startswith("rank="):
                     assert answer["refused"] == str(error)
                 continue
@@ -136,10 +154,8 @@ def test_the_page_counts_says_and_reports_what_python_does():
             assert answer["sentence"] == words.lora_sentence(count(said))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
             assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")
-            assert answer["reported"]["model"] == spec.model
-            settled = lora_widget.settled(spec, answer["reported"]["settings"])
-            own = asked if asked.method == "lora" else asked.but(adapter_precision=None)  # a new method has its own
-            assert settled == own.but(layers=settled.layers) and count(settled).names == report.names
+            settled = written(spec.but(method=at["method"]), answer["reported"])
+            assert settled == asked.but(layers=settled.layers) and count(settled).names == report.names
     assert counted >= 200 and refused >= 10
 
 
@@ -153,26 +169,92 @@ def test_automatic_alpha_is_each_methods_own():
 
 @needs_node
 @pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ({"rank": "0"}, "rank=0: a rank is a whole number from 1 to 65,536; try 8"),
+        ({"rank": "2.5"}, "rank=2.5: a rank is a whole number"),
+        ({"rank": ""}, "rank=nothing: a rank is a whole number"),
+        (
+            {"rank": "1000000000"},
+            "rank=1000000000: no adapted matrix has a rank above 576, so a larger update is wasted; try 8, or 576",
+        ),
+        ({"method": "vera", "rank": "100000"}, "rank=100000: a rank is a whole number from 1 to 65,536"),
+        ({"alpha": "0"}, "alpha=0: ΔW is multiplied by alpha"),
+        ({"alpha": "-1"}, "it must be above 0 and at most 1,000,000; try 16"),
+        ({"alpha": "1e7"}, "at most 1,000,000"),
+    ],
+)
+def test_a_refused_number_is_written_as_typed_and_drawn_nowhere(typed, says):
+    """So that the box, the link and the refusal say one number; an empty box is the middle of one."""
+    before, answer, cured = page(
+        [(SPEC, [HERE, HERE | {"then": typed}, HERE | {"then": typed | {"rank": "9", "alpha": "3"}}])]
+    )[0]
+    assert says in answer["refused"] and "null" not in answer["refused"]
+    name, text = list(typed.items())[-1]
+    assert answer["reported"][name] == (text or None)
+    assert answer["settings"][name] == (256 if "method" in typed else before["settings"][name])
+    assert bool(answer["rank"]) == (name == "rank")  # beside its control
+    assert cured["refused"] == "" and (cured["reported"]["rank"], cured["reported"]["alpha"]) == (9, 3)
+
+
+@needs_node
+@pytest.mark.parametrize("text", ["0", "abc", "1000000000"])
+def test_a_refused_number_of_a_link_stands_beside_its_control_and_goes_on_being_refused(text):
+    at = lora_widget.value(SPEC, {"rank": text, "model": "100B"})["at"]
+    assert at["refused"] == {"rank": text} and at["rank"] == 8
+    answer, touched = page([(SPEC, [at, at | {"then": {"alpha": "3"}}])])[0]
+    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == words.lora_sentence(count(SPEC))
+    assert (touched["reported"]["rank"], touched["reported"]["alpha"]) == (text, 3)
+
+
+@needs_node
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"targets": []}, "no target module is ticked: nothing would be trained; tick at least one"),
         ({"layers": []}, "no layer is chosen: nothing would be trained; choose at least one"),
-        ({"rank": 0}, "rank=0: a rank is a whole number from 1 to 65,536; try 8"),
-        ({"rank": 2.5}, "rank=2.5: a rank is a whole number"),
-        (
-            {"rank": 100_000},
-            "rank=100000: no adapted matrix has a rank above 576, so a larger update is wasted; try 8, or 576",
-        ),
-        ({"rank": 100_000, "method": "vera"}, "rank=100000: a rank is a whole number from 1 to 65,536"),
-        ({"alpha": 0}, "alpha=0: ΔW is multiplied by alpha"),
-        ({"alpha": -1}, "it must be above 0 and at most 1,000,000; try 16"),
-        ({"alpha": 1e7}, "at most 1,000,000"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words_and_not_reported(changes, says):
+def test_nothing_to_train_is_refused_and_not_written(changes, says):
     answer, cured = page([(SPEC, [HERE | changes, HERE])])[0]
     assert says in answer["refused"] and answer["reported"] is None
     assert cured["refused"] == "" and cured["reported"]
+
+
+@needs_node
+@pytest.mark.parametrize("key", lora_widget.OF_ALPHA)
+def test_a_preset_writes_its_settings_and_shows_while_they_are_set(key):
+    for spec in (SPEC, SPEC.but(rank=32)):
+        (answer,) = page([(spec, [point(spec) | {"then": {"preset": key}}])])[0]
+        assert written(spec, answer["reported"]) == with_preset(spec, PRESETS[key])
+        assert answer["preset"] == key
+        (answer,) = page([(spec, [point(with_preset(spec, PRESETS[key])) | {"then": {"preset": ""}}])])[0]
+        assert answer["reported"]["alpha"] is None and answer["preset"] == ""
+
+
+@needs_node
+def test_modules_of_a_model_that_is_gone_are_not_written():
+    spec = SPEC.but(target_modules="q_proj", layers="0-2")
+    (answer,) = page([(spec, [point(spec) | {"writes": {"model": "gpt2"}, "then": {"rank": "9"}}])])[0]
+    assert answer["reported"] == {"rank": 9, "alpha": None, "target_modules": None, "layers": None}
+
+
+@needs_node
+def test_what_was_not_written_does_not_outlive_what_another_control_writes():
+    """Reset after the last module was unticked: the settings are as they were, so that no answer redraws them."""
+    spec = SPEC.but(target_modules="q_proj")
+    alone, reset = page(
+        [(spec, [point(spec) | {"untick": "q_proj"}, point(spec) | {"untick": "q_proj", "writes": {"rank": ""}}])]
+    )[0]
+    assert "no target module" in alone["refused"] and alone["reported"] is None
+    assert reset["refused"] == "" and reset["reported"]["target_modules"] == "q_proj"
+
+
+@needs_node
+def test_where_another_method_is_asked_for_a_change_is_loras():
+    """The tab shows LoRA in place of a method that has no rank."""
+    (answer,) = page([(SPEC, [HERE | {"asked": "houlsby", "then": {"rank": "9"}}])])[0]
+    assert answer["reported"]["method"] == "lora"
 
 
 @needs_node
@@ -195,7 +277,7 @@ def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
     for at, answer in zip(points, page([(spec, points)])[0], strict=True):
         asked = spec.but(target_modules=",".join(at["targets"]))
         assert answer["trained"] == count(asked).trainable_parameters
-        assert count(lora_widget.settled(spec, answer["reported"]["settings"])).names == count(asked).names
+        assert count(written(spec, answer["reported"])).names == count(asked).names
     assert answer["targets"] == "all-linear"
 
 
@@ -203,10 +285,12 @@ def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
 def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
     spec = SPEC.but(rank=16, alpha=64, target_modules="q_proj", layers="0-2", adapter_precision="bf16", dropout=0.1)
     others = lora_widget.FAMILY[1:]
-    before, *after = page([(spec, [point(spec), *(point(spec) | {"then": method} for method in others)])])[0]
+    before, *after = page([(spec, [point(spec), *(point(spec) | {"then": {"method": method}} for method in others)])])[
+        0
+    ]
     assert before["sentence"] == words.lora_sentence(count(spec))
     for method, answer in zip(others, after, strict=True):
-        settled = lora_widget.settled(spec, answer["reported"]["settings"])
+        settled = written(spec, answer["reported"])
         assert settled == SPEC.but(method=method, target_modules="q_proj", layers="0-2")
         assert answer["sentence"] == words.lora_sentence(count(settled))
 
@@ -217,9 +301,9 @@ def test_layers_are_reported_in_the_words_they_came_in(layers):
     spec = SPEC.but(layers=layers)
     at = point(spec)
     same, fewer = page([(spec, [at | {"rank": 3}, at])])[0]
-    assert same["reported"]["settings"]["layers"] == layers
-    assert lora_widget.settled(spec, same["reported"]["settings"]) == spec.but(rank=3)
-    assert fewer["reported"]["settings"]["rank"] is None
+    assert same["reported"]["layers"] == layers
+    assert written(spec, same["reported"]) == spec.but(rank=3)
+    assert fewer["reported"]["rank"] is None
 
 
 def test_every_module_has_a_name_that_only_it_answers_to_and_another_label():

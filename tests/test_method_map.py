@@ -1,19 +1,31 @@
 """The map of methods on the page: every method once, what it trains, and what happens when one is chosen."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
-gr = pytest.importorskip("gradio")
+pytest.importorskip("gradio")
 
 from demos import method_map, methods, page
-from peftlab import RunSpec, count, published, words
+from demos.method_map import Methods
+from demos.store import blocks
+from peftlab import RunSpec, count, evidence, published, words, worker
 from peftlab.catalog.guide import CASES, TABLES
 from peftlab.catalog.methods import ABOUT
+from peftlab.memory import exact, predict
 from peftlab.methods import METHODS
 
+STORE = blocks(Methods()).store
+TAB = STORE.tabs["methods"]
 CHIP = re.compile(r'<button type="button" data-method="([^"]+)"([^>]*)>(.*?)</button>', re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Tests change the registry, of which the map is kept."""
+    method_map.places.cache_clear()
+    yield
+    method_map.places.cache_clear()
 
 
 def chips(model, chosen="lora"):
@@ -60,56 +72,100 @@ def test_a_method_new_to_the_registry_appears_by_itself(monkeypatch):
     monkeypatch.setitem(ABOUT, "mine", replace(ABOUT["ln"], name="Mine"))
     monkeypatch.setitem(METHODS, "mine", replace(METHODS["ln"], key="mine"))
     assert "Mine" in chips("gpt2")["mine"][1]
-    with gr.Blocks():
-        view = method_map.build(gr.State(page.OPENING))
-    assert f"{len(METHODS)} methods" in view.show(RunSpec(model="gpt2", method="mine"))[2]
+    assert f"{len(METHODS)} methods" in shown(model="gpt2", method="mine")["sentence"]
 
 
-@pytest.fixture
-def tab():
-    """The tab, and its events by the component that starts them."""
-    with gr.Blocks() as demo:
-        view = method_map.build(gr.State(page.OPENING))
-    events = {demo.blocks[f.targets[0][0]]: f.fn for f in demo.fns.values() if f.targets}
-    return SimpleNamespace(
-        view=view, events=events, problem=view.outputs[0], model=view.outputs[1], map=view.outputs[3]
+def answer(opened=(), **state):
+    return STORE.answer({"number": 1, "tab": "methods", "state": state, "open": list(opened)})
+
+
+def shown(**state):
+    """What each control and panel holds, by name; folded panels too."""
+    updates = answer(set(TAB.folds), **state)["show"]
+    return {name.partition(".")[2]: update.get("value") for name, update in updates.items()}
+
+
+def test_the_tab_shows_the_settings():
+    found = shown(model="gpt2", method="houlsby", across="memory", when_none="none", when_peft="default;latency")
+    spec = RunSpec(model="gpt2", method="houlsby")
+    assert "GPT-2" in found["sentence"] and found["method"]["method"] == "houlsby"
+    assert f"{count(spec).trainable_parameters:,}" in found["chosen"]
+    assert words.size(count(spec).adapter_bytes) in found["chosen"]
+    assert found["card"] == methods.method_panel("houlsby")
+    assert "7 of 63 runs" in found["front"]
+    assert (found["when_none"], found["when_peft"]) == ([], ["default", "latency"])
+    assert found["advice"].count('<section class="case">') == 2
+
+
+def test_the_map_writes_the_setting_itself():
+    assert "peftlab.heard('methods.method'" in TAB.panels["method"].js_on_load
+
+
+def test_ticks_as_they_are_at_first_are_not_in_the_link():
+    keys = [key for key, case in CASES.items() if case.group == "peft" and case.ticked]
+    assert answer(when_peft=";".join(reversed(keys)))["state"] == {}
+    assert answer(when_peft="few")["state"] == {"when_peft": "few"}
+
+
+def test_nothing_folded_is_drawn_before_it_is_open():
+    folded = {"methods.all_runs", "methods.sides", "methods.checked", "methods.claims"}
+    assert not folded & set(answer()["show"])
+    assert folded <= set(answer(TAB.folds)["show"])
+
+
+@pytest.mark.parametrize("model, method", [("llama-2-7b", "bitfit"), ("gpt2", "oft")])
+def test_a_method_that_does_not_suit_the_model_is_refused_and_lora_shown(model, method):
+    found = answer(model=model, method=method)
+    assert set(found["problems"]) == {"method"} and method in found["problems"]["method"]
+    assert found["state"] == {"model": model, "method": method}  # another model may suit it again
+    map_ = found["show"]["methods.method"]["value"]
+    assert map_ == method_map.spectrum(model, "lora")
+    assert (
+        f"{count(RunSpec(model=model, method='lora')).trainable_parameters:,}"
+        in found["show"]["methods.chosen"]["value"]
     )
 
 
-def request(name):
-    return SimpleNamespace(session_hash=name)
+def test_a_bare_count_has_nothing_to_map():
+    assert "100B" in answer(model="100B")["problems"]["model"]
 
 
-def test_choosing_a_method_makes_it_the_settings_everywhere(tab):
-    choose = tab.events[tab.map]
-    begin = RunSpec(model="gpt2", method="lora", rank=64, task="voice")
-    problem, spec, line, panel = choose(request("a"), begin, {"method": "houlsby", "families": ""})
-    assert not problem and (spec.model, spec.method, spec.task, spec.rank) == ("gpt2", "houlsby", "voice", None)
-    assert page.visitor(request("a"))._spec == spec
-    assert f"{count(spec).trainable_parameters:,}" in line and panel == methods.method_panel("houlsby")
-    assert words.size(count(spec).adapter_bytes) in line
+def test_memory_is_what_the_memory_tab_says(monkeypatch):
+    """Its exact figure once that is known; until then it is said to be about right."""
+    from demos.memory_calculator import Memory
+
+    asked, memory = STORE.read({}), Memory()
+    about = predict(evidence.automatic("llama-3.1-8b", "lora")[0])
+    assert f"LoRA about {words.size(about.needed)}" in shown()["advice"]
+    traced = [slow.arguments[0] for slow in TAB.slow(asked)]
+    assert blocks(memory).store.read({}).spec.but(gpu=evidence.GPU) in traced  # the run that Memory traces
+    reports = {spec: page_report(spec) for spec in traced}
+    monkeypatch.setattr(worker, "known", lambda work, *given: reports.get(given[0]) if work is exact else None)
+    lora, qlora = (words.size(reports[spec].needed) for spec in evidence.automatic("llama-3.1-8b", "lora", "qlora"))
+    found = shown()
+    assert f"LoRA {lora}, QLoRA {qlora}." in found["advice"]
+    assert f"{qlora} against {lora} predicted" in found["checked"]
+    assert answer()["slow"] is False
 
 
-def test_a_method_that_does_not_suit_is_refused_and_changes_nothing(tab):
-    answer = tab.events[tab.map](request("b"), RunSpec(model="gpt2"), {"method": "oft", "families": ""})
-    assert isinstance(answer, page.Refused) and "oft" in answer[0] and page.visitor(request("b"))._spec is None
+def page_report(spec):
+    """A closed form that passes for a trace, a tenth smaller."""
+    from dataclasses import replace
+
+    report = predict(spec)
+    return replace(report, source="trace", reserved=int(report.reserved * 0.9))
 
 
-def test_a_model_that_the_method_does_not_suit_begins_anew(tab):
-    begin = RunSpec(model="gpt2", method="bitfit")
-    problem, spec, *_ = tab.events[tab.model](request("c"), begin, "llama-2-7b")
-    assert not problem and (spec.model, spec.method) == ("llama-2-7b", None)
-    _, spec, *_ = tab.events[tab.model](request("c"), begin, "opt-125m")
-    assert (spec.model, spec.method) == ("opt-125m", "bitfit")
+def test_what_is_not_in_the_advice_is_not_traced():
+    assert not TAB.slow(STORE.read({"when_peft": "none"}))
+    assert not TAB.slow(STORE.read({"model": "bert-base"}))  # has no step to trace
+    assert len(TAB.slow(STORE.read({"when_full": "small", "when_peft": "none"}))) == 2
 
 
-def test_the_tab_follows_what_others_set(tab):
-    spec = RunSpec(model="gpt2", method="ia3")
-    shown = tab.view.show(spec)
-    assert len(shown) == len(tab.view.outputs) and shown[0] == "" and shown[1] == "gpt2"
-    assert "GPT-2" in shown[2] and shown[3]["method"] == "ia3" and shown[6] == methods.method_panel("ia3")
-    refused = tab.view.show(RunSpec(model="100B"))
-    assert len(refused) == len(tab.view.outputs) and "100B" in refused[0]
+def test_units_are_explained():
+    found = shown(when_peft="keep")
+    assert 'class="how term"' in found["advice"] and page.TERMS["nats"] in found["advice"]
+    assert page.TERMS["nats"] in found["sides"] and page.TERMS["amp"] in found["sides"]
 
 
 def test_advice_is_of_what_is_ticked():
@@ -129,10 +185,12 @@ def test_pros_and_cons_have_counts_of_the_model():
 
 
 def test_the_tables_count_what_holds():
-    holds, differ, text = method_map.tables()
-    assert holds + differ == sum(len(table.cells) for table in TABLES)
-    assert (text.count(">holds<"), text.count(">differs<")) == (holds, differ)
-    assert "Infused" in text and "<script" not in text
+    found = method_map.tables()
+    assert found.holds + found.differ == sum(len(table.cells) for table in TABLES)
+    assert (found.html.count(">holds<"), found.html.count(">differs<")) == (found.holds, found.differ)
+    assert "Infused" in found.html and "<script" not in found.html
+    label = answer()["show"]["methods.counted"]["label"]
+    assert label == f"The lectures' tables, checked: {found.holds} statements hold, {found.differ} differ"
 
 
 def test_every_run_of_the_chart_is_in_its_table():

@@ -2,48 +2,244 @@
 
 import csv
 import io
+import queue
+import time
 
 import pytest
 
 pytest.importorskip("gradio")
 
-from demos import method_race
-from demos.method_race import CARRIED, Choice, board, findings, racers, so_far, status, suited
-from peftlab import RunSpec, SpecError
+from demos import method_race, page
+from demos.method_race import NONE, Race, board, findings, racers, so_far, status, suited
+from demos.store import blocks
+from peftlab import RunSpec, SpecError, jobs
 from peftlab.lessons import LESSONS
 from peftlab.race import COLUMNS, ranked
 
+STORE = blocks(Race()).store
+TAB = STORE.tabs["race"]
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        Choice(),
-        Choice("rank", "forgetting"),
-        Choice("modules", values="query,value;query,key;all-linear", seconds="5", seeds="2"),
-        Choice("rate", values="1e-3;3e-3"),
-    ],
-    ids=lambda choice: choice.query(),
-)
-def test_the_link_carries_the_choice(choice):
-    assert Choice.read(choice.query()) == choice
-    assert bool(choice.query()) == (choice != Choice())
-    assert not set(CARRIED) & set(RunSpec.__dataclass_fields__)  # the settings' own words
+
+def answer(kept=None, **state):
+    return STORE.answer({"number": 1, "tab": "race", "state": state, "kept": kept or {}, "open": []})
+
+
+def shown(kept=None, **state):
+    """The update of each control and panel, by name."""
+    found = answer(kept, **state)
+    assert not found["problems"]
+    return {name.partition(".")[2]: update for name, update in found["show"].items()}
 
 
 @pytest.mark.parametrize(
-    ("query", "says"),
+    "state",
     [
-        ("lesson=rnk", "lesson=rnk"),
-        ("sort=colour", "sort=colour"),
-        ("seconds=-1", "seconds=-1"),
-        ("seconds=inf", "seconds=inf"),
-        ("seeds=99", "at most 5"),
-        ("seeds=x", "seeds=x"),
+        {},
+        {"lesson": "rank", "sort": "forgetting"},
+        {"lesson": "modules", "values": "query,value;query,key;all-linear", "seconds": "5", "seeds": "2"},
+        {"lesson": "rate", "values": "1e-3;3e-3", "guess": "about the same"},
+        {"lesson": "rank", "guess": "none"},
+        {"device": "cpu"},
     ],
+    ids=str,
 )
-def test_a_link_that_is_none_is_refused(query, says):
-    with pytest.raises(SpecError, match=says):
-        Choice.read(query)
+def test_the_link_carries_the_choices(state):
+    found = answer(**state)
+    assert not found["problems"] and found["state"] == state
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"lesson": "rnk"}, "lesson=rnk"),
+        ({"sort": "colour"}, "sort=colour"),
+        ({"seconds": "-1"}, "seconds=-1"),
+        ({"seconds": "inf"}, "seconds=inf"),
+        ({"seeds": "99"}, "from 1 to 5"),
+        ({"seeds": "x"}, "seeds=x"),
+        ({"device": "tpu"}, "device=tpu"),
+        ({"lesson": "rank", "guess": "LoRA"}, "guess=LoRA"),
+        ({"lesson": "rank", "values": "8"}, "takes 2 to 24 racers, not 1"),
+        ({"lesson": "rank", "values": "none"}, "takes 2 to 24 racers, not 0"),
+        ({"lesson": "rank", "rank": "4", "values": "8;x"}, "rank=x"),
+        ({"lesson": "size", "model": "gpt2", "values": "gpt2;/etc"}, "values=/etc: no model that trains here"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_beside_its_control(state, says):
+    (name, text), *others = answer(**state)["problems"].items()
+    assert says in text and not others and name == list(state)[-1] and name in {*TAB.controls, "sort"}
+
+
+def test_a_lesson_that_is_opened_by_a_click_asks_first_and_one_of_a_link_shows():
+    assert TAB.also["lesson"] == {"guess": NONE} and "guess" in TAB.clears["lesson"]
+    asks, shows = shown(lesson="rank", guess=NONE), shown(lesson="rank")
+    assert "A guess first" in asks["sentence"]["value"] and asks["result"]["visible"] is False
+    assert asks["guess"].get("value", "") is None and asks["told"]["value"] == ""
+    assert not {"board", "scores", "losses", "tested"} & set(asks)
+    assert shows["result"]["visible"] is True and "it rises" in shows["told"]["value"]
+    told = shown(lesson="rank", guess="it falls")["told"]["value"]
+    assert "You said it falls" in told and "it rises" in told
+    assert "As you said" in shown(lesson="rank", guess="it rises")["told"]["value"]
+
+
+def test_the_recording_is_the_device_s():
+    assert answer()["show"]["race.device"]["value"] == "cuda"
+    on = shown(device="cpu")
+    assert on["device"]["value"] == "cpu" and "AMD EPYC" in on["bar"]["value"]
+    assert shown(lesson="rank")["device"]["visible"] is (len(method_race.devices("rank")) > 1)
+
+
+def test_the_score_of_other_tabs_is_explained_where_it_is_seen():
+    assert "in Live" in shown()["bar"]["value"] and "in Compare" in shown()["bar"]["value"]
+    assert "in Live" not in shown(guess=NONE)["bar"]["value"]
+
+
+def test_units_are_explained():
+    found = shown()
+    assert page.TERMS["nats"] in found["board"]["value"]["html"]
+    assert page.TERMS["nats"] in found["tested"]["value"] and page.TERMS["amp"] in found["tested"]["value"]
+
+
+# --- what the presses do
+
+
+@pytest.fixture
+def held(monkeypatch, tmp_path):
+    """A race in whose hands this test is: what it was started with, and its events one by one."""
+    told = queue.Queue()
+
+    class Held:
+        field = seeds = seconds = None
+        events = told
+
+        def say(self, event, job):
+            told.put(event)
+            wait_for(lambda: event in job.events)
+
+    held = Held()
+
+    def raced(field, out, seeds, seconds):
+        held.field, held.seeds, held.seconds = field, seeds, seconds
+        while (event := told.get(timeout=20)) is not None:
+            yield event
+            if event["type"] == "done":
+                return
+
+    monkeypatch.setattr(method_race, "RACE", raced)
+    monkeypatch.setattr(jobs, "RUNS", tmp_path)
+    yield held
+    for job in list(jobs._jobs.values()):
+        told.put(None)
+        wait_for(lambda job=job: job.over)  # while RACE is still ours
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def press(work, kept, **state):
+    """What a press gives, all in one; its `kept` is what the browser keeps from then on."""
+    found = {name: value for values in work(STORE.read(state, kept)) for name, value in values.items()}
+    return found, kept | found.get("kept", {})
+
+
+def lines(n=2):
+    return [vars(line) | {"scores": [], "losses": [], "error": None} for line in method_race.recorded("rank").lines[:n]]
+
+
+RANKS = {"lesson": "rank", "values": "8;16", "seeds": "2", "seconds": "5"}
+
+
+def test_race_here_starts_the_race_on_screen_and_says_when_it_is_not_yet_there(held):
+    _, kept = press(TAB.begin, {"visitor": "a"}, **RANKS)
+    job = jobs.find(kept["race"])
+    wait_for(lambda: held.field)
+    assert [r.spec.rank for r in held.field] == [8, 16] and (held.seeds, held.seconds) == (2, 5)
+    before = shown(kept, **RANKS)
+    assert "Until yours begins" in before["bar"]["value"] and "Recorded on" in before["bar"]["value"]
+    assert before["board"] == shown(**RANKS)["board"]
+    assert before["go"] == {"__type__": "update", "value": "Racing", "interactive": False}
+    assert before["stop"]["interactive"] is True and answer(kept, **RANKS)["again"] == 0.5
+    held.say({"type": "racers", "lines": lines(), "seeds": 2}, job)
+    begun = shown(kept, **RANKS)
+    assert "Until yours begins" not in begun["bar"]["value"] and "0 of 4 runs" in begun["bar"]["value"]
+    assert begun["board"]["value"]["html"].count("<tr>") == 1 + 2  # after a reload too: all of it is of `kept`
+    held.say({"type": "done", "lines": lines(), "stopped": False}, job)
+    over = shown(kept, **RANKS)
+    assert "Done. Run here, live." in over["bar"]["value"] and over["go"]["value"] == "Race again"
+    assert over["go"]["interactive"] and not over["stop"]["interactive"] and answer(kept, **RANKS)["again"] is None
+    assert over["back"]["visible"] is True
+    _, kept = press(TAB.put_away, kept)
+    assert shown(kept, **RANKS)["board"] == shown(**RANKS)["board"]
+
+
+def test_a_race_stands_on_its_lesson_only(held):
+    _, kept = press(TAB.begin, {"visitor": "b"}, **RANKS)
+    job = jobs.find(kept["race"])
+    held.say({"type": "racers", "lines": lines(), "seeds": 2}, job)
+    assert "0 of 4 runs" in shown(kept, lesson="rank", guess=NONE)["bar"]["value"]
+    assert shown(kept, lesson="rank", guess=NONE)["result"]["visible"] is True
+    other = shown(kept, lesson="rate")
+    assert "Recorded on" in other["bar"]["value"] and "Until yours" not in other["bar"]["value"]
+    assert other["go"]["value"] == "Racing" and other["stop"]["interactive"] is True
+
+
+def test_a_second_press_finds_the_race_that_is_under_way(held):
+    _, kept = press(TAB.begin, {"visitor": "c"}, **RANKS)
+    _, again = press(TAB.begin, {"visitor": "c"}, lesson="rate")  # a double click: the browser has not kept the first
+    assert again["race"] == kept["race"]
+    _, other = press(TAB.begin, {"visitor": "d"}, **RANKS)
+    assert other["race"] != kept["race"]
+    jobs.find(other["race"]).stop()
+
+
+def test_stop_says_stopping_only_while_it_stops(held):
+    _, kept = press(TAB.begin, {"visitor": "e"}, **RANKS)
+    job = jobs.find(kept["race"])
+    held.say({"type": "racers", "lines": lines(), "seeds": 2}, job)
+    found, _ = press(TAB.halt, kept, **RANKS)
+    assert job.stopping and found["stop"]["value"] == "Stopping"
+    stopping = shown(kept, **RANKS)["stop"]
+    assert stopping["value"] == "Stopping" and stopping["interactive"] is False
+    held.say({"type": "done", "lines": lines(), "stopped": True}, job)
+    wait_for(lambda: job.over)
+    assert shown(kept, **RANKS)["stop"]["value"] == "Stop"
+    assert "Stopped; what has finished stands." in shown(kept, **RANKS)["bar"]["value"]
+    assert not press(TAB.halt, kept)[0]
+
+
+def test_a_race_that_fails_says_why(held):
+    _, kept = press(TAB.begin, {"visitor": "f"}, **RANKS)
+    held.events.put(None)
+    wait_for(lambda: jobs.find(kept["race"]).over)
+    found = shown(kept, **RANKS)
+    assert "the run ended without a word" in found["bar"]["value"] and found["go"]["interactive"]
+
+
+def test_what_cannot_race_is_refused_and_nothing_starts():
+    with pytest.raises(SpecError, match="not 1"):
+        press(TAB.begin, {"visitor": "g"}, lesson="rank", values="8")
+    assert jobs.running("g") is None
+
+
+def test_a_training_of_ones_own_comes_first(held, monkeypatch):
+    waiting = jobs.start(RunSpec(), "h", lambda spec, out: iter([held.events.get(timeout=20)]))
+    with pytest.raises(SpecError, match="already under way"):
+        press(TAB.begin, {"visitor": "h"}, **RANKS)
+    assert not press(TAB.halt, {"visitor": "h"})[0]  # Stop of this tab is a race's
+    held.events.put({"type": "done", "steps": 0})
+    wait_for(lambda: waiting.over)
+
+
+def test_nobody_sees_a_job_that_is_no_race():
+    assert "Recorded on" in shown({"visitor": "i", "race": "no-such-race"})["bar"]["value"]
+
+
+# --- the board
 
 
 @pytest.mark.parametrize("key", LESSONS)
@@ -55,7 +251,7 @@ def test_the_board_is_sorted_as_asked(key, sort):
     order = [line.name for line in ranked(lines, sort)]
     assert [row["racer"] for row in rows] == order
     places = [made["html"].index(f"<b>{method_race.escape(name)}</b>") for name in order[:3]]
-    assert places == sorted(places) and made["sort"] == sort
+    assert places == sorted(places) and shown(lesson=key, sort=sort)["board"]["value"] == made
 
 
 def test_a_column_nobody_has_is_not_shown():
@@ -66,17 +262,15 @@ def test_a_column_nobody_has_is_not_shown():
 def test_each_lesson_runs_live_whatever_is_set(key):
     """On a model and method that other tabs may have chosen, and with only names that the chooser knows."""
     spec = RunSpec(model="llama-3.1-8b", method="ia3")
-    field = racers(spec, Choice(key))
+    field = racers(spec, LESSONS[key])
     raced = set(LESSONS[key].values) if key == "size" else {"smollm2-135m-instruct"}
     assert len(field) == len(LESSONS[key].values) and {r.spec.model for r in field} == raced
     assert set(LESSONS[key].values) <= {value for _, value in suited(LESSONS[key], spec)}
 
 
-def test_a_race_of_one_or_of_too_many_is_refused():
-    with pytest.raises(SpecError, match="at least 2"):
-        racers(RunSpec(), Choice("rank", values="8"))
-    with pytest.raises(SpecError, match="at most 24"):
-        racers(RunSpec(), Choice("rank", values=";".join(map(str, range(1, 30)))))
+def test_a_race_of_too_many_is_refused():
+    with pytest.raises(SpecError, match="2 to 24 racers, not 29"):
+        racers(RunSpec(), LESSONS["rank"], list(map(str, range(1, 30))))
 
 
 def test_what_is_not_ours_is_text():
@@ -92,20 +286,31 @@ def test_findings_say_whether_each_claim_holds():
         assert all(method_race.escape(claim.says) in said for claim in lesson.claims)
 
 
+@pytest.mark.parametrize("key", LESSONS)
+def test_findings_of_a_race_of_which_little_has_finished(key):
+    """As they are asked for while a race runs here."""
+    lines = method_race.recorded(key).lines
+    assert findings(LESSONS[key], []) == ""
+    for n in range(min(8, len(lines))):
+        findings(LESSONS[key], lines[:n])
+
+
 def test_the_bar_counts_runs_and_names_who_runs():
     lines = [vars(line) | {"scores": [], "error": None} for line in method_race.recorded("rank").lines[:2]]
     events = [
         {"type": "racers", "lines": lines, "seeds": 2},
         {"type": "run", "racer": 0, "seed": 0, "event": {"type": "step", "step": 3, "loss": 1.5}},
     ]
-    found, running, last = so_far(events)
-    assert running == {0: [1.5]} and f"{found[0].name}, step 3" in status(events, found, last)
+    found = so_far(events)
+    assert found.running == {0: [1.5]} and found.with_running()[0].losses == [*lines[0]["losses"], [1.5]]
+    assert f"{found.lines[0].name}, step 3" in status(events, found)
     events.append({"type": "line", "racer": 0, "line": lines[0] | {"error": "it diverged"}})
-    found, running, last = so_far(events)
-    assert found[0].error and running == {0: [1.5]} and "2 of 4 runs" in status(events, found, last)
+    found = so_far(events)
+    assert found.lines[0].error and found.running == {0: [1.5]} and "2 of 4 runs" in status(events, found)
+    assert "Waiting: 3 ahead of yours" in status([{"type": "queued"}], so_far([]), ahead=3)
 
 
 @pytest.mark.parametrize("model", ["llama-2-70b", "/etc", "bert-base"])
 def test_only_models_that_train_here_race(model):
-    with pytest.raises(SpecError, match=f"model={model}: no model that trains here"):
-        racers(RunSpec(), Choice("size", values=f"smollm2-135m-instruct;{model}"))
+    with pytest.raises(SpecError, match=f"values={model}: no model that trains here"):
+        racers(RunSpec(), LESSONS["size"], ["smollm2-135m-instruct", model])

@@ -51,44 +51,26 @@ def test_a_task_is_the_runs_own(entries):
     assert (spec.steps, spec.batch_size, spec.sequence_length) == (4, 2, 96)
 
 
-def choices(build, *args):
+def choices(tab):
     """Every choice of every component that a tab builds, as the browser gets them."""
-    gr = pytest.importorskip("gradio")
-
-    with gr.Blocks() as demo:
-        build(*args)
+    store = pytest.importorskip("demos.store")
     found = set()
-    for component in demo.get_config_file()["components"]:
+    for component in store.blocks(tab).get_config_file()["components"]:
         for choice in component.get("props", {}).get("choices") or []:
             found.add(choice[1] if isinstance(choice, (list, tuple)) else choice)
     return found
 
 
 def test_the_memory_tab_offers_them(entries):
-    gr = pytest.importorskip("gradio")
-
-    from demos import memory_calculator, page
-
-    with gr.Blocks():
-        state = gr.State(page.OPENING)
-    assert {"toy-model", "toy-gpu"} <= choices(lambda: memory_calculator.build(state))
+    assert {"toy-model", "toy-gpu"} <= choices(pytest.importorskip("demos.memory_calculator").Memory())
 
 
 def test_the_live_tab_offers_them(entries):
-    gr = pytest.importorskip("gradio")
-
-    from demos import live_finetune, page
-
-    offered = choices(lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([]), gr.BrowserState("")))
-    assert {"toy-model", "toy"} <= offered
+    assert {"toy-model", "toy"} <= choices(pytest.importorskip("demos.live_finetune").Live())
 
 
 def test_the_lora_tab_offers_the_model(entries):
-    gr = pytest.importorskip("gradio")
-
-    from demos import lora_visualizer, page
-
-    assert "toy-model" in choices(lambda: lora_visualizer.build(gr.State(page.OPENING), gr.BrowserState([])))
+    assert "toy-model" in choices(pytest.importorskip("demos.lora_visualizer").Lora())
 
 
 def test_a_model_too_large_or_no_writer_is_not_offered_live(entries, monkeypatch):
@@ -143,19 +125,17 @@ WORDS = {
 }
 TABS = """
 import json
-import gradio as gr
-from demos import live_finetune, memory_calculator, method_map, method_race, page
+from demos.live_finetune import Live
+from demos.memory_calculator import Memory
+from demos.method_map import Methods
+from demos.method_race import Race
+from demos.store import blocks
 from peftlab import RunSpec, predict
 print(predict(RunSpec(model="llama-2-7b", method="boft")).gradients)
-for build in (
-    lambda: live_finetune.build(gr.State(page.OPENING), gr.BrowserState([]), gr.BrowserState("")),
-    lambda: memory_calculator.build(gr.State(page.OPENING)),
-    lambda: method_map.build(gr.State(page.OPENING)),
-    lambda: method_race.build(gr.State(page.OPENING), gr.BrowserState("")),
-):
-    with gr.Blocks() as demo:
-        build()
-    print(json.dumps(demo.get_config_file(), default=str))
+for tab in (Live(), Memory(), Methods(), Race()):
+    page = blocks(tab)
+    answer = page.store.answer({"number": 1, "tab": tab.key, "state": {}, "open": list(tab.folds)})
+    print(json.dumps([page.get_config_file(), answer], default=str, ensure_ascii=False))
 """
 
 

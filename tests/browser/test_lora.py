@@ -149,6 +149,34 @@ def test_bad_input_is_refused_on_the_spot_and_cured(app, open_page):
     expect(broken.locator(".problem:visible")).to_contain_text("it has q_proj, k_proj, v_proj")
 
 
+def test_a_refused_rank_is_in_its_box_the_link_and_the_refusal_beside_it(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora&rank=16"))
+    box, beside = page.locator(KNOB.format("rank", "number")), page.locator("#lora-rank .problem:visible")
+    box.fill("1000000000")
+    page.wait_for_url(re.compile("rank=1000000000"))
+    for _ in range(2):
+        expect(beside).to_have_count(1)
+        expect(beside).to_contain_text("rank=1000000000: no adapted matrix has a rank above 4096")
+        expect(box).to_have_value("1000000000")
+        expect(sentence(page)).to_contain_text("Rank 8 on every linear layer")
+        page.reload()
+    page.go_back()
+    expect(box).to_have_value("16")
+    expect(beside).to_have_count(0)
+    expect(sentence(page)).to_contain_text("Rank 16 on every linear layer")
+
+
+def test_a_preset_is_one_change_that_back_undoes(app, open_page):
+    page = opened(open_page(app.url + "?tab=lora&rank=16"))
+    preset = page.locator("[data-knob=preset]:visible")
+    preset.select_option("alpha-qlora")
+    page.wait_for_url(re.compile("rank=64.*alpha=16"))
+    expect(page.locator(".alpha-knob small").last).to_contain_text("The update counts a quarter")
+    page.go_back()
+    expect(preset).to_have_value("")
+    expect(page.locator(KNOB.format("rank", "number"))).to_have_value("16")
+
+
 def test_who_leaves_at_once_takes_the_settings_along(app, open_page):
     """The settings are reported after 400 ms without a move, or as soon as the reader presses on something else."""
     page = opened(open_page(app.url + "?tab=lora"))

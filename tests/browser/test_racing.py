@@ -46,6 +46,8 @@ def test_four_race_and_the_broken_one_says_why(tiny_app, open_page, size):
     tab(page, "Race")
     expect(page.locator(".status:visible")).to_contain_text("Done. Run here, live.")
     expect(board(page)).to_have_count(4)
+    page.get_by_role("button", name="Show the recorded race").click()
+    expect(board(page)).to_have_count(len(LESSONS["methods"].recordings()[0].lines))
 
 
 def test_sorting_csv_and_link_go_round(app, open_page, size):
@@ -95,4 +97,4 @@ def test_a_link_opens_the_lesson_with_its_result(app, open_page):
     expect(page.locator("table.board:visible tbody tr")).to_have_count(len(LESSONS["modules"].recordings()[0].lines))
     expect(page.get_by_role("radio", name="Target modules")).to_be_checked()
     page = open_page(app.url + "?tab=race&lesson=nonsense")
-    expect(page.locator(".problem").first).to_contain_text("lesson=nonsense")
+    expect(page.locator("#race-lesson .refusal")).to_contain_text("lesson=nonsense")
