@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -66,10 +65,8 @@ CONSTANTS = {
     },
     "PUBLISHED": methods.PUBLISHED,
 }
-SCRIPT = (
-    page.FORMATS
-    + "".join(f"const {name} = {json.dumps(value)};\n" for name, value in CONSTANTS.items())
-    + (Path(__file__).parent / "lora_widget.js").read_text(encoding="utf-8")
+SCRIPT = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in CONSTANTS.items()) + page.script(
+    "words.js", "lora_widget.js"
 )
 
 

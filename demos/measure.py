@@ -52,7 +52,7 @@ def main() -> None:
     for tab in tabs:  # what is made once is made before
         app.demo.store.answer({"number": 0, "tab": tab, "state": {"rank": "3"}, "open": []})
     answers: dict[str, Any] = {tab: milliseconds(tab, states) for tab in tabs}
-    config = json.dumps(app.demo.get_config_file(), default=str).encode()
+    config = json.dumps(app.demo.get_config_file(), default=str, separators=(",", ":")).encode()
     print(
         json.dumps(
             {

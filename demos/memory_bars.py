@@ -16,7 +16,7 @@ from peftlab.methods import METHODS
 
 OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
 SLIDERS = ("batch_size", "sequence_length", "rank")
-DRAW = page.FORMATS + """
+SCRIPT = """
 let at = props.value.at;
 const evaluate = (terms) => terms.reduce((sum, [c, i, j, k]) => sum + c * at[0] ** i * at[1] ** j * at[2] ** k, 0);
 const add = (kinds) => Object.values(kinds).reduce((a, b) => a + b, 0);
@@ -68,7 +68,8 @@ window.addEventListener('peftlab-written', ({detail}) => {
   at = SLIDERS.map((name, i) => +detail[name] || at[i]);
   draw();
 });
-""".replace("SLIDERS", str(list(SLIDERS)))
+"""
+DRAW = page.script("words.js") + "\n" + SCRIPT.replace("SLIDERS", str(list(SLIDERS)))
 
 
 def bars(value: dict[str, Any], sentence: str) -> gr.HTML:
@@ -107,14 +108,11 @@ def bars_value(
     }
 
 
-CLOSED = (
-    page.how(
-        "estimated",
-        "A closed form: polynomials in batch, length and rank, worked out from what autograd keeps. The allocator's reserve is "
-        "taken as usual. Once you pause, a trace of the whole step takes its place.",
-    )
-    + page.explained(" at once, from the closed form. The exact figure follows when you pause.")
-)
+CLOSED = page.how(
+    "estimated",
+    "A closed form: polynomials in batch, length and rank, worked out from what autograd keeps. The allocator's reserve is "
+    "taken as usual. Once you pause, a trace of the whole step takes its place.",
+) + page.explained(" at once, from the closed form. The exact figure follows when you pause.")
 
 
 def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> dict[str, Any]:

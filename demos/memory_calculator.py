@@ -218,8 +218,12 @@ class Memory(Tab):
         entry = find(model)
         timeline = figures.themed(figures.memory_timeline, chosen) if chosen.moments else None
         return {
-            "bars": lambda: memory_bars.bars_value(reports, forms, at(chosen.spec), None if entry.config else asked["share"]),
-            "surprises": lambda: page.explained("".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])),
+            "bars": lambda: memory_bars.bars_value(
+                reports, forms, at(chosen.spec), None if entry.config else asked["share"]
+            ),
+            "surprises": lambda: page.explained(
+                "".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])
+            ),
             "timeline": lambda: gr.update(value=timeline, visible=timeline is not None),
             "about": lambda: methods.method_card(spec.method or "lora", model),
             "changed": lambda: page.changed(spec),

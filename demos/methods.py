@@ -23,7 +23,10 @@ from peftlab.resolve import METHOD_SETTINGS, with_preset
 
 CHOOSER = """
 const box = () => element.querySelector('select');
-element.addEventListener('change', () => peftlab.heard('TAB.method', box().value));
+element.addEventListener('change', () => {
+  props.value = {...props.value, method: box().value};  // or the old value, put back by Back, would be no news
+  peftlab.heard('TAB.method', box().value);
+});
 watch('value', () => { if (box()) box().value = props.value.method; });
 """
 

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 import gradio as gr
 
-from demos.tab import QUIET, Asked, Tab
+from demos.tab import Asked, Tab
 from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
 from peftlab.catalog.claims import CLAIMS
 from peftlab.catalog.models import DEFAULT, MODELS, find
@@ -33,32 +33,14 @@ CONVENTION = EXACT
 """How the page counts at first: what the run allocates."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-DRAW = """
-const draw = () => {
-  const figure = props.value && props.value[document.body.classList.contains('dark') ? 'dark' : 'light'];
-  const place = element.querySelector('.plot');
-  if (!figure || !window.Plotly || !place) return;
-  const {title, ...layout} = figure.layout;
-  const heading = element.querySelector('h3');
-  heading.textContent = title.text;
-  heading.innerHTML = heading.innerHTML.replace(/\\bnats\\b/, NATS);
-  place.style.minHeight = layout.height + 'px';
-  window.Plotly.react(place, figure.data, layout, {displayModeBar: false, responsive: true});
-};
-const wait = () => window.Plotly ? draw() : setTimeout(wait, 50);
-wait();
-watch('value', draw);
-new MutationObserver(draw).observe(document.body, {attributes: true, attributeFilter: ['class']});
-new ResizeObserver(() => {
-  const place = element.querySelector('.plot');
-  if (window.Plotly && place && place.layout && place.offsetWidth) window.Plotly.Plots.resize(place);
-}).observe(element);
-"""
-"""The title moves into the page, where it can wrap. Plotly.react keeps zoom and does not flicker, and the reader's own
-theme picks the template; gr.Plot does neither."""
-FORMATS = (Path(__file__).parent / "words.js").read_text(encoding="utf-8")
-"""What the scripts that count in the page begin with."""
+PLOT = "const begin = () => window.peftlab ? peftlab.plot(element, props, watch) : setTimeout(begin, 20); begin();"
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
+
+
+def script(*names: str) -> str:
+    """Files of this folder as a browser gets them: without comments of whole lines and without indentation."""
+    lines = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names).splitlines()
+    return "\n".join(line for line in map(str.strip, lines) if line and not line.startswith(("//", "/**", "* ")))
 
 
 def theme() -> gr.themes.Base:
@@ -145,7 +127,7 @@ def plot(value: dict[str, Any] | None, label: str) -> gr.HTML:
         value,
         html_template=f"<h3>{escape(title)}</h3>"
         f'<div class="plot" role="img" aria-label="{escape(label)}" style="min-height:{height}px"></div>',
-        js_on_load=DRAW.replace("NATS", json.dumps(term("nats"))),
+        js_on_load=PLOT,
         elem_classes="figure",
     )
 
@@ -191,21 +173,24 @@ def link(spec: RunSpec, **choices: str) -> dict[str, str]:
     return {n: v for n, v in parse_qsl(spec.to_query()) if usual.get(n) != v} | choices
 
 
-def writing(button: gr.Button, javascript: str) -> None:
-    """What a press of `button` writes to the settings."""
-    button.click(None, None, None, js=f"() => {{ {javascript} }}", **QUIET)
-
-
-def lessons(runs: Mapping[str, Mapping[str, str]]) -> None:
+def lessons(runs: Mapping[str, Mapping[str, str]]) -> gr.HTML:
     """A button for each run, by name, that replaces the settings with it."""
-    with gr.Row(elem_classes="lessons"):
-        for name, run in runs.items():
-            writing(gr.Button(name, size="sm"), f"peftlab.replace({json.dumps(run)})")
+    return _replacing(runs, "lessons")
 
 
-def reset(*keeping: str) -> None:
-    """Makes every setting of the run automatic, but those that it keeps."""
-    writing(gr.Button("Reset to automatic", size="sm"), f"peftlab.replace({{}}, {json.dumps(keeping)})")
+def reset(*keeping: str) -> gr.HTML:
+    """A button that makes every setting of the run automatic, but those that it keeps."""
+    return _replacing({"Reset to automatic": {}}, "reset", keeping)
+
+
+def _replacing(runs: Mapping[str, Mapping[str, str]], kind: str, keeping: Sequence[str] = ()) -> gr.HTML:
+    """Buttons that store.js hears."""
+    buttons = "".join(
+        f'<button type="button" class="small-button" data-replace="{escape(json.dumps(run))}" '
+        f'data-keeping="{escape(json.dumps(keeping))}">{escape(name)}</button>'
+        for name, run in runs.items()
+    )
+    return gr.HTML(f'<div class="{kind}">{buttons}</div>', js_on_load=None)
 
 
 def controls() -> gr.Column:

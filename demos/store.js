@@ -1,7 +1,7 @@
 // The settings of the page, which owns them. Controls, links, Back, presets and lessons write here and nowhere else; the
 // address shows what is here; the server is asked what it looks like, and an answer to any but the newest question is dropped.
 
-const GIVEN = /*given*/{};  // {tabs: the first is the usual one, run: names of a run's settings, clears: {name: names}, outputs: names in order}
+const GIVEN = /*given*/{};  // {tabs: the first is the usual one, nats: the word explained, run: names of a run's settings, clears: {name: names}, outputs: names in order}
 const REST = 400; // milliseconds without a move after which a slider or a text box counts as at rest
 const PATIENCE = 30_000, LONG = 300_000; // milliseconds after which an answer is taken for lost: a quick one, an exact one
 const LONGEST = 10_000; // letters of a value that an address still carries
@@ -174,15 +174,17 @@ const showTab = () => {
 // --- beginning
 
 keep({});
-window.peftlab = {write, replace, heard, go, fold, look, take, question, keep: (more) => { keep(more); look(); },
+window.peftlab = {write, replace, heard, go, look, plot, take, question, keep: (more) => { keep(more); look(); },
   get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
 document.addEventListener('input', ({target}) => {
   const block = target.closest('.typed');
   if (block) heard(block.id.replace('-', '.'), target.value, true);
 });
 document.addEventListener('click', ({target}) => {
-  const press = target.closest('[data-write]');
-  if (press) write(JSON.parse(press.dataset.write));
+  const writes = target.closest('[data-write]'), replaces = target.closest('[data-replace]'), folds = target.closest('.fold .label-wrap');
+  if (writes) write(JSON.parse(writes.dataset.write));
+  if (replaces) replace(JSON.parse(replaces.dataset.replace), JSON.parse(replaces.dataset.keeping));
+  if (folds) setTimeout(() => fold(GIVEN.folds[folds.closest('.fold').id], folds.classList.contains('open')));
 });
 window.addEventListener('popstate', () => {
   clearTimeout(resting);

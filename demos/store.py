@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,7 +22,7 @@ from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.spec import SETTINGS
 
-SCRIPT = (Path(__file__).parent / "store.js").read_text(encoding="utf-8")
+SCRIPT = page.script("plot.js", "store.js")
 LONGEST = 20_000
 """Letters of a value that is read at all."""
 CLEARS = {
@@ -161,17 +160,19 @@ class Store:
         """The component that carries it all, and what the controls and folds of every tab do. Call it once they are built."""
         outputs = {"store.tabs": tabs}
         for tab in self.tabs.values():
+            for name, fold in tab.folds.items():
+                fold.elem_id = fold.elem_id or f"fold-{name}"
+        for tab in self.tabs.values():
             named = {**tab.controls, **tab.panels}
             outputs |= {f"{tab.key}.{name}": component for name, component in named.items()}
             for name, component in tab.controls.items():
                 self._hear(f"{tab.key}.{name}", component, tab.also[name])
-            for name, fold in tab.folds.items():
-                for event, is_open in ((fold.expand, "true"), (fold.collapse, "false")):
-                    event(None, None, None, js=f"() => peftlab.fold('{name}', {is_open})", **QUIET)
         given = {
             "tabs": list(self.tabs),
+            "nats": page.term("nats"),
             "run": list(SETTINGS),
             "clears": CLEARS | {n: names for tab in self.tabs.values() for n, names in tab.clears.items()},
+            "folds": {fold.elem_id: name for tab in self.tabs.values() for name, fold in tab.folds.items()},
             "outputs": list(outputs),
         }
 
@@ -185,7 +186,9 @@ class Store:
             "", js_on_load=SCRIPT.replace("/*given*/{}", json.dumps(given)), server_functions=[answer, exact],
             visible="hidden",
         )  # fmt: skip
-        self.carrier.submit(None, None, list(outputs.values()), js="() => peftlab.take()", trigger_mode="multiple", **QUIET)
+        self.carrier.submit(
+            None, None, list(outputs.values()), js="() => peftlab.take()", trigger_mode="multiple", **QUIET
+        )
 
     def _hear(self, name: str, component: Any, also: Mapping[str, str]) -> None:
         """HTML and text boxes are heard by scripts of the page: Gradio tells of letters, not of what is pasted or deleted."""

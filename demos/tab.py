@@ -91,7 +91,7 @@ class Tab:
     @contextmanager
     def fold(self, title: str) -> Iterator[gr.Accordion]:
         before = set(self.panels)
-        with gr.Accordion(title, open=False) as accordion:
+        with gr.Accordion(title, open=False, elem_classes="fold") as accordion:
             yield accordion
         inside = [name for name in self.panels if name not in before]
         name = f"{self.key}.{inside[0]}" if inside else ""

@@ -83,7 +83,9 @@ def check_whole(config: Mapping[str, Any]) -> None:
     names = seam.library().CONFIG_MAPPING[kind].attribute_map
     for name in SIZES:
         if not {name, names.get(name, name)} & set(values):
-            raise SpecError(f"{name} is missing: with it left out, this would be any {kind}; paste a model's whole config.json")
+            raise SpecError(
+                f"{name} is missing: with it left out, this would be any {kind}; paste a model's whole config.json"
+            )
 
 
 def layer_types(config: Mapping[str, Any]) -> list[str] | None:
@@ -109,7 +111,9 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
         for own in {name, config_class.attribute_map.get(name, name)} & set(values):
             _check_count(own, values[own])
     if isinstance(window := values.get("sliding_window"), (list, dict, str)):
-        raise SpecError(f"sliding_window={shown(window)}: this is a whole number or null; use that of the model's own config")
+        raise SpecError(
+            f"sliding_window={shown(window)}: this is a whole number or null; use that of the model's own config"
+        )
     parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
     for name in NEEDED:
         if get(parsed, name) is None:

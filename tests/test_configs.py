@@ -215,7 +215,9 @@ def test_a_kind_that_has_no_such_numbers(kind, missing):
     assert f"{missing} is missing" in refused(models.from_config, json.dumps({"model_type": kind}))
 
 
-@pytest.mark.parametrize("kind, given", [("llama", {}), ("gpt2", {"n_layer": 2}), ("mistral", {"num_hidden_layers": 2})])
+@pytest.mark.parametrize(
+    "kind, given", [("llama", {}), ("gpt2", {"n_layer": 2}), ("mistral", {"num_hidden_layers": 2})]
+)
 def test_a_config_without_its_sizes_is_not_some_model_of_the_family(kind, given):
     assert "hidden_size is missing" in refused(models.from_config, json.dumps({"model_type": kind, **given}))
 

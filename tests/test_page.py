@@ -27,7 +27,7 @@ def test_links_round_trip():
         choices = {"convention": draw.choice([*CONVENTIONS, "exact"]), "sort": draw.choice(["score", "forgetting"])}
         asked = STORE.read(page.link(spec, **choices))
         assert asked.spec == spec and choices.items() <= asked.choices.items()
-        assert STORE.read(STORE.link(asked)) .choices == asked.choices
+        assert STORE.read(STORE.link(asked)).choices == asked.choices
 
 
 def test_the_opening_needs_no_query():
@@ -57,7 +57,9 @@ def test_a_refused_setting_is_said_and_the_rest_is_shown(name, value, says):
     assert answer["show"]["memory.batch_size"]["value"] == 2
 
 
-@pytest.mark.parametrize("question", [{}, {"tab": "x"}, {"state": None}, {"state": [1]}, {"state": {}, "open": 3, "tab": "lora"}])
+@pytest.mark.parametrize(
+    "question", [{}, {"tab": "x"}, {"state": None}, {"state": [1]}, {"state": {}, "open": 3, "tab": "lora"}]
+)
 def test_a_question_that_is_none_is_answered_without_a_traceback(question):
     assert set(STORE.answer(question)) >= {"show", "problems", "state"}
 

@@ -21,7 +21,7 @@ def answer(tab, opened=(), kept=None, **state):
 
 @pytest.mark.parametrize("tab", TABS)
 def test_every_tab_answers_with_what_a_browser_can_take(tab):
-    folds = [fold for of in STORE.tabs.values() for fold in of.folds]
+    folds = [fold for of in STORE.tabs.values() for fold in of.folded.values()]
     for opened in ((), folds):
         shown = answer(tab, opened)
         assert not shown["problems"] and shown["show"]

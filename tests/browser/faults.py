@@ -194,7 +194,10 @@ class Visitor:
         self.page.evaluate("history.forward()")
 
     def link(self) -> None:
-        query = {"rank": self.draw.choice([2, 5, 77]), "model": self.draw.choice(["gpt2", "smollm2-135m", "llama-2-7b"])}
+        query = {
+            "rank": self.draw.choice([2, 5, 77]),
+            "model": self.draw.choice(["gpt2", "smollm2-135m", "llama-2-7b"]),
+        }
         query |= self.draw.choice([{}, {"tab": "lora"}, {"convention": "12n"}, {"tab": "race", "sort": "forgetting"}])
         self.page.goto(self.server.url + "?" + urlencode(query))
         self.page.wait_for_function("window.peftlab")

