@@ -101,13 +101,14 @@ class Store:
         number, tab = question.get("number"), self.tabs.get(question.get("tab", "")) or next(iter(self.tabs.values()))
         try:
             asked, problems = self.understood(tab, question)
+            again = tab.again(asked)  # before it is drawn: what ends meanwhile is looked at once more
             state = self.link(asked) | {n: str(question["state"][n]) for n in problems}
             return {
                 "number": number,
                 "state": state,
                 "problems": problems,
                 "show": self.shown(tab, asked, question.get("open") or ()) | self.kept_as_typed(tab, problems, state),
-                "again": tab.again(asked),
+                "again": again,
                 "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
             }
         except Exception as error:

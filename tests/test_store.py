@@ -113,3 +113,10 @@ def test_a_tab_runs_alone():
 
     alone = blocks(Memory()).store
     assert alone.answer({"number": 1, "tab": "memory", "state": {}})["show"]
+
+
+def test_what_ends_while_it_is_drawn_is_looked_at_once_more(monkeypatch):
+    race, over = STORE.tabs["race"], []
+    monkeypatch.setattr(race, "again", lambda asked: None if over else 0.5)
+    monkeypatch.setattr(race, "draw", lambda asked: {"told": lambda: over.append(1) or ""})
+    assert answer("race")["again"] == 0.5

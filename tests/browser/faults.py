@@ -32,23 +32,26 @@ FAULTS = """(seed) => {
     return answer ?? await real(where, ...rest);
   };
 }"""
-SHOWS = """([tab, show]) => {
+SHOWS = """([tab, show, names]) => {
   const text = (html) => { const e = document.createElement('div'); e.innerHTML = html; return e.textContent.replace(/\\s+/g, ' ').trim(); };
   const wrong = [];
-  for (const [name, {value, visible}] of Object.entries(show)) {
-    const place = document.getElementById(name.replace('.', '-'));
+  for (const [name, {value, visible, choices}] of Object.entries(show)) {
+    const id = name.replace('.', '-'), place = document.getElementById(id);
     if (!place || visible === false || value === undefined || value === null || !place.offsetParent) continue;
     if (name === `${tab}.problem`) continue;
+    const named = (one) => Object.fromEntries(choices?.map(([text, key]) => [key, text]) ?? names[id] ?? [])[one] ?? String(one);
     const boxes = [...place.querySelectorAll('input, textarea, select')], kinds = boxes.map((b) => b.type);
     let found = null, wanted = String(value);
     if (typeof value === 'boolean' && kinds.includes('checkbox')) [found, wanted] = [boxes[0].checked, value];
     else if (kinds.includes('number')) [found, wanted] = [+boxes[kinds.indexOf('number')].value, +value];
     else if (kinds.includes('radio')) found = boxes.find((b) => b.checked)?.value ?? '';
     else if (kinds.includes('select-one')) [found, wanted] = [boxes[kinds.indexOf('select-one')].value, value.method ?? value];
-    else if (kinds.includes('textarea') || kinds[0] === 'text') {
-      if (place.querySelector('[role=listbox]')) continue;  // it shows the names of its values
-      found = boxes[0].value;
-    } else if (typeof value === 'string' && value && place.querySelector('.html-container, .prose, .note, div')) [found, wanted] = [place.innerText.replace(/\\s+/g, ' ').trim().length > 0, true];
+    else if (Array.isArray(value)) {
+      if (kinds.includes('checkbox')) [found, wanted] = [boxes.filter((b) => b.checked).length, value.length];
+      else [found, wanted] = [[...place.querySelectorAll('.token')].map((e) => e.innerText.trim()).join(), value.map(named).join()];
+    } else if (place.querySelector('[role=combobox]')) [found, wanted] = [place.querySelector('[role=combobox]').value, named(value)];
+    else if (kinds.includes('textarea') || kinds[0] === 'text') found = boxes[0].value;
+    else if (typeof value === 'string' && value && place.querySelector('.html-container, .prose, .note, div')) [found, wanted] = [place.innerText.replace(/\\s+/g, ' ').trim().length > 0, true];
     if (found !== null && found !== wanted) wrong.push(`${name}: ${found} instead of ${wanted}`);
     if (typeof value === 'string' && !boxes.length && !place.textContent.replace(/\\s+/g, ' ').includes(text(value))) wrong.push(`${name}: another text than ${text(value).slice(0, 80)}`);
   }
@@ -62,6 +65,11 @@ class Server:
     def __init__(self, url: str) -> None:
         self.url = url
         config = json.load(urllib.request.urlopen(url + "config"))
+        self.names = {
+            c["props"]["elem_id"]: [[key, name] for name, key in c["props"]["choices"]]
+            for c in config["components"]
+            if c["props"].get("choices") and c["props"].get("elem_id")
+        }
         self.component = next(c["id"] for c in config["components"] if "answer" in (c["props"].get("server_fns") or []))
 
     def answer(self, tab: str, state: dict, kept: dict) -> dict:
@@ -89,6 +97,7 @@ class Visitor:
             self.did.append(act.__name__)
             act()
             self.page.wait_for_timeout(self.draw.choice([0, 0, 50, 300, 900]))
+        self.arrived()
         self.page.evaluate("window.faulty = false")
         return self.wrong()
 
@@ -122,7 +131,7 @@ class Visitor:
             return [f"the address says {address} instead of {wanted}"]
         if set(said["problems"]) and not self.page.locator(".problem:visible").count():
             return [f"no refusal of {said['problems']}"]
-        return self.page.evaluate(SHOWS, [tab, said["show"]]) + self.sentence(tab, said["show"])
+        return self.page.evaluate(SHOWS, [tab, said["show"], self.server.names]) + self.sentence(tab, said["show"])
 
     def sentence(self, tab: str, show: dict) -> list[str]:
         """The tab's own instrument, which draws what no other place says."""
@@ -138,6 +147,12 @@ class Visitor:
             wanted = f"ank {show['lora.picture']['value']['at']['rank']}"
             return [] if wanted in text else [f"the sentence says {text!r}, without r{wanted}"]
         return []
+
+    def arrived(self) -> None:
+        """Once the document is there that a link, Back or Forward has opened."""
+        self.page.wait_for_timeout(100)
+        self.page.wait_for_load_state()
+        self.page.wait_for_function("window.peftlab")
 
     # --- what visitors do
 
@@ -188,10 +203,12 @@ class Visitor:
             buttons.nth(self.draw.randrange(buttons.count())).click()
 
     def back(self) -> None:
-        self.page.evaluate("history.back()")
+        self.page.evaluate("navigation.canGoBack && history.back()")
+        self.arrived()
 
     def forward(self) -> None:
-        self.page.evaluate("history.forward()")
+        self.page.evaluate("navigation.canGoForward && history.forward()")
+        self.arrived()
 
     def link(self) -> None:
         query = {
@@ -200,7 +217,7 @@ class Visitor:
         }
         query |= self.draw.choice([{}, {"tab": "lora"}, {"convention": "12n"}, {"tab": "race", "sort": "forgetting"}])
         self.page.goto(self.server.url + "?" + urlencode(query))
-        self.page.wait_for_function("window.peftlab")
+        self.arrived()
 
     def preset(self) -> None:
         reset = self.page.get_by_role("button", name="Reset to automatic").locator("visible=true")

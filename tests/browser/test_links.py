@@ -62,6 +62,7 @@ def test_a_slider_that_moves_asks_nobody_until_it_rests(app, open_page):
         page.wait_for_timeout(50)
     assert not sent
     page.wait_for_url("**/?batch_size=19")
+    page.wait_for_timeout(500)
     assert sent
 
 
