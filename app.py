@@ -24,6 +24,7 @@ from demos.store import blocks
 from demos.tab import QUIET
 from peftlab import jobs, seam, weights, words
 from peftlab.catalog.models import DEFAULT, MODELS
+from peftlab.show.marks import how
 
 preparation = jobs.Preparation(DEFAULT)
 
@@ -34,7 +35,7 @@ def chip() -> str:
     if preparation.ready:
         source = weights.source_of(MODELS[DEFAULT])
         tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}" if source else ""
-        return f"{escape(name)} is ready {page.how('verified', tip)}"
+        return f"{escape(name)} is ready {how('verified', tip)}"
     if preparation.error:
         return f'<span class="bad">{escape(preparation.error)}</span>'
     amount = f": {words.size(p.done)} of {words.size(p.total)}" if p.total and p.stage == "downloading" else ""

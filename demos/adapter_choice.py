@@ -6,6 +6,9 @@ import re
 from functools import lru_cache
 from typing import Any
 
+import gradio as gr
+
+from demos.tab import Asked
 from peftlab import PeftlabError, adapters, jobs, tasks
 from peftlab.adapters import Adapter
 
@@ -22,6 +25,16 @@ def of(key: Any) -> Adapter:
     if not _is_here(key):
         raise PeftlabError(f"The adapter {str(key)[:60]} is not here any more; choose another one")
     return adapters.read(jobs.RUNS / key / "adapter")
+
+
+def chooser(label: str = "Adapter", **rest: Any) -> gr.Dropdown:
+    """A control that offers adapters, as `offered` says."""
+    return gr.Dropdown(choices([]), label=label, info="Trained here, or bundled with the app", **rest)
+
+
+def offered(asked: Asked, chosen: Any) -> dict[str, Any]:
+    """What a chooser shows to a visitor."""
+    return gr.update(choices=choices(asked.kept.get("adapters")), value=chosen)
 
 
 def choices(mine: Any) -> list[list[str]]:

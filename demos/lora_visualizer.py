@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import lora_widget, page, proving, real_weights
 from demos.tab import Asked, Draw, Slow, Tab
-from peftlab import RunSpec, SpecError, architecture, count, figures, resolve, scratch, words
+from peftlab import RunSpec, SpecError, count, scratch
 from peftlab.catalog.models import DEFAULT, find
-from peftlab.methods import METHODS
+from peftlab.show.claims import claims_table
+from peftlab.show.lora import by_size, code, flows, notes
+from peftlab.show.settings import changed
+from peftlab.show.shapes import of_family, value
 
 LESSONS = {
     "Lecture 11.2: Gemma 3 270M, q and v": RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"),
@@ -23,70 +25,6 @@ LESSONS = {
     "70B: thin v": RunSpec(model="llama-2-70b", rank=64, target_modules="q_proj,v_proj"),
     "Past break-even": RunSpec(model="gemma-3-270m", rank=512),
 }
-FLOWS = {
-    "lora": "In parallel: the update is added to what W computes.",
-    "houlsby": "In series: a small network after each sub-layer, which the data must pass.",
-    "ia3": "Scaling: one learned number multiplies each feature.",
-    "prompt": "Virtual tokens: learned vectors before the text, at the input alone.",
-    "prefix": "Virtual tokens in every layer: learned keys and values before the text's own.",
-}
-"""Where a method touches the data."""
-
-NOTES = (
-    (
-        "It calls B (d × r) the down-projection and A (r × k) the up-projection. It is the other way round: A projects down to "
-        "r numbers, B projects up again.",
-        "lecture-11-2, The Low-Rank Adaptation Hypothesis",
-    ),
-    (
-        "It says that the percentage stays constant across model scales. At a fixed rank it falls as a model widens, as "
-        "r(d + k) / dk; only the lecture's own extrapolation is constant.",
-        "lecture-11-2, LoRA Parameter Counts",
-    ),
-    (
-        "What it calls the reduction factor, r(d + k) / dk, is the share that remains, not how many times fewer.",
-        "lecture-11-2, LoRA: Parameter Count",
-    ),
-    (
-        "2 · d · r for a weight is right for a square matrix only. In general it is r(d + k), and Llama 3.1 8B's v is "
-        "1,024 × 4,096.",
-        "vanderbilt-slides, LoRA flavors",
-    ),
-)
-"""What the lectures say of LoRA without a number, and how it is."""
-
-
-def notes() -> str:
-    said = "".join(f"<li>{escape(text)} <small>{escape(source)}</small></li>" for text, source in NOTES)
-    return f'<ul class="notes">{said}</ul>'
-
-
-def flows(model: str) -> str:
-    """Each way to change the forward pass, drawn, with what it trains on this model."""
-
-    def card(key: str, says: str) -> str:
-        try:
-            report = count(RunSpec(model=model, method=key))
-            trains = f"{report.trainable_parameters:,} parameters: {words.percent(report.trainable_percent / 100)}"
-        except SpecError as error:
-            trains = escape(str(error))
-        name = METHODS[key].name
-        return f"<section><h3>{name}</h3>{figures.data_path(METHODS[key].drawing, name)}<p>{says} <b>{trains}</b></p></section>"
-
-    return f'<div class="flows">{"".join(card(key, says) for key, says in FLOWS.items())}</div>'
-
-
-def code(spec: RunSpec) -> str:
-    """A LoRA layer from scratch with the settings on screen, for the first matrix that they adapt."""
-    of = resolve(lora_widget.of_family(spec))
-    module = architecture.of(of.model or "").targets(of.target_modules or "all-linear")[0]
-    rank = min(of.rank or 1, module.d_in, module.d_out)
-    return scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)
-
-
-def by_size(spec: RunSpec) -> dict[str, Any]:
-    of = resolve(lora_widget.of_family(spec))
-    return figures.themed(figures.percent_by_size, of.rank, of.target_modules, of.model)
 
 
 class Lora(Tab):
@@ -96,15 +34,13 @@ class Lora(Tab):
     choices = {**real_weights.CHOICES, **proving.CHOICES}
 
     def build(self) -> None:
-        with gr.Row(elem_classes="stage"):
-            with page.controls():
-                page.drawer_handle()
-                self.control("model", page.model_choice(page.OPENING.model))
-                lora_widget.knobs()
-                self.panel("changed", page.note())
-                page.reset("model", "task")
-            with gr.Column(elem_classes="main"):
-                self._pictures()
+        page.stage(self._settings, self._pictures)
+
+    def _settings(self) -> None:
+        self.control("model", page.model_choice(page.OPENING.model))
+        lora_widget.knobs()
+        self.panel("changed", page.note())
+        page.reset("model", "task")
 
     def _pictures(self) -> None:
         self.panel("problem", page.problem())
@@ -136,7 +72,7 @@ class Lora(Tab):
             raise SpecError(
                 f"model={entry.key}: a bare count has no matrices to draw; {shown} is shown, or choose a model"
             )
-        count(lora_widget.of_family(asked.spec))
+        count(of_family(asked.spec))
         real_weights.check(asked)
 
     def fill(self, asked: Asked) -> dict[str, Any]:
@@ -145,14 +81,14 @@ class Lora(Tab):
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec = asked.spec
         return {
-            "picture": lambda: lora_widget.value(spec, asked.refused),
-            "changed": lambda: page.changed(spec),
+            "picture": lambda: value(spec, asked.refused),
+            "changed": lambda: changed(spec),
             "flows": lambda: flows(spec.model or DEFAULT),
             "by_size": lambda: by_size(spec),
             **real_weights.draw(asked),
             **proving.draw(asked),
             "code": lambda: code(spec),
-            "tables": lambda: page.claims_table("lora") + notes(),
+            "tables": lambda: claims_table("lora") + notes(),
         }
 
     def slow(self, asked: Asked) -> list[Slow]:

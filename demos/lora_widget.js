@@ -1,89 +1,10 @@
 // The LoRA tab, drawn by the page alone. The server sends a model's shapes and the registry's terms; every slider, tick and
 // click after that is answered here, and written to the page's settings, which ask the server once the reader pauses.
 
-// --- counting: the registry's terms, as peftlab/methods evaluates them
-
-const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
-const valueOf = (terms, sizes) =>
-  Math.round(terms.reduce((sum, [c, factors]) => sum + c * product(factors.map((name) => sizes[name])), 0));
-const chosenOf = ({modules}, {targets, layers}, nLayers) =>
-  modules.map((m) => !targets.has(m.name) ? 0
-    : m.layers.length ? m.layers.filter((layer) => layers.has(layer)).length : +(layers.size === nLayers));
-
-/** Trained and saved parameters: {each: per module kind, rows: over its layers, trained, saved, chosen}. */
-const count = (data, settings) => {
-  const method = data.methods[settings.method], chosen = chosenOf(data, settings, data.n_layers);
-  const each = data.modules.map((m) => valueOf(method.terms, {...m, rank: settings.rank}));
-  const kept = data.modules.map((m) => valueOf(method.saved, {...m, rank: settings.rank}));
-  const total = (one) => one.reduce((sum, n, i) => sum + n * chosen[i], 0);
-  return {each, chosen, rows: each.map((n, i) => n * chosen[i]), trained: total(each), saved: total(kept)};
-};
-
-/** Alpha as the run would have it: set, or by the method's own rule. */
-const alphaOf = (data, {method, rank, alpha}) => {
-  const rule = data.methods[method].alpha;
-  return rule === null ? null : alpha ?? rule[0] + rule[1] * rank;
-};
-const scaleOf = (data, settings) => {
-  const alpha = alphaOf(data, settings);
-  return alpha === null ? 1 : alpha / (data.methods[settings.method].root ? Math.sqrt(settings.rank) : settings.rank);
-};
-
-// --- words: those of peftlab/words.py, and of words.js, which stands before this
-
-/** A set of layers as `layers` takes it; empty for all. */
-const layersText = (layers, n) => {
-  if (layers.size === n) return '';
-  const runs = [];
-  for (const layer of [...layers].sort((a, b) => a - b)) {
-    const run = runs[runs.length - 1];
-    if (run && layer === run[1] + 1) run[1] = layer; else runs.push([layer, layer]);
-  }
-  return runs.map(([a, b]) => a === b ? `${a}` : `${a}-${b}`).join(',');
-};
-const targetsText = (data, targets) => {
-  const names = data.modules.filter((m) => targets.has(m.name)).map((m) => m.name);
-  return data.modules.every((m) => targets.has(m.name) !== (m.role === 'head')) ? 'all-linear' : names.join(',');
-};
-const whereText = (data, {targets, layers}) => {
-  const text = targetsText(data, targets), which = layersText(layers, data.n_layers);
-  const said = WORDS.where[text] ?? text.replaceAll(',', ', ');
-  return which ? `${said} of layers ${which}` : said;
-};
-/** What is wrong with the settings, with `typed` numbers in place of theirs; empty when nothing is. */
-const refusal = (data, settings, typed = {}) => {
-  const number = (name) => typed[name] === undefined ? settings[name] : typed[name] === '' ? NaN : +typed[name];
-  const given = (name) => typed[name] || (Number.isNaN(number(name)) ? 'nothing' : number(name));
-  const method = data.methods[settings.method], {targets, layers} = settings, rank = number('rank'), alpha = number('alpha');
-  if (!targets.size) return WORDS.no_target;
-  if (!layers.size) return WORDS.no_layer;
-  if (!Number.isInteger(rank) || rank < 1) return fill(WORDS.bad_rank, {rank: given('rank')});
-  if (alpha !== null && !(alpha > 0 && alpha <= 1e6)) return fill(WORDS.bad_alpha, {alpha: given('alpha')});
-  const chosen = chosenOf(data, settings, data.n_layers);
-  if (!chosen.some(Boolean)) return WORDS.no_layer;
-  if (!method.limit) return rank <= 65536 ? '' : fill(WORDS.bad_rank, {rank});
-  const ranks = data.modules.filter((_, i) => chosen[i]).map((m) => Math.min(m.d_in, m.d_out));
-  const limit = method.limit === 'largest' ? Math.max(...ranks) : Math.min(...ranks);
-  if (rank <= limit) return '';
-  return fill(WORDS.rank, {rank, limit, which: WORDS[method.limit], usual: Math.min(limit, WORDS.usual_rank)});
-};
-const sentence = (data, settings, counted) => fill(WORDS.sentence, {
-  what: fill(settings.method === 'lora' ? 'Rank {rank}' : '{name}, rank {rank},', {name: data.methods[settings.method].name, rank: settings.rank}),
-  where: whereText(data, settings),
-  trained: bold(whole(counted.trained), 'trained'),
-  total: bold(whole(data.total), 'frozen'),
-  percent: bold(percent(counted.trained / data.total), 'trained'),
-  size: size(counted.saved * settings.bytes),
-});
-
-/** The setting that a refusal begins with, where it has a place for its own. */
-const blamed = (wrong) => /^(rank|alpha)=/.exec(wrong)?.[1] ?? '';
-
 // --- the state: what the server sent, and what the reader has done since
 
-const COLUMN = [2, -1, 3, 1, -2], ROW = [1, -2, 2, 3, -1]; // of the small example; further ranks rotate them
 const stage = element.closest('.stage');
-let data, settings, typed = {}, shown, built, toyRank = 1, late = 0, places = {}, width = 600; // typed: numbers that are refused
+let data, settings, typed = {}, shown, built, late = 0, places = {}, width = 600; // typed: numbers that are refused
 
 const $ = (name) => places[name] ??= stage.querySelector(`.main ${name}`);
 const all = (name) => places[name + ' all'] ??= [...stage.querySelectorAll(name)];
@@ -110,7 +31,7 @@ const stops = (top) => {
   for (let n = 1; n < top; n += 2 ** Math.max(0, Math.floor(Math.log2(n)) - 3)) numbers.push(n);
   return [...numbers, top];
 };
-const nearest = (numbers, one) => numbers.findIndex((n) => n >= one) < 0 ? numbers.length - 1 : numbers.findIndex((n) => n >= one);
+const nearest = (numbers, one) => Math.min(numbers.filter((n) => n < one).length, numbers.length - 1);
 const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
 
 /** All linear modules, and all layers. */
@@ -134,7 +55,7 @@ const read = () => {
 /** Writes what is set here, a refused number as it was typed. A method is written where it is another one: it clears others. */
 const report = () => {
   stage.querySelectorAll('.knob .refusal').forEach((old) => old.remove());
-  if (!chosenOf(data, settings, data.n_layers).some(Boolean)) return;
+  if (trainsNothing(data, settings)) return;
   const layers = layersText(settings.layers, data.n_layers), asSent = layers === layersText(new Set(data.at.layers), data.n_layers);
   props.value = {...props.value, moved: true}; // or an answer that takes the move back would be no change, which Gradio tells nobody of
   const targets = targetsText(data, settings.targets), isUsual = settings.rank === data.methods[settings.method].usual;
@@ -161,7 +82,7 @@ const build = () => {
     `<span class="sign">=</span><span class="sign times"></span>${box('B', 'trained')}<span class="sign">×</span>${box('A', 'trained')}</div>`;
   const rows = [...data.modules.map((m) => [m.name, m.parameters * (m.layers.length || 1), m]), ...data.rest.map((r) => [r.name, r.parameters, null])];
   stage.classList.toggle('long-names', data.modules.some((m) => m.label.includes('.')));
-  const unit = 230 / rows.reduce((sum, [, n]) => sum + n, 0);
+  const unit = 230 / sum(rows.map(([, n]) => n));
   $('.map').innerHTML = rows.map(([name, n, m]) => {
     const height = Math.max(1, n * unit).toFixed(1);
     const strip = `<div class="strip" style="height:${height}px"><i></i></div>`;
@@ -304,43 +225,6 @@ const paintTotals = ({trained, saved}) => {
     tile("Adam's two moments", bold(size(mine), ''), `${size(full)} for full fine-tuning: ${mine < full ? size(full - mine) + ' saved' : size(mine - full) + ' more'}`));
 };
 
-// --- the small matrices that one can watch multiply
-
-const toyB = (i, k) => COLUMN[(i + 2 * k) % 5] * (k % 2 ? -1 : 1), toyA = (k, j) => ROW[(j + k) % 5];
-const toySum = (i, j) => Array.from({length: toyRank}, (_, k) => toyB(i, k) * toyA(k, j));
-const toy = () => {
-  const five = [0, 1, 2, 3, 4], ranks = Array.from({length: toyRank}, (_, k) => k);
-  const largest = Math.max(...five.flatMap((i) => five.map((j) => Math.abs(toySum(i, j).reduce((a, b) => a + b, 0)))));
-  const number = (n) => String(n).replace('-', '−');
-  const table = (name, label, rows) => `<table class="${name}" aria-label="${label}">${rows.map((cells) => `<tr>${cells.join('')}</tr>`).join('')}</table>`;
-  $('.toy').innerHTML = table('toy-b', 'B', five.map((i) => ranks.map((k) => `<td data-i="${i}">${number(toyB(i, k))}</td>`))) +
-    '<span class="sign">×</span>' + table('toy-a', 'A', ranks.map((k) => five.map((j) => `<td data-j="${j}">${number(toyA(k, j))}</td>`))) +
-    '<span class="sign">=</span>' + table('toy-w', 'BA', five.map((i) => five.map((j) => {
-      const n = toySum(i, j).reduce((a, b) => a + b, 0);
-      return `<td data-i="${i}" data-j="${j}" tabindex="${i + j ? -1 : 0}"><i style="--v:${(Math.abs(n) / largest).toFixed(3)}" class="${n < 0 ? 'minus' : ''}"></i><span>${number(n)}</span></td>`;
-    })));
-  stage.querySelectorAll('.toy-ranks button').forEach((b) => b.setAttribute('aria-pressed', +b.value === toyRank));
-};
-const toyFinding = (i, j) => {
-  const scale = scaleOf(data, settings), number = (n) => n < 0 ? `(−${-n})` : n;
-  if (i === undefined) {
-    const many = 10 * toyRank;
-    put($('.toy-said'), fill(WORDS[many < 25 ? 'toy' : 'toy_past'], {rank: toyRank, numbers: bold(many, 'trained')}));
-    return;
-  }
-  const parts = toySum(i, j), sum = parts.reduce((a, b) => a + b, 0);
-  const terms = parts.map((_, k) => `${number(toyB(i, k))} × ${number(toyA(k, j))}`).join(' + ');
-  put($('.toy-said'), `Row ${i + 1} of B times column ${j + 1} of A: ${terms} = ${bold(sum, 'trained')}; in ΔW, times ${significant(scale)}: ${significant(Math.abs(sum * scale)) * Math.sign(sum || 1)}.`);
-};
-const light = (cell) => {
-  const {i, j} = cell?.dataset ?? {};
-  stage.querySelectorAll('.toy td').forEach((td) => {
-    const of = td.closest('table').className;
-    td.classList.toggle('lit', cell !== null && (of === 'toy-b' ? td.dataset.i === i : of === 'toy-a' ? td.dataset.j === j : td === cell));
-  });
-  if (cell) toyFinding(+i, +j); else toyFinding();
-};
-
 // --- what the reader does
 
 const set = (name, value) => { settings = {...settings, [name]: value}; };
@@ -435,7 +319,7 @@ const begin = () => {
 };
 window.addEventListener('peftlab-written', ({detail}) => {
   if (!data || 'picture' in detail) return;
-  if (!chosenOf(data, settings, data.n_layers).some(Boolean)) { read(); paint(); } // which was not written, and so is not undone
+  if (trainsNothing(data, settings)) { read(); paint(); } // which was not written, and so is not undone
   if ('model' in detail) settings = {...settings, ...everything()}; // modules and layers are a model's
 });
 begin();

@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 import gradio as gr
 
-from demos import methods, page
-from peftlab import RunSpec, architecture, resolve, words
-from peftlab.catalog.models import find
+from demos import page
 from peftlab.catalog.presets import PRESETS
-from peftlab.count import BYTES
-from peftlab.methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
-from peftlab.spec import parse_layers
+from peftlab.methods import METHODS
+from peftlab.show.methods import PUBLISHED, preset_says
+from peftlab.show.shapes import FAMILY, WORDS
 
-FAMILY = tuple(key for key, method in METHODS.items() if "rank" in method.settings)
-"""The methods that have a rank."""
-FIELDS = ("method", "rank", "alpha", "target_modules", "layers")
-"""What the page writes."""
 OF_ALPHA = tuple(key for key in PRESETS if key.startswith("alpha"))
 """Published rules for alpha."""
-ADAM = 8
-"""Bytes of optimizer state a trained parameter: Adam's two moments in fp32."""
-WORDS = {
-    "sentence": words.SENTENCES["lora"],
-    "where": words.WHERE,
-    "no_target": "no target module is ticked: nothing would be trained; tick at least one",
-    "no_layer": "no layer is chosen: nothing would be trained; choose at least one",
-    "bad_rank": "rank={rank}: a rank is a whole number from 1 to 65,536; try 8",
-    "bad_alpha": "alpha={alpha}: ΔW is multiplied by alpha, so at 0 the adapter does nothing; it must be above 0 and at most "
-    "1,000,000; try 16",
-    "rank": RANK_REFUSAL,
-    "usual_rank": USUAL_RANK,
-    "matrix": "<b>{name}</b>, drawn to scale: one adapter has {one} numbers against {base}: {share}.",
-    "before": "It breaks even at rank {even} = dk / (d + k), {times} times rank {rank}.",
-    "past": "Rank {rank} is past break-even, {even} = dk / (d + k): the adapter is larger than the matrix, and still can "
-    "express no more than the matrix trained whole.",
-    "swapped": "It is stored as inputs × outputs (Conv1D) and drawn as outputs × inputs, the way it multiplies.",
-    "scale": "ΔW = (alpha / r) · BA. With alpha {alpha} and rank {rank}, LoRA multiplies BA by alpha / r = {plain}; rsLoRA by "
-    "alpha / √r = {root}, so that the update does not fade as the rank grows.",
-    "no_alpha": "This method has no alpha: its trained vectors are the scale.",
-    "spoken": "W is {d_out} by {d_in} and frozen; B is {d_out} by {rank} and A is {rank} by {d_in}, both trained; their "
-    "product, the update, is as large as W. Drawn to one scale.",
-    "axis": "An adapter's parameters rise with its rank and reach the matrix's own at rank {even}",
-    "toy": "Rank {rank}: {numbers} trained numbers stand for 25. Touch a number of BA to see what made it.",
-    "toy_past": "Rank {rank}: {numbers} numbers for 25, past break-even (5 · 5 / (5 + 5) = 2.5).",
-    **{key: said for key, (_, said) in RANK_LIMITS.items()},
-}
 
 CONSTANTS = {
     "WORDS": WORDS,
@@ -59,105 +24,15 @@ CONSTANTS = {
         key: {
             **PRESETS[key].settings,
             "over_rank": PRESETS[key].alpha_over_rank,
-            "says": escape(methods.preset_says(key)),
+            "says": escape(preset_says(key)),
         }
         for key in OF_ALPHA
     },
-    "PUBLISHED": methods.PUBLISHED,
+    "PUBLISHED": PUBLISHED,
 }
 SCRIPT = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in CONSTANTS.items()) + page.script(
-    "words.js", "lora_widget.js"
+    "words.js", "lora_count.js", "lora_toy.js", "lora_widget.js"
 )
-
-
-def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the page needs to know of `spec` and its model, and which of its numbers were refused.
-
-    Raises SpecError where LoRA has nothing to do there.
-    """
-    spec = of_family(spec)
-    entry = find(spec.model or "")
-    shape = architecture.of(spec.model or "")
-    of = resolve(spec)
-    wanted = shape.targets(of.target_modules or "all-linear")
-    linear = shape.linear() + [m for m in wanted if m.head]
-    names = architecture.told_apart([m.name for m in linear])
-    layers = parse_layers(of.layers or "all", shape.n_layers)
-    return {
-        "key": spec.model,
-        "model": escape(entry.name),
-        "total": shape.total_parameters,
-        "n_layers": shape.n_layers,
-        "modules": [
-            {
-                "name": name,
-                "label": escape(label).replace(".", ".<wbr>"),
-                "path": escape(m.name),
-                "role": m.role,
-                "d_in": m.d_in,
-                "d_out": m.d_out,
-                "swapped": m.kind == "conv1d",
-                "parameters": m.weight + m.bias,
-                "layers": m.layers,
-            }
-            for name, label, m in zip(names, _labels(names, linear), linear, strict=True)
-        ],
-        "rest": _rest(shape, linear),
-        "methods": {key: _method(METHODS[key], spec) for key in FAMILY},
-        "bytes": BYTES[of.adapter_precision or "fp32"],
-        "adam": ADAM,
-        "at": {
-            "method": spec.method,
-            "rank": of.rank,
-            "alpha": spec.alpha,
-            "targets": [name for name, m in zip(names, linear, strict=True) if m in wanted],
-            "layers": layers,
-            "layers_said": spec.layers,
-            "refused": {
-                n: re.sub(r"[^\w.+-]", "", text)[:40] for n, text in (refused or {}).items() if n in ("rank", "alpha")
-            },
-        },
-    }
-
-
-def _labels(names: list[str], linear: list[architecture.Module]) -> list[str]:
-    """What tells modules apart without the numbers of layers, where that can be."""
-    plain = [
-        ".".join(part for part in m.name.split(".") if part not in ("*", "block", "layer") and not part.isdigit())
-        for m in linear
-    ]
-    return architecture.told_apart(plain) if len(set(plain)) == len(plain) else names
-
-
-def of_family(spec: RunSpec) -> RunSpec:
-    """`spec`, with LoRA in place of a method that has no rank."""
-    return spec if spec.method in FAMILY else spec.but(method="lora")
-
-
-def _rest(shape: architecture.Architecture, linear: list[architecture.Module]) -> list[dict[str, Any]]:
-    """What LoRA leaves alone by default: embeddings, norms, the head."""
-    rest: dict[str, int] = {}
-    for m in shape.modules:
-        if m not in linear and (m.weight + m.bias):
-            name = m.role or m.short_name
-            rest[name] = rest.get(name, 0) + (m.weight + m.bias) * m.count
-    return [{"name": name, "parameters": n} for name, n in rest.items()]
-
-
-def _method(method: Method, spec: RunSpec) -> dict[str, Any]:
-    """How a method counts, and its rule for alpha as (constant, per rank); None where it has no alpha."""
-    plain = RunSpec(model=spec.model, method=method.key)
-    one, two = (resolve(plain.but(rank=r)).alpha for r in (1, 2))
-    return {
-        "name": method.name,
-        "terms": [[t.coefficient, t.factors] for t in method.terms],
-        "saved": [[t.coefficient, t.factors] for t in method.saved or method.terms],
-        "limit": method.rank_limit,
-        "usual": resolve(plain).rank,
-        "bytes": BYTES[resolve(plain).adapter_precision or "fp32"],
-        "alpha": None if one is None or two is None else [2 * one - two, two - one],
-        "root": any("√" in box for box in method.drawing.branch),
-    }
 
 
 def knobs() -> gr.HTML:
@@ -168,7 +43,7 @@ def knobs() -> gr.HTML:
         + '<div class="alpha-knob">'
         + _slider("alpha", "Alpha", page.described("alpha")["info"], 'min="0" step="any"')
         + '<button type="button" class="small-button" data-knob="automatic">Automatic alpha</button>'
-        + _chooser("preset", "Preset", methods.PUBLISHED, {"": "none", **{key: PRESETS[key].name for key in OF_ALPHA}})
+        + _chooser("preset", "Preset", PUBLISHED, {"": "none", **{key: PRESETS[key].name for key in OF_ALPHA}})
         + "</div>",
         js_on_load=None,
         elem_classes="knobs",
@@ -194,7 +69,7 @@ def _slider(name: str, label: str, info: str, of_number: str) -> str:
 
 
 def picture() -> gr.HTML:
-    """Its script draws it, the knobs' state and the lower half, and writes the settings, which are FIELDS."""
+    """Its script draws it, the knobs' state and the lower half, and writes method, rank, alpha, target modules and layers."""
     return gr.HTML(None, html_template=TOP, js_on_load=SCRIPT, elem_classes="drawn")
 
 

@@ -18,15 +18,17 @@ from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.models import DEFAULT, find
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.conventions import EXACT
+from peftlab.show import costs as tables
+from peftlab.show.bars import bars_value
+from peftlab.show.claims import claims_table
+from peftlab.show.marks import explained
+from peftlab.show.methods import method_card, method_panel, method_value
+from peftlab.show.settings import changed
 
-BY_METHOD = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms", "target_modules")
-"""Settings that some methods read and counts depend on."""
-SIZES = ("batch_size", "sequence_length", "gradient_checkpointing")
 FOLDED = (
     "precision", "adapter_precision", "quantization", "optimizer", "optimizer_precision", "accumulation", "attention",
     "gpu", "n_gpus", "sharding", "offload",
 )  # fmt: skip
-FIELDS = ("model", "method", *BY_METHOD, *SIZES, *FOLDED)
 ON = "h100-80gb"
 """The GPU a run is predicted for unless another one is chosen: the one whose steps were measured."""
 LESSONS = {
@@ -75,36 +77,6 @@ def at(spec: RunSpec) -> tuple[int, int, int]:
     return of.batch_size or 1, of.sequence_length or 1, of.rank or methods.SLIDERS["rank"][2]
 
 
-def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -> str:
-    """Every component in bytes; and how each comes about, in symbols and in this run's numbers."""
-    reports = [full] if chosen.spec.method == "full" else [full, chosen]
-    parts = [(r.peak.bytes if r.peak else vars(r)) for r in reports]
-    rows = "".join(
-        f'<tr><td><span class="key {colour}"></span>{page.explained(name)}</td>'
-        + "".join(f"<td>{words.size(part.get(kind, 0))}</td>" for part in parts)
-        + "</tr>"
-        for kind, colour, name in figures.COMPONENTS
-        if any(part.get(kind) for part in parts)
-    )
-    sums = [
-        ("allocated at the peak", "allocated"),
-        ("reserved by PyTorch", "reserved"),
-        ("what nvidia-smi shows", "process"),
-    ]
-    if full.peak is None:
-        sums = [("sum", "states")]
-    rows += "".join(
-        f"<tr><td>{name}</td>" + "".join(f"<td><b>{words.size(getattr(r, key))}</b></td>" for r in reports) + "</tr>"
-        for name, key in sums
-    )
-    rows += (
-        "<tr><td>trained parameters</td>" + "".join(f"<td>{r.trainable_parameters:,}</td>" for r in reports) + "</tr>"
-    )
-    heads = "".join(f"<th>{escape(words.method_name(r))}</th>" for r in reports)
-    table = f'<div class="wide"><table class="data"><tr><th></th>{heads}</tr>{rows}</table></div>'
-    return table + (costs.derivation(form) if form else "")
-
-
 class Memory(Tab):
     """The memory calculator."""
 
@@ -116,39 +88,32 @@ class Memory(Tab):
     }
 
     def build(self) -> None:
-        with gr.Row(elem_classes="stage"):
-            with page.controls():
-                self._settings()
-            with gr.Column(elem_classes="main"):
-                self._pictures()
+        page.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
         opening = page.OPENING
         batch, length, _ = at(opening)
-        page.drawer_handle()
         self.control("model", page.model_choice(opening.model))
         self.control("batch_size", page.slider("batch_size", 1, 64, batch))
         self.control("sequence_length", page.slider("sequence_length", 16, 16384, length, step=16))
         self.control("gradient_checkpointing", gr.Checkbox(False, **page.described("gradient_checkpointing")))
         self.control("method", methods.method_choice("memory", opening.method or "lora", opening.model or DEFAULT))
-        self.panel("about", page.note(methods.method_card("lora", opening.model or DEFAULT)))
-        for name, component in methods.method_settings(opening, *BY_METHOD).items():
-            self.control(name, component)
+        self.panel("about", page.note(method_card("lora", opening.model or DEFAULT)))
+        self.control_all(methods.method_settings(opening, *methods.BY_METHOD))
         share = gr.Slider(
             0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
             info="A bare count has no layers to adapt, so its share is chosen",
         )  # fmt: skip
         self.control("share", share)
         with self.fold("Precision, optimizer and GPUs"):
-            for name in FOLDED:
-                self.control(name, _control(name))
+            self.control_all({name: _control(name) for name in FOLDED})
         with self.fold("Your own config.json"):
             self._own_config()
         with self.fold("Count as a lecture does"):
             rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
             about = {"label": "Count as", "info": "Bytes a parameter, in each lecture's convention"}
             self.control("convention", gr.Dropdown(rules, value=EXACT, **about))
-        self.panel("changed", page.note(page.changed(opening)))
+        self.panel("changed", page.note(changed(opening)))
         page.reset("model", "method", "task")
 
     def _own_config(self) -> None:
@@ -180,8 +145,7 @@ class Memory(Tab):
         with self.fold("What would fit"):
             self.panel("room", gr.HTML())
         with self.fold("Time, money, disk and serving"):
-            for name, component in costs.controls().items():
-                self.control(name, component)
+            self.control_all(costs.controls())
             self.panel("spent", gr.HTML())
         with self.fold("The lectures' conventions and numbers, recomputed"):
             self.panel("conventions", gr.HTML())
@@ -200,8 +164,8 @@ class Memory(Tab):
         bare = find(spec.model or DEFAULT).config is None
         return {
             "model": page.shown_model(spec),
-            "method": methods.method_value(spec.method, spec.model),
-            **methods.method_updates(spec, BY_METHOD),
+            "method": method_value(spec.method, spec.model),
+            **methods.method_updates(spec, methods.BY_METHOD),
             "batch_size": page.slid(batch, 64),
             "sequence_length": page.slid(length, 16384),
             "gradient_checkpointing": bool(spec.gradient_checkpointing),
@@ -216,25 +180,21 @@ class Memory(Tab):
         reports, forms = seen(asked)
         full, chosen = reports
         entry = find(model)
-        timeline = figures.themed(figures.memory_timeline, chosen) if chosen.moments else None
+        timeline = page.seen(figures.themed(figures.memory_timeline, chosen) if chosen.moments else None)
         return {
-            "bars": lambda: memory_bars.bars_value(
-                reports, forms, at(chosen.spec), None if entry.config else asked["share"]
-            ),
-            "surprises": lambda: page.explained(
-                "".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])
-            ),
-            "timeline": lambda: gr.update(value=timeline, visible=timeline is not None),
-            "about": lambda: methods.method_card(spec.method or "lora", model),
-            "changed": lambda: page.changed(spec),
-            "numbers": lambda: numbers(full, chosen, forms[1]),
-            "gpus": lambda: costs.gpus(full, chosen),
-            "room": lambda: costs.room(forms[1]) if forms[1] else "",
-            "spent": lambda: costs.compute_and_disk(chosen, *(asked[name] for name in costs.CHOICES)),
-            "conventions": lambda: costs.conventions(spec, reports),
-            "claims": lambda: page.claims_table("memory"),
-            "measured": costs.measured,
-            "how": lambda: methods.method_panel(spec.method or "lora"),
+            "bars": lambda: bars_value(reports, forms, at(chosen.spec), None if entry.config else asked["share"]),
+            "surprises": lambda: explained("".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])),
+            "timeline": lambda: timeline,
+            "about": lambda: method_card(spec.method or "lora", model),
+            "changed": lambda: changed(spec),
+            "numbers": lambda: tables.numbers(full, chosen, forms[1]),
+            "gpus": lambda: tables.gpus(full, chosen),
+            "room": lambda: tables.room(forms[1]) if forms[1] else "",
+            "spent": lambda: tables.compute_and_disk(chosen, *(asked[name] for name in costs.CHOICES)),
+            "conventions": lambda: tables.conventions(spec, reports),
+            "claims": lambda: claims_table("memory"),
+            "measured": tables.measured,
+            "how": lambda: method_panel(spec.method or "lora"),
         }
 
     def slow(self, asked: Asked) -> list[Slow]:

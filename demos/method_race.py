@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,17 @@ from demos import choice, methods, page
 from demos.gpu import on_gpu
 from demos.live_finetune import here, runnable
 from demos.tab import QUIET, Asked, Draw, Tab
-from peftlab import RunSpec, SpecError, figures, jobs, race, race_figures, scores, tasks, words
+from peftlab import RunSpec, SpecError, jobs, race, tasks
 from peftlab.catalog.models import DEFAULT
+from peftlab.count import why_not
 from peftlab.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
-from peftlab.race import Line
-from peftlab.recordings import Board, Recording
 from peftlab.resolve import METHOD_SETTINGS
+from peftlab.show import races
+from peftlab.show.marks import failure
+from peftlab.show.settings import settings_line, terms
 from peftlab.spec import closest
-from peftlab.tasks import METRICS, TASKS
+from peftlab.tasks import TASKS
 
 FIRST = next(iter(LESSONS))
 SHOW, NONE = "show me", "none"
@@ -36,8 +35,6 @@ MOST = 24
 MOST_SEEDS = 5
 
 RACE = on_gpu(race.race)  # at import, because a shared GPU wants to know its functions before the page is up
-
-Events = Sequence[dict[str, Any]]
 
 
 def named(text: str) -> tuple[str, ...]:
@@ -76,8 +73,6 @@ element.addEventListener('click', (e) => {
   if (link) navigator.clipboard.writeText(location.href).then(() => { link.textContent = 'Copied'; });
 });
 """
-
-
 CLOSED = "() => { document.querySelectorAll('.controls.open').forEach((e) => e.classList.remove('open')); }"
 """A phone's drawer, so that what was started is seen."""
 TOOLBAR = (
@@ -85,180 +80,6 @@ TOOLBAR = (
     '<button type="button" class="small-button" data-link>Copy link</button>'
     "<small>Press a column's name to sort by it.</small></div>"
 )
-
-
-def board(lines: Sequence[Line], sort: str) -> dict[str, str]:
-    """The board as the page holds it: a table to look at, and the same as CSV."""
-    lines = race.ranked(lines, sort)
-    columns = [c for c in race.COLUMNS if c.key not in ("low", "high") and any(c.of(x) is not None for x in lines)]
-    head = "".join(_head(c, sort) for c in columns)
-    rows = "".join(_row(line, columns) for line in lines)
-    return {
-        "html": f'<div class="wide"><table class="data board"><thead><tr><th>racer</th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>",
-        "csv": race.to_csv(lines),
-    }
-
-
-def _head(column: race.Column, sort: str) -> str:
-    chosen = column.key == sort
-    order = ' aria-sort="descending"' if chosen and column.high_is_good else ' aria-sort="ascending"' if chosen else ""
-    unit = f"<small>{page.explained(escape(column.unit))}</small>" if column.unit and column.unit != "bytes" else ""
-    return f'<th{order}><button type="button" data-sort="{column.key}">{escape(column.title)}</button>{unit}</th>'
-
-
-def _row(line: Line, columns: Sequence[race.Column]) -> str:
-    cells = "".join(f"<td>{_cell(line, c)}</td>" for c in columns)
-    why = f'<br><span class="bad">{escape(line.error)}</span>' if line.error else ""
-    return f'<tr><td class="racer"><b>{escape(line.name)}</b>{why}</td>{cells}</tr>'
-
-
-def _cell(line: Line, column: race.Column) -> str:
-    value = column.of(line)
-    if value is None:
-        return ""
-    if column.key == "score":
-        return f"<b>{words.score(value)}</b><br><small>{' to '.join(map(words.score, line.interval))}</small>"
-    if column.unit == "bytes":
-        return words.size(value)
-    if column.key == "trainable_parameters":
-        return f"{value:,}<br><small>{words.percent(line.trainable_percent / 100)}</small>"
-    if column.key == "training_seconds":
-        return words.seconds(value)
-    return (
-        f"{value:.2f}×" if column.unit.startswith("×") else f"{value:.2f}" if isinstance(value, float) else str(value)
-    )
-
-
-def findings(lesson: Lesson, lines: Sequence[Line]) -> str:
-    """What the lectures claim, what these lines say to it, and whether it holds here."""
-    rows = ""
-    for claim, found in lesson.findings(lines):
-        if found is None:
-            continue
-        verdict = (
-            '<span class="good">holds here</span>' if found.holds else '<span class="bad">does not hold here</span>'
-        )
-        rows += (
-            f"<tr><td>{escape(claim.says)}<br><small>{escape(claim.source)}</small></td>"
-            f"<td>{escape(found.text)}</td><td>{verdict}</td></tr>"
-        )
-    head = "<tr><th>What the lectures claim</th><th>in this race</th><th></th></tr>"
-    return page.explained(f'<table class="data findings">{head}{rows}</table>') if rows else ""
-
-
-def provenance(recording: Recording, before: str = "") -> str:
-    """Where and when a race was recorded, after the words `before`."""
-    libraries = ", ".join(f"{name} {version}" for name, version in recording.versions.items())
-    tip = (
-        f"{recording.hardware}, {recording.date}, {libraries}. {' '.join(f'Command: {c}' for c in recording.commands)}"
-    )
-    fewest, most = recording.seeds
-    seeds = "1 seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    said = f"Recorded on {escape(recording.hardware)}, {len(recording.lines)} racers, {seeds} each."
-    return f'<div class="status"><span>{page.how("measured", tip)} {before}{said}</span></div>'
-
-
-def elsewhere(lesson: Lesson, recording: Recording) -> str:
-    """Why other tabs have another score of the method that all of them show first."""
-    line = next((x for x in recording.lines if x.spec["method"] == "lora" and x.scores), None)
-    if line is None or lesson.setting != "method":
-        return ""
-    said = escape(scores.elsewhere(scores.of_line(line, recording.hardware)))
-    return f'<div class="note"><b>{escape(line.name)}</b>: {words.score(line.score)} here. {said}</div>'
-
-
-def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, Any]:
-    """What is seen of any race, recorded or live, by panel."""
-    metric = METRICS[tasks.find(lines[0].spec["task"]).metric].name
-    steps = max([len(losses) for line in lines for losses in line.losses] + [lines[0].spec["steps"] or 1])
-    finished = [line for line in lines if line.scores]
-    return {
-        "sentence": words.race_sentence(lines),
-        "scores": figures.themed(race_figures.scores, finished, lesson.setting, metric),
-        "losses": figures.themed(race_figures.curves, lines, steps),
-        "tested": findings(lesson, lines),
-        "board": board(lines, sort),
-    }
-
-
-@lru_cache(maxsize=64)
-def recorded_picture(key: str, device: str, sort: str) -> dict[str, Any]:
-    return picture(LESSONS[key], recorded(key, device).lines, sort)
-
-
-@dataclass(frozen=True)
-class SoFar:
-    """A race as far as its events tell."""
-
-    lines: list[Line]
-    """None before it begins."""
-    running: dict[int, list[float]]
-    """By racer, the losses of a run that is not in its line yet."""
-    last: dict[str, Any]
-    """The last event of the run under way."""
-
-    def with_running(self) -> list[Line]:
-        """The lines, and in them the losses of what is under way."""
-        return [
-            replace(line, losses=[*line.losses, self.running[i]]) if i in self.running else line
-            for i, line in enumerate(self.lines)
-        ]
-
-
-def so_far(events: Events) -> SoFar:
-    lines: list[Line] = []
-    running: dict[int, list[float]] = {}
-    last: dict[str, Any] = {}
-    for event in events:
-        if event["type"] in ("racers", "done"):
-            lines = [Line(**line) for line in event["lines"]]
-        elif event["type"] == "line":
-            lines[event["racer"]] = Line(**event["line"])
-            if not event["line"]["error"]:
-                running.pop(event["racer"], None)
-        elif event["type"] == "run":
-            last = event
-            if event["event"]["type"] == "step":
-                running.setdefault(event["racer"], []).append(event["event"]["loss"])
-    return SoFar(lines, running, last)
-
-
-@lru_cache(maxsize=32)
-def live_picture(job: jobs.Job, seen: int, key: str, sort: str) -> dict[str, Any]:
-    """The same of a race here, of its first `seen` events; findings are of what has finished."""
-    found = so_far(job.events[:seen])
-    return picture(LESSONS[key], found.with_running(), sort) | {"tested": findings(LESSONS[key], found.lines)}
-
-
-def status(events: Events, found: SoFar, ahead: int = 0) -> str:
-    """Who runs, how far the race is, with a bar; before it begins, how many are `ahead`."""
-    lines, last = found.lines, found.last
-    seeds = next((e["seeds"] for e in events if e["type"] == "racers"), 1)
-    over = sum(len(line.scores) if not line.error else seeds for line in lines)
-    share, what = over / (seeds * len(lines)) if lines else 0.0, ""
-    if events and events[-1]["type"] == "done":
-        ended = "Stopped; what has finished stands." if events[-1]["stopped"] else "Done."
-        share, what = 1.0, f"{ended} Run here, live."
-    elif last:
-        step = last["event"].get("step")
-        what = lines[last["racer"]].name + (f", step {step}" if last["event"]["type"] == "step" else "")
-    elif events and events[-1]["type"] == "queued" and ahead:
-        what = f"Waiting: {ahead} ahead of yours"
-    return (
-        f'<div class="status"><span>{over} of {seeds * len(lines)} runs</span><span>{escape(what)}</span></div>'
-        f'<div class="progress" role="progressbar" aria-label="race" aria-valuenow="{100 * share:.0f}">'
-        f'<div style="width:{100 * share:.1f}%"></div></div>'
-    )
-
-
-def recorded(key: str, device: str = "") -> Recording:
-    found = LESSONS[key].recordings()
-    return next((r for r in found if r.device == device), found[0])
-
-
-def devices(key: str) -> list[tuple[str, str]]:
-    return [(r.hardware, r.device) for r in LESSONS[key].recordings()]
 
 
 class Race(Tab):
@@ -282,18 +103,13 @@ class Race(Tab):
         """The lesson of each race that was started here, by the job's id."""
 
     def build(self) -> None:
-        with gr.Row(elem_classes="stage"):
-            with page.controls():
-                self._settings()
-            with gr.Column(elem_classes="main"):
-                self._pictures()
+        page.stage(self._settings, self._pictures)
         self.panels["go"].click(None, None, None, js=CLOSED, **QUIET)
         self.press(self.panels["go"], self.begin, ["kept"])
         self.press(self.panels["stop"], self.halt, ["stop", "kept"])
         self.press(self.panels["back"], self.put_away, ["kept"])
 
     def _settings(self) -> None:
-        page.drawer_handle()
         lesson = gr.Radio(page.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
         self.control("lesson", lesson, guess=NONE)  # whoever opens one is asked first
         self.control("device", gr.Radio([], label="Recorded on", visible=False))
@@ -339,22 +155,22 @@ class Race(Tab):
 
     def check(self, asked: Asked) -> None:
         lesson, guess = LESSONS[asked["lesson"]], asked["guess"]
-        if asked["device"] and asked["device"] not in (known := [key for _, key in devices(lesson.key)]):
+        if asked["device"] and asked["device"] not in (known := [key for _, key in races.devices(lesson.key)]):
             raise SpecError(f"device={asked['device']}: no such recording; {closest(asked['device'], known)}")
         if guess not in (known := [*lesson.options, SHOW, NONE]):
             raise SpecError(f"guess={guess}: no answer to the question; {closest(guess, known)}")
-        page.settings_line(here(asked.spec))  # refuses what cannot run
+        settings_line(here(asked.spec))  # refuses what cannot run
         if asked["values"] is not None:
             racers(asked.spec, lesson, asked["values"])
 
     def fill(self, asked: Asked) -> dict[str, Any]:
         lesson, spec = LESSONS[asked["lesson"]], here(asked.spec)
-        places, values = devices(lesson.key), asked["values"]
+        places, values = races.devices(lesson.key), asked["values"]
         options, guess = [*lesson.options, SHOW], asked["guess"]
         return {
             "lesson": lesson.key,
             "device": gr.update(
-                choices=places, value=recorded(lesson.key, asked["device"]).device, visible=len(places) > 1
+                choices=places, value=races.recorded(lesson.key, asked["device"]).device, visible=len(places) > 1
             ),
             "values": gr.update(
                 choices=suited(lesson, spec),
@@ -373,7 +189,7 @@ class Race(Tab):
         lesson, job = LESSONS[asked["lesson"]], self.race_of(asked)
         standing = job if job and self.raced[job.id] == lesson.key else None
         parts = self._buttons(job) | {
-            "settings": page.settings_line(here(asked.spec)),
+            "settings": settings_line(here(asked.spec)),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
         }
@@ -390,25 +206,24 @@ class Race(Tab):
 
     def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> dict[str, Any]:
         """The race here once it has begun; the recorded one until then, but nothing of it before a guess."""
-        record, guess = recorded(lesson.key, asked["device"]), asked["guess"]
-        told = "" if guess == NONE else revealed(lesson, record.lines, guess)
+        record, guess = races.recorded(lesson.key, asked["device"]), asked["guess"]
+        told = "" if guess == NONE else races.revealed(lesson, record.lines, None if guess == SHOW else guess)
         parts = {"told": told, "result": gr.update(visible=guess != NONE)}
         bar = ""
         if job:
             events = list(job.events)
-            found, last = so_far(events), events[-1]
-            failed = f'<div class="problem">{escape(last["message"])}</div>' if last["type"] == "error" else ""
-            bar = failed or status(events, found, jobs.ahead(job))
+            found = races.so_far(events)
+            bar = failure(events) or races.status(events, found, jobs.ahead(job))
             if found.lines:
-                live = live_picture(job, len(events), lesson.key, asked["sort"])
+                live = races.live_picture(job, len(events), lesson.key, asked["sort"])
                 return parts | live | {"bar": bar, "result": gr.update(visible=True)}
-        bar += provenance(record, "Until yours begins, this stands below. " if job and not job.over else "")
+        bar += races.provenance(record, "Until yours begins, this stands below. " if job and not job.over else "")
         if guess == NONE:
             return parts | {"bar": bar, "sentence": "A guess first, then what was recorded."}
         return (
             parts
-            | {"bar": bar + elsewhere(lesson, record)}
-            | recorded_picture(lesson.key, record.device, asked["sort"])
+            | {"bar": bar + races.elsewhere(lesson, record)}
+            | races.recorded_picture(lesson.key, record.device, asked["sort"])
         )
 
     def again(self, asked: Asked) -> float | None:
@@ -419,7 +234,7 @@ class Race(Tab):
 
     def race_of(self, asked: Asked) -> jobs.Job | None:
         """The race that was started from this browser, the one under way first."""
-        running = jobs.running(owner(asked))
+        running = jobs.running(asked.visitor)
         job = running if running and running.id in self.raced else jobs.find(str(asked.kept.get("race") or ""))
         return job if job and job.id in self.raced else None
 
@@ -430,7 +245,7 @@ class Race(Tab):
             lesson = LESSONS[asked["lesson"]]
             field = racers(asked.spec, lesson, asked["values"])
             seeds, seconds = asked["seeds"] or 1, asked["seconds"]
-            job = jobs.start(field[0].spec, owner(asked), lambda spec, out: RACE(field, out, seeds, seconds))
+            job = jobs.start(field[0].spec, asked.visitor, lambda spec, out: RACE(field, out, seeds, seconds))
             self.raced[job.id] = lesson.key
         yield {"kept": {"race": job.id}}
 
@@ -445,38 +260,23 @@ class Race(Tab):
         yield {"kept": {"race": ""}}
 
 
-def owner(asked: Asked) -> str:
-    return str(asked.kept.get("visitor") or "")
-
-
 def asked_for(lesson: Lesson) -> str:
     """What the racers may be, and the licences of models among them."""
     models = lesson.values if lesson.setting == "model" else ()
-    return f"Two or more of: {lesson.name.lower()}.{''.join(map(page.terms, models))}"
+    return f"Two or more of: {lesson.name.lower()}.{''.join(map(terms, models))}"
 
 
 def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
     """What may race, by name."""
     if lesson.setting == "method":
         model = here(spec).model or DEFAULT
-        return [(entry.name, key) for key, entry in METHODS.items() if not methods.why_not(key, model)]
+        return [(entry.name, key) for key, entry in METHODS.items() if not why_not(key, model)]
     if lesson.setting == "target_modules":
         return list(methods.TARGETS)
     if lesson.setting == "model":
         return runnable()
     known = {str(line.spec[lesson.setting]) for r in lesson.recordings() for line in r.lines} | set(lesson.values)
     return [(value, value) for value in sorted(known, key=float)]
-
-
-def revealed(lesson: Lesson, lines: Sequence[Line], guess: str) -> str:
-    """The answer to a lesson's question, beside what was guessed."""
-    try:
-        answer = lesson.options[lesson.answer(Board(lines))]
-    except LookupError:
-        return ""
-    right = '<span class="good">As you said</span>' if guess == answer else f"You said {escape(guess)}"
-    lead = "" if guess == SHOW else f"{right}. "
-    return f"{lead}Here it was: <b>{escape(answer)}</b>."
 
 
 if __name__ == "__main__":

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from demos import choice, page
 from demos.tab import QUIET, Asked, Tab
-from peftlab import RunSpec, figures, resolve
-from peftlab.catalog.methods import FAMILIES
+from peftlab import RunSpec, resolve
 from peftlab.catalog.models import DEFAULT, find
-from peftlab.catalog.papers import PAPERS
 from peftlab.catalog.presets import PRESETS
-from peftlab.count import why_not
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, with_preset
+from peftlab.show.methods import PUBLISHED, method_value, preset_says
 
 CHOOSER = """
 const box = () => element.querySelector('select');
@@ -32,71 +28,12 @@ watch('value', () => { if (box()) box().value = props.value.method; });
 
 
 def method_choice(tab: str, method: str, model: str) -> gr.HTML:
-    """The registry by family. A method that does not suit the model is there, disabled; `not_here` says why."""
+    """The registry by family. A method that does not suit the model is there, disabled; `unsuited` says why."""
     return gr.HTML(
         method_value(method, model),
         html_template=f'<label class="chooser"><span>Method</span><small>{page.described("method")["info"]}</small>'
         "<select>${value.options}</select></label>",
         js_on_load=CHOOSER.replace("TAB", tab),
-    )
-
-
-def method_value(method: str | None, model: str | None) -> dict[str, str]:
-    """What the chooser holds."""
-    chosen = f'value="{method or "lora"}"'
-    return {
-        "method": method or "lora",
-        "options": method_options(model or DEFAULT).replace(chosen, chosen + " selected", 1),
-    }
-
-
-@lru_cache(maxsize=64)
-def method_options(model: str) -> str:
-    """The options of the chooser, as HTML, for a model."""
-    groups = []
-    for family in FAMILIES:
-        options = "".join(
-            f'<option value="{key}"{" disabled" if why_not(key, model) else ""}>{escape(entry.name)}'
-            f"{' (not for this model)' if why_not(key, model) else ''}</option>"
-            for key, entry in METHODS.items()
-            if entry.about.family == family
-        )
-        groups.append(f'<optgroup label="{family.capitalize()}">{options}</optgroup>')
-    return "".join(groups)
-
-
-@lru_cache(maxsize=64)
-def not_here(model: str) -> str:
-    """The disabled methods' reasons."""
-    reasons = [why_not(key, model) for key in METHODS]
-    return "".join(f"<p>{escape(reason)}.</p>" for reason in reasons if reason)
-
-
-def method_card(key: str, model: str) -> str:
-    """What a method trains, and why some are not offered."""
-    reasons = not_here(model)
-    fold = f"<details><summary>Methods not for this model</summary>{reasons}</details>" if reasons else ""
-    return f"{escape(METHODS[key].about.trains)}{fold}"
-
-
-def method_panel(key: str) -> str:
-    """A method in full: the path of the data, why it should work, when to use it, when not, and where it comes from."""
-    about = METHODS[key].about
-    family = about.family + (", reparameterized" if about.reparameterized else "")
-    sources = "; ".join(f'<a href="{PAPERS[p].url}">{escape(PAPERS[p].citation)}</a>' for p in about.papers)
-    mistakes = "".join(f"<li>{escape(m)}</li>" for m in about.mistakes)
-    rows = (
-        ("Why it should work", about.hypothesis),
-        ("When", about.when),
-        ("When not", about.when_not),
-        ("In use", about.inference),
-        ("Merging", about.merging),
-    )
-    words = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows)
-    return (
-        f'<div class="method"><h3>{escape(about.name)} <small>{family}</small></h3>'
-        f"{figures.data_path(METHODS[key].drawing, about.name)}"
-        f'<dl>{words}<dt>Common mistakes</dt><dd><ul>{mistakes}</ul></dd></dl><p class="note">{sources}</p></div>'
     )
 
 
@@ -150,15 +87,11 @@ TARGETS = (
 )
 
 
-def preset_choice(keys: Sequence[str]) -> gr.Dropdown:
-    choices = [("none", ""), *((PRESETS[key].name, key) for key in keys)]
-    return gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED)
-
-
 def presets(tab: Tab, keys: Sequence[str]) -> None:
     """A chooser of published settings, which it writes. The tab has PRESET among its choices."""
-    chooser, run = preset_choice(keys), gr.Textbox(visible=False)
-    tab.panel("preset", chooser)
+    choices = [("none", ""), *((PRESETS[key].name, key) for key in keys)]
+    chooser = tab.panel("preset", gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED))
+    run = gr.Textbox(visible=False)
 
     def chosen(key: str, question: dict[str, Any]) -> str:
         spec = tab.read(question["state"]).spec
@@ -172,14 +105,9 @@ def presets(tab: Tab, keys: Sequence[str]) -> None:
 def preset_shown(asked: Asked) -> dict[str, Any]:
     """The preset that was chosen, while the settings are still its own."""
     key = asked["preset"]
-    holds = key and with_preset(asked.spec, PRESETS[key]) == asked.spec
-    return gr.update(value=key if holds else "", info=preset_says(key if holds else ""))
+    if key and with_preset(asked.spec, PRESETS[key]) != asked.spec:
+        key = ""
+    return gr.update(value=key, info=preset_says(key))
 
 
 PRESET = {"preset": choice.one_of("preset", "", PRESETS)}
-PUBLISHED = "Published settings, with their source"
-
-
-def preset_says(key: str) -> str:
-    """What a preset sets and who published it."""
-    return f"{PRESETS[key].says} {PRESETS[key].source}." if key else PUBLISHED

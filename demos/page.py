@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -16,23 +14,41 @@ from urllib.parse import parse_qsl
 import gradio as gr
 
 from demos.tab import Asked, Tab
-from peftlab import RunSpec, SpecError, hardware, resolve, tasks, words
-from peftlab.catalog.claims import CLAIMS
+from peftlab import RunSpec, SpecError, tasks
 from peftlab.catalog.models import DEFAULT, MODELS, find
-from peftlab.memory.conventions import EXACT
 from peftlab.places import ASSETS
-from peftlab.resolve import resolve_here
+from peftlab.show.settings import label, short
 from peftlab.spec import SETTINGS, closest
 
-log = logging.getLogger(__name__)
 OPENING = RunSpec(model="llama-3.1-8b", method="lora")
 """What the page opens with: large enough that the difference matters."""
 NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?\s?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
 """What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
-CONVENTION = EXACT
-"""How the page counts at first: what the run allocates."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+COLOURS = {
+    "body_background_fill": ("#FBFBFA", "#101215"),
+    "body_text_color": ("#1A1D21", "#ECEEF1"),
+    "body_text_color_subdued": ("#565D66", "#A6ADB7"),
+    "block_background_fill": ("transparent", "transparent"),
+    "block_info_text_color": ("#565D66", "#A6ADB7"),
+    "block_label_text_color": ("#1A1D21", "#ECEEF1"),
+    "block_title_text_color": ("#1A1D21", "#ECEEF1"),
+    "border_color_primary": ("#D9DCE0", "#3A3F47"),
+    "input_background_fill": ("#FFFFFF", "#16181C"),
+    "input_border_color": ("#B9BEC5", "#555C66"),
+    "button_primary_background_fill": ("#B34E00", "#FF8F4A"),
+    "button_primary_background_fill_hover": ("#8F3E00", "#FFA56E"),
+    "button_primary_text_color": ("#FFFFFF", "#16181C"),
+    "button_primary_border_color": ("transparent", "transparent"),
+    "checkbox_background_color_selected": ("#0072B2", "#0072B2"),
+    "checkbox_border_color_selected": ("#0072B2", "#0072B2"),
+    "button_secondary_background_fill": ("#FFFFFF", "#1D2025"),
+    "button_secondary_border_color": ("#B9BEC5", "#555C66"),
+    "slider_color": ("#0072B2", "#56B4E9"),
+    "panel_background_fill": ("transparent", "transparent"),
+}
+"""Of the theme: in light, and in dark."""
 PLOT = "const begin = () => window.peftlab ? peftlab.plot(element, props, watch) : setTimeout(begin, 20); begin();"
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
@@ -44,6 +60,7 @@ def script(*names: str) -> str:
 
 
 def theme() -> gr.themes.Base:
+    light, dark = ({name + end: pair[i] for name, pair in COLOURS.items()} for i, end in enumerate(("", "_dark")))
     return gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.gray,
@@ -52,50 +69,12 @@ def theme() -> gr.themes.Base:
         font=FONT,
         font_mono=MONO,
     ).set(
-        body_background_fill="#FBFBFA",
-        body_background_fill_dark="#101215",
-        body_text_color="#1A1D21",
-        body_text_color_dark="#ECEEF1",
-        body_text_color_subdued="#565D66",
-        body_text_color_subdued_dark="#A6ADB7",
-        block_background_fill="transparent",
-        block_background_fill_dark="transparent",
+        **light,
+        **dark,
         block_border_width="0px",
         block_shadow="none",
-        block_info_text_color="#565D66",
-        block_info_text_color_dark="#A6ADB7",
-        block_label_text_color="#1A1D21",
-        block_label_text_color_dark="#ECEEF1",
-        block_title_text_color="#1A1D21",
-        block_title_text_color_dark="#ECEEF1",
         block_title_text_weight="600",
-        border_color_primary="#D9DCE0",
-        border_color_primary_dark="#3A3F47",
-        input_background_fill="#FFFFFF",
-        input_background_fill_dark="#16181C",
         input_border_width="1px",
-        input_border_color="#B9BEC5",
-        input_border_color_dark="#555C66",
-        button_primary_background_fill="#B34E00",
-        button_primary_background_fill_hover="#8F3E00",
-        button_primary_background_fill_dark="#FF8F4A",
-        button_primary_background_fill_hover_dark="#FFA56E",
-        button_primary_text_color="#FFFFFF",
-        button_primary_text_color_dark="#16181C",
-        button_primary_border_color="transparent",
-        button_primary_border_color_dark="transparent",
-        checkbox_background_color_selected="#0072B2",
-        checkbox_background_color_selected_dark="#0072B2",
-        checkbox_border_color_selected="#0072B2",
-        checkbox_border_color_selected_dark="#0072B2",
-        button_secondary_background_fill="#FFFFFF",
-        button_secondary_background_fill_dark="#1D2025",
-        button_secondary_border_color="#B9BEC5",
-        button_secondary_border_color_dark="#555C66",
-        slider_color="#0072B2",
-        slider_color_dark="#56B4E9",
-        panel_background_fill="transparent",
-        panel_background_fill_dark="transparent",
     )
 
 
@@ -147,7 +126,7 @@ def problem() -> gr.HTML:
 
 def blank(value: Any) -> Any:
     """What an empty control shows of a setting that is automatic."""
-    return "" if value is None else value if isinstance(value, (str, bool)) else _short(value)
+    return "" if value is None else value if isinstance(value, (str, bool)) else short(value)
 
 
 def shown_model(spec: RunSpec) -> dict[str, Any]:
@@ -160,6 +139,11 @@ def shown_model(spec: RunSpec) -> dict[str, Any]:
 def slid(value: float, top: float) -> dict[str, Any]:
     """What a slider shows: one that usually ends at `top` reaches further where the value does."""
     return gr.update(value=value, maximum=max(top, value))
+
+
+def seen(value: Any) -> dict[str, Any]:
+    """What a panel shows that is there only where it has something to show."""
+    return gr.update(value=value, visible=value is not None)
 
 
 def opening(tab: Tab) -> Asked:
@@ -193,17 +177,15 @@ def _replacing(runs: Mapping[str, Mapping[str, str]], kind: str, keeping: Sequen
     return gr.HTML(f'<div class="{kind}">{buttons}</div>', js_on_load=None)
 
 
-def controls() -> gr.Column:
-    """The column of settings: at the left on a desktop, a drawer at the foot of a phone's screen."""
-    return gr.Column(elem_classes="controls", scale=0, min_width=320)
-
-
-def drawer_handle() -> gr.HTML:
-    return gr.HTML('<button type="button" class="handle">Settings</button>', js_on_load=DRAWER, elem_classes="drawer")
-
-
-def label(name: str) -> str:
-    return name.replace("_", " ").capitalize().replace("gpu", "GPU").replace("Gpu", "GPU")
+def stage(settings: Callable[[], None], pictures: Callable[[], None]) -> None:
+    """Settings in a column at the left on a desktop, in a drawer at the foot of a phone's screen; and the pictures."""
+    with gr.Row(elem_classes="stage"):
+        with gr.Column(elem_classes="controls", scale=0, min_width=320):
+            handle = '<button type="button" class="handle">Settings</button>'
+            gr.HTML(handle, js_on_load=DRAWER, elem_classes="drawer")
+            settings()
+        with gr.Column(elem_classes="main"):
+            pictures()
 
 
 def described(name: str) -> dict[str, Any]:
@@ -239,46 +221,6 @@ def choices_of(registry: Any) -> list[tuple[str, str]]:
     return [(entry.name, key) for key, entry in registry.items()]
 
 
-def changed(spec: RunSpec) -> str:
-    """Which settings differ from automatic, in a line."""
-    try:
-        usual = resolve(RunSpec(model=spec.model, method=spec.method, task=spec.task))
-    except SpecError:
-        return ""
-    marks = [
-        f"{escape(label(name))} <b>{escape(_short(value))}</b>"
-        for name, value in spec.to_dict().items()
-        if name not in ("model", "method", "task") and value != getattr(usual, name)
-    ]
-    return "Changed: " + ", ".join(marks) if marks else "Every setting is automatic."
-
-
-def settings_line(spec: RunSpec) -> str:
-    """What a run with these settings uses, automatic values included."""
-    r = resolve_here(spec)
-    parts = [
-        f"learning rate {r.learning_rate:g}",
-        f"{r.steps} steps of {r.batch_size} examples",
-        *(
-            f"{label(n).lower()} {_short(getattr(r, n))}"
-            for n in ("rank", "alpha", "virtual_tokens", "bottleneck", "block_size")
-            if getattr(r, n)
-        ),
-        *([f"a base in {r.quantization}"] if r.quantization != "none" else []),
-        f"{r.precision} on {hardware.here().device.upper()}",
-    ]
-    return f"Runs with {', '.join(parts)}.{escape(terms(r.model or ''))} {changed(spec)}"
-
-
-def terms(model: str) -> str:
-    """A model's licence, as a sentence after others; empty for one that is not in the catalogue."""
-    return f" {MODELS[model].name} is under: {MODELS[model].licence}." if model in MODELS else ""
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def public(values: Mapping[str, Any]) -> RunSpec:
     """A spec from a visitor's settings. Raises SpecError; files of this machine are for its own command line."""
     model, task = str(values.get("model") or ""), values.get("task") or tasks.DEFAULT
@@ -291,66 +233,9 @@ def public(values: Mapping[str, Any]) -> RunSpec:
     return RunSpec.from_dict(values)
 
 
-def how(kind: str, tip: str) -> str:
-    """The small mark that answers 'how do you know?': exact, estimated or measured."""
-    words = f'aria-label="{kind}: {escape(tip)}"'
-    return f'<span class="how" tabindex="0" role="note" {words}>{kind}<span class="tip">{escape(tip)}</span></span>'
-
-
-TERMS = {
-    "amp": "Automatic mixed precision: fp32 weights, 16-bit copies for the matrix products",
-    "temporaries": "Buffers that one operation needs while it runs, and then gives back",
-    "closed form": "A formula in batch, length and rank, answered at once and a little off",
-    "traced step": "One whole training step run without numbers, every tensor counted byte by byte",
-    "held-out": "Kept apart: training never sees these, so they score what was learned",
-    "CUDA graph": "All of a step's GPU work recorded once, then launched with one call",
-    "fused": "Several operations done in one pass over memory, which is sooner done",
-    "Greedy": "Always the likeliest token, so the same prompt gives the same answer",
-    "nats": "How surprised the model is per token, in natural logarithms; lower is better",
-}
-"""Words of the trade that stand on the page, each with what it means."""
-
-
-def term(word: str, shown: str = "") -> str:
-    """A word of TERMS that says what it means on hover, on focus or when it is tapped."""
-    tip = escape(TERMS[word])
-    tag = f'<span class="how term" tabindex="0" role="note" aria-label="{word}: {tip}">'
-    return f'{tag}{shown or word}<span class="tip">{tip}</span></span>'
-
-
-def explained(text: str) -> str:
-    """HTML in which the first of each of TERMS, outside tags, says what it means."""
-    for word in TERMS:
-        text = re.sub(rf"(?<![\w>-]){word}(?![\w-])(?![^<]*>)", lambda found: term(found[0]), text, count=1)
-    return text
-
-
-def claims_table(tab: str) -> str:
-    """What the lectures say beside what is computed here, table by table, as HTML."""
-    rows = []
-    for source, claims in groupby((c for c in CLAIMS if c.tab == tab), key=lambda c: c.source):
-        rows.append(f'<tr><th colspan="4" class="source">{escape(source)}</th></tr>')
-        for c in claims:
-            show = {"bytes": words.size, "percent": lambda n: words.percent(n / 100)}.get(c.unit, lambda n: f"{n:,.0f}")
-            begin = "" if c.least is None else f"{show(c.least)} to " if c.least else "under "
-            verdict = '<span class="bad">differs</span>' if c.differs else '<span class="good">holds</span>'
-            rows.append(
-                f"<tr><td>{escape(c.says)}</td><td>{begin}{show(c.claimed)}</td>"
-                f"<td>{show(c.computed())}</td><td>{verdict}<br><small>{escape(c.why)}</small></td></tr>"
-            )
-    head = "<tr><th></th><th>claimed</th><th>exact</th><th></th></tr>"
-    return f'<div class="wide"><table class="data claims">{head}{"".join(rows)}</table></div>'
-
-
 def as_update(value: Any) -> dict[str, Any]:
     """What the page takes as an update of a component."""
     return value if isinstance(value, dict) and "__type__" in value else gr.update(value=value)
-
-
-def failed(error: Exception) -> str:
-    """What is said of an error that nobody foresaw; its traceback goes to the log."""
-    log.exception("the page: %s", error)
-    return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
 
 
 def run_alone(*tabs: Any) -> None:

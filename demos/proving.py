@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from demos import choice, page
-from demos.adapter_choice import bundled, choices, of, task_of
-from demos.gpu import on_gpu
+from demos.adapter_choice import bundled, chooser, of, offered, task_of
+from demos.gpu import on_gpu, with_result
 from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
 from peftlab import PeftlabError, proofs, words
 from peftlab.proofs import LatencyReport, MergeReport
-
-NAMES = {
-    proofs.BASE: "base",
-    proofs.APART: "adapter beside its weights",
-    proofs.MERGED: "adapter merged into them",
-    proofs.SERIAL: "serial adapter (Houlsby)",
-}
+from peftlab.show.proofs import dialled, merged_said, timed
 
 
 def merge(key: str, prompt: str) -> MergeReport:
@@ -34,77 +26,10 @@ def dial(key: str, prompt: str) -> Iterator[tuple[float, str]]:
 
 
 def latency(key: str, prompt: str) -> Iterator[tuple[float, LatencyReport | None]]:
-    doing = proofs.latency(of(key), prompt)
-    while True:
-        try:
-            yield next(doing), None
-        except StopIteration as finished:
-            yield 1.0, finished.value
-            return
+    yield from with_result(proofs.latency(of(key), prompt))
 
 
 MERGE, DIAL, LATENCY = on_gpu(merge), on_gpu(dial), on_gpu(latency)
-
-
-def merged_said(report: MergeReport) -> str:
-    rows = "".join(
-        f"<tr><td>{a.precision}</td><td>{words.significant(a.largest_difference, 2)}</td>"
-        f"<td>{len(a.flips)} of {a.positions}</td><td>{words.significant(a.apart_off, 2)}</td>"
-        f"<td>{words.significant(a.merged_off, 2)}</td></tr>"
-        for a in report.agreements
-    )
-    flips = "; ".join(
-        f"token {f.position}: <code>{_quoted(f.apart)}</code> becomes <code>{_quoted(f.merged)}</code>, which trailed by "
-        f"{words.significant(f.margin, 2)}"
-        for a in report.agreements
-        for f in a.flips
-    )
-    whole, half = report.agreements
-    moved = [words.significant(a.largest_difference, 2) for a in (whole, half)]
-    return (
-        f"<p>The adapter moves a logit by up to <b>{words.significant(report.adapter_moves)}</b>. In fp32, merging moves one "
-        f"by at most <b>{moved[0]}</b> and changes {len(whole.flips)} of {whole.positions} likeliest tokens. In bf16 it moves "
-        f"one by up to <b>{moved[1]}</b> and changes {len(half.flips)}, where bf16 alone, unmerged, is off by "
-        f"{words.significant(half.apart_off, 2)}.</p>"
-        '<div class="wide"><table class="data"><tr><th></th><th>largest logit difference, apart to merged</th>'
-        "<th>likeliest token differs</th><th>apart, off fp32</th><th>merged, off fp32</th></tr>"
-        f"{rows}</table></div>" + (f'<p class="note">{flips}</p>' if flips else "")
-    )
-
-
-def _quoted(token: str) -> str:
-    """Blanks and all."""
-    return escape(json.dumps(token, ensure_ascii=False), quote=False)
-
-
-def dialled(stops: list[tuple[float, str]]) -> str:
-    rows = "".join(
-        f"<tr><td>λ = {stop:g}<br><small>{'the base' if stop == 0 else 'the adapter' if stop == 1 else ''}</small></td>"
-        f'<td class="said">{escape(text.strip())}</td></tr>'
-        for stop, text in stops
-    )
-    return f'<div class="wide"><table class="data answers dial"><tr><th>W₀ + λΔW</th><th>answer</th></tr>{rows}</table></div>'
-
-
-def timed(report: LatencyReport) -> str:
-    base = report.speeds[0]
-    mark = page.how(
-        "measured",
-        f"{report.device}, {report.precision}, batch 1; medians of {report.rounds} rounds of {report.tokens} tokens, taken in "
-        "turn; in brackets the quartiles. " + ", ".join(f"{k} {v}" for k, v in report.versions.items()),
-    )
-    rows = "".join(
-        f"<tr><td>{NAMES[s.what]}</td><td><b>{s.ratio:.2f}×</b> <small>({s.lower / base.seconds:.2f} to "
-        f"{s.upper / base.seconds:.2f})</small></td><td>{1000 * s.seconds:.1f} ms</td><td>{s.added_modules:,}</td>"
-        f"<td>{s.added_parameters:,}</td></tr>"
-        for s in report.speeds
-    )
-    return (
-        f'<div class="wide"><table class="data"><tr><th>{mark}</th><th>time a token over the base\'s</th><th>a token</th>'
-        f"<th>modules added</th><th>parameters added</th></tr>{rows}</table></div>"
-    )
-
-
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
 """Unless it is written, the first held-out prompt of the adapter's task."""
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
@@ -115,8 +40,7 @@ IDLE = (
 
 
 def build(tab: Tab) -> None:
-    about = {"label": "Adapter", "info": "Trained here, or bundled with the app"}
-    adapter = tab.panel("proof_adapter", gr.Dropdown(choices([]), value=list(bundled())[-1], **about))
+    adapter = tab.panel("proof_adapter", chooser(value=list(bundled())[-1]))
     adapter.input(None, adapter, None, js=ANOTHER, **QUIET)
     tab.control("proof_prompt", gr.Textbox(label="Prompt", lines=2, max_lines=5))
     tab.panel("proof_problem", page.problem())
@@ -134,7 +58,7 @@ def fill(asked: Asked) -> dict[str, Any]:
 
 
 def draw(asked: Asked) -> dict[str, Draw]:
-    return {"proof_adapter": lambda: gr.update(choices=choices(asked.kept.get("adapters")), value=chosen(asked))}
+    return {"proof_adapter": lambda: offered(asked, chosen(asked))}
 
 
 def chosen(asked: Asked) -> str:

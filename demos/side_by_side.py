@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,21 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos import choice, page
-from demos.adapter_choice import choices, of, task_of
-from demos.gpu import on_gpu
+from demos.adapter_choice import choices, chooser, of, offered, task_of
+from demos.gpu import on_gpu, with_result
 from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
-from peftlab import compare, figures, hardware, scores, words
-from peftlab.adapters import Adapter
+from peftlab import compare, hardware, words
 from peftlab.compare import ComparisonReport, Reply
 from peftlab.generate import Decoding
-from peftlab.tasks import METRICS, Task
+from peftlab.show.comparisons import recorded_pair, reference, scored_value, whence
+from peftlab.show.marks import how
+from peftlab.tasks import Task
 
 DECODING = {
     "temperature": choice.number("temperature", 0, 0, 1.5, whole=False),
     "tokens": choice.number("tokens", 64, 8, 256),
     "decoding_seed": choice.number("decoding_seed", 0, 0, 2**31 - 1),
 }
-
-
-def recorded_pair(report: ComparisonReport | None, prompt: str) -> tuple[str, str] | None:
-    """What base and adapter said to a held-out prompt when the adapter was made."""
-    for exchange in report.exchanges if report else ():
-        if exchange.prompt == prompt:
-            base, adapted = exchange.replies
-            return base.text.strip(), adapted.text.strip()
-    return None
 
 
 def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
@@ -52,13 +43,7 @@ def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply,
 def scored(key: str) -> Iterator[tuple[float, ComparisonReport | None]]:
     """The held-out score of both, now: share done, and at last the report."""
     adapter = of(key)
-    work = compare.on_task([adapter], task_of(adapter))
-    while True:
-        try:
-            yield next(work), None
-        except StopIteration as finished:
-            yield 1.0, finished.value
-            return
+    yield from with_result(compare.on_task([adapter], task_of(adapter)))
 
 
 GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
@@ -66,36 +51,12 @@ GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
 
 def chosen(asked: Asked) -> str:
     """The adapter's key: without a choice, the one that was trained last from this browser, else the first bundled one."""
-    known = choices(asked.kept.get("adapters") or [])
+    known = choices(asked.kept.get("adapters"))
     return asked["adapter"] or next((key for _, key in known), "")
 
 
 def prompt_of(asked: Asked, task: Task) -> str:
     return asked["prompt"] or task.heldout[0].prompt
-
-
-def reference(task: Task, prompt: str, source: str) -> str:
-    """Where the answers on screen are from, what would be right, and what both models are told."""
-    row = next((r for r in task.heldout if r.prompt == prompt), None)
-    said = f"Reference: <code>{escape(row.answer)}</code>. " if row else ""
-    return f"{escape(source)}. {said}Instruction to both: “{escape(task.instruction)}”"
-
-
-def whence(adapter: Adapter) -> str:
-    """What the recorded score was trained with, and why other tabs show another."""
-    mark = page.how("measured", f"Saved {adapter.saved}. {adapter.result.get('device', '')}")
-    recorded = scores.of_adapter(adapter)
-    more = page.explained(escape(scores.elsewhere(recorded)))
-    return f"{mark} Recorded on {escape(recorded.hardware)}: {recorded.settings()}. {more}"
-
-
-def scored_value(report: ComparisonReport, task: Task) -> dict[str, Any]:
-    """What the panels of a score show, by name."""
-    return {
-        "sentence": page.explained(words.compare_sentence(report)),
-        "chart": figures.themed(figures.score_bars, report, METRICS[task.metric].name),
-        "every": table(report, task),
-    }
 
 
 class Compare(Tab):
@@ -106,16 +67,10 @@ class Compare(Tab):
     clears = {"adapter": ("prompt",)}
 
     def build(self) -> None:
-        with gr.Row(elem_classes="stage"):
-            with page.controls():
-                self._settings()
-            with gr.Column(elem_classes="main"):
-                self._pictures()
+        page.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        page.drawer_handle()
-        own = gr.Dropdown(choices([]), label="Adapter", info="Trained here, or bundled with the app")
-        self.control("adapter", own)
+        self.control("adapter", chooser())
         examples = self.panel("example", gr.Dropdown([], label="Held-out examples", info="Never seen in training"))
         examples.input(None, examples, None, js="(prompt) => { peftlab.write({prompt}); }", **QUIET)
         with gr.Accordion("Decoding, the same for both", open=True):
@@ -142,15 +97,14 @@ class Compare(Tab):
             self.panel("measuring", page.note())
         with self.fold("Every held-out answer"):
             self.panel("every", gr.HTML())
-        off, on = gr.update(interactive=False), gr.update(interactive=True)
-        self.press(
-            [ask.click, prompt.submit], self.ask, ["left", "right", "said"],
-            {"ask": off, "asking": "Loading the model."}, {"ask": on, "asking": ""}, **ONE_AT_A_TIME,
-        )  # fmt: skip
-        self.press(
-            measure, self.score, ["sentence", "whence", "chart", "every", "measuring"],
-            {"measure": off, "measuring": "Loading the model."}, {"measure": on, "measuring": ""}, **ONE_AT_A_TIME,
-        )  # fmt: skip
+        self._press([ask.click, prompt.submit], self.ask, "ask", "asking", ["left", "right", "said"])
+        self._press(measure, self.score, "measure", "measuring", ["sentence", "whence", "chart", "every"])
+
+    def _press(self, on: Any, work: Any, button: str, saying: str, shows: list[str]) -> None:
+        """A press that loads a model first: its button waits, and what it does is said beside."""
+        busy = {button: gr.update(interactive=False), saying: "Loading the model."}
+        free = {button: gr.update(interactive=True), saying: ""}
+        self.press(on, work, shows, busy, free, **ONE_AT_A_TIME)
 
     # --- presses
 
@@ -174,7 +128,7 @@ class Compare(Tab):
             if report is None:
                 yield {"measuring": f"Scoring, {words.score(share)}"}
             else:
-                mark = page.how("measured", f"{hardware.here().name}, just now")
+                mark = how("measured", f"{hardware.here().name}, just now")
                 yield scored_value(report, task_of(of(key))) | {"whence": f"{mark} Measured here, just now."}
 
     # --- pictures
@@ -183,9 +137,9 @@ class Compare(Tab):
         task_of(of(chosen(asked)))
 
     def fill(self, asked: Asked) -> dict[str, Any]:
-        key, known = chosen(asked), choices(asked.kept.get("adapters") or [])
+        key = chosen(asked)
         return {
-            "adapter": gr.update(choices=[list(pair) for pair in known], value=key),
+            "adapter": offered(asked, key),
             "prompt": prompt_of(asked, task_of(of(key))),
             **{name: asked[name] for name in DECODING},
         }
@@ -220,22 +174,6 @@ def _pane(label: str, kind: str) -> gr.Textbox:
 def _said_to(prompt: str, text: str | None) -> dict[str, Any]:
     """A pane as it stands for a prompt: another prompt is another update, so that no answer to the last one stays."""
     return gr.update(value=text or "", placeholder=f"Press Ask both: “{prompt[:60]}”")
-
-
-def _said(reply: Reply) -> str:
-    verdict = '<span class="good">right</span>' if reply.score else '<span class="bad">wrong</span>'
-    return f'<td class="said">{escape(reply.text.strip())}<br>{verdict}</td>'
-
-
-def table(report: ComparisonReport, task: Task) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(e.prompt)}</td>{''.join(_said(r) for r in e.replies)}</tr>" for e in report.exchanges
-    )
-    tip = f"Right means: {METRICS[task.metric].meaning}. Greedy decoding, one batch."
-    return (
-        f'<div class="wide"><table class="data answers"><tr><th>prompt {page.how("measured", tip)}</th><th>base</th>'
-        f"<th>adapter</th></tr>{rows}</table></div>"
-    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from typing import Any
 import gradio as gr
 
 from demos import choice, page
-from demos.tab import QUIET, Asked, Slow, Tab
+from demos.tab import QUIET, Asked, Slow, Tab, failed
 from peftlab import PeftlabError, SpecError, resolve, worker
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
+from peftlab.show.marks import term
 from peftlab.spec import SETTINGS
 
 SCRIPT = page.script("plot.js", "store.js")
@@ -112,7 +113,7 @@ class Store:
                 "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
             }
         except Exception as error:
-            said = str(error) if isinstance(error, PeftlabError) else page.failed(error)
+            said = str(error) if isinstance(error, PeftlabError) else failed(error)
             state = question.get("state") or {}
             return {"number": number, "state": state, "problems": {"": said}, "show": {}, "again": None, "slow": False}
 
@@ -170,7 +171,7 @@ class Store:
                 self._hear(f"{tab.key}.{name}", component, tab.also[name])
         given = {
             "tabs": list(self.tabs),
-            "nats": page.term("nats"),
+            "nats": term("nats"),
             "run": list(SETTINGS),
             "clears": CLEARS | {n: names for tab in self.tabs.values() for n, names in tab.clears.items()},
             "folds": {fold.elem_id: name for tab in self.tabs.values() for name, fold in tab.folds.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import gradio as gr
 from demos.choice import Choice
 from peftlab import PeftlabError, RunSpec
 
+log = logging.getLogger(__name__)
 Draw = Callable[[], Any]
 """Gives what a panel holds, or an update of it. Raises PeftlabError."""
 
@@ -35,6 +37,11 @@ class Asked:
     def __getitem__(self, name: str) -> Any:
         return self.choices[name]
 
+    @property
+    def visitor(self) -> str:
+        """Whose runs and races these are."""
+        return str(self.kept.get("visitor") or "")
+
 
 @dataclass(frozen=True)
 class Slow:
@@ -44,6 +51,12 @@ class Slow:
     arguments: tuple[Any, ...]
     panel: str = ""
     """Where one panel alone shows it: nothing is begun while that is folded."""
+
+
+def failed(error: Exception) -> str:
+    """What is said of an error that nobody foresaw; its traceback goes to the log."""
+    log.exception("the page: %s", error)
+    return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
 
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -82,6 +95,11 @@ class Tab:
             component.interactive = True
         self.controls[name] = component
         return component
+
+    def control_all(self, made: Mapping[str, Any]) -> None:
+        """Controls by the settings that they write."""
+        for name, component in made.items():
+            self.control(name, component)
 
     def panel(self, name: str, component: Any) -> Any:
         component.elem_id = f"{self.key}-{name}"
@@ -132,8 +150,6 @@ class Tab:
         `shows` names those that it may yield. `busy` is shown before it begins and `free` once it is over, however it ends;
         what goes wrong is said in the panel that `problem` names. A value named `kept` is a dict for the browser to keep.
         """
-        from demos import page
-
         before, after = {problem: "", **(busy or {})}, dict(free or {})
         named = {**self.controls, **self.panels, "kept": self.keeper}
         names = list(dict.fromkeys([*before, *after, *shows]))
@@ -151,7 +167,7 @@ class Tab:
             except PeftlabError as error:
                 yield shown({**after, problem: escape(str(error))})
             except Exception as error:
-                yield shown({**after, problem: page.failed(error)})
+                yield shown({**after, problem: failed(error)})
 
         gr.on(
             on if isinstance(on, list) else [on.click], pressed, self.question, [named[n] for n in names],

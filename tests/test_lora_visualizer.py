@@ -1,17 +1,14 @@
 """The LoRA tab outside its picture: what it answers, charts and words of real studies, the proofs, the layer from scratch."""
 
-import re
-
 import pytest
 
 gr = pytest.importorskip("gradio")
 
-from demos import adapter_choice, lora_visualizer, lora_widget, page, proving, real_weights, weight_pictures
+from demos import adapter_choice, page, proving, real_weights
 from demos.lora_visualizer import LESSONS, Lora
 from demos.store import blocks
-from peftlab import PeftlabError, RunSpec, SpecError, adapters, count, lowrank, resolve, study, weights, worker
-from peftlab.catalog.models import DEFAULT
-from peftlab.proofs import Agreement, Flip, LatencyReport, MergeReport, Speed
+from peftlab import PeftlabError, SpecError, adapters, study, worker
+from peftlab.show import shapes, studies, weight_pictures
 
 STORE = blocks(Lora()).store
 TAB = STORE.tabs["lora"]
@@ -46,28 +43,8 @@ def test_a_matrix_is_decomposed_in_the_other_process_and_only_where_its_picture_
     assert answer(fold)["slow"] is False and "not here yet" in answer(fold)["show"]["lora.weight_pictures"]["value"]
 
 
-def test_the_picture_of_a_matrix_is_of_the_base_as_it_is_stored(tiny_model, monkeypatch):
-    tiny = resolve(RunSpec(model=str(tiny_model), precision="fp32", quantization="none"))
-    entry = weights.load(tiny).entry
-    monkeypatch.setattr(weight_pictures, "MODELS", {DEFAULT: entry})
-    monkeypatch.setattr(weight_pictures, "architecture", type("", (), {"of": lambda _: _shape(tiny_model)}))
-    weight_pictures._decomposed.cache_clear()
-    weight, _ = weight_pictures._decomposed("query", 1)
-    assert weight.equal(weights.load(tiny).model.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().cpu())
-    assert weight_pictures.images("query", 1, 4).count("<img") == 2
-    with pytest.raises(PeftlabError, match="no query of layer 9"):
-        weight_pictures._decomposed("query", 9)
-    weight_pictures._decomposed.cache_clear()
-
-
-def _shape(model):
-    from peftlab import architecture
-
-    return architecture.of(str(model))
-
-
 def test_the_bounds_are_those_of_the_model_that_is_studied():
-    every = [m for s in real_weights.bundled().values() for m in s.matrices]
+    every = [m for s in studies.bundled().values() for m in s.matrices]
     assert (max(m.layer for m in every), max(max(m.shape) for m in every)) == (
         real_weights.LAST_LAYER,
         real_weights.WIDTH,
@@ -91,7 +68,7 @@ def test_a_refused_rank_is_in_the_link_in_its_box_and_in_the_refusal(rank):
 
 
 def test_past_break_even_is_past_it_in_every_matrix():
-    value = lora_widget.value(LESSONS["Past break-even"])
+    value = shapes.value(LESSONS["Past break-even"])
     rank, adapted = value["at"]["rank"], value["at"]["targets"]
     of = [m for m in value["modules"] if m["name"] in adapted]
     assert len(of) == 7 and all(rank * (m["d_in"] + m["d_out"]) > m["d_in"] * m["d_out"] for m in of)
@@ -101,27 +78,6 @@ def test_past_break_even_is_past_it_in_every_matrix():
 def test_every_lesson_can_be_shown(lesson):
     shown = answer(**page.link(LESSONS[lesson]))
     assert not shown["problems"] and shown["show"]["lora.picture"]["value"]["key"] == LESSONS[lesson].model
-
-
-def test_the_sentence_and_the_table_are_of_the_bundled_studies():
-    name, of = next(iter(real_weights.bundled().items()))
-    matrix = next(m for m in of.matrices if m.role == "query" and m.layer == 3)
-    shown = real_weights.pictures(None, "query", 3)
-    assert f">{matrix.weight.rank_for(0.9)}</b> of its 576" in shown["study"] and f"{name} <b" in shown["study"]
-    assert [line["name"] for line in shown["energy"]["light"]["data"]] == ["W", *real_weights.bundled()]
-    assert shown["energy"]["dark"]["data"][1]["y"][-1] == pytest.approx(100)
-    assert len(shown["update_sizes"]["light"]["data"][0]["x"]) == 30
-    assert re.findall(r"<td>rank of ΔW</td><td>(\d+)</td>", shown["matrix_table"]) == [str(matrix.delta.rank)]
-
-
-def test_a_study_of_ones_own_comes_first_and_is_compared():
-    mine = next(iter(real_weights.bundled().values()))
-    shown = real_weights.pictures(mine, "value", 0)
-    assert shown["energy"]["light"]["data"][1]["name"] == "yours" and "<th>yours</th>" in shown["matrix_table"]
-    directions = next(m.directions for m in mine.matrices if m.role == "value" and m.layer == 0)
-    overlap = lowrank.overlap(directions, directions, "left")
-    assert shown["shared"]["value"]["light"]["data"][0]["z"] == [list(row) for row in overlap.grid]
-    assert f"<b>{overlap.grid[-1][-1]:.2f}</b>" in shown["shared_said"]  # with itself: everything
 
 
 def test_a_matrix_that_no_adapter_changes_is_refused_and_another_one_is_shown():
@@ -191,35 +147,3 @@ def test_a_proof_tells_how_it_goes_on_with_the_adapter_and_the_prompt_that_were_
     assert "four models" in next(told)["proved"] and next(told) == {"proved": ""}
     with pytest.raises(PeftlabError, match="empty"):
         next(told)
-
-
-def test_merging_is_told_with_its_numbers_and_texts_escaped():
-    flip = Flip(7, "<b>", "&", 0.125)
-    report = MergeReport(
-        20, "yes", 32.3, (Agreement("fp32", 9.8e-5, 40, (), 0, 9.8e-5), Agreement("bf16", 0.97, 40, (flip,), 1, 1))
-    )
-    said = proving.merged_said(report)
-    assert "<b>32.3</b>" in said and "<b>0.000098</b>" in said and "1 of 40" in said
-    assert '<code>"&lt;b&gt;"</code> becomes <code>"&amp;"</code>' in said
-
-
-def test_times_are_told_as_ratios_with_their_hardware():
-    speeds = tuple(
-        Speed(what, ms / 1000, ms / 1100, ms / 900, ms / 50, n, 10 * n)
-        for what, ms, n in (("base", 50, 0), ("apart", 60, 420), ("merged", 49, 0), ("serial", 55, 180))
-    )
-    said = proving.timed(LatencyReport("m", "2 cores of X", {"torch": "2"}, "fp32", 9, 16, 5, speeds))
-    assert "2 cores of X" in said and re.findall(r"<b>([\d.]+)×</b>", said) == ["1.00", "1.20", "0.98", "1.10"]
-
-
-def test_the_script_has_the_settings_on_screen():
-    text = lora_visualizer.code(RunSpec(model="gemma-3-270m", rank=16, target_modules="v_proj"))
-    assert "nn.Linear(640, 256)" in text and "rank=16, alpha=32" in text
-    assert "rank=256" in lora_visualizer.code(RunSpec(model="gemma-3-270m", rank=300, target_modules="v_proj"))
-
-
-def test_each_way_to_change_the_forward_pass_is_drawn_and_counted():
-    page_ = lora_visualizer.flows("llama-2-7b")
-    for key in lora_visualizer.FLOWS:
-        assert f"{count(RunSpec(model='llama-2-7b', method=key)).trainable_parameters:,} parameters" in page_
-    assert page_.count("<svg") == len(lora_visualizer.FLOWS)

@@ -19,6 +19,7 @@ from peftlab.catalog.presets import PRESETS
 from peftlab.count import BYTES
 from peftlab.methods import METHODS
 from peftlab.resolve import with_preset
+from peftlab.show import shapes
 from peftlab.spec import parse_layers
 
 DECODERS = [key for key, entry in MODELS.items() if entry.config is not None and entry.is_causal]
@@ -66,13 +67,13 @@ console.log(JSON.stringify(said));
 perhaps what the reader does: to `untick` a module, what another control `writes`, and `then` by knob; `asked` is the method of the address."""
 STORE = blocks(Lora()).store
 SPEC = RunSpec(model="smollm2-135m", method="lora")
-HERE = lora_widget.value(SPEC)["at"]
+HERE = shapes.value(SPEC)["at"]
 needs_node = pytest.mark.skipif(not NODE, reason="no node")
 
 
 def page(cases):
     """The page's answers, a list for each (spec, points)."""
-    cases = [{"value": lora_widget.value(spec), "points": points} for spec, points in cases]
+    cases = [{"value": shapes.value(spec), "points": points} for spec, points in cases]
     sent = json.dumps({"script": lora_widget.SCRIPT, "cases": cases})
     done = subprocess.run([NODE, "-e", HARNESS], input=sent, capture_output=True, text=True)
     assert not done.returncode, done.stderr
@@ -81,7 +82,7 @@ def page(cases):
 
 def point(spec):
     """A spec's settings as the page has them; the modules in any order."""
-    return lora_widget.value(spec)["at"]
+    return shapes.value(spec)["at"]
 
 
 def written(spec, patch):
@@ -104,7 +105,7 @@ def drawn(draw, model):
     limits = [min(m.d_in, m.d_out) for m in shape.linear()]
     layers = draw.choice([list(range(shape.n_layers)), some(draw, range(shape.n_layers))])
     return {
-        "method": draw.choice(lora_widget.FAMILY),
+        "method": draw.choice(shapes.FAMILY),
         "rank": draw.choice([draw.randint(1, 16), draw.randint(1, 300), min(limits), max(limits), max(limits) + 1]),
         "alpha": draw.choice([None, 16, 0.5]),
         "targets": draw.choice([shape.target_names(), some(draw, shape.target_names())]),
@@ -162,7 +163,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
 @needs_node
 def test_automatic_alpha_is_each_methods_own():
     ranks = (1, 2, 3, 8, 64)
-    points = [HERE | {"method": method, "rank": rank} for method in lora_widget.FAMILY for rank in ranks]
+    points = [HERE | {"method": method, "rank": rank} for method in shapes.FAMILY for rank in ranks]
     for at, answer in zip(points, page([(SPEC, points)])[0], strict=True):
         assert answer["alpha"] == resolve(SPEC.but(method=at["method"], rank=at["rank"])).alpha
 
@@ -200,7 +201,7 @@ def test_a_refused_number_is_written_as_typed_and_drawn_nowhere(typed, says):
 @needs_node
 @pytest.mark.parametrize("text", ["0", "abc", "1000000000"])
 def test_a_refused_number_of_a_link_stands_beside_its_control_and_goes_on_being_refused(text):
-    at = lora_widget.value(SPEC, {"rank": text, "model": "100B"})["at"]
+    at = shapes.value(SPEC, {"rank": text, "model": "100B"})["at"]
     assert at["refused"] == {"rank": text} and at["rank"] == 8
     answer, touched = page([(SPEC, [at, at | {"then": {"alpha": "3"}}])])[0]
     assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == words.lora_sentence(count(SPEC))
@@ -284,7 +285,7 @@ def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
 @needs_node
 def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
     spec = SPEC.but(rank=16, alpha=64, target_modules="q_proj", layers="0-2", adapter_precision="bf16", dropout=0.1)
-    others = lora_widget.FAMILY[1:]
+    others = shapes.FAMILY[1:]
     before, *after = page([(spec, [point(spec), *(point(spec) | {"then": {"method": method}} for method in others)])])[
         0
     ]
@@ -309,26 +310,26 @@ def test_layers_are_reported_in_the_words_they_came_in(layers):
 def test_every_module_has_a_name_that_only_it_answers_to_and_another_label():
     for model in (key for key, entry in MODELS.items() if entry.config is not None):
         shape = architecture.of(model)
-        modules = lora_widget.value(RunSpec(model=model, method="lora"))["modules"]
+        modules = shapes.value(RunSpec(model=model, method="lora"))["modules"]
         assert [shape.targets(m["name"]) for m in modules] == [[m] for m in shape.linear()]
         assert len({m["label"] for m in modules}) == len(modules)
         if len({m.short_name for m in shape.linear()}) == len(modules):
             assert [m["name"] for m in modules] == [m["label"] for m in modules] == shape.target_names()
-    assert [m["label"] for m in lora_widget.value(RunSpec(model="bert-base", method="lora"))["modules"]][3:6] == [
+    assert [m["label"] for m in shapes.value(RunSpec(model="bert-base", method="lora"))["modules"]][3:6] == [
         "attention.<wbr>output.<wbr>dense", "intermediate.<wbr>dense", "encoder.<wbr>output.<wbr>dense"
     ]  # fmt: skip
 
 
 def test_the_page_gets_what_it_draws():
-    value = lora_widget.value(RunSpec(model="gpt2", method="houlsby"))
+    value = shapes.value(RunSpec(model="gpt2", method="houlsby"))
     assert value["at"]["method"] == "lora" and [m["swapped"] for m in value["modules"]] == [True] * 4
-    value = lora_widget.value(SPEC)
+    value = shapes.value(SPEC)
     shape = architecture.of(SPEC.model)
     every = sum(m["parameters"] * len(m["layers"]) for m in value["modules"]) + sum(
         r["parameters"] for r in value["rest"]
     )
     assert every == value["total"] == shape.total_parameters
     with pytest.raises(SpecError, match="it has q_proj, k_proj"):
-        lora_widget.value(SPEC.but(target_modules="nosuch"))
+        shapes.value(SPEC.but(target_modules="nosuch"))
     with pytest.raises(SpecError, match="bare count"):
-        lora_widget.value(RunSpec(model="7B"))
+        shapes.value(RunSpec(model="7B"))

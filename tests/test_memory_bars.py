@@ -14,6 +14,7 @@ from demos import memory_bars, memory_calculator
 from demos.tab import Asked
 from peftlab import RunSpec, predict, resolve, words
 from peftlab.memory import exact
+from peftlab.show.bars import bars_value
 
 SPECS = (
     RunSpec(model="llama-3.1-8b", rank=16),
@@ -35,7 +36,7 @@ def asked_for(spec, convention="exact"):
 def value_of(spec, at=None):
     """The page's data for a spec, with the sliders at (batch, length, rank)."""
     reports, forms = memory_calculator.seen(asked_for(spec))
-    return json.loads(json.dumps(memory_bars.bars_value(reports, forms, at or memory_calculator.at(spec))))
+    return json.loads(json.dumps(bars_value(reports, forms, at or memory_calculator.at(spec))))
 
 
 def evaluated(run, at):
@@ -78,7 +79,7 @@ def test_a_convention_and_a_bare_count_have_states_alone():
     spec = RunSpec(model="llama-3.1-8b", rank=16)
     for asked, convention in ((spec, "12n"), (spec.but(model="100B", rank=None), "exact")):
         reports, forms = memory_calculator.seen(asked_for(asked, convention))
-        value = memory_bars.bars_value(reports, forms, memory_calculator.at(asked))
+        value = bars_value(reports, forms, memory_calculator.at(asked))
         assert [run["form"] for run in value["runs"]] == [None, None] == [run["exact"] for run in value["runs"]]
         assert [sum(run["states"].values()) for run in value["runs"]] == [r.states for r in reports]
         assert "Not in these bars" in value["closed"] and value["exact"] == "" and "alone" in value["words"]["it"]
@@ -88,7 +89,7 @@ def test_the_exact_parts_add_up_to_the_process(tiny_model):
     spec = RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64)
     _, forms = memory_calculator.seen(asked_for(spec))
     reports = tuple(exact(s) for s in memory_calculator.both(spec))
-    value = memory_bars.bars_value(reports, forms, memory_calculator.at(spec))
+    value = bars_value(reports, forms, memory_calculator.at(spec))
     assert [sum(run["exact"].values()) for run in value["runs"]] == [r.process for r in reports]
     assert words.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* said", value["exact"])
 
@@ -97,7 +98,7 @@ def test_names_are_escaped(monkeypatch):
     report = predict(RunSpec(model="gpt2"))
     from dataclasses import replace
 
-    value = memory_bars.bars_value((replace(report, model_name="<b>", method_name="<i>"),), (None,), (1, 1, 1))
+    value = bars_value((replace(report, model_name="<b>", method_name="<i>"),), (None,), (1, 1, 1))
     assert value["model"] == "&lt;b&gt;" and value["runs"][0]["name"].startswith("&lt;i&gt;")
 
 
@@ -124,6 +125,13 @@ console.log(JSON.stringify(said));
 """The page's own script with stand-ins for what the browser gives it."""
 
 
+def drawn(cases):
+    """What the script draws, at each point of each case."""
+    sent = json.dumps({"draw": memory_bars.DRAW, "cases": cases})
+    done = subprocess.run([NODE, "-e", HARNESS], input=sent, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(not NODE, reason="no node")
 def test_the_pages_script_says_what_python_does():
     """At 56 random places of the sliders: the bytes, and the whole opening sentence."""
@@ -135,14 +143,7 @@ def test_the_pages_script_says_what_python_does():
         }
         for spec in SPECS
     ]
-    done = subprocess.run(
-        [NODE, "-e", HARNESS],
-        input=json.dumps({"draw": memory_bars.DRAW, "cases": cases}),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for spec, case, answers in zip(SPECS, cases, json.loads(done.stdout), strict=True):
+    for spec, case, answers in zip(SPECS, cases, drawn(cases), strict=True):
         for at, answer in zip(case["points"], answers, strict=True):
             reports = [predict(moved(s, at)) for s in memory_calculator.both(spec)]
             for run, parts, report in zip(case["value"]["runs"], answer["parts"], reports, strict=False):
@@ -158,16 +159,9 @@ def test_the_pages_script_shows_the_exact_figures_only_where_they_hold(tiny_mode
     spec = RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64, rank=4)
     _, forms = memory_calculator.seen(asked_for(spec))
     reports = tuple(exact(s) for s in memory_calculator.both(spec))
-    value = memory_bars.bars_value(reports, forms, memory_calculator.at(spec))
+    value = bars_value(reports, forms, memory_calculator.at(spec))
     case = {"value": value, "points": [(2, 64, 4), (2, 64, 5), (3, 64, 4), (2, 64, 4)]}
-    done = subprocess.run(
-        [NODE, "-e", HARNESS],
-        input=json.dumps({"draw": memory_bars.DRAW, "cases": [case]}),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (answers,) = json.loads(done.stdout)
+    (answers,) = drawn([case])
     shown = [answer["parts"] for answer in answers]
     whole = [run["exact"] for run in value["runs"]]
     assert shown[0] == shown[3] == whole and shown[1][1] != whole[1] and shown[2][0] != whole[0]

@@ -6,14 +6,16 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from demos import method_map, methods, page
 from demos.method_map import Methods
 from demos.store import blocks
-from peftlab import RunSpec, count, evidence, published, words, worker
+from peftlab import RunSpec, SpecError, count, evidence, words, worker
 from peftlab.catalog.guide import CASES, TABLES
 from peftlab.catalog.methods import ABOUT
 from peftlab.memory import exact, predict
 from peftlab.methods import METHODS
+from peftlab.show import guide
+from peftlab.show.marks import TERMS
+from peftlab.show.methods import method_panel
 
 STORE = blocks(Methods()).store
 TAB = STORE.tabs["methods"]
@@ -23,14 +25,14 @@ CHIP = re.compile(r'<button type="button" data-method="([^"]+)"([^>]*)>(.*?)</bu
 @pytest.fixture(autouse=True)
 def fresh():
     """Tests change the registry, of which the map is kept."""
-    method_map.places.cache_clear()
+    guide.places.cache_clear()
     yield
-    method_map.places.cache_clear()
+    guide.places.cache_clear()
 
 
 def chips(model, chosen="lora"):
     """Method → (attributes, content), in the page's order."""
-    found = CHIP.findall(method_map.spectrum(model, chosen)["families"])
+    found = CHIP.findall(guide.spectrum(model, chosen)["families"])
     assert len(found) == len({key for key, *_ in found})
     return {key: (attributes, content) for key, attributes, content in found}
 
@@ -42,7 +44,7 @@ def test_every_method_is_there_once_with_its_share_or_its_reason(model):
     for key, (attributes, content) in on.items():
         if 'aria-disabled="true"' in attributes:
             assert "title=" in attributes and "not for this model" in content
-            with pytest.raises(page.SpecError):
+            with pytest.raises(SpecError):
                 count(RunSpec(model=model, method=key))
         else:
             share = words.percent(count(RunSpec(model=model, method=key)).trainable_percent / 100)
@@ -91,7 +93,7 @@ def test_the_tab_shows_the_settings():
     assert "GPT-2" in found["sentence"] and found["method"]["method"] == "houlsby"
     assert f"{count(spec).trainable_parameters:,}" in found["chosen"]
     assert words.size(count(spec).adapter_bytes) in found["chosen"]
-    assert found["card"] == methods.method_panel("houlsby")
+    assert found["card"] == method_panel("houlsby")
     assert "7 of 63 runs" in found["front"]
     assert (found["when_none"], found["when_peft"]) == ([], ["default", "latency"])
     assert found["advice"].count('<section class="case">') == 2
@@ -119,7 +121,7 @@ def test_a_method_that_does_not_suit_the_model_is_refused_and_lora_shown(model, 
     assert set(found["problems"]) == {"method"} and method in found["problems"]["method"]
     assert found["state"] == {"model": model, "method": method}  # another model may suit it again
     map_ = found["show"]["methods.method"]["value"]
-    assert map_ == method_map.spectrum(model, "lora")
+    assert map_ == guide.spectrum(model, "lora")
     assert (
         f"{count(RunSpec(model=model, method='lora')).trainable_parameters:,}"
         in found["show"]["methods.chosen"]["value"]
@@ -164,37 +166,14 @@ def test_what_is_not_in_the_advice_is_not_traced():
 
 def test_units_are_explained():
     found = shown(when_peft="keep")
-    assert 'class="how term"' in found["advice"] and page.TERMS["nats"] in found["advice"]
-    assert page.TERMS["nats"] in found["sides"] and page.TERMS["amp"] in found["sides"]
-
-
-def test_advice_is_of_what_is_ticked():
-    ticked = [key for key, case in CASES.items() if case.ticked]
-    text = method_map.advice(iter(ticked), "gpt2")
-    assert text.count('<section class="case">') == len(ticked) > 1 and "First try without training" in text
-    assert "<b>LoRA</b> in 2 of 3" in text
-    extreme = method_map.advice(["gemma-extreme"], "gpt2")
-    assert "Gemma 3 270M has no bias to train" in extreme and "differs" in extreme and "35,136" not in extreme
-    assert "Tick" in method_map.advice([], "gpt2")
-
-
-def test_pros_and_cons_have_counts_of_the_model():
-    text = method_map.pros_and_cons("gpt2")
-    for key in ("head", "houlsby", "prompt", "prefix", "lora"):
-        assert f"{count(RunSpec(model='gpt2', method=key)).trainable_parameters:,} of 124,439,808" in text
+    assert 'class="how term"' in found["advice"] and TERMS["nats"] in found["advice"]
+    assert TERMS["nats"] in found["sides"] and TERMS["amp"] in found["sides"]
 
 
 def test_the_tables_count_what_holds():
-    found = method_map.tables()
+    found = guide.tables()
     assert found.holds + found.differ == sum(len(table.cells) for table in TABLES)
     assert (found.html.count(">holds<"), found.html.count(">differs<")) == (found.holds, found.differ)
     assert "Infused" in found.html and "<script" not in found.html
     label = answer()["show"]["methods.counted"]["label"]
     assert label == f"The lectures' tables, checked: {found.holds} statements hold, {found.differ} differ"
-
-
-def test_every_run_of_the_chart_is_in_its_table():
-    text = method_map.all_runs()
-    assert text.count("<tr>") == 1 + len(published.runs())
-    charts, said = method_map.benchmark("memory", "accuracy")
-    assert set(charts) == {"light", "dark"} and "7 of 63 runs" in said

@@ -4,17 +4,21 @@ import csv
 import io
 import queue
 import time
+from html import escape
 
 import pytest
 
 pytest.importorskip("gradio")
 
-from demos import method_race, page
-from demos.method_race import NONE, Race, board, findings, racers, so_far, status, suited
+from demos import method_race
+from demos.method_race import NONE, Race, racers, suited
 from demos.store import blocks
 from peftlab import RunSpec, SpecError, jobs
 from peftlab.lessons import LESSONS
 from peftlab.race import COLUMNS, ranked
+from peftlab.show import races
+from peftlab.show.marks import TERMS
+from peftlab.show.races import board
 
 STORE = blocks(Race()).store
 TAB = STORE.tabs["race"]
@@ -62,7 +66,10 @@ def test_the_link_carries_the_choices(state):
         ({"lesson": "rank", "values": "8"}, "takes 2 to 24 racers, not 1"),
         ({"lesson": "rank", "values": "none"}, "takes 2 to 24 racers, not 0"),
         ({"lesson": "rank", "rank": "4", "values": "8;x"}, "rank=x"),
+        ({"lesson": "rank", "values": ";".join(map(str, range(1, 30)))}, "2 to 24 racers, not 29"),
         ({"lesson": "size", "model": "gpt2", "values": "gpt2;/etc"}, "values=/etc: no model that trains here"),
+        ({"lesson": "size", "values": "gpt2;llama-2-70b"}, "values=llama-2-70b: no model that trains here"),
+        ({"lesson": "size", "values": "gpt2;bert-base"}, "values=bert-base: no model that trains here"),
     ],
     ids=str,
 )
@@ -87,7 +94,7 @@ def test_the_recording_is_the_device_s():
     assert answer()["show"]["race.device"]["value"] == "cuda"
     on = shown(device="cpu")
     assert on["device"]["value"] == "cpu" and "AMD EPYC" in on["bar"]["value"]
-    assert shown(lesson="rank")["device"]["visible"] is (len(method_race.devices("rank")) > 1)
+    assert shown(lesson="rank")["device"]["visible"] is (len(races.devices("rank")) > 1)
 
 
 def test_the_score_of_other_tabs_is_explained_where_it_is_seen():
@@ -97,8 +104,8 @@ def test_the_score_of_other_tabs_is_explained_where_it_is_seen():
 
 def test_units_are_explained():
     found = shown()
-    assert page.TERMS["nats"] in found["board"]["value"]["html"]
-    assert page.TERMS["nats"] in found["tested"]["value"] and page.TERMS["amp"] in found["tested"]["value"]
+    assert TERMS["nats"] in found["board"]["value"]["html"]
+    assert TERMS["nats"] in found["tested"]["value"] and TERMS["amp"] in found["tested"]["value"]
 
 
 # --- what the presses do
@@ -148,7 +155,7 @@ def press(work, kept, **state):
 
 
 def lines(n=2):
-    return [vars(line) | {"scores": [], "losses": [], "error": None} for line in method_race.recorded("rank").lines[:n]]
+    return [vars(line) | {"scores": [], "losses": [], "error": None} for line in races.recorded("rank").lines[:n]]
 
 
 RANKS = {"lesson": "rank", "values": "8;16", "seeds": "2", "seconds": "5"}
@@ -245,17 +252,13 @@ def test_nobody_sees_a_job_that_is_no_race():
 @pytest.mark.parametrize("key", LESSONS)
 @pytest.mark.parametrize("sort", [c.key for c in COLUMNS])
 def test_the_board_is_sorted_as_asked(key, sort):
-    lines = method_race.recorded(key).lines
+    lines = races.recorded(key).lines
     made = board(lines, sort)
     rows = list(csv.DictReader(io.StringIO(made["csv"])))
     order = [line.name for line in ranked(lines, sort)]
     assert [row["racer"] for row in rows] == order
-    places = [made["html"].index(f"<b>{method_race.escape(name)}</b>") for name in order[:3]]
+    places = [made["html"].index(f"<b>{escape(name)}</b>") for name in order[:3]]
     assert places == sorted(places) and shown(lesson=key, sort=sort)["board"]["value"] == made
-
-
-def test_a_column_nobody_has_is_not_shown():
-    assert "time a token" not in board(method_race.recorded("rank").lines, "score")["html"]
 
 
 @pytest.mark.parametrize("key", LESSONS)
@@ -266,51 +269,3 @@ def test_each_lesson_runs_live_whatever_is_set(key):
     raced = set(LESSONS[key].values) if key == "size" else {"smollm2-135m-instruct"}
     assert len(field) == len(LESSONS[key].values) and {r.spec.model for r in field} == raced
     assert set(LESSONS[key].values) <= {value for _, value in suited(LESSONS[key], spec)}
-
-
-def test_a_race_of_too_many_is_refused():
-    with pytest.raises(SpecError, match="2 to 24 racers, not 29"):
-        racers(RunSpec(), LESSONS["rank"], list(map(str, range(1, 30))))
-
-
-def test_what_is_not_ours_is_text():
-    line = method_race.recorded("rank").lines[0]
-    line = type(line)(**vars(line) | {"name": "<script>", "error": "<b>no"})
-    assert "<script>" not in board([line], "score")["html"] and "<b>no" not in board([line], "score")["html"]
-
-
-def test_findings_say_whether_each_claim_holds():
-    for lesson in LESSONS.values():
-        said = findings(lesson, lesson.recordings()[0].lines)
-        assert said.count("holds here") + said.count("does not hold here") == len(lesson.claims)
-        assert all(method_race.escape(claim.says) in said for claim in lesson.claims)
-
-
-@pytest.mark.parametrize("key", LESSONS)
-def test_findings_of_a_race_of_which_little_has_finished(key):
-    """As they are asked for while a race runs here."""
-    lines = method_race.recorded(key).lines
-    assert findings(LESSONS[key], []) == ""
-    for n in range(min(8, len(lines))):
-        findings(LESSONS[key], lines[:n])
-
-
-def test_the_bar_counts_runs_and_names_who_runs():
-    lines = [vars(line) | {"scores": [], "error": None} for line in method_race.recorded("rank").lines[:2]]
-    events = [
-        {"type": "racers", "lines": lines, "seeds": 2},
-        {"type": "run", "racer": 0, "seed": 0, "event": {"type": "step", "step": 3, "loss": 1.5}},
-    ]
-    found = so_far(events)
-    assert found.running == {0: [1.5]} and found.with_running()[0].losses == [*lines[0]["losses"], [1.5]]
-    assert f"{found.lines[0].name}, step 3" in status(events, found)
-    events.append({"type": "line", "racer": 0, "line": lines[0] | {"error": "it diverged"}})
-    found = so_far(events)
-    assert found.lines[0].error and found.running == {0: [1.5]} and "2 of 4 runs" in status(events, found)
-    assert "Waiting: 3 ahead of yours" in status([{"type": "queued"}], so_far([]), ahead=3)
-
-
-@pytest.mark.parametrize("model", ["llama-2-70b", "/etc", "bert-base"])
-def test_only_models_that_train_here_race(model):
-    with pytest.raises(SpecError, match=f"values={model}: no model that trains here"):
-        racers(RunSpec(), LESSONS["size"], ["smollm2-135m-instruct", model])

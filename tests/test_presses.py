@@ -14,6 +14,7 @@ from peftlab import PeftlabError, SpecError, adapters, jobs, scores
 from peftlab.bench import recorded_runs
 from peftlab.catalog.models import DEFAULT
 from peftlab.compare import ComparisonReport, Exchange, Reply, score_of
+from peftlab.show import comparisons, runs
 from peftlab.train import STOP
 
 START = {
@@ -162,8 +163,8 @@ def test_stop_says_so_until_it_has_stopped(trainer):
 
 def test_looking_again_draws_charts_only_for_a_new_point(trainer, monkeypatch):
     drawn = []
-    monkeypatch.setattr(live_finetune, "charts", lambda events: drawn.append(len(events)) or {})
-    live_finetune.charts_of.cache_clear()
+    monkeypatch.setattr(runs, "charts", lambda events: drawn.append(len(events)) or {})
+    runs.charts_of.cache_clear()
     ann = Visit(Live())
     ann.press(ann.tab.train)
     trainer.goes(ann.job, 2, 3)
@@ -172,7 +173,7 @@ def test_looking_again_draws_charts_only_for_a_new_point(trainer, monkeypatch):
     ann.job.add({"type": "progress", "what": "measuring", "share": 0.5})
     ann.sees()
     assert drawn == [3]
-    live_finetune.charts_of.cache_clear()
+    runs.charts_of.cache_clear()
 
 
 def test_a_preset_is_named_while_its_settings_hold(trainer):
@@ -190,9 +191,9 @@ def test_every_tab_says_why_its_score_is_another_one():
         "The same task and method: 88% in Compare (rank 2, 60 steps of 8 examples, learning rate 0.004"
     )
     assert "82% in Race (mean of 3 seeds)" in said and "78% is known only to lie between 62% and 88%" in said
-    assert said in live_finetune.recording("ticket")["bar"].replace("&#x27;", "'")
+    assert said in runs.recording("ticket")["bar"].replace("&#x27;", "'")
     adapter = next(a for a in adapters.bundled() if a.name == "ticket-lora")
-    assert "78% in Live (rank 8, 40 steps of 4 examples, learning rate 0.003" in side_by_side.whence(adapter)
+    assert "78% in Live (rank 8, 40 steps of 4 examples, learning rate 0.003" in comparisons.whence(adapter)
 
 
 # --- Compare

@@ -61,16 +61,16 @@ def choices(tab):
     return found
 
 
-def test_the_memory_tab_offers_them(entries):
-    assert {"toy-model", "toy-gpu"} <= choices(pytest.importorskip("demos.memory_calculator").Memory())
-
-
-def test_the_live_tab_offers_them(entries):
-    assert {"toy-model", "toy"} <= choices(pytest.importorskip("demos.live_finetune").Live())
-
-
-def test_the_lora_tab_offers_the_model(entries):
-    assert "toy-model" in choices(pytest.importorskip("demos.lora_visualizer").Lora())
+@pytest.mark.parametrize(
+    "module, tab, offered",
+    [
+        ("memory_calculator", "Memory", {"toy-model", "toy-gpu"}),
+        ("live_finetune", "Live", {"toy-model", "toy"}),
+        ("lora_visualizer", "Lora", {"toy-model"}),
+    ],
+)
+def test_the_tabs_offer_them(entries, module, tab, offered):
+    assert offered <= choices(getattr(pytest.importorskip(f"demos.{module}"), tab)())
 
 
 def test_a_model_too_large_or_no_writer_is_not_offered_live(entries, monkeypatch):

@@ -1,13 +1,14 @@
-"""W of the bundled base as a picture, beside its best approximation. Without Gradio: the process for long work imports this."""
+"""W of the bundled base as a picture, beside its best approximation. The process for long work imports this."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
 
-from peftlab import PeftlabError, architecture, figures, lowrank, weights, words
-from peftlab.catalog.models import DEFAULT, MODELS
-from peftlab.study_figures import picture
+from .. import architecture, figures, lowrank, weights, words
+from ..catalog.models import DEFAULT, MODELS
+from ..errors import PeftlabError
+from ..study_figures import picture
 
 
 def is_here() -> bool:

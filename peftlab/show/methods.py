@@ -1,0 +1,79 @@
+"""A method in words: in a chooser, on a card, and in full; and what a preset says."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from html import escape
+
+from .. import figures
+from ..catalog.methods import FAMILIES
+from ..catalog.models import DEFAULT
+from ..catalog.papers import PAPERS
+from ..catalog.presets import PRESETS
+from ..count import why_not
+from ..methods import METHODS
+
+
+def method_value(method: str | None, model: str | None) -> dict[str, str]:
+    """What the chooser holds."""
+    chosen = f'value="{method or "lora"}"'
+    return {
+        "method": method or "lora",
+        "options": method_options(model or DEFAULT).replace(chosen, chosen + " selected", 1),
+    }
+
+
+@lru_cache(maxsize=64)
+def method_options(model: str) -> str:
+    """The options of the chooser, as HTML, for a model."""
+
+    def option(key: str) -> str:
+        off, said = (" disabled", " (not for this model)") if why_not(key, model) else ("", "")
+        return f'<option value="{key}"{off}>{escape(METHODS[key].name)}{said}</option>'
+
+    return "".join(
+        f'<optgroup label="{family.capitalize()}">'
+        f"{''.join(option(key) for key, entry in METHODS.items() if entry.about.family == family)}</optgroup>"
+        for family in FAMILIES
+    )
+
+
+@lru_cache(maxsize=64)
+def unsuited(model: str) -> str:
+    """Which methods are not for a model, and why, folded; empty where every one is."""
+    reasons = "".join(f"<p>{escape(reason)}.</p>" for key in METHODS if (reason := why_not(key, model)))
+    return f"<details><summary>Methods not for this model</summary>{reasons}</details>" if reasons else ""
+
+
+def method_card(key: str, model: str) -> str:
+    """What a method trains, and why some are not offered."""
+    return escape(METHODS[key].about.trains) + unsuited(model)
+
+
+def method_panel(key: str) -> str:
+    """A method in full: the path of the data, why it should work, when to use it, when not, and where it comes from."""
+    about = METHODS[key].about
+    family = about.family + (", reparameterized" if about.reparameterized else "")
+    sources = "; ".join(f'<a href="{PAPERS[p].url}">{escape(PAPERS[p].citation)}</a>' for p in about.papers)
+    mistakes = "".join(f"<li>{escape(m)}</li>" for m in about.mistakes)
+    rows = (
+        ("Why it should work", about.hypothesis),
+        ("When", about.when),
+        ("When not", about.when_not),
+        ("In use", about.inference),
+        ("Merging", about.merging),
+    )
+    words = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows)
+    return (
+        f'<div class="method"><h3>{escape(about.name)} <small>{family}</small></h3>'
+        f"{figures.data_path(METHODS[key].drawing, about.name)}"
+        f'<dl>{words}<dt>Common mistakes</dt><dd><ul>{mistakes}</ul></dd></dl><p class="note">{sources}</p></div>'
+    )
+
+
+PUBLISHED = "Published settings, with their source"
+
+
+def preset_says(key: str) -> str:
+    """What a preset sets and who published it."""
+    return f"{PRESETS[key].says} {PRESETS[key].source}." if key else PUBLISHED

@@ -1,0 +1,133 @@
+"""A training run in words and charts: how far it is, what it answers, and the recording that stands until there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from html import escape
+from typing import Any
+
+from .. import figures, jobs, scores, words
+from ..bench import recorded_runs
+from ..tasks import METRICS, TASKS
+from .marks import explained, failure, how, libraries, progress, remarks, table, verdict
+
+Events = Sequence[dict[str, Any]]
+
+
+def card(task: str) -> str:
+    t = TASKS[task]
+    return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
+
+
+def status(events: Events) -> str:
+    """Steps done, time left, and what is going on, with a bar."""
+    last: dict[str, Any] = events[-1] if events else {"type": "idle"}
+    step = next((e for e in reversed(events) if e["type"] == "step"), None)
+    start = next((e for e in events if e["type"] == "start"), None)
+    steps = start["spec"]["steps"] if start else 1
+    share = step["step"] / steps if step else 0.0
+    what, left = "", ""
+    if last["type"] == "progress":
+        what = f"{last['what']}, {words.score(last['share'])}"
+    elif last["type"] == "step":
+        left = f"about {words.seconds(last['eta_seconds'])} of training left"
+    elif last["type"] == "done" and last["steps"]:
+        kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
+        speed = f"{words.significant(last['tokens_per_second'])} tokens/s, {words.gear(events)}"
+        what = f"{kept} {words.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
+        share = last["steps"] / steps
+    done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")
+    return remarks(done, escape(what), left) + progress("training", share)
+
+
+def answers(events: Events) -> str:
+    """What the model says to a few held-out items: before, and at the last measurement."""
+    measured = [e for e in events if e["type"] == "eval" and "examples" in e]
+    if not measured:
+        return ""
+    first, last = measured[0], measured[-1]
+    learned = last["step"] > 0
+
+    def row(before: dict[str, Any], now: dict[str, Any]) -> str:
+        mark = verdict(now["score"], "right", "not yet")
+        said = f'<td class="said">{escape(now["text"])}<br>{mark}</td>' if learned else ""
+        return f'<tr><td>{escape(before["prompt"])}</td><td class="said">{escape(before["text"])}</td>{said}</tr>'
+
+    heads = ["never seen in training", "before", *([f"at step {last['step']}"] if learned else [])]
+    return table(heads, map(row, first["examples"], last["examples"]), "answers")
+
+
+def _peak(done: dict[str, Any]) -> str:
+    """Measured on a GPU; on a CPU nobody counts it."""
+    peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
+    beside = f" ({words.size(said)} predicted)" if said else ""
+    return f", peak memory {words.size(peak)}{beside}" if peak else ""
+
+
+def charts(events: Events) -> dict[str, Any]:
+    """The loss and the metric of a run so far, by panel."""
+    start = next((e for e in events if e["type"] == "start"), None)
+    steps = start["spec"]["steps"] if start else 40
+    name = METRICS[start["metric"]].name if start else "Score"
+    return {
+        "loss": figures.themed(figures.loss_curve, events, steps),
+        "metric": figures.themed(figures.metric_curve, events, steps, name),
+    }
+
+
+@lru_cache(maxsize=32)
+def charts_of(job: jobs.Job, seen: int) -> dict[str, Any]:
+    """The same of the first `seen` events of a job."""
+    return charts(job.events[:seen])
+
+
+def drawn(job: jobs.Job) -> dict[str, Any]:
+    """The charts of a job: new ones only where there is a new point."""
+    events = list(job.events)
+    return charts_of(job, next((n for n in range(len(events), 0, -1) if events[n - 1]["type"] in ("step", "eval")), 0))
+
+
+@lru_cache(maxsize=len(TASKS) + 8)
+def recording(task: str) -> dict[str, Any]:
+    """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
+    run = next((r for r in recorded_runs() if r["spec"]["task"] == task), None)
+    if run is None:
+        return {"sentence": "The model learns while you watch.", "bar": "", "said": "", **charts([])}
+    events, recorded = run["events"], scores.of_run(run)
+    tip = f"{run['hardware']}, {run['date']}, {libraries(run['versions'])}. Command: {run['command']}"
+    about = (
+        f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}, "
+        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}."
+    )
+    return {
+        "sentence": f"Recorded on {escape(run['hardware'])}: {words.live_sentence(events)}",
+        "bar": f'{remarks(about)}<div class="note">{explained(escape(scores.elsewhere(recorded)))}</div>',
+        "said": answers(events),
+        **charts(events),
+    }
+
+
+def waiting(job: jobs.Job | None) -> str:
+    """What is said while the recording stands: to begin a run, how many are before it, or what it is loading."""
+    if job is None:
+        return remarks("<b>Press Train to run it here.</b>")
+    last, before = job.events[-1], jobs.ahead(job)
+    what = f"Your run waits: {before} ahead of it" if last["type"] == "queued" and before else "Your run begins"
+    if last["type"] == "loading":
+        what = f"Your run begins: loading {escape(last['model'])}"
+    return remarks(f"<b>{what}.</b>")
+
+
+def shown(job: jobs.Job | None, task: str) -> dict[str, Any]:
+    """What the panels of a run show, by name. Until it has begun, the recording stays."""
+    if job is None or not (job.over or any(event["type"] == "start" for event in job.events)):
+        old = recording(task)
+        return old | {"bar": waiting(job) + old["bar"]}
+    events = list(job.events)
+    return {
+        "sentence": words.live_sentence(events),
+        "bar": failure(events) or explained(status(events)),
+        "said": answers(events),
+        **drawn(job),
+    }
