@@ -23,6 +23,7 @@ const draw = () => {
   const ratio = totals[0] / needed, sure = runs.every((run) => !run.form || isExact(run)), about = sure ? '' : 'about ';
   const begin = fill(words.full, {model: bold(props.value.model), full: about + bold(size(totals[0]))});
   const name = (run) => run.name.replace('{rank}', at[2]);
+  element.querySelector('.sentence').classList.toggle('estimated', !sure);
   element.querySelector('.sentence').innerHTML = begin + (last ? ' ' + fill(words.chosen, {
     method: bold(name(runs[last]), 'trained'), chosen: about + bold(size(needed), 'trained'),
     ratio: about + significant(Math.max(ratio, 1 / ratio)), less: ratio >= 1 ? 'less' : 'more',

@@ -17,7 +17,7 @@ def bars(value: dict[str, Any], sentence: str) -> gr.HTML:
     """The sentence and the bars, which follow the sliders while these move."""
     return gr.HTML(
         value,
-        html_template=f'<h2 class="sentence" aria-live="polite">{sentence}</h2><div class="bars"></div>'
+        html_template=f'<h2 class="sentence estimated" aria-live="polite">{sentence}</h2><div class="bars"></div>'
         '<div class="legends"></div><div class="note source"></div>',
         js_on_load=DRAW,
     )

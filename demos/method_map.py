@@ -150,9 +150,8 @@ class Methods(Tab):
         count(asked.spec)
 
     def fill(self, asked: Asked) -> dict[str, Any]:
-        model = asked.spec.model or DEFAULT
         own = {name: list(asked[name]) for name in TICKS.values()}
-        return {"model": model, "across": asked["across"], "up": asked["up"], **own}
+        return {"model": page.shown_model(asked.spec), "across": asked["across"], "up": asked["up"], **own}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, model = asked.spec, asked.spec.model or DEFAULT

@@ -275,8 +275,9 @@ def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
         return list(methods.TARGETS)
     if lesson.setting == "model":
         return runnable()
-    known = {str(line.spec[lesson.setting]) for r in lesson.recordings() for line in r.lines} | set(lesson.values)
-    return [(value, value) for value in sorted(known, key=float)]
+    recorded_ones = (str(line.spec[lesson.setting]) for r in lesson.recordings() for line in r.lines)
+    known = {float(value): value for value in (*recorded_ones, *lesson.values)}  # 3e-4 and 0.0003 are one
+    return [(known[number], known[number]) for number in sorted(known)]
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ const {draw: source, cases} = JSON.parse(require('fs').readFileSync(0));
 const nothing = () => {};
 const said = cases.map(({value, points}) => {
   const places = {}, listeners = {};
-  const element = {clientWidth: 800, querySelector: (name) => places[name] ??= {innerHTML: '', clientWidth: 800}};
+  const element = {clientWidth: 800, querySelector: (name) => places[name] ??= {innerHTML: '', clientWidth: 800, classList: {toggle: nothing}}};
   const window = {addEventListener: (name, f) => { listeners[name] = f; }};
   class ResizeObserver { observe() {} }
   const make = new Function('props', 'element', 'watch', 'trigger', 'window', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout',
