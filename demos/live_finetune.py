@@ -146,7 +146,7 @@ class Live(Tab):
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, job = here(asked.spec), self.job(asked)
         method, over = spec.method or "lora", job is None or job.over
-        picture = shown(job, spec.task or tasks.DEFAULT)
+        picture = shown(job, spec)
         stopping = job is not None and job.stopping
         return {
             **{name: lambda name=name: picture[name] for name in picture},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import architecture as architectures
 from . import tasks
+from .catalog import models
 from .catalog.gpus import GPU, GPUS
 from .compare import BASE, ComparisonReport
 from .count import ParameterReport
@@ -178,7 +179,10 @@ def gpu_name(gpu: GPU) -> str:
 
 
 def method_name(report: MemoryReport | ParameterReport) -> str:
+    """A method with the size that it was given; without one where the model is a number and has no layers to give it to."""
     spec = report.spec
+    if models.find(spec.model or "").config is None:
+        return report.method_name
     sizes = (("rank", spec.rank), ("width", spec.bottleneck), ("blocks of", spec.block_size))
     named = [f"{name} {size}" for name, size in sizes if size]
     named += [f"{spec.virtual_tokens} virtual tokens"] if spec.virtual_tokens else []

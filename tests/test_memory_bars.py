@@ -91,7 +91,7 @@ def test_the_exact_parts_add_up_to_the_process(tiny_model):
     reports = tuple(exact(s) for s in memory_calculator.both(spec))
     value = bars_value(reports, forms, memory_calculator.at(spec))
     assert [sum(run["exact"].values()) for run in value["runs"]] == [r.process for r in reports]
-    assert words.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* said", value["exact"])
+    assert words.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* had", value["exact"])
 
 
 def test_names_are_escaped(monkeypatch):

@@ -9,7 +9,6 @@ from .. import words
 from ..catalog.gpus import GPUS
 from ..figures import COMPONENTS
 from ..memory import ClosedForm, MemoryReport
-from ..methods import METHODS
 from .marks import explained, how
 
 OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
@@ -53,7 +52,7 @@ def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> 
     spec = report.spec
     name = words.method_name(report)
     if share is not None and spec.method != "full":
-        name = f"{METHODS[spec.method or ''].name}, {share:g}% trained"
+        name += f", {share:g}% trained"
     elif spec.rank:
         name = name.replace(f"rank {spec.rank}", "rank {rank}", 1)
     return {
@@ -87,14 +86,10 @@ def _compared(reports: tuple[MemoryReport, ...], forms: tuple[ClosedForm | None,
         "One training step traced on fake tensors, replayed through a model of PyTorch's allocator, every token predicted. "
         "Held against an H100 in assets/measured/memory-h100.json.",
     )
-    estimate, needed, allocated = form.report(), chosen.process or 1, chosen.allocated or 1
-    off, of_allocated = (estimate.process or 0) / needed - 1, (estimate.allocated or 0) / allocated - 1
-    less = "less" if off < 0 else "more"
-    differs = "said the same" if abs(off) < 5e-4 else f"said {abs(off):.1%} {less}"
-    if abs(off - of_allocated) > 0.005:
-        differs += f", {abs(of_allocated):.1%} off in what is allocated: it takes PyTorch's reserve as usual"
+    estimate, needed, allocated = form.report().process or 0, chosen.process or 1, chosen.allocated or 1
+    agrees = abs(estimate / needed - 1) < 5e-4
     said = explained(
         f"a traced step: {words.size(allocated)} allocated at the peak, {words.size(needed)} with PyTorch's reserve and the "
-        f"CUDA context. The closed form {differs}."
+        f"CUDA context. The closed form had {'said the same' if agrees else f'estimated {words.size(estimate)}'}."
     )
     return f"{mark} {said}"

@@ -7,8 +7,10 @@ from functools import lru_cache
 from html import escape
 from typing import Any
 
-from .. import figures, jobs, scores, words
+from .. import figures, jobs, scores, tasks, words
 from ..bench import recorded_runs
+from ..count import count
+from ..spec import RunSpec
 from ..tasks import METRICS, TASKS
 from .marks import explained, failure, how, libraries, progress, remarks, table, verdict
 
@@ -108,26 +110,32 @@ def recording(task: str) -> dict[str, Any]:
     }
 
 
-def waiting(job: jobs.Job | None) -> str:
-    """What is said while the recording stands: to begin a run, how many are before it, or what it is loading."""
+def named(spec: RunSpec) -> str:
+    """Which model a run trains, and by which method."""
+    report = count(spec)
+    return f"{escape(report.model_name)}, {escape(words.method_name(report))}"
+
+
+def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
+    """What is said while the recording stands: what `spec` would begin, how many are before it, or what it is loading."""
     if job is None:
-        return remarks("<b>Press Train to run it here.</b>")
+        return remarks(f"<b>Press Train to run it here: {named(spec)}.</b>")
     last, before = job.events[-1], jobs.ahead(job)
     what = f"Your run waits: {before} ahead of it" if last["type"] == "queued" and before else "Your run begins"
     if last["type"] == "loading":
-        what = f"Your run begins: loading {escape(last['model'])}"
+        what = f"Your run begins: loading {escape(last['model'])}, which is fetched first where it is not here yet"
     return remarks(f"<b>{what}.</b>")
 
 
-def shown(job: jobs.Job | None, task: str) -> dict[str, Any]:
-    """What the panels of a run show, by name. Until it has begun, the recording stays."""
+def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, Any]:
+    """What the panels of a run show, by name. Until it has begun, the recording of the task stays."""
     if job is None or not (job.over or any(event["type"] == "start" for event in job.events)):
-        old = recording(task)
-        return old | {"bar": waiting(job) + old["bar"]}
+        old = recording(spec.task or tasks.DEFAULT)
+        return old | {"bar": waiting(job, spec) + old["bar"]}
     events = list(job.events)
     return {
         "sentence": words.live_sentence(events),
-        "bar": failure(events) or explained(status(events)),
+        "bar": remarks(f"<b>Your run:</b> {named(job.spec)}") + (failure(events) or explained(status(events))),
         "said": answers(events),
         **drawn(job),
     }
