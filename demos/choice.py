@@ -32,7 +32,7 @@ def number(name: str, usual: float | None, low: float, high: float, whole: bool 
         if not low <= value <= high or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"
             try_ = high if value > high else low if value < low else low if usual is None else usual
-            raise SpecError(f"{name}={text[:40]}: {kind} from {low:g} to {high:,g}; try {try_:g}")
+            raise SpecError(f"{name}={text[:40]}: {kind} from {said(low)} to {said(high)}; try {said(try_)}")
         return int(value) if whole else value
 
     return Choice(usual, read)
@@ -75,7 +75,7 @@ def said(value: Any) -> str:
     """A value as a link says it."""
     if isinstance(value, tuple):
         return ";".join(value) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 def unusual(values: Mapping[str, Any], choices: Mapping[str, Choice]) -> dict[str, str]:

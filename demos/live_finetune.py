@@ -17,7 +17,7 @@ from demos.tab import Asked, Draw, Tab
 from peftlab import RunSpec, adapters, count, jobs, tasks
 from peftlab.catalog.models import DEFAULT, MODELS
 from peftlab.catalog.presets import PRESETS
-from peftlab.show.methods import method_card, method_panel, method_value
+from peftlab.show.methods import method_card, method_panel, method_value, preset_says
 from peftlab.show.runs import card, shown
 from peftlab.show.settings import settings_line
 from peftlab.tasks import TASKS
@@ -56,6 +56,7 @@ class Live(Tab):
 
     key, title = "live", "Live"
     choices = methods.PRESET
+    clears = methods.PRESET_CLEARS
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class Live(Tab):
         self.control_all({name: page.text(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
             self.control("model", page.choice("model", runnable(), DEFAULT))
-            methods.presets(self, list(PRESETS))
+            self.control("preset", methods.preset_choice(list(PRESETS)))
             self.control_all(methods.method_settings(opening, *FOLDED))
             self.control("batch_size", page.text("batch_size"))
             self.control("quantization", page.choice("quantization"))
@@ -138,7 +139,7 @@ class Live(Tab):
             "task": spec.task or tasks.DEFAULT,
             "model": spec.model,
             "method": method_value(spec.method, spec.model),
-            "preset": methods.preset_shown(asked),
+            "preset": gr.update(value=asked["preset"], info=preset_says(asked["preset"])),
             **methods.method_updates(spec, (*OWN, *FOLDED)),
             **{name: page.blank(getattr(spec, name)) for name in TYPED},
         }

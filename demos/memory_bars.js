@@ -46,9 +46,11 @@ const draw = () => {
   source.innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
 };
 draw();
-watch('value', () => { at = props.value.at; draw(); });
+watch('value', () => { at = props.value.moved ?? props.value.at; draw(); });
 new ResizeObserver(draw).observe(element);
 window.addEventListener('peftlab-written', ({detail}) => {
-  at = SLIDERS.map((name, i) => +detail[name] || at[i]);
-  draw();
+  if (!Object.keys(detail).every((name) => SLIDERS.includes(name))) return; // of another run the answer tells
+  const moved = SLIDERS.map((name, i) => +detail[name] || at[i]);
+  props.value = {...props.value, moved};
+  peftlab.redrawn('memory.bars');
 });

@@ -118,14 +118,19 @@ class Memory(Tab):
 
     def _own_config(self) -> None:
         text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
-        refused = page.problem()
+        refused = self.panel("config_problem", page.problem())
         with gr.Row():
             use = gr.Button("Use it", size="sm", min_width=80)
             upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
         key = gr.Textbox(visible=False)
-        gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET)
-        upload.upload(lambda file: own_config(Path(file).read_text(errors="replace")), upload, [refused, key], **QUIET)
-        key.change(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
+        read = (
+            gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET),
+            upload.upload(
+                lambda file: own_config(Path(file).read_text(errors="replace")), upload, [refused, key], **QUIET
+            ),
+        )
+        for event in read:
+            event.then(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
 
     def _pictures(self) -> None:
         asked = page.opening(self)
@@ -186,6 +191,7 @@ class Memory(Tab):
             "surprises": lambda: explained("".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])),
             "timeline": lambda: timeline,
             "about": lambda: method_card(spec.method or "lora", model),
+            "config_problem": lambda: "",
             "changed": lambda: changed(spec),
             "numbers": lambda: tables.numbers(full, chosen, forms[1]),
             "gpus": lambda: tables.gpus(full, chosen),
@@ -201,14 +207,14 @@ class Memory(Tab):
         return [Slow(exact, (spec,)) for spec in both(asked.spec)] if has_step(asked) else []
 
 
-def own_config(text: str) -> tuple[str, Any]:
+def own_config(text: str) -> tuple[str, str]:
     """What is wrong with a pasted config.json, or its key as a model."""
     from peftlab.catalog.models import from_config
 
     try:
         return "", from_config(text).key
     except PeftlabError as error:
-        return escape(str(error)), gr.skip()
+        return escape(str(error)), ""
 
 
 def _control(name: str) -> Any:

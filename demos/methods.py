@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
 from demos import choice, page
-from demos.tab import QUIET, Asked, Tab
 from peftlab import RunSpec, resolve
 from peftlab.catalog.models import DEFAULT, find
 from peftlab.catalog.presets import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, with_preset
-from peftlab.show.methods import PUBLISHED, method_value, preset_says
+from peftlab.show.methods import PUBLISHED, method_value
+from peftlab.spec import SETTINGS
 
 CHOOSER = """
 const box = () => element.querySelector('select');
@@ -87,27 +86,19 @@ TARGETS = (
 )
 
 
-def presets(tab: Tab, keys: Sequence[str]) -> None:
-    """A chooser of published settings, which it writes. The tab has PRESET among its choices."""
+def preset_choice(keys: Sequence[str]) -> gr.Dropdown:
     choices = [("none", ""), *((PRESETS[key].name, key) for key in keys)]
-    chooser = tab.panel("preset", gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED))
-    run = gr.Textbox(visible=False)
-
-    def chosen(key: str, question: dict[str, Any]) -> str:
-        spec = tab.read(question["state"]).spec
-        return json.dumps(page.link(with_preset(spec, PRESETS[key]) if key else spec, preset=key))
-
-    write = "(run) => { if (run) peftlab.replace(JSON.parse(run)); return ''; }"
-    question = "(key) => [key, peftlab.question()]"
-    chooser.input(chosen, [chooser, tab.question], run, js=question, **QUIET).then(None, run, run, js=write, **QUIET)
+    return gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED)
 
 
-def preset_shown(asked: Asked) -> dict[str, Any]:
-    """The preset that was chosen, while the settings are still its own."""
-    key = asked["preset"]
-    if key and with_preset(asked.spec, PRESETS[key]) != asked.spec:
-        key = ""
-    return gr.update(value=key, info=preset_says(key))
+def of_preset(key: str, run: Mapping[str, Any]) -> tuple[RunSpec, str]:
+    """The settings of a preset, those of `run` in their place where it has some; and the key, while all are the preset's."""
+    about = {name: run[name] for name in KEPT_BY_PRESETS if name in run}
+    preset = with_preset(page.public(page.OPENING.to_dict() | about), PRESETS[key])
+    spec = page.public(preset.to_dict() | dict(run))
+    return spec, key if with_preset(spec, PRESETS[key]) == spec else ""
 
 
+KEPT_BY_PRESETS = ("model", "task", "seed")
 PRESET = {"preset": choice.one_of("preset", "", PRESETS)}
+PRESET_CLEARS = {"preset": tuple(name for name in SETTINGS if name not in KEPT_BY_PRESETS)}

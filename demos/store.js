@@ -2,13 +2,14 @@
 // address shows what is here; the server is asked what it looks like, and an answer to any but the newest question is dropped.
 
 const GIVEN = /*given*/{};  // {tabs: the first is the usual one, nats: the word explained, run: names of a run's settings, clears: {name: names}, outputs: names in order}
+const DRAWN = 150; // milliseconds until Gradio has drawn an update
 const REST = 400; // milliseconds without a move after which a slider or a text box counts as at rest
 const PATIENCE = 30_000, LONG = 300_000; // milliseconds after which an answer is taken for lost: a quick one, an exact one
 const LONGEST = 10_000; // letters of a value that an address still carries
 
 let tab = GIVEN.tabs[0], state = {}, open = new Set();
 let number = 0; // of the newest question
-let resting = 0, looking = 0; // timers
+let resting = 0, looking = 0, refusing = 0; // timers
 let pending = {}, shown = {}; // updates that wait for Gradio to take them; what each output shows, as JSON
 let failures = 0;
 
@@ -31,7 +32,7 @@ const read = () => {
   tab = GIVEN.tabs[0];
   for (const [name, value] of new URLSearchParams(location.search))
     if (name === 'tab') tab = GIVEN.tabs.includes(value) ? value : tab;
-    else if (!name.startsWith('__')) state[name] = value;
+    else if (value && !name.startsWith('__')) state[name] = value;
 };
 const sorted = (search) => { const all = new URLSearchParams(search); all.sort(); return String(all); };
 const record = (how) => {
@@ -44,7 +45,11 @@ const record = (how) => {
   if (isHere && url.href === location.href) return;
   if (isHere && sorted(url.search) === sorted(location.search)) how = 'replaceState'; // no change that Back could undo
   history[how]({peftlab: hidden}, '', url);
-  if (window.parent !== window) window.parent.postMessage({queryString: url.search.slice(1), hash: url.hash.slice(1)}, '*');
+  tell();
+};
+/** The page around a frame, which shows the address that people see. */
+const tell = () => {
+  if (window.parent !== window) window.parent.postMessage({queryString: location.search.slice(1), hash: location.hash.slice(1)}, '*');
 };
 
 // --- lanes: one question under way in each, the last one wins, a lost answer is asked again
@@ -59,7 +64,7 @@ const lane = (ask, take, patience) => {
       next = null;
       try {
         const answer = await Promise.race([ask(question), pause(patience)]);
-        if (!answer) throw new Error('no answer');
+        if (!answer?.show) throw new Error('no answer');
         failures = 0;
         if (question.number === number) take(answer);
       } catch {
@@ -77,8 +82,8 @@ const question = () => ({number, tab, state, kept: {...memory}, open: [...open]}
 const quick = lane((asked) => server.answer(asked), (answer) => {
   state = answer.state;
   record('replaceState');
-  refuse(answer.problems);
   show(answer.show);
+  refuse(answer.problems);
   clearTimeout(looking);
   if (answer.again) looking = setTimeout(look, 1000 * answer.again);
   if (answer.slow) exact(question());
@@ -96,14 +101,14 @@ const settled = (how = 'pushState') => {
 };
 const write = (patch, atRest = false) => {
   if (resting && !atRest) settled();
-  const next = {...state}, cleared = Object.keys(patch).flatMap((name) => GIVEN.clears[name] ?? []);
+  const next = {...state}, cleared = Object.keys(patch).flatMap((name) => patch[name] === '' ? [] : GIVEN.clears[name] ?? []);
   for (const name of cleared) delete next[name];
   for (const [name, value] of Object.entries(patch)) {
     const text = Array.isArray(value) ? value.join(';') || 'none' : value === null || value === undefined ? '' : String(value);
     if (text === '') delete next[name]; else next[name] = text;
   }
   state = next;
-  shown[`${tab}.problem`] = null; // what a press said of the settings before
+  for (const name in shown) if (name.endsWith('problem')) shown[name] = null; // what a press said of the settings before
   window.dispatchEvent(new CustomEvent('peftlab-written', {detail: patch}));
   number += 1;
   clearTimeout(resting);
@@ -115,10 +120,21 @@ const replace = (run, keeping = []) => {
   const gone = GIVEN.run.filter((name) => !keeping.includes(name));
   write({...Object.fromEntries(gone.map((name) => [name, ''])), ...run});
 };
+/** What the page itself has drawn is to be drawn anew by the next answer. */
+const redrawn = (name) => {
+  shown[name] = null;
+  delete held[name];
+};
 /** A control was moved. What it says now need not be shown to it again, unless it is another number than was typed. */
 const heard = (control, value, atRest = false, also = {}) => {
-  shown[control] = null;
+  redrawn(control);
   write({[control.split('.')[1]]: value, ...also}, atRest);
+};
+/** A list of several was changed by a key, of which Gradio tells only together with the changes that an answer makes. */
+const picked = (control, value) => {
+  const filled = JSON.parse(shown[control] ?? 'null')?.value, isHere = document.getElementById(control.replace('.', '-')).contains(document.activeElement);
+  const isNews = JSON.stringify(value) !== JSON.stringify(filled) && value.join(';') !== state[control.split('.')[1]];
+  if (isHere && isNews) heard(control, value);
 };
 const go = (to) => {
   if (to === tab || !GIVEN.tabs.includes(to)) return;
@@ -138,13 +154,15 @@ const fold = (name, isOpen) => {
 const show = (updates) => {
   for (const [name, update] of Object.entries(updates)) {
     const text = JSON.stringify(update);
-    if (shown[name] === text || isBeingTyped(name)) continue;
+    if (shown[name] === text) continue;
+    if (isBeingTyped(name)) { held[name] = update; continue; }
     shown[name] = text;
     pending[name] = update;
   }
   if (Object.keys(pending).length) trigger('submit');
 };
-/** What somebody types stays as they type it: they may be in the middle of a number. */
+/** What somebody types stays as they type it, for they may be in the middle of a number, until they leave the box. */
+let held = {};
 const isBeingTyped = (name) => {
   const block = document.getElementById(name.replace('.', '-'));
   return block?.matches('.typed') && block.contains(document.activeElement);
@@ -155,8 +173,12 @@ const take = () => {
   pending = {};
   return GIVEN.outputs.map((name) => taken[name] ?? {__type__: 'update'});
 };
-/** A refusal stands beside its control; where the tab has none for it, at the top. */
+/** A refusal stands beside its control, once Gradio has drawn that; where the tab has none for it, at the top. */
 const refuse = (problems) => {
+  clearTimeout(refusing);
+  refusing = setTimeout(() => placed(problems), Object.keys(problems).length ? DRAWN : 0);
+};
+const placed = (problems) => {
   document.querySelectorAll('.refusal').forEach((old) => old.remove());
   const rest = [];
   for (const [name, text] of Object.entries(problems)) {
@@ -174,7 +196,7 @@ const showTab = () => {
 // --- beginning
 
 keep({});
-window.peftlab = {write, replace, heard, go, look, plot, take, question, keep: (more) => { keep(more); look(); },
+window.peftlab = {write, replace, heard, picked, redrawn, go, look, plot, take, question, keep: (more) => { keep(more); look(); },
   get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
 document.addEventListener('input', ({target}) => {
   const block = target.closest('.typed');
@@ -186,14 +208,19 @@ document.addEventListener('click', ({target}) => {
   if (replaces) replace(JSON.parse(replaces.dataset.replace), JSON.parse(replaces.dataset.keeping));
   if (folds) setTimeout(() => fold(GIVEN.folds[folds.closest('.fold').id], folds.classList.contains('open')));
 });
+document.addEventListener('focusout', () => setTimeout(() => { const late = held; held = {}; show(late); }));
+window.addEventListener('storage', () => Object.assign(memory, remembered())); // another window has kept something
+window.addEventListener('pagehide', () => { if (resting) record('replaceState'); });
 window.addEventListener('popstate', () => {
   clearTimeout(resting);
   resting = 0;
+  document.activeElement?.blur(); // what was being typed is undone
   read();
+  tell();
   number += 1;
   showTab();
   look();
 });
 read();
 if (tab !== GIVEN.tabs[0]) showTab();
-if (Object.keys(state).length || tab !== GIVEN.tabs[0]) look(); else exact(question());
+if (location.search) look(); else exact(question());

@@ -15,7 +15,7 @@ from typing import Any
 
 import gradio as gr
 
-from demos import choice, page
+from demos import choice, methods, page
 from demos.tab import QUIET, Asked, Slow, Tab, failed
 from peftlab import PeftlabError, SpecError, resolve, worker
 from peftlab.methods import METHODS
@@ -27,7 +27,7 @@ SCRIPT = page.script("plot.js", "store.js")
 LONGEST = 20_000
 """Letters of a value that is read at all."""
 CLEARS = {
-    "method": (*METHOD_SETTINGS, "learning_rate", "quantization"),
+    "method": (*METHOD_SETTINGS, "learning_rate", "quantization", "preset"),
     "model": ("target_modules", "layers"),
 }
 """A new method starts at its own settings; modules and layers are a model's."""
@@ -48,13 +48,15 @@ class Store:
 
     def read(self, state: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> Asked:
         """What a link or a page says. Raises SpecError."""
-        plain = {str(n): str(v) for n, v in state.items() if v is not None}
+        plain = {str(n): str(v) for n, v in state.items() if v not in (None, "")}
         if long := [n for n, v in plain.items() if len(v) > LONGEST]:
             raise SpecError(f"{long[0]}={plain[long[0]][:20]}…: longer than {LONGEST:,} letters; shorten it")
         own = {name: self.choices[name].read(plain[name]) for name in plain if name in self.choices}
         run = {name: value for name, value in plain.items() if name not in self.choices}
         chosen = {name: one.usual for name, one in self.choices.items()} | own
         spec = page.public(page.OPENING.to_dict() | run)
+        if key := chosen.get("preset"):
+            spec, chosen["preset"] = methods.of_preset(key, run)
         unread = {n for n in METHOD_SETTINGS if n not in METHODS[resolve(spec).method or ""].settings}
         spec = spec.but(**dict.fromkeys(unread)) if unread else spec
         given = frozenset(n for n in plain if n not in unread)
@@ -97,8 +99,9 @@ class Store:
 
     # --- answering
 
-    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, question: Any) -> dict[str, Any]:
         """What the tab on screen shows of the settings."""
+        question = sound(question)
         number, tab = question.get("number"), self.tabs.get(question.get("tab", "")) or next(iter(self.tabs.values()))
         try:
             asked, problems = self.understood(tab, question)
@@ -108,7 +111,7 @@ class Store:
                 "number": number,
                 "state": state,
                 "problems": problems,
-                "show": self.shown(tab, asked, question.get("open") or ()) | self.kept_as_typed(tab, problems, state),
+                "show": self.shown(tab, asked, question.get("open") or ()) | self.kept_as_typed(tab, problems, asked),
                 "again": again,
                 "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
             }
@@ -132,17 +135,24 @@ class Store:
         seen = {None, *(question.get("open") or ())}
         return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in seen]
 
-    def kept_as_typed(self, tab: Tab, problems: Mapping[str, str], state: Mapping[str, str]) -> dict[str, Any]:
+    def kept_as_typed(self, tab: Tab, problems: Mapping[str, str], asked: Asked) -> dict[str, Any]:
         """What is refused stays in its control, which would else end where its scale does."""
-        shown = {f"{tab.key}.{name}": {"__type__": "update"} for name in problems if name in tab.controls}
+        shown = {}
         for name in problems:
-            if isinstance(tab.controls.get(name), gr.Slider) and state[name].isdecimal():
-                shown[f"{tab.key}.{name}"] = page.slid(int(state[name]), tab.controls[name].maximum)
+            control, filled = tab.controls.get(name), page.as_update(tab.fill(asked).get(name, {"__type__": "update"}))
+            if control is None:
+                continue
+            shown[f"{tab.key}.{name}"] = {key: value for key, value in filled.items() if key != "value"}
+            number = plain_number(asked.refused[name])
+            if isinstance(control, gr.Slider) and number is not None:
+                low, high = min(control.minimum, number), max(control.maximum, number)
+                shown[f"{tab.key}.{name}"] |= {"value": number, "minimum": low, "maximum": high}
         return shown
 
     async def exact(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """The same once the slow work is done, in a process of its own: those who wait hold no thread."""
-        tab = self.tabs.get(question.get("tab", ""))
+        question = sound(question)
+        tab = self.tabs.get(question["tab"])
         try:
             if tab is not None:
                 asked, _ = self.understood(tab, question)
@@ -197,6 +207,25 @@ class Store:
         if not isinstance(component, (gr.HTML, gr.Textbox)):
             more = ", ".join(["v", str(isinstance(component, REST)).lower(), *([json.dumps(also)] if also else [])])
             component.input(None, component, None, js=f"(v) => {{ peftlab.heard('{name}', {more}); }}", **QUIET)
+        if getattr(component, "multiselect", False):
+            component.change(None, component, None, js=f"(v) => {{ peftlab.picked('{name}', v); }}", **QUIET)
+
+
+def plain_number(text: str) -> int | float | None:
+    """What a box for numbers can hold."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return (int(number) if number == int(number) else number) if abs(number) < 1e15 else None
+
+
+def sound(question: Any) -> dict[str, Any]:
+    """A question in its form, whatever somebody sent: a part that has another is left out."""
+    given = question if isinstance(question, dict) else {}
+    forms = {"tab": str, "state": dict, "kept": dict, "open": list}
+    parts = {name: given[name] if isinstance(given.get(name), form) else form() for name, form in forms.items()}
+    return parts | {"number": given.get("number"), "open": [name for name in parts["open"] if isinstance(name, str)]}
 
 
 def blocks(*tabs: Tab, head: Callable[[], None] | None = None, foot: Callable[[], None] | None = None) -> gr.Blocks:

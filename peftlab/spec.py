@@ -171,7 +171,7 @@ SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Ru
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.17g}" if isinstance(value, float) and not value.is_integer() else str(value).removesuffix(".0")
+    return str(value).removesuffix(".0")
 
 
 def _checked(name: str, about: Setting, value: Any) -> Any:

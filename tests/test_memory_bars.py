@@ -112,11 +112,13 @@ const said = cases.map(({value, points}) => {
   const element = {clientWidth: 800, querySelector: (name) => places[name] ??= {innerHTML: '', clientWidth: 800, classList: {toggle: nothing}}};
   const window = {addEventListener: (name, f) => { listeners[name] = f; }};
   class ResizeObserver { observe() {} }
-  const make = new Function('props', 'element', 'watch', 'trigger', 'window', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout',
+  const watch = (name, f) => { listeners[name] = f; }, peftlab = {redrawn: nothing};
+  const make = new Function('peftlab', 'props', 'element', 'watch', 'trigger', 'window', 'document', 'ResizeObserver', 'setTimeout', 'clearTimeout',
     source + '; return () => props.value.runs.map(parts);');
-  const parts = make({value}, element, nothing, nothing, window, {addEventListener: nothing}, ResizeObserver, nothing, nothing);
+  const parts = make(peftlab, {value}, element, watch, nothing, window, {addEventListener: nothing}, ResizeObserver, nothing, nothing);
   return points.map((at) => {
     listeners['peftlab-written']({detail: {batch_size: at[0], sequence_length: at[1], rank: at[2]}});
+    listeners.value();
     return {parts: parts(), sentence: places['.sentence'].innerHTML, bars: places['.bars'].innerHTML};
   });
 });

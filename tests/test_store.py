@@ -1,6 +1,7 @@
 """The server's half of the store: a function of what the page says."""
 
 import json
+import re
 
 import pytest
 
@@ -65,7 +66,8 @@ def test_settings_that_the_method_does_not_read_are_left_out():
 
 def test_what_is_refused_stays_in_its_box():
     shown = answer("memory", rank="100000")
-    assert shown["show"]["memory.rank"] == {"__type__": "update", "value": 100000, "maximum": 100000}
+    box = shown["show"]["memory.rank"]
+    assert (box["value"], box["minimum"], box["maximum"]) == (100000, 1, 100000)
     assert shown["state"] == {"rank": "100000"}
     beyond = answer("memory", sequence_length="100000")  # further than the slider usually reaches, and right
     assert beyond["show"]["memory.sequence_length"]["maximum"] == 100000 and not beyond["problems"]
@@ -84,7 +86,7 @@ def test_a_bare_count_has_no_step_to_draw_and_no_rank():
 @pytest.mark.parametrize("text, says", [("{", "not JSON"), ('{"model_type": "llama"}', "hidden_size is missing")])
 def test_a_config_that_is_none_is_refused_where_it_is_pasted(text, says):
     refused, key = own_config(text)
-    assert says in refused and key == gr.skip()
+    assert says in refused and key == ""
 
 
 def test_the_exact_figure_takes_the_estimates_place(monkeypatch):
@@ -120,3 +122,31 @@ def test_what_ends_while_it_is_drawn_is_looked_at_once_more(monkeypatch):
     monkeypatch.setattr(race, "again", lambda asked: None if over else 0.5)
     monkeypatch.setattr(race, "draw", lambda asked: {"told": lambda: over.append(1) or ""})
     assert answer("race")["again"] == 0.5
+
+
+@pytest.mark.parametrize("typed", ["9" * 20, "9" * 5000, "-3", "8.5", "1e999", "nan", "5", ""])
+@pytest.mark.parametrize(("tab", "name"), [("memory", "rank"), ("live", "rank"), ("compare", "temperature")])
+def test_any_number_is_answered_in_json_and_stays_in_its_box(tab, name, typed):
+    answered = answer(tab, **{name: typed})
+    text = json.dumps(answered)
+    assert "our fault" not in text and not any(len(digits) > 16 for digits in re.findall(r"[:,] (\d+)[,}]", text))
+    if typed in ("-3", "8.5"):
+        box = answered["show"][f"{tab}.{name}"]
+        assert answered["problems"][name] and box["minimum"] <= box["value"] == float(typed) <= box["maximum"]
+
+
+def test_a_refused_setting_that_the_method_does_not_read_is_not_shown():
+    assert answer("memory", method="prompt", rank="x")["show"]["memory.rank"]["visible"] is False
+
+
+def test_what_is_empty_in_a_link_is_left_as_usual():
+    assert answer("lora", model="", convention="", rank="")["state"] == {}
+
+
+def test_a_preset_is_one_write_and_what_is_set_after_it_stays():
+    chosen = answer("live", preset="alpha-r")["state"]
+    assert chosen["preset"] == "alpha-r" and len(chosen) > 1
+    after = answer("live", preset="alpha-r", steps="77")["state"]
+    assert after.items() >= {**chosen, "steps": "77"}.items()
+    other = answer("live", **chosen | {"alpha": "3"})["state"]
+    assert other["alpha"] == "3" and "preset" not in other

@@ -1,6 +1,7 @@
 """The address is the settings: Back, Forward, reload and links, also inside another site's frame."""
 
 import http.server
+import re
 import threading
 from functools import partial
 
@@ -9,6 +10,8 @@ import pytest
 pytest.importorskip("playwright")
 from playwright.sync_api import expect
 from test_app import sentence, tab
+
+from peftlab.catalog.presets import PRESETS
 
 RANK = "#memory-rank input[type=number]"
 
@@ -114,3 +117,58 @@ def test_a_word_of_the_trade_says_what_it_means(app, open_page):
     expect(word.locator(".tip")).to_be_visible()
     box = word.locator(".tip").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+@pytest.mark.parametrize("typed", ["8.5", "-3", "1000000000", "9" * 20])
+def test_a_refused_number_is_not_drawn_and_its_refusal_stands_beside_it(app, open_page, typed):
+    page = open_page(app.url)
+    rank = page.locator(RANK)
+    rank.fill(typed)
+    rank.press("Tab")
+    expect(page.locator("#memory-rank .refusal")).to_contain_text(re.compile("rank=.*(must be at|is a whole number)"))
+    expect(sentence(page)).to_contain_text("LoRA, rank 8 needs")
+    if len(typed) < 16:
+        assert float(rank.input_value()) == float(typed)
+    rank.fill("12")
+    expect(page.locator(".refusal")).to_have_count(0)
+    expect(sentence(page)).to_contain_text("LoRA, rank 12")
+
+
+def test_back_undoes_what_is_typed_in_a_box_that_still_has_the_cursor(app, open_page):
+    page = open_page(app.url + "?tab=live")
+    steps = page.locator("#live-steps").locator("input, textarea")
+    steps.click()
+    page.keyboard.type("33")
+    page.wait_for_url("**/?steps=33&tab=live")
+    page.evaluate("history.back()")
+    expect(steps).to_have_value("")
+    steps.fill("78")
+    page.wait_for_url("**/?steps=78&tab=live")
+    page.evaluate("peftlab.write({steps: '12'})")
+    page.locator("#live-sentence").click()
+    expect(steps).to_have_value("12")
+
+
+def test_a_preset_and_what_is_set_right_after_it_both_stay(app, open_page):
+    page = open_page(app.url + "?tab=live")
+    page.locator(".controls:visible").get_by_text("More settings").click()
+    page.get_by_label("Preset", exact=True).locator("visible=true").click()
+    page.get_by_role("option", name=PRESETS["alpha-r"].name).locator("visible=true").click()
+    page.locator("#live-steps").locator("input, textarea").fill("77")
+    page.wait_for_url(re.compile("alpha=.*preset=|preset=.*alpha="))
+    page.wait_for_url(re.compile("steps=77"))
+    expect(page.locator("#live-alpha").locator("input, textarea")).not_to_have_value("")
+
+
+def test_racers_are_added_and_taken_away_by_keys(app, open_page):
+    page = open_page(app.url + "?tab=race&lesson=rank")
+    box = page.locator("#race-values input").last
+    box.click()
+    page.keyboard.press("Backspace")
+    page.wait_for_url(re.compile("values="))
+    page.keyboard.type("12")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"values=.*12"))
+    page.keyboard.type("abc")
+    page.keyboard.press("Enter")
+    expect(page.locator(".problem:visible")).to_contain_text("abc")
