@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import urllib.request
+from html import unescape
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -147,12 +148,14 @@ class Visitor:
         """The tab's own instrument, which draws what no other place says."""
         text = self.page.locator(".sentence:visible").first.inner_text()
         if tab == "memory":
-            run = show["memory.bars"]["value"]["runs"][-1]
+            drawn = show["memory.bars"]["value"]
+            run = drawn["runs"][-1]
+            wanted = unescape(run["name"]).replace("{rank}", str(drawn["at"][2]))
             if run["exact"]:
                 from peftlab.words import size
 
-                wanted = size(sum(run["exact"].values()))
-                return [] if wanted in text else [f"the sentence says {text!r}, without {wanted}"]
+                wanted += f" needs {size(sum(run['exact'].values()))}"
+            return [] if wanted in text else [f"the sentence says {text!r}, without {wanted}"]
         if tab == "lora":
             wanted = f"ank {show['lora.picture']['value']['at']['rank']}"
             return [] if wanted in text else [f"the sentence says {text!r}, without r{wanted}"]
@@ -182,7 +185,7 @@ class Visitor:
             box.blur(timeout=300)
 
     def number(self) -> None:
-        value = str(self.draw.choice([1, 3, 8, 24, 64, 200]))
+        value = str(self.draw.choice([1, 3, 8, 24, 64, 200, "-3", "0.5"]))
         place = {
             "memory": "#memory-rank input[type=number]", "lora": "[data-knob=rank][type=number]:visible",
             "live": "#live-steps input, #live-steps textarea", "race": "#race-steps input, #race-steps textarea",
