@@ -46,11 +46,17 @@ const draw = () => {
   source.innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
 };
 draw();
-watch('value', () => { at = props.value.moved ?? props.value.at; draw(); });
+watch('value', () => {
+  if (!props.value.moved) at = props.value.at;
+  draw();
+});
 new ResizeObserver(draw).observe(element);
 window.addEventListener('peftlab-written', ({detail}) => {
   if (!Object.keys(detail).every((name) => SLIDERS.includes(name))) return; // of another run the answer tells
-  const moved = SLIDERS.map((name, i) => +detail[name] || at[i]);
-  props.value = {...props.value, moved};
-  peftlab.redrawn('memory.bars');
+  at = SLIDERS.map((name, i) => +detail[name] || at[i]);
+  if (!props.value.moved) {
+    props.value = {...props.value, moved: true}; // or an answer that is the last one again would be no news
+    peftlab.redrawn('memory.bars');
+  }
+  draw();
 });

@@ -242,12 +242,12 @@ def test_train_stop_train_and_compare(app, open_page):
     train.dblclick()
     expect(page.get_by_role("button", name="Training")).to_be_disabled()
     expect(page.locator(".problem:visible")).to_have_count(0)
-    expect(page.locator(".status:visible").first).to_contain_text(re.compile("step [2-9] of 30"), timeout=120_000)
+    expect(page.locator("#live-bar")).to_contain_text(re.compile("step [2-9] of 30"), timeout=120_000)
     back = page.context.new_page()  # a second look at the run, as after a closed tab
     back.goto(page.url)
-    expect(back.locator(".status:visible").first).to_contain_text(re.compile(r"step \d+ of 30"), timeout=20_000)
+    expect(back.locator("#live-bar")).to_contain_text(re.compile(r"step \d+ of 30"), timeout=20_000)
     page.get_by_role("button", name="Stop and keep").click()
-    expect(page.locator(".status:visible").first).to_contain_text(
+    expect(page.locator("#live-bar")).to_contain_text(
         "Stopped early; what it learned is kept", timeout=120_000
     )
     expect(page.locator(".problem:visible")).to_have_count(0)
