@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,15 @@ def has_step(asked: Asked) -> bool:
     return bool(asked["convention"] == EXACT and entry.is_causal and entry.config)
 
 
+closed = lru_cache(maxsize=128)(closed_form)
+"""A question is checked and then drawn, of the same two forms."""
+
+
 def seen(asked: Asked) -> tuple[Reports, Forms]:
     """Full fine-tuning and the chosen method: traced where both traces are known, else by the closed form."""
     full, chosen = both(asked.spec)
     if has_step(asked):
-        forms = closed_form(full), closed_form(chosen)
+        forms = closed(full), closed(chosen)
         traces = worker.known(exact, full), worker.known(exact, chosen)
         return (traces if all(traces) else (forms[0].report(), forms[1].report())), forms
     entry, rule = find(asked.spec.model or DEFAULT), asked["convention"]

@@ -111,7 +111,7 @@ class Store:
                 "number": number,
                 "state": state,
                 "problems": problems,
-                "show": self.shown(tab, asked, question.get("open") or ()) | self.kept_as_typed(tab, problems, asked),
+                "show": self.shown(tab, asked, problems, question["open"]),
                 "again": again,
                 "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
             }
@@ -120,7 +120,7 @@ class Store:
             state = question.get("state") or {}
             return {"number": number, "state": state, "problems": {"": said}, "show": {}, "again": None, "slow": False}
 
-    def shown(self, tab: Tab, asked: Asked, opened: Sequence[str]) -> dict[str, Any]:
+    def shown(self, tab: Tab, asked: Asked, problems: Mapping[str, str], opened: Sequence[str]) -> dict[str, Any]:
         """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows."""
         panels = {
             name: draw()
@@ -128,7 +128,8 @@ class Store:
             if name not in tab.folded or tab.folded[name] in opened
         }
         shown = {**tab.fill(asked), **panels}
-        return {f"{tab.key}.{name}": page.as_update(value) for name, value in shown.items()}
+        named = {f"{tab.key}.{name}": page.as_update(value) for name, value in shown.items()}
+        return named | self.kept_as_typed(tab, problems, asked)
 
     def wanted(self, tab: Tab, asked: Asked, question: Mapping[str, Any]) -> list[Slow]:
         """Slow work whose result is in sight."""
@@ -155,10 +156,10 @@ class Store:
         tab = self.tabs.get(question["tab"])
         try:
             if tab is not None:
-                asked, _ = self.understood(tab, question)
+                asked, problems = self.understood(tab, question)
                 for slow in self.wanted(tab, asked, question):
                     await worker.once(slow.work, *slow.arguments)
-                shown = self.shown(tab, asked, question.get("open") or ())
+                shown = self.shown(tab, asked, problems, question["open"])
                 return {"number": question.get("number"), "show": shown}
         except PeftlabError as error:
             return {"number": question.get("number"), "show": {f"{tab.key}.problem": page.as_update(str(error))}}

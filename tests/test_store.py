@@ -1,7 +1,9 @@
 """The server's half of the store: a function of what the page says."""
 
+import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +13,7 @@ import app
 from demos import page
 from demos.memory_calculator import LESSONS, Memory, exact, own_config
 from peftlab import worker
+from peftlab.memory import closed_form
 
 STORE = app.demo.store
 TABS = list(STORE.tabs)
@@ -90,8 +93,6 @@ def test_a_config_that_is_none_is_refused_where_it_is_pasted(text, says):
 
 
 def test_the_exact_figure_takes_the_estimates_place(monkeypatch):
-    from peftlab.memory import closed_form
-
     fresh = {"model": "smollm2-135m", "batch_size": "3"}
     assert answer("memory", **fresh)["slow"] is True
     reports = {spec: closed_form(spec).report() for spec in (s.arguments[0] for s in _slow(fresh))}
@@ -150,3 +151,14 @@ def test_a_preset_is_one_write_and_what_is_set_after_it_stays():
     assert after.items() >= {**chosen, "steps": "77"}.items()
     other = answer("live", **chosen | {"alpha": "3"})["state"]
     assert other["alpha"] == "3" and "preset" not in other
+
+
+def test_the_exact_answer_leaves_what_is_refused_in_its_box(monkeypatch):
+    async def once(work, spec):
+        return closed_form(spec).report()
+
+    monkeypatch.setattr(worker, "once", once)
+    question = {"number": 1, "tab": "memory", "state": {"rank": "-3"}}
+    with ThreadPoolExecutor(1) as apart:  # the main thread may have a loop of its own
+        exactly = apart.submit(asyncio.run, STORE.exact(question)).result()
+    assert exactly["show"]["memory.rank"] == STORE.answer(question)["show"]["memory.rank"]

@@ -247,9 +247,7 @@ def test_train_stop_train_and_compare(app, open_page):
     back.goto(page.url)
     expect(back.locator("#live-bar")).to_contain_text(re.compile(r"step \d+ of 30"), timeout=20_000)
     page.get_by_role("button", name="Stop and keep").click()
-    expect(page.locator("#live-bar")).to_contain_text(
-        "Stopped early; what it learned is kept", timeout=120_000
-    )
+    expect(page.locator("#live-bar")).to_contain_text("Stopped early; what it learned is kept", timeout=120_000)
     expect(page.locator(".problem:visible")).to_have_count(0)
     expect(sentence(page)).to_contain_text("on items it has never seen")
     expect(page.get_by_role("button", name="Download adapter")).to_be_visible()
