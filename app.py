@@ -75,6 +75,7 @@ demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head,
 
 def main() -> None:
     seam.quiet()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  a log shows the address at once
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)

@@ -149,7 +149,7 @@ def _count(text: str) -> int:
     scale = UNITS.get(text[-1:].upper(), 1)
     try:
         value = round(float(text[:-1] if scale > 1 else text) * scale)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1, such as 40 or 500M")

@@ -136,8 +136,8 @@ class RunSpec:
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = json.loads(text.lstrip("\ufeff"))
+        except (ValueError, RecursionError) as error:
             raise SpecError(f'this is not JSON ({error}); write an object such as {{"rank": 8}}') from None
         if not isinstance(values, dict):
             raise SpecError(f'a spec is a JSON object, not a {type(values).__name__}; write one such as {{"rank": 8}}')
@@ -216,7 +216,7 @@ def closest(value: str, known: Any) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     names = list(known)
-    more = f" or {len(names) - 8} others" if len(names) > 30 else ""
+    more = f" or {len(names) - 8} others." if len(names) > 30 else ""
     return f"choose one of {', '.join(names[:8] if more else names)}{more}"
 
 

@@ -222,3 +222,13 @@ def test_a_cpu_that_multiplies_bf16_does(settings, precision):
     able = Machine("cpu", "a CPU", None, 2, None, True)
     assert resolve(RunSpec(**settings), able).precision == precision
     assert resolve(RunSpec(**settings), CPU).precision == "fp32"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"rank": 1' + "0" * 5000 + "}"])
+def test_json_that_python_cannot_take_is_refused(text):
+    with pytest.raises(SpecError):
+        RunSpec.from_json(text)
+
+
+def test_a_mark_that_windows_puts_before_a_file_is_no_matter():
+    assert RunSpec.from_json('\ufeff{"rank": 4}') == RunSpec(rank=4)
