@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Module:
     def bias(self) -> int:
         return math.prod(self.parameters["bias"]) if "bias" in self.parameters else 0
 
-    @property
+    @cached_property
     def role(self) -> str:
         """Query, down, head, embedding, norm, …; empty where the name is none of ROLES'."""
         if self.head:

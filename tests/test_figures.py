@@ -1,5 +1,6 @@
 import json
 
+import plotly.graph_objects as go
 import pytest
 
 from peftlab import RunSpec, SpecError, count, figures, predict, words
@@ -24,7 +25,7 @@ def drawn(figure):
 
 
 def timeline(report, theme):
-    figure = figures.memory_timeline(report, theme)
+    figure = go.Figure(figures.memory_timeline(report, theme))  # plotly refuses what is no chart
     return figure, {line.name: list(line.y) for line in figure.data}
 
 
