@@ -282,6 +282,8 @@ def main() -> None:
     from conftest import App
     from playwright.sync_api import sync_playwright
 
+    from peftlab.bench.record import provenance
+
     app = None if args.url else App(None, Path(tempfile.mkdtemp()))
     spinning = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(args.busy)]
     for process in spinning:
@@ -293,13 +295,17 @@ def main() -> None:
         for seed in range(args.first, args.last + 1):
             results[seed] = sequence(browser, server, seed)
             print(seed, results[seed] or "right", flush=True)
+            if args.out:
+                wrong = {number: lines for number, lines in results.items() if lines}
+                command = f"python tests/browser/faults.py {args.first} {args.last} --busy {args.busy} --out {args.out}"
+                document = provenance() | {
+                    "command": command, "kind": "faults", "sequences": len(results), "busy_processes": args.busy,
+                    "actions": ACTIONS, "wrong": wrong,
+                }  # fmt: skip
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
         browser.close()
     if app:
         app.end()
-    if args.out:
-        wrong = {seed: lines for seed, lines in results.items() if lines}
-        document = {"sequences": len(results), "busy_processes": args.busy, "actions": ACTIONS, "wrong": wrong}
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
     sys.exit(any(results.values()))
 
 
