@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if os.environ.get("SPACES_ZERO_GPU"):
@@ -75,6 +76,9 @@ demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head,
 
 def main() -> None:
     seam.quiet()
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what a host sends to end the page closes it as Ctrl-C does
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  a log shows the address at once
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
@@ -85,8 +89,9 @@ def main() -> None:
         demo.block_thread()
     except KeyboardInterrupt:  # before it blocks, from where on Gradio closes by itself
         demo.close()
+    preparation.stop()
     sys.stdout.flush()
-    os._exit(0)  # who ends the server does not wait for a run or a download that is under way
+    os._exit(0)  # who ends the server does not wait for a run that is under way
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ Exit status: 0 done; 2 a wrong argument, one line on stderr; 1 it failed while r
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +29,20 @@ class _Parser(argparse.ArgumentParser):
 def console() -> NoReturn:
     """The command, in a process of its own: every line it prints is its own."""
     seam.quiet()
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "‖" shows "?"
+    try:
+        status = main()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:
+            print(f"peftlab: the output cannot be written ({error.strerror})", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        status = 1
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,6 +183,8 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     if args.spec:
         try:
             values = RunSpec.from_json(args.spec.read_text(encoding="utf-8")).to_dict()
+        except SpecError as error:
+            raise SpecError(f"spec={args.spec}: {error}") from None
         except OSError as error:
             raise SpecError(f"spec={args.spec}: cannot be read ({error.strerror}); give a JSON file") from None
         except UnicodeDecodeError:
@@ -252,7 +270,6 @@ CATALOGUES = {"models": _models, "methods": _methods, "gpus": _gpus, "tasks": _t
 
 def _app(args: argparse.Namespace) -> int:
     """app.py in a process of its own. Returns its exit status, as a shell tells it."""
-    import os
     import signal
     import socket
     import subprocess
@@ -263,24 +280,24 @@ def _app(args: argparse.Namespace) -> int:
     if missing := [name for name in ("gradio", "plotly") if find_spec(name) is None]:
         raise SpecError(f"app: the page needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     environment = dict(os.environ)
+    try:
+        socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
+    except socket.gaierror:
+        raise SpecError(
+            f"host={args.host}: no such address on this machine; give another one, such as 0.0.0.0"
+        ) from None
+    except OSError as error:
+        named = f"port={args.port}" if args.port else f"host={args.host}"
+        raise SpecError(f"{named}: cannot be used ({error.strerror}); give another one") from None
     if args.host:
         environment["GRADIO_SERVER_NAME"] = args.host
     if args.port:
         environment["GRADIO_SERVER_PORT"] = str(args.port)
-        try:
-            socket.create_server((args.host or "127.0.0.1", args.port)).close()
-        except OSError as error:
-            raise SpecError(f"port={args.port}: cannot be used ({error.strerror}); give another one") from None
-    page = subprocess.Popen([sys.executable, str(ROOT / "app.py")], env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: page.terminate())
-    try:
-        status = page.wait()
-    except KeyboardInterrupt:  # a terminal interrupts the page as well, which then closes by itself
-        try:
-            status = page.wait(10)
-        except (KeyboardInterrupt, subprocess.TimeoutExpired):
-            page.terminate()
-            status = page.wait()
+    # in a session of its own, so that a terminal's Ctrl-C reaches it once, by way of this process
+    page = subprocess.Popen([sys.executable, str(ROOT / "app.py")], env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: page.send_signal(signal.SIGINT if got == signal.SIGHUP else got))
+    status = page.wait()
     return status if status >= 0 else 128 - status
 
 
@@ -327,11 +344,17 @@ def _params(args: argparse.Namespace) -> None:
 
 
 def _memory(args: argparse.Namespace) -> None:
+    from .catalog.models import DEFAULT, find
     from .memory import exact, fits, predict, storage
 
     spec = _spec(args)
     if args.exact and args.convention != "exact":
         raise SpecError(f"convention={args.convention}: --exact counts what a run allocates; leave the convention out")
+    if args.trainable_parameters and find(spec.model or DEFAULT).config:
+        raise SpecError(
+            f"trainable-parameters={args.trainable_parameters}: {spec.model or DEFAULT} has layers, so they are counted; "
+            "leave it out, or give a bare count such as --model 100B"
+        )
     report = exact(spec) if args.exact else predict(spec, args.convention, args.trainable_parameters)
     disk = storage(report, args.tasks)
     if args.json:
@@ -568,6 +591,7 @@ def _bench(args: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    _writable(args.out)  # before it measures for minutes
     if args.what == "memory":
         document = record_memory(args.out, args.at_once, say)
     elif args.what == "generate":

@@ -153,6 +153,7 @@ class Preparation:
         self.error: str | None = None
         self.ready = False
         self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     def begin(self) -> None:
         """Starts, or starts again after an error; does nothing while under way or done."""
@@ -162,10 +163,21 @@ class Preparation:
         self._thread = threading.Thread(target=self._work, daemon=True, name="prepare")
         self._thread.start()
 
+    def stop(self) -> None:
+        """Ends a download that is under way, and removes what it has left on the disk."""
+        self._stopped.set()
+        if self._thread and self.progress.stage != "loading":
+            self._thread.join(5)
+
     def _work(self) -> None:
         try:
-            for progress in weights.fetch(self.spec.model or ""):
-                self.progress = progress if progress.stage != "ready" else weights.Progress("loading", progress.detail)
+            with contextlib.closing(weights.fetch(self.spec.model or "")) as fetching:
+                for progress in fetching:
+                    self.progress = (
+                        progress if progress.stage != "ready" else weights.Progress("loading", progress.detail)
+                    )
+                    if self._stopped.is_set():
+                        return
             weights.load(self.spec)
             warm_up(self.spec)
             self.ready = True

@@ -78,7 +78,7 @@ def source_of(entry: BaseModel) -> Source | None:
     return Source(str(folder), "as in the folder", "", size) if weights else None
 
 
-def fetch(model: str) -> Iterator[Progress]:
+def fetch(model: str) -> Generator[Progress, None, None]:
     """Gets `model` ready on disk. The last item has the stage `ready`.
 
     Raises WeightsError that says what was tried, and SpecError for a model that has no weights to fetch.

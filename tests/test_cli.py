@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
@@ -119,9 +120,13 @@ def test_a_spec_file_and_flags_that_win(document, tmp_path):
         (["params", "--spec", "/nowhere.json"], "spec=/nowhere.json"),
         (["params", "--spec", str(ROOT / "README.md")], "JSON"),
         (["params", "--spec", sys.executable], "spec="),
+        (["params", "--spec", str(ROOT / "assets" / "measured" / "page-cpu.json")], "page-cpu.json: "),
         (["memory", "--convention", "13n"], "12n"),
         (["memory", "--tasks", "0"], "tasks"),
         (["memory", "--model", "0B"], "model=0B"),
+        (["memory", "--trainable-parameters", "1M"], "trainable-parameters=1000000"),
+        (["app", "--host", "nosuch.invalid"], "host=nosuch.invalid"),
+        (["bench", "page", "--out", str(ROOT / "README.md" / "x.json")], "cannot be written"),
         (["train", "--method", "full", "--quantization", "nf4"], "quantization=nf4"),
         (["train", "--method", "qlora", "--quantization", "none"], "quantization=none"),
         (["compare", "--prompt", "x"], "adapter"),
@@ -327,6 +332,24 @@ def test_as_a_process():
 OWN = re.compile(
     r"loading |tiny-llama from |held out, |step \d+/\d+ |adapter in |answering \d|study of \d+ matrices|peftlab: |$"
 )
+
+
+@pytest.mark.parametrize("gone, said", [(False, "cannot be written"), (True, "")], ids=["full", "gone"])
+def test_an_output_that_cannot_be_written_is_one_line_and_status_1(gone, said):
+    reader, writer = os.pipe()
+    os.close(reader)  # nobody reads the pipe
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "peftlab", "models"]
+        done = subprocess.run(command, cwd=ROOT, stdout=writer if gone else full, stderr=-1, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr.count("\n")) == (1, bool(said)) and said in done.stderr
+
+
+def test_a_terminal_without_a_letter_gets_another():
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "peftlab", "params"]
+    done = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "576?1536" in done.stdout
 
 
 def test_every_line_of_a_process_is_its_own(tiny_model, toy_file, tmp_path):

@@ -140,7 +140,7 @@ def test_the_page_answers_until_it_is_interrupted(python, port):
                 time.sleep(0.1)
         taken = python("-m", "peftlab", "app", "--port", str(port))
         assert f"port={port}: cannot be used" in taken.communicate()[1] and taken.returncode == 2
-        os.killpg(page.pid, signal.SIGINT)
+        page.send_signal(signal.SIGINT)
         assert page.wait(30) == 0 and "Traceback" not in page.communicate()[1]
         with socket.socket() as s:
             assert s.connect_ex(("127.0.0.1", port)) != 0

@@ -184,5 +184,22 @@ def test_a_preparation_that_failed_can_begin_again(tiny_model, monkeypatch):
     assert preparation.ready and preparation.error is None
 
 
+def test_a_preparation_that_is_stopped_leaves_no_download(tiny_model, monkeypatch):
+    closed = threading.Event()
+
+    def downloads(model):
+        try:
+            while True:
+                yield weights.Progress("downloading", "somewhere")
+        finally:
+            closed.set()
+
+    monkeypatch.setattr(weights, "fetch", downloads)
+    preparation = jobs.Preparation(str(tiny_model))
+    preparation.begin()
+    preparation.stop()
+    assert closed.is_set() and not preparation.ready and preparation.error is None
+
+
 def test_all_our_errors_are_for_people():
     assert issubclass(SpecError, PeftlabError) and issubclass(WeightsError, PeftlabError)
