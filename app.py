@@ -10,21 +10,24 @@ if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
 
 from html import escape
+from io import TextIOWrapper
 from typing import Any
 
 import gradio as gr
 
-from demos import page
 from demos.live_finetune import Live
 from demos.lora_visualizer import Lora
 from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.method_race import Race
+from demos.page import look
+from demos.page.store import blocks
+from demos.page.tab import QUIET
 from demos.side_by_side import Compare
-from demos.store import blocks
-from demos.tab import QUIET
-from peftlab import jobs, seam, weights, words
-from peftlab.catalog.models import DEFAULT, MODELS
+from peftlab import seam, units
+from peftlab.base import weights
+from peftlab.base.models import DEFAULT, MODELS
+from peftlab.room import jobs
 from peftlab.show.marks import how
 
 preparation = jobs.Preparation(DEFAULT)
@@ -39,7 +42,7 @@ def chip() -> str:
         return f"{escape(name)} is ready {how('verified', tip)}"
     if preparation.error:
         return f'<span class="bad">{escape(preparation.error)}</span>'
-    amount = f": {words.size(p.done)} of {words.size(p.total)}" if p.total and p.stage == "downloading" else ""
+    amount = f": {units.size(p.done)} of {units.size(p.total)}" if p.total and p.stage == "downloading" else ""
     return f"{escape(name)}: {p.stage} {escape(p.detail)}{amount}"
 
 
@@ -76,15 +79,14 @@ demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head,
 
 def main() -> None:
     seam.quiet()
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # what a host sends to end the page closes it as Ctrl-C does
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  a log shows the address at once
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a host that ends the page closes it as Ctrl-C does
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows the address at once
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
     try:
-        demo.launch(**page.launch_options(), prevent_thread_lock=True)
+        demo.launch(**look.launch_options(), prevent_thread_lock=True)
         preparation.begin()  # once the page answers: loading a model library would hold it up
         demo.block_thread()
     except KeyboardInterrupt:  # before it blocks, from where on Gradio closes by itself

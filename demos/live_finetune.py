@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import methods, page
-from demos.gpu import on_gpu
-from demos.tab import Asked, Draw, Tab
-from peftlab import RunSpec, adapters, count, jobs, tasks
-from peftlab.catalog.models import DEFAULT, MODELS
+from demos.page import address, controls, methods, store
+from demos.page.gpu import on_gpu
+from demos.page.tab import Asked, Draw, Tab
+from peftlab import RunSpec, adapters, count
+from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog.presets import PRESETS
+from peftlab.data import tasks
+from peftlab.data.tasks import TASKS
+from peftlab.room import jobs
+from peftlab.run import train
 from peftlab.show.methods import method_card, method_panel, method_value, preset_says
 from peftlab.show.runs import card, shown
 from peftlab.show.settings import settings_line
-from peftlab.tasks import TASKS
-from peftlab.train import train
 
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods, next to the method; FOLDED are under More settings."""
@@ -64,38 +67,38 @@ class Live(Tab):
         """By job: where its adapter is to be downloaded."""
 
     def build(self) -> None:
-        page.stage(self._settings, self._pictures)
+        controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        opening = here(page.OPENING)
-        self.control("task", gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
-        self.panel("lesson", page.note(card(tasks.DEFAULT)))
+        opening = here(address.OPENING)
+        self.control("task", gr.Radio(controls.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
+        self.panel("lesson", controls.note(card(tasks.DEFAULT)))
         self.control("method", methods.method_choice("live", "lora", DEFAULT))
-        self.panel("about", page.note(method_card("lora", DEFAULT)))
+        self.panel("about", controls.note(method_card("lora", DEFAULT)))
         self.control_all(methods.method_settings(opening, *OWN))
-        self.control_all({name: page.text(name) for name in ("steps", "learning_rate")})
+        self.control_all({name: controls.text(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
-            self.control("model", page.choice("model", runnable(), DEFAULT))
+            self.control("model", controls.choice("model", runnable(), DEFAULT))
             self.control("preset", methods.preset_choice(list(PRESETS)))
             self.control_all(methods.method_settings(opening, *FOLDED))
-            self.control("batch_size", page.text("batch_size"))
-            self.control("quantization", page.choice("quantization"))
-            self.control("seed", page.text("seed"))
-        self.panel("note", page.note())
-        page.reset("model", "method", "task")
+            self.control("batch_size", controls.text("batch_size"))
+            self.control("quantization", controls.choice("quantization"))
+            self.control("seed", controls.text("seed"))
+        self.panel("note", controls.note())
+        controls.reset("model", "method", "task")
 
     def _pictures(self) -> None:
-        self.panel("sentence", page.sentence(""))
+        self.panel("sentence", controls.sentence(""))
         with gr.Row(elem_classes="run-row"):
             go = self.panel("go", gr.Button("Train", variant="primary", scale=0, min_width=160))
             stop = self.panel("stop", gr.Button("Stop and keep", scale=0, min_width=190, interactive=False))
             keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
             self.panel("keep", keep)
-        self.panel("problem", page.problem())
+        self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(min_height=44))
         with gr.Row(elem_classes="panes"):
-            self.panel("loss", page.plot(None, "Training loss by step"))
-            self.panel("metric", page.plot(None, "Held-out metric by step"))
+            self.panel("loss", controls.plot(None, "Training loss by step"))
+            self.panel("metric", controls.plot(None, "Held-out metric by step"))
         self.panel("said", gr.HTML())
         self.panel("how", gr.HTML())
         off = gr.update(interactive=False)
@@ -141,7 +144,7 @@ class Live(Tab):
             "method": method_value(spec.method, spec.model),
             "preset": gr.update(value=asked["preset"], info=preset_says(asked["preset"])),
             **methods.method_updates(spec, (*OWN, *FOLDED)),
-            **{name: page.blank(getattr(spec, name)) for name in TYPED},
+            **{name: controls.blank(getattr(spec, name)) for name in TYPED},
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
@@ -150,14 +153,14 @@ class Live(Tab):
         picture = shown(job, spec)
         stopping = job is not None and job.stopping
         return {
-            **{name: lambda name=name: picture[name] for name in picture},
+            **{name: partial(picture.get, name) for name in picture},
             "go": lambda: gr.update(
                 interactive=over, value="Training" if not over else "Train again" if job else "Train"
             ),
             "stop": lambda: gr.update(
                 interactive=not over and not stopping, value="Stopping" if stopping else "Stop and keep"
             ),
-            "keep": lambda: page.seen(self.download(job)),
+            "keep": lambda: controls.seen(self.download(job)),
             "lesson": lambda: card(spec.task or tasks.DEFAULT),
             "about": lambda: method_card(method, spec.model or DEFAULT),
             "how": lambda: method_panel(method),
@@ -175,4 +178,4 @@ class Live(Tab):
 
 
 if __name__ == "__main__":
-    page.run_alone(Live())
+    store.run_alone(Live())

@@ -10,10 +10,12 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import lora_widget, page, proving, real_weights
-from demos.tab import Asked, Draw, Slow, Tab
-from peftlab import RunSpec, SpecError, count, scratch
-from peftlab.catalog.models import DEFAULT, find
+from demos import proving, real_weights
+from demos.page import address, controls, lora_widget, store
+from demos.page.tab import Asked, Draw, Slow, Tab
+from peftlab import RunSpec, SpecError, count
+from peftlab.base.models import DEFAULT, find
+from peftlab.lectures import scratch
 from peftlab.show.claims import claims_table
 from peftlab.show.lora import by_size, code, flows, notes
 from peftlab.show.settings import changed
@@ -34,23 +36,23 @@ class Lora(Tab):
     choices = {**real_weights.CHOICES, **proving.CHOICES}
 
     def build(self) -> None:
-        page.stage(self._settings, self._pictures)
+        controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        self.control("model", page.model_choice(page.OPENING.model))
+        self.control("model", controls.model_choice(address.OPENING.model))
         lora_widget.knobs()
-        self.panel("changed", page.note())
-        page.reset("model", "task")
+        self.panel("changed", controls.note())
+        controls.reset("model", "task")
 
     def _pictures(self) -> None:
-        self.panel("problem", page.problem())
+        self.panel("problem", controls.problem())
         self.panel("picture", lora_widget.picture())
-        page.lessons({name: page.link(spec) for name, spec in LESSONS.items()})
+        controls.lessons({name: address.link(spec) for name, spec in LESSONS.items()})
         lora_widget.rest()
         with self.fold("Four ways to change the forward pass"):
             self.panel("flows", gr.HTML())
         with self.fold("Percent against model size"):
-            self.panel("by_size", page.plot(None, "LoRA's trained percent by the size of the model"))
+            self.panel("by_size", controls.plot(None, "LoRA's trained percent by the size of the model"))
         with self.fold("The mathematics, on real weights"):
             real_weights.build(self)
         with self.fold("Proofs by doing"):
@@ -68,7 +70,7 @@ class Lora(Tab):
     def check(self, asked: Asked) -> None:
         entry = find(asked.spec.model or DEFAULT)
         if entry.config is None:
-            shown = find(page.OPENING.model or DEFAULT).name
+            shown = find(address.OPENING.model or DEFAULT).name
             raise SpecError(
                 f"model={entry.key}: a bare count has no matrices to draw; {shown} is shown, or choose a model"
             )
@@ -76,7 +78,7 @@ class Lora(Tab):
         real_weights.check(asked)
 
     def fill(self, asked: Asked) -> dict[str, Any]:
-        return {"model": page.shown_model(asked.spec), **real_weights.fill(asked), **proving.fill(asked)}
+        return {"model": controls.shown_model(asked.spec), **real_weights.fill(asked), **proving.fill(asked)}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec = asked.spec
@@ -100,4 +102,4 @@ def _code(text: str, label: str) -> gr.Code:
 
 
 if __name__ == "__main__":
-    page.run_alone(Lora())
+    store.run_alone(Lora())

@@ -12,14 +12,16 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import choice, costs, memory_bars, methods, page
-from demos.tab import QUIET, Asked, Draw, Slow, Tab
-from peftlab import MemoryReport, PeftlabError, RunSpec, figures, predict, resolve, words, worker
+from demos.page import address, choice, controls, costs, memory_bars, methods, store
+from demos.page.tab import QUIET, Asked, Draw, Slow, Tab
+from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
+from peftlab.base.models import DEFAULT, find
 from peftlab.catalog.gpus import GPUS
-from peftlab.catalog.models import DEFAULT, find
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.conventions import EXACT
+from peftlab.room import worker
 from peftlab.show import costs as tables
+from peftlab.show import figures, sentences
 from peftlab.show.bars import bars_value
 from peftlab.show.claims import claims_table
 from peftlab.show.marks import explained
@@ -93,17 +95,17 @@ class Memory(Tab):
     }
 
     def build(self) -> None:
-        page.stage(self._settings, self._pictures)
+        controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        opening = page.OPENING
+        opening = address.OPENING
         batch, length, _ = at(opening)
-        self.control("model", page.model_choice(opening.model))
-        self.control("batch_size", page.slider("batch_size", 1, 64, batch))
-        self.control("sequence_length", page.slider("sequence_length", 16, 16384, length, step=16))
-        self.control("gradient_checkpointing", gr.Checkbox(False, **page.described("gradient_checkpointing")))
+        self.control("model", controls.model_choice(opening.model))
+        self.control("batch_size", controls.slider("batch_size", 1, 64, batch))
+        self.control("sequence_length", controls.slider("sequence_length", 16, 16384, length, step=16))
+        self.control("gradient_checkpointing", gr.Checkbox(False, **controls.described("gradient_checkpointing")))
         self.control("method", methods.method_choice("memory", opening.method or "lora", opening.model or DEFAULT))
-        self.panel("about", page.note(method_card("lora", opening.model or DEFAULT)))
+        self.panel("about", controls.note(method_card("lora", opening.model or DEFAULT)))
         self.control_all(methods.method_settings(opening, *methods.BY_METHOD))
         share = gr.Slider(
             0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
@@ -116,14 +118,14 @@ class Memory(Tab):
             self._own_config()
         with self.fold("Count as a lecture does"):
             rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
-            about = {"label": "Count as", "info": "Bytes a parameter, in each lecture's convention"}
-            self.control("convention", gr.Dropdown(rules, value=EXACT, **about))
-        self.panel("changed", page.note(changed(opening)))
-        page.reset("model", "method", "task")
+            info = "Bytes a parameter, in each lecture's convention"
+            self.control("convention", gr.Dropdown(rules, value=EXACT, label="Count as", info=info))
+        self.panel("changed", controls.note(changed(opening)))
+        controls.reset("model", "method", "task")
 
     def _own_config(self) -> None:
         text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
-        refused = self.panel("config_problem", page.problem())
+        refused = self.panel("config_problem", controls.problem())
         with gr.Row():
             use = gr.Button("Use it", size="sm", min_width=80)
             upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
@@ -138,16 +140,16 @@ class Memory(Tab):
             event.then(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
 
     def _pictures(self) -> None:
-        asked = page.opening(self)
+        asked = address.opening(self)
         first = {name: draw() for name, draw in self.draw(asked).items() if name in ("bars", "surprises", "timeline")}
-        self.panel("problem", page.problem())
-        sentence = words.memory_sentence(*seen(asked)[0])
+        self.panel("problem", controls.problem())
+        sentence = sentences.memory_sentence(*seen(asked)[0])
         self.panel("bars", memory_bars.bars(first["bars"], sentence))
         surprises = gr.HTML(first["surprises"], html_template='<div class="surprises">${value}</div>', js_on_load=None)
         self.panel("surprises", surprises)
-        page.lessons({name: page.link(spec, convention=rule) for name, (spec, rule) in LESSONS.items()})
+        controls.lessons({name: address.link(spec, convention=rule) for name, (spec, rule) in LESSONS.items()})
         about = "Allocated memory through one training step, by kind"
-        self.panel("timeline", page.plot(first["timeline"]["value"], about))
+        self.panel("timeline", controls.plot(first["timeline"]["value"], about))
         with self.fold("Every number, and how it comes about"):
             self.panel("numbers", gr.HTML())
         with self.fold("Which GPUs hold it"):
@@ -173,13 +175,13 @@ class Memory(Tab):
         batch, length, _ = at(spec)
         bare = find(spec.model or DEFAULT).config is None
         return {
-            "model": page.shown_model(spec),
+            "model": controls.shown_model(spec),
             "method": method_value(spec.method, spec.model),
             **methods.method_updates(spec, methods.BY_METHOD),
-            "batch_size": page.slid(batch, 64),
-            "sequence_length": page.slid(length, 16384),
+            "batch_size": controls.slid(batch, 64),
+            "sequence_length": controls.slid(length, 16384),
             "gradient_checkpointing": bool(spec.gradient_checkpointing),
-            **{name: page.blank(getattr(spec, name)) for name in FOLDED},
+            **{name: controls.blank(getattr(spec, name)) for name in FOLDED},
             "share": gr.update(visible=bare and spec.method != "full", value=asked["share"]),
             "convention": asked["convention"],
             **{name: asked[name] for name in costs.CHOICES},
@@ -190,10 +192,12 @@ class Memory(Tab):
         reports, forms = seen(asked)
         full, chosen = reports
         entry = find(model)
-        timeline = page.seen(figures.themed(figures.memory_timeline, chosen) if chosen.moments else None)
+        timeline = controls.seen(figures.themed(figures.memory_timeline, chosen) if chosen.moments else None)
         return {
             "bars": lambda: bars_value(reports, forms, at(chosen.spec), None if entry.config else asked["share"]),
-            "surprises": lambda: explained("".join(f"<p>{t}</p>" for t in words.memory_surprises(full, chosen)[:2])),
+            "surprises": lambda: explained(
+                "".join(f"<p>{t}</p>" for t in sentences.memory_surprises(full, chosen)[:2])
+            ),
             "timeline": lambda: timeline,
             "about": lambda: method_card(spec.method or "lora", model),
             "config_problem": lambda: "",
@@ -214,7 +218,7 @@ class Memory(Tab):
 
 def own_config(text: str) -> tuple[str, str]:
     """What is wrong with a pasted config.json, or its key as a model."""
-    from peftlab.catalog.models import from_config
+    from peftlab.base.models import from_config
 
     try:
         return "", from_config(text).key
@@ -224,9 +228,9 @@ def own_config(text: str) -> tuple[str, str]:
 
 def _control(name: str) -> Any:
     if name == "gpu":
-        return page.choice("gpu", [("automatic: an H100", ""), *page.choices_of(GPUS)], "")
-    return page.text(name) if name in ("accumulation", "n_gpus") else page.choice(name)
+        return controls.choice("gpu", [("automatic: an H100", ""), *controls.choices_of(GPUS)], "")
+    return controls.text(name) if name in ("accumulation", "n_gpus") else controls.choice(name)
 
 
 if __name__ == "__main__":
-    page.run_alone(Memory())
+    store.run_alone(Memory())

@@ -11,13 +11,15 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import choice, page
-from demos.tab import Asked, Draw, Slow, Tab
-from peftlab import RunSpec, count, evidence, published, worker
-from peftlab.catalog.guide import CASES, GROUPS
-from peftlab.catalog.models import DEFAULT, find
+from demos.page import address, choice, controls, store
+from demos.page.tab import Asked, Draw, Slow, Tab
+from peftlab import RunSpec, count
+from peftlab.base.models import DEFAULT, find
 from peftlab.count import why_not
+from peftlab.lectures import evidence, published
+from peftlab.lectures.guide import CASES, GROUPS
 from peftlab.memory import exact
+from peftlab.room import worker
 from peftlab.show import guide
 from peftlab.show.claims import claims_table
 from peftlab.show.marks import explained, how
@@ -84,7 +86,7 @@ def map_widget() -> gr.HTML:
 
 def traced(model: str) -> tuple[bool, ...]:
     """Which of the memory that the tab states is traced: what is said changes with it."""
-    pairs = (evidence.automatic(of, "lora", "qlora") for of in (page.OPENING.model or DEFAULT, model))
+    pairs = (evidence.automatic(of, "lora", "qlora") for of in (address.OPENING.model or DEFAULT, model))
     return tuple(all(worker.known(exact, spec) for spec in pair) for pair in (evidence.small(), *pairs))
 
 
@@ -99,8 +101,8 @@ class Methods(Tab):
     }
 
     def build(self) -> None:
-        self.panel("sentence", page.sentence(""))
-        page.stage(self._settings, self._map)
+        self.panel("sentence", controls.sentence(""))
+        controls.stage(self._settings, self._map)
         self._advice()
         self._published()
         with self.fold("Pros and cons, as the lectures have them"):
@@ -111,11 +113,11 @@ class Methods(Tab):
         self.panel("counted", accordion)
 
     def _settings(self) -> None:
-        self.control("model", page.model_choice(page.OPENING.model))
-        self.panel("reasons", page.note())
+        self.control("model", controls.model_choice(address.OPENING.model))
+        self.panel("reasons", controls.note())
 
     def _map(self) -> None:
-        self.panel("problem", page.problem())
+        self.panel("problem", controls.problem())
         self.panel("method", map_widget())  # drawn whether or not its method is refused: the others are the model's
         self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
         self.panel("card", gr.HTML(min_height=400))
@@ -132,16 +134,16 @@ class Methods(Tab):
 
     def _published(self) -> None:
         gr.HTML("<h2>What others measured</h2>", js_on_load=None, elem_classes="part")
-        self.panel("not_memory", page.note())
+        self.panel("not_memory", controls.note())
         metrics = [(m.title.split(",")[0].capitalize(), key) for key, m in published.METRICS.items()]
         with gr.Row(elem_classes="axes"):
             for name, axis in zip(("across", "up"), AXES, strict=True):
                 made = gr.Dropdown(metrics, value=axis, label=name.capitalize(), scale=0, min_width=240)
                 self.control(name, made)
         label = "The published runs by two metrics; the sentence below names the best"
-        self.panel("runs", page.plot(None, label))
-        self.panel("marks", page.note())
-        self.panel("front", page.note())
+        self.panel("runs", controls.plot(None, label))
+        self.panel("marks", controls.note())
+        self.panel("front", controls.note())
         with self.fold(f"All {len(published.runs())} runs as a table"):
             self.panel("all_runs", gr.HTML())
 
@@ -151,14 +153,14 @@ class Methods(Tab):
 
     def fill(self, asked: Asked) -> dict[str, Any]:
         own = {name: list(asked[name]) for name in TICKS.values()}
-        return {"model": page.shown_model(asked.spec), "across": asked["across"], "up": asked["up"], **own}
+        return {"model": controls.shown_model(asked.spec), "across": asked["across"], "up": asked["up"], **own}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, model = asked.spec, asked.spec.model or DEFAULT
         checked = guide.tables(traced(model))
         chart, front = guide.benchmark(asked["across"], asked["up"])
         return {
-            "sentence": lambda: evidence.map_sentence(guide.places(model)),
+            "sentence": lambda: guide.map_sentence(guide.places(model)),
             "reasons": lambda: unsuited(model),
             "method": lambda: guide.spectrum(model, spec.method or "lora"),
             "chosen": lambda: guide.chosen_line(spec),
@@ -201,4 +203,4 @@ def is_traced(model: str) -> bool:
 
 
 if __name__ == "__main__":
-    page.run_alone(Methods())
+    store.run_alone(Methods())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,23 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import choice, methods, page
-from demos.gpu import on_gpu
 from demos.live_finetune import here, runnable
-from demos.tab import QUIET, Asked, Draw, Tab
-from peftlab import RunSpec, SpecError, jobs, race, tasks
-from peftlab.catalog.models import DEFAULT
+from demos.page import choice, controls, methods, store
+from demos.page.gpu import on_gpu
+from demos.page.tab import QUIET, Asked, Draw, Tab
+from peftlab import RunSpec, SpecError, race
+from peftlab.base.models import DEFAULT
 from peftlab.count import why_not
-from peftlab.lessons import LESSONS, Lesson
+from peftlab.data import tasks
+from peftlab.data.tasks import TASKS
+from peftlab.lectures.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
+from peftlab.room import jobs
 from peftlab.show import races
 from peftlab.show.marks import failure
 from peftlab.show.settings import settings_line, terms
 from peftlab.spec import closest
-from peftlab.tasks import TASKS
 
 FIRST = next(iter(LESSONS))
 SHOW, NONE = "show me", "none"
@@ -103,35 +106,35 @@ class Race(Tab):
         """The lesson of each race that was started here, by the job's id."""
 
     def build(self) -> None:
-        page.stage(self._settings, self._pictures)
+        controls.stage(self._settings, self._pictures)
         self.panels["go"].click(None, None, None, js=CLOSED, **QUIET)
         self.press(self.panels["go"], self.begin, ["kept"])
         self.press(self.panels["stop"], self.halt, ["stop", "kept"])
         self.press(self.panels["back"], self.put_away, ["kept"])
 
     def _settings(self) -> None:
-        lesson = gr.Radio(page.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
+        lesson = gr.Radio(controls.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
         self.control("lesson", lesson, guess=NONE)  # whoever opens one is asked first
         self.control("device", gr.Radio([], label="Recorded on", visible=False))
         with gr.Row(elem_classes="run-row"):
             self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
             self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
-        self.control("task", gr.Radio(page.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
+        self.control("task", gr.Radio(controls.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
         values = gr.Dropdown(
             [], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST])
         )
         self.control("values", values)
-        self.control("steps", page.text("steps"))
+        self.control("steps", controls.text("steps"))
         with gr.Accordion("More settings", open=False):
             info = "Of training for each, instead of steps"
             self.control("seconds", gr.Textbox(label="Seconds", placeholder="none", max_lines=1, info=info))
             info = "Runs of each, to see the spread"
             self.control("seeds", gr.Textbox(label="Seeds", placeholder="1", max_lines=1, info=info))
-        self.panel("settings", page.note())
+        self.panel("settings", controls.note())
 
     def _pictures(self) -> None:
-        self.panel("problem", page.problem())
-        self.panel("sentence", page.sentence(""))
+        self.panel("problem", controls.problem())
+        self.panel("sentence", controls.sentence(""))
         self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
         self.panel("told", gr.HTML(min_height=28))
         self.panel("bar", gr.HTML(min_height=44))
@@ -141,9 +144,9 @@ class Race(Tab):
             with gr.Row(elem_classes="panes"):
                 with gr.Column(scale=3):
                     label = "The held-out score of each racer, with 95% intervals"
-                    self.panel("scores", page.plot(None, label))
+                    self.panel("scores", controls.plot(None, label))
                 with gr.Column(scale=2):
-                    self.panel("losses", page.plot(None, "Training loss of each racer by step"))
+                    self.panel("losses", controls.plot(None, "Training loss of each racer by step"))
             self.panel("tested", gr.HTML())
             gr.HTML("<h3>The board</h3>", js_on_load=None)
             self.panel(
@@ -181,8 +184,8 @@ class Race(Tab):
                 choices=[(o, o) for o in options], label=lesson.question, value=None if guess == NONE else guess
             ),
             "task": spec.task or tasks.DEFAULT,
-            **{name: page.blank(value) for name in ("seconds", "seeds") for value in [asked[name]]},
-            "steps": page.blank(spec.steps),
+            **{name: controls.blank(value) for name in ("seconds", "seeds") for value in [asked[name]]},
+            "steps": controls.blank(spec.steps),
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
@@ -193,7 +196,7 @@ class Race(Tab):
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
         }
-        return {name: lambda value=value: value for name, value in parts.items()}
+        return {name: partial(parts.get, name) for name in parts}
 
     def _buttons(self, job: jobs.Job | None) -> dict[str, Any]:
         racing = job is not None and not job.over
@@ -281,4 +284,4 @@ def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    page.run_alone(Race())
+    store.run_alone(Race())

@@ -8,12 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from demos import choice, page
-from demos.adapter_choice import bundled, chooser, of, offered, task_of
-from demos.gpu import on_gpu, with_result
-from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
-from peftlab import PeftlabError, proofs, words
-from peftlab.proofs import LatencyReport, MergeReport
+from demos.page import choice, controls
+from demos.page.adapter_choice import bundled, chooser, of, offered, task_of
+from demos.page.gpu import on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
+from peftlab import PeftlabError, units
+from peftlab.compare import proofs
+from peftlab.compare.proofs import LatencyReport, MergeReport
 from peftlab.show.proofs import dialled, merged_said, timed
 
 
@@ -43,7 +44,7 @@ def build(tab: Tab) -> None:
     adapter = tab.panel("proof_adapter", chooser(value=list(bundled())[-1]))
     adapter.input(None, adapter, None, js=ANOTHER, **QUIET)
     tab.control("proof_prompt", gr.Textbox(label="Prompt", lines=2, max_lines=5))
-    tab.panel("proof_problem", page.problem())
+    tab.panel("proof_problem", controls.problem())
     with gr.Row(elem_classes="lessons"):
         for name, job in JOBS.items():
             tab.panel(name, gr.Button(job.label, size="sm"))
@@ -88,7 +89,7 @@ def turning(asked: Asked) -> Iterator[str]:
 
 def timing(asked: Asked) -> Iterator[str]:
     for share, report in LATENCY(chosen(asked), prompt(asked)):
-        yield timed(report) if report else f'<p class="note">Timing, {words.score(share)} done.</p>'
+        yield timed(report) if report else f'<p class="note">Timing, {units.score(share)} done.</p>'
 
 
 @dataclass(frozen=True)

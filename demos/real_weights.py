@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from demos import choice, page
-from demos.adapter_choice import choices, chooser, of, offered
-from demos.gpu import on_gpu, with_result
-from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab
-from peftlab import PeftlabError, adapters, architecture, resolve, study, weights, words, worker
+from demos.page import choice, controls
+from demos.page.adapter_choice import choices, chooser, of, offered
+from demos.page.gpu import on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab
+from peftlab import PeftlabError, adapters, resolve, units
+from peftlab.base import architecture, weights
+from peftlab.compare import study
+from peftlab.compare.study import Study
+from peftlab.room import worker
 from peftlab.show import studies as shown
 from peftlab.show.weight_pictures import images, is_here
-from peftlab.study import Study
 
 ADD = "Add it"
 KEEP = 12
@@ -71,20 +74,20 @@ def place(asked: Asked) -> tuple[str, int]:
 
 
 def build(tab: Tab) -> None:
-    tab.panel("studied_runs", page.note())
+    tab.panel("studied_runs", controls.note())
     with gr.Row(elem_classes="run-row"):
         tab.control("matrix", gr.Radio(shown.roles(None), label="Matrix"))
         tab.control("layer", gr.Slider(0, LAST_LAYER, step=1, label="Layer"))
-    tab.panel("study_problem", page.problem())
-    tab.panel("study", page.note())
+    tab.panel("study_problem", controls.problem())
+    tab.panel("study", controls.note())
     with gr.Row(elem_classes="panes"):
-        tab.panel("energy", page.plot(None, "Energy kept by the first directions of W and of each update"))
-        tab.panel("singular_values", page.plot(None, "Singular values of W and of each update"))
+        tab.panel("energy", controls.plot(None, "Energy kept by the first directions of W and of each update"))
+        tab.panel("singular_values", controls.plot(None, "Singular values of W and of each update"))
     with gr.Row(elem_classes="panes"):
-        tab.panel("update_sizes", page.plot(None, "Size of each update by layer"))
+        tab.panel("update_sizes", controls.plot(None, "Size of each update by layer"))
         with gr.Column():
-            tab.panel("shared", page.plot(None, "What the subspaces of two updates share"))
-            tab.panel("shared_said", page.note())
+            tab.panel("shared", controls.plot(None, "What the subspaces of two updates share"))
+            tab.panel("shared_said", controls.note())
     tab.panel("matrix_table", gr.HTML())
     with tab.fold("W as a picture, and its best approximation"):
         tab.control("directions", gr.Slider(1, WIDTH, CHOICES["directions"].usual, step=1, label="Directions kept"))
@@ -116,8 +119,8 @@ def draw(asked: Asked) -> dict[str, Draw]:
     found = worker.known(images, *place(asked), asked["directions"])
     return {
         "studied_runs": shown.about,
-        **{name: lambda name=name: drawn()[name] for name in PANELS},
-        "shared": lambda: page.seen(drawn()["shared"]),
+        **{name: partial(lambda name: drawn()[name], name) for name in PANELS},
+        "shared": lambda: controls.seen(drawn()["shared"]),
         "weight_pictures": lambda: found or DECOMPOSING if is_here() else NOT_HERE,
         "studied": lambda: offered(asked, _chosen(asked)),
     }
@@ -140,5 +143,5 @@ def adding(asked: Asked) -> Iterator[dict[str, Any]]:
         raise PeftlabError("no adapter is chosen; choose one to add it to these")
     for share, found in WORK(key):
         if found is None:
-            yield {"add": gr.update(value=f"Studying, {words.score(share)}", interactive=False)}
+            yield {"add": gr.update(value=f"Studying, {units.score(share)}", interactive=False)}
     yield {"kept": {"studied": key}}

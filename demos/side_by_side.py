@@ -11,16 +11,16 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos import choice, page
-from demos.adapter_choice import choices, chooser, of, offered, task_of
-from demos.gpu import on_gpu, with_result
-from demos.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
-from peftlab import compare, hardware, words
+from demos.page import choice, controls, store
+from demos.page.adapter_choice import choices, chooser, of, offered, task_of
+from demos.page.gpu import on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
+from peftlab import compare, hardware, units
 from peftlab.compare import ComparisonReport, Reply
-from peftlab.generate import Decoding
+from peftlab.data.tasks import Task
+from peftlab.run.generate import Decoding
 from peftlab.show.comparisons import recorded_pair, reference, scored_value, whence
 from peftlab.show.marks import how
-from peftlab.tasks import Task
 
 DECODING = {
     "temperature": choice.number("temperature", 0, 0, 1.5, whole=False),
@@ -52,7 +52,7 @@ GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
 def chosen(asked: Asked) -> str:
     """The adapter's key: without a choice, the one that was trained last from this browser, else the first bundled one."""
     known = choices(asked.kept.get("adapters"))
-    return asked["adapter"] or next((key for _, key in known), "")
+    return str(asked["adapter"] or next((key for _, key in known), ""))
 
 
 def prompt_of(asked: Asked, task: Task) -> str:
@@ -67,7 +67,7 @@ class Compare(Tab):
     clears = {"adapter": ("prompt",)}
 
     def build(self) -> None:
-        page.stage(self._settings, self._pictures)
+        controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
         self.control("adapter", chooser())
@@ -80,21 +80,21 @@ class Compare(Tab):
             self.control("decoding_seed", gr.Number(0, precision=0, label="Seed"))
 
     def _pictures(self) -> None:
-        self.panel("sentence", page.sentence(""))
-        self.panel("whence", page.note())
-        self.panel("problem", page.problem())
+        self.panel("sentence", controls.sentence(""))
+        self.panel("whence", controls.note())
+        self.panel("problem", controls.problem())
         prompt = self.control("prompt", gr.Textbox(label="Prompt", lines=2, max_lines=6))
         with gr.Row(elem_classes="run-row"):
             ask = self.panel("ask", gr.Button("Ask both", variant="primary", scale=0, min_width=160))
-            self.panel("asking", page.note())
+            self.panel("asking", controls.note())
         with gr.Row(elem_classes="panes"):
             self.panel("left", _pane("Base model", "base"))
             self.panel("right", _pane("With the adapter", "adapted"))
-        self.panel("said", page.note())
-        self.panel("chart", page.plot(None, "The task's metric for base and adapter, with 95% intervals"))
+        self.panel("said", controls.note())
+        self.panel("chart", controls.plot(None, "The task's metric for base and adapter, with 95% intervals"))
         with gr.Row(elem_classes="lessons"):
             measure = self.panel("measure", gr.Button("Score all held-out items here", size="sm"))
-            self.panel("measuring", page.note())
+            self.panel("measuring", controls.note())
         with self.fold("Every held-out answer"):
             self.panel("every", gr.HTML())
         self._press([ask.click, prompt.submit], self.ask, "ask", "asking", ["left", "right", "said"])
@@ -117,7 +117,7 @@ class Compare(Tab):
         yield {"left": "", "right": ""}
         source = ""
         for base, adapted in GENERATE(key, prompt, decoding):
-            source = f"Base {words.seconds(base.seconds)}, adapter {words.seconds(adapted.seconds)}, just now"
+            source = f"Base {units.seconds(base.seconds)}, adapter {units.seconds(adapted.seconds)}, just now"
             yield {"left": base.text.strip(), "right": adapted.text.strip(), "asking": ""}
         yield {"said": reference(task, prompt, source)}
 
@@ -126,7 +126,7 @@ class Compare(Tab):
         key = chosen(asked)
         for share, report in SCORED(key):
             if report is None:
-                yield {"measuring": f"Scoring, {words.score(share)}"}
+                yield {"measuring": f"Scoring, {units.score(share)}"}
             else:
                 mark = how("measured", f"{hardware.here().name}, just now")
                 yield scored_value(report, task_of(of(key))) | {"whence": f"{mark} Measured here, just now."}
@@ -177,4 +177,4 @@ def _said_to(prompt: str, text: str | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    page.run_alone(Compare())
+    store.run_alone(Compare())

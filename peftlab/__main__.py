@@ -16,8 +16,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, seam, words
+from . import __version__, seam, units
 from .errors import PeftlabError, SpecError
+from .show import sentences
 from .spec import SETTINGS, RunSpec
 
 
@@ -160,7 +161,7 @@ def _add_spec(sub: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     """A whole number, also as 500M."""
-    from .catalog.models import UNITS
+    from .base.models import UNITS
 
     scale = UNITS.get(text[-1:].upper(), 1)
     try:
@@ -213,7 +214,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    from .catalog.models import MODELS
+    from .base.models import MODELS
 
     if args.json:
         _print([{"key": m.key, "name": m.name, "hub_id": m.hub_id, "total_parameters": m.total_parameters,
@@ -245,7 +246,7 @@ def _gpus(args: argparse.Namespace) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> None:
-    from .tasks import TASKS
+    from .data.tasks import TASKS
 
     if args.json:
         _print([{"key": t.key, "name": t.name, "teaches": t.teaches, "metric": t.metric, "train": len(t.train),
@@ -302,15 +303,14 @@ def _app(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from . import weights
-    from .catalog import models
+    from .base import models, weights
 
     entry, last = models.find(args.model), None
     if weights.source_of(entry) is None and entry.licence:
         print(f"{entry.name} is under: {entry.licence}", file=sys.stderr)
     for p in weights.fetch(args.model):
         last = p
-        bar = f" {words.size(p.done)} of {words.size(p.total)}" if p.total else ""
+        bar = f" {units.size(p.done)} of {units.size(p.total)}" if p.total else ""
         end = "\r" if sys.stderr.isatty() else "\n"
         if sys.stderr.isatty() or p.stage != "downloading":
             print(f"{p.stage}: {p.detail}{bar}", end=end, file=sys.stderr, flush=True)
@@ -339,12 +339,12 @@ def _params(args: argparse.Namespace) -> None:
     )
     print(
         f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters are trained "
-        f"({words.percent(report.trainable_percent / 100)}); the adapter is {words.size(report.adapter_bytes)}"
+        f"({units.percent(report.trainable_percent / 100)}); the adapter is {units.size(report.adapter_bytes)}"
     )
 
 
 def _memory(args: argparse.Namespace) -> None:
-    from .catalog.models import DEFAULT, find
+    from .base.models import DEFAULT, find
     from .memory import exact, fits, predict, storage
 
     spec = _spec(args)
@@ -365,19 +365,19 @@ def _memory(args: argparse.Namespace) -> None:
         return
     _table(
         [
-            ("weights", words.size(report.weights)),
-            ("gradients", words.size(report.gradients)),
-            ("optimizer", words.size(report.optimizer)),
-            ("sum", words.size(report.states)),
+            ("weights", units.size(report.weights)),
+            ("gradients", units.size(report.gradients)),
+            ("optimizer", units.size(report.optimizer)),
+            ("sum", units.size(report.states)),
         ]
     )
     if report.peak:
         _table(
-            [(f"at the peak: {kind.replace('_', ' ')}", words.size(n)) for kind, n in report.peak.bytes.items() if n]
+            [(f"at the peak: {kind.replace('_', ' ')}", units.size(n)) for kind, n in report.peak.bytes.items() if n]
         )
         how = "a trace of it on fake tensors" if report.source == "trace" else "the closed form; --exact traces it"
         print(
-            f"peak of a step: {words.size(report.allocated)} allocated, {words.size(report.process)} in all, by {how}"
+            f"peak of a step: {units.size(report.allocated)} allocated, {units.size(report.process)} in all, by {how}"
         )
     else:
         print(f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included")
@@ -387,7 +387,7 @@ def _memory(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from .resolve import resolve_here
-    from .train import train
+    from .run import train
 
     spec = resolve_here(_spec(args))
     out = args.out or Path("runs") / f"{spec.task}-{spec.method}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -403,7 +403,7 @@ def _race(args: argparse.Namespace) -> None:
     import tempfile
 
     from . import race
-    from .train import warm_up
+    from .run import warm_up
 
     race.column(args.sort)  # refused before anything runs
     axes = {setting: values for setting, *values in args.vary or [["method"]]}
@@ -438,11 +438,11 @@ def _race(args: argparse.Namespace) -> None:
         + [
             (
                 line.name,
-                words.score(line.score),
-                "{} to {}".format(*map(words.score, line.interval)),
-                words.significant(sum(line.loss) / len(line.loss)),
+                units.score(line.score),
+                "{} to {}".format(*map(units.score, line.interval)),
+                units.significant(sum(line.loss) / len(line.loss)),
                 f"{line.trainable_parameters:,}",
-                words.seconds(sum(line.training_seconds) / len(line.training_seconds)),
+                units.seconds(sum(line.training_seconds) / len(line.training_seconds)),
                 "",
             )
             if line.scores
@@ -466,28 +466,29 @@ def _say(event: dict[str, Any]) -> None:
     """Progress for people, on stderr."""
     kind = event["type"]
     if kind == "step":
-        text = f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {words.seconds(event['eta_seconds'])} left"
+        text = f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {units.seconds(event['eta_seconds'])} left"
     elif kind == "eval":
         metric, value = next(iter(event["metrics"].items()))
-        text = f"held out, {event['when']}: {metric} {words.score(value)} of {event['items']}"
+        text = f"held out, {event['when']}: {metric} {units.score(value)} of {event['items']}"
     elif kind == "start":
         text = (
             f"{event['model']} from {event['source']}; {event['trainable_parameters']:,} parameters are trained, "
-            f"{words.gear([event])}"
+            f"{sentences.gear([event])}"
         )
     elif kind == "loading":
         text = f"loading {event['model']}"
     elif kind == "done":
-        text = event.get("message") or f"adapter in {event['adapter']}, {words.seconds(event['seconds'])} in all"
+        text = event.get("message") or f"adapter in {event['adapter']}, {units.seconds(event['seconds'])} in all"
     else:
         return
     print(text, file=sys.stderr, flush=True)
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from . import adapters, tasks
+    from . import adapters
     from .compare import on_prompt, on_task
-    from .generate import Decoding
+    from .data import tasks
+    from .run.generate import Decoding
 
     if args.prompt is not None and args.task:
         raise SpecError("--prompt and --task: give one of them")
@@ -523,14 +524,16 @@ def _compare(args: argparse.Namespace) -> None:
         _table(
             [("model", report.metric, "95% interval", "items")]
             + [
-                (s.model, words.score(s.mean), f"{words.score(s.low)} to {words.score(s.high)}", s.items)
+                (s.model, units.score(s.mean), f"{units.score(s.low)} to {units.score(s.high)}", s.items)
                 for s in report.scores
             ]
         )
 
 
 def _study(args: argparse.Namespace) -> None:
-    from . import adapters, study, weights
+    from . import adapters
+    from .base import weights
+    from .compare import study
     from .resolve import resolve
 
     adapter = adapters.read(args.adapter)
@@ -566,8 +569,8 @@ def _study(args: argparse.Namespace) -> None:
                     "×".join(map(str, m.shape)),
                     m.delta.rank,
                     m.delta.rank_for(0.9),
-                    "" if m.relative_size is None else words.percent(m.relative_size),
-                    "" if m.amplification.factor is None else f"{words.significant(m.amplification.factor)}×",
+                    "" if m.relative_size is None else units.percent(m.relative_size),
+                    "" if m.amplification.factor is None else f"{units.significant(m.amplification.factor)}×",
                     f"{len(m.intruders.directions)} of {len(m.intruders.cosines)}",
                 )
                 for m in found.matrices

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import architecture as architectures
-from . import methods, weights
-from .catalog import models
+from . import methods
+from .base import architecture as architectures
+from .base import models, weights
 from .errors import AdapterError, SpecError
 from .methods import through_peft
 from .places import ASSETS

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from . import architecture as architectures
 from . import methods
-from .catalog import models
+from .base import architecture as architectures
+from .base import models
 from .errors import SpecError
 from .resolve import resolve
 from .spec import RunSpec

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from . import hardware, methods, tasks
-from .catalog import gpus, models
+from . import hardware, methods
+from .base import models
+from .catalog import gpus
 from .catalog.presets import Preset
+from .data import tasks
 from .spec import SETTINGS, RunSpec
 
 METHOD_SETTINGS = (

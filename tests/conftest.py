@@ -16,8 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model
 
-from peftlab import RunSpec, hardware, tasks
-from peftlab.tasks import Task
+from peftlab import RunSpec, hardware
+from peftlab.data import tasks
+from peftlab.data.tasks import Task
 
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from peftlab import RunSpec, SpecError, resolve
-from peftlab.catalog.models import MODELS
+from peftlab.base.models import MODELS
 from peftlab.memory.activations import derivation, moments
 from peftlab.memory.report import KINDS
 from peftlab.methods import METHODS

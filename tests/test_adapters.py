@@ -6,25 +6,11 @@ from pathlib import Path
 import pytest
 from tiny import LLAMA, digest, ids_on, make_model
 
-from peftlab import (
-    AdapterError,
-    RunSpec,
-    SpecError,
-    __main__,
-    adapters,
-    architecture,
-    compare,
-    count,
-    fused,
-    methods,
-    resolve,
-    study,
-    tasks,
-    weights,
-    words,
-)
+from peftlab import AdapterError, RunSpec, SpecError, __main__, adapters, compare, count, fused, methods, resolve, units
 from peftlab.adapters import MANIFEST
-from peftlab.catalog import models
+from peftlab.base import architecture, models, weights
+from peftlab.compare import study
+from peftlab.data import tasks
 from peftlab.methods import METHODS
 
 CASES = [("tiny_model", "lora"), ("tiny_model", "full"), ("tiny_model", "last-block"), ("tied_model", "lora"),
@@ -267,13 +253,13 @@ CARD = (adapters.BUNDLED / "README.md").read_text(encoding="utf-8")
 def test_the_model_card_says_how_a_bundled_adapter_scores(folder):
     made = adapters.read(folder)
     measured, file = made.result["eval"], folder / adapters.TENSORS
-    before, after = (words.score(next(iter(measured[when].values()))) for when in ("before", "after"))
+    before, after = (units.score(next(iter(measured[when].values()))) for when in ("before", "after"))
     spec, full = made.spec, made.spec.method == "full"
     row = [
         f"`{folder.name}`",
         "full fine-tuning" if full else f"LoRA, rank {spec.rank}",
         "all weights" if full else spec.target_modules,
-        words.size(file.stat().st_size) if file.exists() else "not kept",
+        units.size(file.stat().st_size) if file.exists() else "not kept",
         f"{before} → {after}",
         f"{made.result['forgetting']:.2f}",
         made.result["device"],

@@ -1,8 +1,9 @@
 import pytest
 from tiny import CONFIGS, fresh
 
-from peftlab import SpecError, architecture
-from peftlab.catalog.models import MODELS
+from peftlab import SpecError
+from peftlab.base import architecture
+from peftlab.base.models import MODELS
 
 
 @pytest.mark.parametrize("key", [k for k, m in MODELS.items() if m.config is not None and not m.shape_of])

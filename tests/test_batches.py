@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from peftlab.tasks import TASKS
-from peftlab.train.batches import IGNORED, PADDING, Batches, Pair, widths
+from peftlab.data.tasks import TASKS
+from peftlab.run.batches import IGNORED, PADDING, Batches, Pair, widths
 
 
 def pairs(lengths, prompt=3):

@@ -5,12 +5,14 @@ import json
 import pytest
 from tiny import run_of, small
 
-from peftlab import hardware, resolve, tasks, weights
+from peftlab import hardware, resolve
+from peftlab.base import weights
 from peftlab.bench import record_gears, record_generation, record_speed, training
 from peftlab.bench.random_weights import random_weights
 from peftlab.bench.training import PEERS, YARDSTICK
+from peftlab.data import tasks
 from peftlab.methods import METHODS
-from peftlab.train.batches import IGNORED, encode
+from peftlab.run.batches import IGNORED, encode
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_every_methods_gear_is_listed(spec, tmp_path):
 
 
 def test_random_weights_take_the_models_shapes_and_rows_of_one_length(spec, tied_model, tmp_path, monkeypatch):
-    from peftlab.catalog import models
+    from peftlab.base import models
 
     monkeypatch.setattr(models, "DEFAULT", str(tied_model))  # whose tokenizer is lent
     asked = spec.but(sequence_length=64)

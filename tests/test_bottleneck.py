@@ -3,9 +3,10 @@
 import pytest
 from tiny import CONFIGS, fresh
 
-from peftlab import RunSpec, architecture, methods, resolve, weights
-from peftlab.layers import Bottleneck, Kronecker
+from peftlab import RunSpec, methods, resolve
+from peftlab.base import architecture, weights
 from peftlab.methods import METHODS
+from peftlab.methods.layers import Bottleneck, Kronecker
 
 OURS = ["houlsby", "pfeiffer", "parallel", "post-attention", "io-adapter", "compacter"]
 

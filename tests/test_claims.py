@@ -3,9 +3,9 @@ from itertools import groupby
 
 import pytest
 
-from peftlab import RunSpec, SpecError, count, words
-from peftlab.catalog.claims import CLAIMS
-from peftlab.catalog.models import UNITS
+from peftlab import RunSpec, SpecError, count, units
+from peftlab.base.models import UNITS
+from peftlab.lectures.claims import CLAIMS
 
 QV = "q_proj,v_proj"
 
@@ -44,7 +44,7 @@ def trained(model, rank, targets=QV, **rest):
 
 
 def share(report):
-    return words.percent(report.trainable_percent / 100)
+    return units.percent(report.trainable_percent / 100)
 
 
 @pytest.mark.parametrize("rank", [8, 16, 64])
@@ -72,8 +72,8 @@ def test_the_reasons_of_the_larger_rows_add_up():
     assert f"{4 * 64 * 2 * width * attention['query'].layers:,}" in seventy.why
     assert attention["value"].d_out < width == attention["query"].d_out
     file = says("the adapter file")
-    assert f"make {words.size(4 * says('Gemma 3 270M, rank 64').claimed)};" in file.why
-    assert f"the exact {fewer.trainable_parameters:,} make {words.size(file.computed())}" in file.why
+    assert f"make {units.size(4 * says('Gemma 3 270M, rank 64').claimed)};" in file.why
+    assert f"the exact {fewer.trainable_parameters:,} make {units.size(file.computed())}" in file.why
 
 
 ASIDES = {

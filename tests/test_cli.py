@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from peftlab import words
+from peftlab import units
+from peftlab.base.models import MODELS
 from peftlab.catalog.gpus import GPUS
-from peftlab.catalog.models import MODELS
 from peftlab.catalog.presets import PRESETS
+from peftlab.data.tasks import TASKS
 from peftlab.methods import METHODS
-from peftlab.tasks import TASKS
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_memory(document, run):
     _, said, _ = run(
         "memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb"
     )
-    assert f"{words.size(data['peak_allocated_bytes'])} allocated, {words.size(data['process_bytes'])} in all" in said
+    assert f"{units.size(data['peak_allocated_bytes'])} allocated, {units.size(data['process_bytes'])} in all" in said
     assert "--exact traces it" in said and "smallest GPU that holds it" in said
 
 
@@ -260,7 +260,8 @@ def test_adapters_of_any_methods_are_compared_on_one_base(trained_by, document):
 
 
 def test_study_writes_what_an_adapter_did_to_each_matrix(trained_by, document, run):
-    from peftlab import adapters, study
+    from peftlab import adapters
+    from peftlab.compare import study
 
     folder = trained_by("lora")
     file = folder / study.FILE

@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 from tiny import TOY, drain, run_of, small
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters, weights
+from peftlab import AdapterError, RunSpec, SpecError, adapters
+from peftlab.base import weights
 from peftlab.compare import BASE, models_of, on_prompt, on_task, score_of, wilson
-from peftlab.generate import Decoding
+from peftlab.data.tasks import prompt_ids
 from peftlab.hardware import Machine
 from peftlab.resolve import resolve_again
-from peftlab.tasks import prompt_ids
-from peftlab.train import train
+from peftlab.run import train
+from peftlab.run.generate import Decoding
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 from tiny import ROOT, attached
 
 from peftlab import RunSpec, SpecError, resolve
-from peftlab import compute as compute_module
 from peftlab.catalog.gpus import GPUS
-from peftlab.compute import compute, peak, utilisation
+from peftlab.memory import compute as compute_module
+from peftlab.memory.compute import compute, peak, utilisation
 
 H100 = 989e12
 LENGTH = 32

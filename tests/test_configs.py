@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS, GPT2, LLAMA
 
-from peftlab import RunSpec, SpecError, architecture, configs
-from peftlab.catalog import models
-from peftlab.catalog.models import MODELS
+from peftlab import RunSpec, SpecError
+from peftlab.base import architecture, configs, models
+from peftlab.base.models import MODELS
 
 VISION = {
     "architectures": ["Gemma3ForConditionalGeneration"],
@@ -31,7 +31,7 @@ VISION = {
 
 @pytest.fixture(scope="module")
 def page():
-    return pytest.importorskip("demos.page")
+    return pytest.importorskip("demos.page.address")
 
 
 def pasted(config, **changes):

@@ -3,8 +3,9 @@
 import pytest
 from tiny import CONFIGS, attached, fresh
 
-from peftlab import RunSpec, SpecError, architecture, configs, count
-from peftlab.catalog.models import MODELS
+from peftlab import RunSpec, SpecError, count
+from peftlab.base import architecture, configs
+from peftlab.base.models import MODELS
 from peftlab.methods import METHODS
 
 QV = {"target_modules": "q_proj,v_proj"}

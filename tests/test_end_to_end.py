@@ -37,8 +37,8 @@ def parses(text):
 
 
 def test_the_real_model_is_the_catalogues():
-    from peftlab import RunSpec, resolve, weights
-    from peftlab.catalog import models
+    from peftlab import RunSpec, resolve
+    from peftlab.base import models, weights
 
     base = weights.load(resolve(RunSpec()))
     assert (
@@ -66,8 +66,7 @@ def test_peft_loads_the_adapter_with_no_help(done):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftlab import weights
-    from peftlab.catalog import models
+    from peftlab.base import models, weights
 
     base = AutoModelForCausalLM.from_pretrained(weights.folder_of(models.find(models.DEFAULT)))
     adapted = PeftModel.from_pretrained(base, done["adapter"])

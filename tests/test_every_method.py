@@ -5,7 +5,8 @@ import threading
 import pytest
 from tiny import digest, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, adapters, count, hardware, weights
+from peftlab import RunSpec, SpecError, adapters, count, hardware
+from peftlab.base import weights
 from peftlab.methods import METHODS
 
 FAMILIES = ("llama-tied", "gemma3", "qwen2", "gpt2", "opt")

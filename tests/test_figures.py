@@ -3,11 +3,12 @@ import json
 import plotly.graph_objects as go
 import pytest
 
-from peftlab import RunSpec, SpecError, count, figures, predict, words
-from peftlab.bench import recorded_runs
-from peftlab.catalog.models import MODELS
+from peftlab import RunSpec, SpecError, count, predict, units
+from peftlab.base.models import MODELS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
 from peftlab.count import why_not
+from peftlab.measured import runs as recorded_runs
+from peftlab.show import figures
 
 THEMES = pytest.mark.parametrize("theme", figures.THEMES)
 EVENTS = [
@@ -54,7 +55,7 @@ def test_the_timelines_peak_is_marked(theme):
     figure, _ = timeline(report, theme)
     (mark,) = figure.layout.annotations
     assert (mark.x, mark.y) == (report.moments.index(report.peak), report.allocated / 1e9)
-    assert words.size(report.allocated) in mark.text and report.peak.phase in mark.text
+    assert units.size(report.allocated) in mark.text and report.peak.phase in mark.text
     assert list(figure.layout.xaxis.ticktext) == ["forward", "backward", "optimizer"]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny import digest, ids_on
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters, compare, resolve, weights
-from peftlab.generate import Decoding
+from peftlab import AdapterError, RunSpec, SpecError, adapters, compare, resolve
+from peftlab.base import weights
+from peftlab.run.generate import Decoding
 
 ROWS = [[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]]
 FAMILIES = ("gpt2", "qwen2")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import CONFIGS, fresh
 
-from peftlab import RunSpec, architecture, configs, fused, methods, resolve, seam, weights
-from peftlab.catalog.models import MODELS
+from peftlab import RunSpec, fused, methods, resolve, seam
+from peftlab.base import architecture, configs, weights
+from peftlab.base.models import MODELS
 from peftlab.fused import adjoin, attention, functions, quicken
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3], [9, 3, 4, 2, 7, 1]])

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny import run_of, small, steps
 
-from peftlab import RunSpec, resolve, words
+from peftlab import RunSpec, resolve
 from peftlab.methods import METHODS
-from peftlab.train.batches import Batch
-from peftlab.train.gears import CaptureError, Eager, Graph, why_eager
+from peftlab.run.batches import Batch
+from peftlab.run.gears import CaptureError, Eager, Graph, why_eager
+from peftlab.show import sentences
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
 
@@ -31,18 +32,20 @@ def test_why_a_step_cannot_be_one_graph(settings, said):
 
 
 def test_the_start_says_the_gear(toy_spec, tmp_path):
-    from peftlab.train import train
+    from peftlab.run import train
 
     start = next(e for e in train(toy_spec, tmp_path) if e["type"] == "start")
     if not torch.cuda.is_available():
         assert (start["gear"], start["why_eager"]) == ("eager", "no CUDA GPU here")
-        assert words.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
+        assert sentences.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
 
 
 def test_words_follow_a_gear_that_changed():
     graph = {"type": "start", "gear": "graph", "why_eager": ""}
-    assert words.gear([graph]) == "each step one CUDA graph"
-    assert words.gear([graph, {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}]).endswith("(a &lt;sync&gt;)")
+    assert sentences.gear([graph]) == "each step one CUDA graph"
+    assert sentences.gear([graph, {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}]).endswith(
+        "(a &lt;sync&gt;)"
+    )
 
 
 def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, tmp_path):

@@ -2,8 +2,10 @@ import pytest
 import torch
 from tiny import CONFIGS, attached, drain, fresh, ids_on, said
 
-from peftlab import RunSpec, SpecError, generate, resolve, weights
-from peftlab.generate import Decoding, answer, decode, nats_per_token, stream
+from peftlab import RunSpec, SpecError, resolve
+from peftlab.base import weights
+from peftlab.run import generate
+from peftlab.run.generate import Decoding, answer, decode, nats_per_token, stream
 
 PROMPTS = [[5, 9, 200, 31], [7], [42, 43, 44, 45, 46, 47, 48, 300, 301], [11, 12, 13]]
 

@@ -6,13 +6,15 @@ from dataclasses import asdict
 import pytest
 from tiny import ROOT
 
-from peftlab import RunSpec, checks, count, evidence, predict, words
-from peftlab.catalog.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, weighed
+from peftlab import RunSpec, count, predict, units
+from peftlab.base.models import MODELS
 from peftlab.catalog.methods import FAMILIES
-from peftlab.catalog.models import MODELS
-from peftlab.lessons import LESSONS
+from peftlab.lectures import checks, evidence
+from peftlab.lectures.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, weighed
+from peftlab.lectures.lessons import LESSONS
 from peftlab.methods import METHODS
 from peftlab.race import Line
+from peftlab.show import guide
 
 LECTURES = ("lecture-11-2", "kiit-tutorial", "beginners-guide", "vanderbilt-slides")
 CELLS = [(table, cell) for table in TABLES for cell in table.cells]
@@ -137,7 +139,7 @@ def test_sentences_follow_the_model():
     assert "1,898,496 of 268,098,176 numbers (0.708%)" in small and small != large
     assert evidence.counted("bitfit", "gemma-3-270m").startswith("Gemma 3 270M has no bias to train")
     lora = predict(RunSpec(model="llama-3.1-8b", method="lora", gpu=evidence.GPU))
-    assert f"LoRA about {words.size(lora.needed)}" in evidence.here("quantized", "llama-3.1-8b")
+    assert f"LoRA about {units.size(lora.needed)}" in evidence.here("quantized", "llama-3.1-8b")
     assert evidence.here("", "gpt2") == "" == evidence.here("storage", "no-such-model-at-all")
 
 
@@ -154,7 +156,7 @@ def test_the_map_has_every_method_with_its_count_or_its_reason():
 
 
 def test_the_sentence_is_the_counts():
-    said = evidence.map_sentence(evidence.places("smollm2-135m-instruct"))
+    said = guide.map_sentence(evidence.places("smollm2-135m-instruct"))
     assert f"{len(METHODS)} methods</b>, three ideas: steer, select or add." in said
     assert "11,520 numbers (0.00856%)" in said and "134,515,008" in said
 

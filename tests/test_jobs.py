@@ -2,8 +2,10 @@ import threading
 
 import pytest
 
-from peftlab import PeftlabError, RunSpec, SpecError, WeightsError, jobs, weights
-from peftlab.train import STOP
+from peftlab import PeftlabError, RunSpec, SpecError, WeightsError
+from peftlab.base import weights
+from peftlab.room import jobs
+from peftlab.run import STOP
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,16 @@ from statistics import fmean
 
 import pytest
 
-from peftlab import SpecError, figures, lessons, race_figures, words
-from peftlab.bench.record import MEASURED
+from peftlab import SpecError
 from peftlab.count import count, why_not
-from peftlab.lessons import LESSONS
+from peftlab.lectures import lessons
+from peftlab.lectures.lessons import LESSONS
+from peftlab.measured import MEASURED
 from peftlab.methods import METHODS
 from peftlab.race import Line
-from peftlab.recordings import Board
+from peftlab.race.recordings import Board
 from peftlab.resolve import resolve
+from peftlab.show import figures, race_figures, sentences
 from peftlab.spec import RunSpec
 
 
@@ -140,9 +142,9 @@ def test_a_seed_under_way_is_in_the_mean_as_far_as_it_is():
 def test_the_sentence_counts_who_is_there():
     done, failed, waiting = line("lora", 0.8, base_scores=[0.0] * 40), line("ia3"), line("full")
     failed.scores, failed.error, waiting.scores = [], "diverged", []
-    said = words.race_sentence([failed, done, waiting])
+    said = sentences.race_sentence([failed, done, waiting])
     assert "Of 3 racers (1 ended early, 1 to come)" in said and "80%" in said and "Lowest" not in said
-    assert "None has finished yet" in words.race_sentence([waiting])
+    assert "None has finished yet" in sentences.race_sentence([waiting])
 
 
 @pytest.mark.parametrize("file", sorted(MEASURED.glob("race-*.json")), ids=lambda file: file.stem)

@@ -4,10 +4,13 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from demos import adapter_choice, page, proving, real_weights
+from demos import proving, real_weights
 from demos.lora_visualizer import LESSONS, Lora
-from demos.store import blocks
-from peftlab import PeftlabError, SpecError, adapters, study, worker
+from demos.page import adapter_choice, address
+from demos.page.store import blocks
+from peftlab import PeftlabError, SpecError, adapters
+from peftlab.compare import study
+from peftlab.room import worker
 from peftlab.show import shapes, studies, weight_pictures
 
 STORE = blocks(Lora()).store
@@ -55,7 +58,7 @@ def test_a_bare_count_has_nothing_to_draw_here_and_the_opening_model_is_shown():
     shown = answer(model="100B", rank="4")
     assert "100B: a bare count has no matrices to draw; Llama 3.1 8B is shown" in shown["problems"]["model"]
     value = shown["show"]["lora.picture"]["value"]
-    assert (value["key"], value["at"]["rank"]) == (page.OPENING.model, 4)
+    assert (value["key"], value["at"]["rank"]) == (address.OPENING.model, 4)
     assert shown["state"] == {"model": "100B", "rank": "4"}
 
 
@@ -76,7 +79,7 @@ def test_past_break_even_is_past_it_in_every_matrix():
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_every_lesson_can_be_shown(lesson):
-    shown = answer(**page.link(LESSONS[lesson]))
+    shown = answer(**address.link(LESSONS[lesson]))
     assert not shown["problems"] and shown["show"]["lora.picture"]["value"]["key"] == LESSONS[lesson].model
 
 

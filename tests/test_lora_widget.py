@@ -9,17 +9,17 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from demos import lora_widget
-from demos import page as opened
 from demos.lora_visualizer import Lora
-from demos.store import CLEARS, blocks
-from peftlab import RunSpec, SpecError, architecture, count, resolve, words
-from peftlab.catalog.models import MODELS
+from demos.page import address, lora_widget
+from demos.page.store import CLEARS, blocks
+from peftlab import RunSpec, SpecError, count, resolve
+from peftlab.base import architecture
+from peftlab.base.models import MODELS
 from peftlab.catalog.presets import PRESETS
 from peftlab.count import BYTES
 from peftlab.methods import METHODS
 from peftlab.resolve import with_preset
-from peftlab.show import shapes
+from peftlab.show import sentences, shapes
 from peftlab.spec import parse_layers
 
 DECODERS = [key for key, entry in MODELS.items() if entry.config is not None and entry.is_causal]
@@ -87,7 +87,7 @@ def point(spec):
 
 def written(spec, patch):
     """The settings once the page has written `patch` to those of `spec`."""
-    state = opened.link(spec)
+    state = address.link(spec)
     for name in (cleared for written in patch for cleared in CLEARS.get(written, ())):
         state.pop(name, None)
     return STORE.read(state | {n: v for n, v in patch.items() if v is not None}).spec.but(
@@ -152,7 +152,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
             assert answer["trained"] == report.trainable_parameters
             assert answer["saved"] * BYTES[report.spec.adapter_precision] == report.adapter_bytes
             said = asked.but(target_modules=answer["targets"])
-            assert answer["sentence"] == words.lora_sentence(count(said))
+            assert answer["sentence"] == sentences.lora_sentence(count(said))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
             assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")
             settled = written(spec.but(method=at["method"]), answer["reported"])
@@ -204,7 +204,7 @@ def test_a_refused_number_of_a_link_stands_beside_its_control_and_goes_on_being_
     at = shapes.value(SPEC, {"rank": text, "model": "100B"})["at"]
     assert at["refused"] == {"rank": text} and at["rank"] == 8
     answer, touched = page([(SPEC, [at, at | {"then": {"alpha": "3"}}])])[0]
-    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == words.lora_sentence(count(SPEC))
+    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == sentences.lora_sentence(count(SPEC))
     assert (touched["reported"]["rank"], touched["reported"]["alpha"]) == (text, 3)
 
 
@@ -289,11 +289,11 @@ def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
     before, *after = page([(spec, [point(spec), *(point(spec) | {"then": {"method": method}} for method in others)])])[
         0
     ]
-    assert before["sentence"] == words.lora_sentence(count(spec))
+    assert before["sentence"] == sentences.lora_sentence(count(spec))
     for method, answer in zip(others, after, strict=True):
         settled = written(spec, answer["reported"])
         assert settled == SPEC.but(method=method, target_modules="q_proj", layers="0-2")
-        assert answer["sentence"] == words.lora_sentence(count(settled))
+        assert answer["sentence"] == sentences.lora_sentence(count(settled))
 
 
 @needs_node

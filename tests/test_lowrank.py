@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import basis, rand
 
-from peftlab import SpecError, lowrank
+from peftlab import SpecError
+from peftlab.compare import lowrank
 
 # spectra
 

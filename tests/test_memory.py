@@ -240,10 +240,10 @@ def test_no_more_is_trained_than_there_is():
 def test_what_is_added_to_allocated_is_measured():
     import statistics
 
-    from peftlab.bench.memory import recorded_memory
+    from peftlab.measured import documents
     from peftlab.memory.closed_form import RESERVE, context
 
-    rows = [row["measured"] for document in recorded_memory() for row in document["rows"]]
+    rows = [row["measured"] for document in documents("memory") for row in document["rows"]]
     reserve = statistics.median(row["peak_reserved_bytes"] / row["peak_allocated_bytes"] for row in rows)
     assert round(reserve, 2) == RESERVE
     alone = [row["process_bytes"] - row["peak_reserved_bytes"] for row in rows if row["process_bytes"]]

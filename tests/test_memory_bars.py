@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from demos import memory_bars, memory_calculator
-from demos.tab import Asked
-from peftlab import RunSpec, predict, resolve, words
+from demos import memory_calculator
+from demos.page import memory_bars
+from demos.page.tab import Asked
+from peftlab import RunSpec, predict, resolve, units
 from peftlab.memory import exact
+from peftlab.show import sentences
 from peftlab.show.bars import bars_value
 
 SPECS = (
@@ -91,7 +93,7 @@ def test_the_exact_parts_add_up_to_the_process(tiny_model):
     reports = tuple(exact(s) for s in memory_calculator.both(spec))
     value = bars_value(reports, forms, memory_calculator.at(spec))
     assert [sum(run["exact"].values()) for run in value["runs"]] == [r.process for r in reports]
-    assert words.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* had", value["exact"])
+    assert units.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* had", value["exact"])
 
 
 def test_names_are_escaped(monkeypatch):
@@ -151,9 +153,9 @@ def test_the_pages_script_says_what_python_does():
             for run, parts, report in zip(case["value"]["runs"], answer["parts"], reports, strict=False):
                 assert sum(parts.values()) == pytest.approx(report.process, rel=1e-9, abs=16)
                 assert {k: parts[k] for k in evaluated(run, at)} == pytest.approx(evaluated(run, at), rel=1e-12)
-            assert answer["sentence"].replace(EMPTY, "") == words.memory_sentence(*reports)
+            assert answer["sentence"].replace(EMPTY, "") == sentences.memory_sentence(*reports)
             names = re.findall(r'<div class="bar-name">(.*?) <small>', answer["bars"])
-            assert names == [words.method_name(r) for r in reports][: len(names)]
+            assert names == [sentences.method_name(r) for r in reports][: len(names)]
 
 
 @pytest.mark.skipif(not NODE, reason="no node")
@@ -167,4 +169,4 @@ def test_the_pages_script_shows_the_exact_figures_only_where_they_hold(tiny_mode
     shown = [answer["parts"] for answer in answers]
     whole = [run["exact"] for run in value["runs"]]
     assert shown[0] == shown[3] == whole and shown[1][1] != whole[1] and shown[2][0] != whole[0]
-    assert answers[0]["sentence"].replace(EMPTY, "") == words.memory_sentence(*reports)
+    assert answers[0]["sentence"].replace(EMPTY, "") == sentences.memory_sentence(*reports)

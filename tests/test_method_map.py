@@ -7,12 +7,14 @@ import pytest
 pytest.importorskip("gradio")
 
 from demos.method_map import Methods
-from demos.store import blocks
-from peftlab import RunSpec, SpecError, count, evidence, words, worker
-from peftlab.catalog.guide import CASES, TABLES
+from demos.page.store import blocks
+from peftlab import RunSpec, SpecError, count, units
 from peftlab.catalog.methods import ABOUT
+from peftlab.lectures import evidence
+from peftlab.lectures.guide import CASES, TABLES
 from peftlab.memory import exact, predict
 from peftlab.methods import METHODS
+from peftlab.room import worker
 from peftlab.show import guide
 from peftlab.show.marks import TERMS
 from peftlab.show.methods import method_panel
@@ -47,7 +49,7 @@ def test_every_method_is_there_once_with_its_share_or_its_reason(model):
             with pytest.raises(SpecError):
                 count(RunSpec(model=model, method=key))
         else:
-            share = words.percent(count(RunSpec(model=model, method=key)).trainable_percent / 100)
+            share = units.percent(count(RunSpec(model=model, method=key)).trainable_percent / 100)
             assert f"<span>{share}</span>" in content
 
 
@@ -92,7 +94,7 @@ def test_the_tab_shows_the_settings():
     spec = RunSpec(model="gpt2", method="houlsby")
     assert "GPT-2" in found["sentence"] and found["method"]["method"] == "houlsby"
     assert f"{count(spec).trainable_parameters:,}" in found["chosen"]
-    assert words.size(count(spec).adapter_bytes) in found["chosen"]
+    assert units.size(count(spec).adapter_bytes) in found["chosen"]
     assert found["card"] == method_panel("houlsby")
     assert "7 of 63 runs" in found["front"]
     assert (found["when_none"], found["when_peft"]) == ([], ["default", "latency"])
@@ -138,12 +140,12 @@ def test_memory_is_what_the_memory_tab_says(monkeypatch):
 
     asked, memory = STORE.read({}), Memory()
     about = predict(evidence.automatic("llama-3.1-8b", "lora")[0])
-    assert f"LoRA about {words.size(about.needed)}" in shown()["advice"]
+    assert f"LoRA about {units.size(about.needed)}" in shown()["advice"]
     traced = [slow.arguments[0] for slow in TAB.slow(asked)]
     assert blocks(memory).store.read({}).spec.but(gpu=evidence.GPU) in traced  # the run that Memory traces
     reports = {spec: page_report(spec) for spec in traced}
     monkeypatch.setattr(worker, "known", lambda work, *given: reports.get(given[0]) if work is exact else None)
-    lora, qlora = (words.size(reports[spec].needed) for spec in evidence.automatic("llama-3.1-8b", "lora", "qlora"))
+    lora, qlora = (units.size(reports[spec].needed) for spec in evidence.automatic("llama-3.1-8b", "lora", "qlora"))
     found = shown()
     assert f"LoRA {lora}, QLoRA {qlora}." in found["advice"]
     assert f"{qlora} against {lora} predicted" in found["checked"]

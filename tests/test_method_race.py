@@ -12,10 +12,11 @@ pytest.importorskip("gradio")
 
 from demos import method_race
 from demos.method_race import NONE, Race, racers, suited
-from demos.store import blocks
-from peftlab import RunSpec, SpecError, jobs
-from peftlab.lessons import LESSONS
+from demos.page.store import blocks
+from peftlab import RunSpec, SpecError
+from peftlab.lectures.lessons import LESSONS
 from peftlab.race import COLUMNS, ranked
+from peftlab.room import jobs
 from peftlab.show import races
 from peftlab.show.marks import TERMS
 from peftlab.show.races import board

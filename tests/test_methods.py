@@ -6,14 +6,15 @@ import re
 import pytest
 from tiny import attached, fresh, ids_on, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, adapters, count, weights
+from peftlab import RunSpec, SpecError, adapters, count
+from peftlab.base import weights
+from peftlab.base.models import MODELS
 from peftlab.catalog.methods import ABOUT, FAMILIES
-from peftlab.catalog.models import MODELS
 from peftlab.catalog.papers import PAPERS
 from peftlab.methods import METHODS, SIZES, lora
 from peftlab.resolve import METHOD_SETTINGS, resolve
+from peftlab.run import gears
 from peftlab.spec import SETTINGS
-from peftlab.train import gears
 
 DESIGN = [
     "full", "head", "last-block", "bitfit", "ln", "lora", "qlora", "rslora", "dora", "lora-plus", "pissa", "adalora", "vera",

@@ -9,9 +9,9 @@ from tiny import CONFIGS, fresh, run_of, small
 
 from peftlab import seam
 from peftlab.methods import METHODS
-from peftlab.train import packing
-from peftlab.train.batches import IGNORED, Batches, Pair
-from peftlab.train.packing import pack, why_not
+from peftlab.run import packing
+from peftlab.run.batches import IGNORED, Batches, Pair
+from peftlab.run.packing import pack, why_not
 
 WORDS = 500
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a run packs its rows on a CPU only")

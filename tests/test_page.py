@@ -7,7 +7,7 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 import app
-from demos import page
+from demos.page import address
 from peftlab import RunSpec, SpecError
 from peftlab.memory import CONVENTIONS
 
@@ -17,7 +17,7 @@ STORE = app.demo.store
 def test_links_round_trip():
     draw = random.Random(0)
     for _ in range(50):
-        spec = page.OPENING.but(
+        spec = address.OPENING.but(
             model=draw.choice(["gpt2", "llama-2-7b", "100B"]),
             rank=draw.randint(1, 300),
             alpha=draw.choice([None, 0.5, 16.0]),
@@ -25,14 +25,14 @@ def test_links_round_trip():
             layers=draw.choice([None, "first:4", "0-3,7"]),
         )
         choices = {"convention": draw.choice([*CONVENTIONS, "exact"]), "sort": draw.choice(["score", "forgetting"])}
-        asked = STORE.read(page.link(spec, **choices))
+        asked = STORE.read(address.link(spec, **choices))
         assert asked.spec == spec and choices.items() <= asked.choices.items()
         assert STORE.read(STORE.link(asked)).choices == asked.choices
 
 
 def test_the_opening_needs_no_query():
     asked = STORE.read({})
-    assert asked.spec == page.OPENING and STORE.link(asked) == {}
+    assert asked.spec == address.OPENING and STORE.link(asked) == {}
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,15 @@ def test_a_question_that_is_none_is_answered_without_a_traceback(question):
 @pytest.mark.parametrize("model", ["/etc/passwd", "../shared", "assets/tasks", "app.py", "~/.bashrc"])
 def test_no_visitor_names_a_file(model):
     with pytest.raises(SpecError, match="no such model"):
-        page.public({"model": model})
+        address.public({"model": model})
 
 
 @pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "1.5b", "gpt2", "13 B"])
 def test_hub_ids_and_counts_pass(model):
-    assert page.public({"model": model}) == RunSpec(model=model)
+    assert address.public({"model": model}) == RunSpec(model=model)
 
 
 def test_a_name_that_is_like_none_is_refused_in_one_line():
     with pytest.raises(SpecError) as refused:
-        page.public({"model": "xxxxxxxxxxxx"})
+        address.public({"model": "xxxxxxxxxxxx"})
     assert len(str(refused.value)) < 300

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from peftlab import RunSpec, SpecError, predict
 from peftlab.__main__ import main
+from peftlab.base.models import MODELS
 from peftlab.catalog.gpus import GPUS
-from peftlab.catalog.models import MODELS
 from peftlab.memory import CONVENTIONS
 from peftlab.memory.report import KINDS
 from peftlab.methods import METHODS

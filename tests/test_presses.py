@@ -8,14 +8,16 @@ pytest.importorskip("gradio")
 
 from demos import live_finetune, side_by_side
 from demos.live_finetune import Live
+from demos.page.store import blocks
 from demos.side_by_side import Compare
-from demos.store import blocks
-from peftlab import PeftlabError, SpecError, adapters, jobs, scores
-from peftlab.bench import recorded_runs
-from peftlab.catalog.models import DEFAULT
+from peftlab import PeftlabError, SpecError, adapters
+from peftlab.base.models import DEFAULT
 from peftlab.compare import ComparisonReport, Exchange, Reply, score_of
+from peftlab.measured import runs as recorded_runs
+from peftlab.race import scores
+from peftlab.room import jobs
+from peftlab.run import STOP
 from peftlab.show import comparisons, runs
-from peftlab.train import STOP
 
 START = {
     "type": "start", "spec": {"steps": 2}, "metric": "exact_match", "model": "Tiny", "heldout": 40, "gear": "eager", "why_eager": "x",

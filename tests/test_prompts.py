@@ -3,8 +3,10 @@
 import pytest
 from tiny import CONFIGS, ids_on, make_model, run_of, said, small, steps
 
-from peftlab import adapters, generate, weights
-from peftlab.generate import Decoding, nats_per_token
+from peftlab import adapters
+from peftlab.base import weights
+from peftlab.run import generate
+from peftlab.run.generate import Decoding, nats_per_token
 
 METHODS = ["prompt", "p-tuning", "prefix"]
 FAMILIES = ["llama-tied", "gemma3", "gpt2", "opt"]

@@ -6,8 +6,11 @@ from importlib.metadata import version
 import pytest
 from tiny import digest, drain, ids_on, make_tokenizer, said
 
-from peftlab import RunSpec, SpecError, adapters, architecture, methods, proofs, resolve, tasks, weights
-from peftlab.generate import Decoding
+from peftlab import RunSpec, SpecError, adapters, methods, resolve
+from peftlab.base import architecture, weights
+from peftlab.compare import proofs
+from peftlab.data import tasks
+from peftlab.run.generate import Decoding
 
 PROMPT = "what colour is the sky"
 MERGEABLE = sorted(key for key, method in methods.METHODS.items() if method.merge)

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from peftlab import RunSpec, SpecError, count, figures, published
-from peftlab import published_figures as draw
+from peftlab import RunSpec, SpecError, count
+from peftlab.lectures import published
+from peftlab.lectures.published import METRICS
 from peftlab.methods import METHODS
-from peftlab.published import METRICS
+from peftlab.show import figures
+from peftlab.show import published_figures as draw
 
 PAIRS = [(x, y) for x in METRICS for y in METRICS if x != y]
 

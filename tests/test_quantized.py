@@ -6,9 +6,10 @@ import math
 import pytest
 from tiny import digest, ids_on, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, adapters, compare, weights
+from peftlab import RunSpec, SpecError, adapters, compare
+from peftlab.base import weights
 from peftlab.methods import METHODS
-from peftlab.train import train
+from peftlab.run import train
 
 pytestmark = pytest.mark.usefixtures("toy_task")
 KINDS = ["nf4", "int8"]
@@ -174,7 +175,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
 def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
     import torch
 
-    from peftlab.train.engine import _attached, _quickened
+    from peftlab.run.engine import _attached, _quickened
 
     spec = small(tied_model, "qlora", quantization="nf4")
     base = weights.load(spec)

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peftlab import RunSpec, SpecError, resolve
 from peftlab.count import count
 from peftlab.race import COLUMNS, Line, Racer, along, bootstrap, column, race, ranked, to_csv
-from peftlab.train import STOP
+from peftlab.run import STOP
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peftlab import words
-from peftlab.bench import recorded_runs
+from peftlab import units
 from peftlab.bench.chart import chart, table
 from peftlab.bench.training import YARDSTICK
-from peftlab.lessons import LESSONS
+from peftlab.data.tasks import TASKS
+from peftlab.lectures.lessons import LESSONS
+from peftlab.measured import runs as recorded_runs
 from peftlab.methods import METHODS
-from peftlab.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,10 +53,10 @@ def test_measured_numbers_are_those_of_the_recordings(run):
     done = run["events"][-1]
     row = next(line for line in README.splitlines() if run["file"] in line)
     for value in (
-        words.score(next(iter(done["eval"]["before"].values()))),
-        words.score(next(iter(done["eval"]["after"].values()))),
-        words.seconds(done["seconds"]),
-        words.seconds(done["training_seconds"]),
+        units.score(next(iter(done["eval"]["before"].values()))),
+        units.score(next(iter(done["eval"]["after"].values()))),
+        units.seconds(done["seconds"]),
+        units.seconds(done["training_seconds"]),
     ):
         assert value in row, (value, row)
 
@@ -65,7 +65,7 @@ def test_measured_numbers_are_those_of_the_recordings(run):
 def test_the_reason_for_amp_is_measured(precision):
     done = json.loads((ROOT / f"assets/measured/precision-full-{precision}-h100.json").read_text())["events"][-1]
     source = (ROOT / "peftlab/resolve.py").read_text(encoding="utf-8")
-    assert f"{words.score(done['eval']['after']['exact_match'])} in {precision}" in source
+    assert f"{units.score(done['eval']['after']['exact_match'])} in {precision}" in source
 
 
 def test_how_exact_the_memory_is_comes_from_the_recording():
@@ -98,7 +98,7 @@ def test_the_speeds_on_a_cpu_are_those_of_the_recordings(task):
     runs = {row["name"]: row["runs"] for row in document["rows"]}
     ours, theirs = runs["peftlab"], runs[YARDSTICK]
     ratio = mean(ours, "tokens_per_second") / mean(theirs, "tokens_per_second")
-    scores = " | ".join(words.score(mean(of, "score")) for of in (ours, theirs))
+    scores = " | ".join(units.score(mean(of, "score")) for of in (ours, theirs))
     assert f"| `speed-{task}-cpu.json` | {ratio:.2f}× | {scores} |" in README
     assert ratio >= 1.2
 

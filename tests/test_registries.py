@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 from tiny import LLAMA, ROOT, TOY
 
-from peftlab import RunSpec, architecture, predict, resolve, tasks
+from peftlab import RunSpec, predict, resolve
 from peftlab.__main__ import main
-from peftlab.catalog import gpus, models
+from peftlab.base import architecture, models
+from peftlab.base.models import BaseModel
+from peftlab.catalog import gpus
 from peftlab.catalog.gpus import GPU
-from peftlab.catalog.models import BaseModel
+from peftlab.data import tasks
 from peftlab.memory import fits
 
 CHIP = GPU("toy-gpu", "Toy GPU", 1.0, 10**9, 100.0, None, "Toy", 2026, "here")
@@ -53,7 +55,7 @@ def test_a_task_is_the_runs_own(entries):
 
 def choices(tab):
     """Every choice of every component that a tab builds, as the browser gets them."""
-    store = pytest.importorskip("demos.store")
+    store = pytest.importorskip("demos.page.store")
     found = set()
     for component in store.blocks(tab).get_config_file()["components"]:
         for choice in component.get("props", {}).get("choices") or []:
@@ -129,7 +131,7 @@ from demos.live_finetune import Live
 from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.method_race import Race
-from demos.store import blocks
+from demos.page.store import blocks
 from peftlab import RunSpec, predict
 print(predict(RunSpec(model="llama-2-7b", method="boft")).gradients)
 for tab in (Live(), Memory(), Methods(), Race()):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import ROOT
 
-from peftlab import figures
+from peftlab.show import figures
 
 OURS = [f for folder in ("peftlab", "demos") for f in (ROOT / folder).rglob("*.py")] + [ROOT / "app.py"]
 LOOK = {

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from peftlab import SpecError, scratch
+from peftlab import SpecError
+from peftlab.lectures import scratch
 
 SIZES = [(64, 32, 4, 8), (32, 64, 8, 8), (48, 48, 1, 16), (160, 64, 64, 2.5), (1, 1, 1, 1)]
 

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from peftlab import PeftlabError, RunSpec, architecture, count, lowrank, published, resolve, weights
-from peftlab.catalog.guide import CASES
-from peftlab.catalog.models import DEFAULT
-from peftlab.lessons import LESSONS
-from peftlab.proofs import Agreement, Flip, LatencyReport, MergeReport, Speed
+from peftlab import PeftlabError, RunSpec, count, resolve
+from peftlab.base import architecture, weights
+from peftlab.base.models import DEFAULT
+from peftlab.compare import lowrank
+from peftlab.compare.proofs import Agreement, Flip, LatencyReport, MergeReport, Speed
+from peftlab.lectures import published
+from peftlab.lectures.guide import CASES
+from peftlab.lectures.lessons import LESSONS
 from peftlab.show import guide, lora, races, studies, weight_pictures
 from peftlab.show.proofs import merged_said, timed
 from peftlab.show.races import board, findings, so_far, status

@@ -10,10 +10,10 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 import app
-from demos import page
 from demos.memory_calculator import LESSONS, Memory, exact, own_config
-from peftlab import worker
+from demos.page import address
 from peftlab.memory import closed_form
+from peftlab.room import worker
 
 STORE = app.demo.store
 TABS = list(STORE.tabs)
@@ -43,8 +43,8 @@ def test_equal_questions_have_equal_answers(tab):
 def test_controls_and_panels_have_names_of_their_own(tab):
     of = STORE.tabs[tab]
     assert not set(of.controls) & set(of.panels)
-    assert set(of.fill(page.opening(STORE))) <= {*of.controls, *of.panels}
-    assert set(of.draw(page.opening(STORE))) <= set(of.panels)
+    assert set(of.fill(address.opening(STORE))) <= {*of.controls, *of.panels}
+    assert set(of.draw(address.opening(STORE))) <= set(of.panels)
 
 
 def test_no_choice_has_the_name_of_a_setting():
@@ -107,12 +107,12 @@ def _slow(state):
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_every_lesson_of_memory_is_what_its_button_writes(lesson):
     spec, rule = LESSONS[lesson]
-    asked = STORE.read(page.link(spec, convention=rule))
+    asked = STORE.read(address.link(spec, convention=rule))
     assert (asked.spec, asked["convention"]) == (spec.but(method=spec.method or "lora"), rule)
 
 
 def test_a_tab_runs_alone():
-    from demos.store import blocks
+    from demos.page.store import blocks
 
     alone = blocks(Memory()).store
     assert alone.answer({"number": 1, "tab": "memory", "state": {}})["show"]

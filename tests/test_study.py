@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import digest, drain, rand
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters, architecture, lowrank, methods, resolve, study, weights
+from peftlab import AdapterError, RunSpec, SpecError, adapters, methods, resolve
+from peftlab.base import architecture, weights
+from peftlab.compare import lowrank, study
 from peftlab.methods import METHODS
 
 # updates

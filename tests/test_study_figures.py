@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny import rand
 
-from peftlab import figures, lowrank
-from peftlab import study_figures as draw
-from peftlab.lowrank import Spectrum
-from peftlab.study import MatrixStudy, Study
+from peftlab.compare import lowrank
+from peftlab.compare.lowrank import Spectrum
+from peftlab.compare.study import MatrixStudy, Study
+from peftlab.show import figures
+from peftlab.show import study_figures as draw
 
 W, DELTA = Spectrum(tuple(float(40 - i) for i in range(40))), Spectrum((3.0, 1.0))
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from peftlab import SpecError, tasks
-from peftlab.tasks import METRICS, SCORES, TASKS, Row
+from peftlab import SpecError
+from peftlab.data import tasks
+from peftlab.data.tasks import METRICS, SCORES, TASKS, Row
 
 BUNDLED = pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.key)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from tiny import small
 
-from peftlab import RunSpec, SpecError, configs, resolve
+from peftlab import RunSpec, SpecError, resolve
 from peftlab.__main__ import main
-from peftlab.catalog.models import MODELS
+from peftlab.base import configs
+from peftlab.base.models import MODELS
 from peftlab.memory import exact, predict
 from peftlab.memory import trace as tracing
 from peftlab.memory.report import KINDS
@@ -285,9 +286,10 @@ def test_the_peak_of_our_own_engine_is_that_of_its_recordings():
 
 @pytest.mark.real
 def test_the_prediction_of_a_recording_is_still_made():
-    from peftlab import tasks, weights
+    from peftlab.base import weights
+    from peftlab.data import tasks
     from peftlab.memory.states import workspace
-    from peftlab.train.batches import Batches, encode
+    from peftlab.run.batches import Batches, encode
 
     document = json.loads((Path(__file__).parent.parent / "assets/measured/speed-h100.json").read_text())
     spec = RunSpec.from_dict(document["spec"])

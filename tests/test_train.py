@@ -10,11 +10,13 @@ from dataclasses import replace
 import pytest
 from tiny import drain, logits, run_of, small, steps
 
-from peftlab import RunError, RunSpec, SpecError, adapters, hardware, resolve, tasks, weights
-from peftlab.generate import Decoding, answer, decode, nats_per_token
+from peftlab import RunError, RunSpec, SpecError, adapters, hardware, resolve
+from peftlab.base import weights
+from peftlab.data import tasks
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.train import STOP, engine, gears, train
+from peftlab.run import STOP, engine, gears, train
+from peftlab.run.generate import Decoding, answer, decode, nats_per_token
 
 DONE = {"type", "adapter", "steps", "stopped", "seconds", "training_seconds", "tokens_per_second", "train_loss", "eval", "forgetting",
         "predicted_peak_bytes", "measured_peak_bytes", "device"}  # fmt: skip

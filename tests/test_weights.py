@@ -15,9 +15,9 @@ import pytest
 import transformers
 from tiny import TIED
 
-from peftlab import RunSpec, SpecError, WeightsError, resolve, weights
-from peftlab.catalog import models
-from peftlab.catalog.models import BaseModel, Wheel
+from peftlab import RunSpec, SpecError, WeightsError, resolve
+from peftlab.base import models, weights
+from peftlab.base.models import BaseModel, Wheel
 
 PARTS = (b"first part, ", b"second part")
 

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from peftlab import RunSpec, count, predict, words
+from peftlab import RunSpec, count, predict, units
 from peftlab.catalog.gpus import GPUS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
+from peftlab.show import sentences
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
      (10e12, "10 TB"), (None, "not known"), (1_474_560, "1.47 MB")],
 )  # fmt: skip
 def test_sizes(n, text):
-    assert words.size(n) == text
+    assert units.size(n) == text
 
 
 @pytest.mark.parametrize(
@@ -30,12 +31,12 @@ def test_sizes(n, text):
     ],
 )
 def test_three_significant_digits(value, text):
-    assert words.significant(value) == text
+    assert units.significant(value) == text
 
 
 @pytest.mark.parametrize("value, text", [(0.44, "0.4 s"), (41.2, "41 s"), (150, "2 min 30 s")])
 def test_seconds(value, text):
-    assert words.seconds(value) == text
+    assert units.seconds(value) == text
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_seconds(value, text):
 )
 def test_layers_are_named_by_their_numbers(layers, said):
     spec = RunSpec(model="llama-2-7b", target_modules="q_proj,v_proj", layers=layers)
-    assert words.where(spec) == "q and v" + said
+    assert sentences.where(spec) == "q and v" + said
 
 
 def plain(sentence):
@@ -55,32 +56,32 @@ def memory(convention="exact", source="trace", **settings):
     spec = RunSpec(**{"model": "llama-3.1-8b", "gpu": "h100-80gb"} | settings)
     both = predict(spec.but(method="full", quantization=None), convention), predict(spec, convention)
     full, chosen = (replace(report, source=source) for report in both)
-    return full, chosen, plain(words.memory_sentence(full, chosen))
+    return full, chosen, plain(sentences.memory_sentence(full, chosen))
 
 
 @pytest.mark.parametrize("convention, verb", [("exact", "it fits"), ("12n", "these alone fit")])
 def test_the_memory_sentence_is_true(convention, verb):
     full, chosen, said = memory(convention, rank=16)
-    assert f"Full fine-tuning of Llama 3.1 8B needs {words.size(full.needed)}." in said
-    ratio = words.significant(full.needed / chosen.needed)
-    assert f"LoRA, rank 16 needs {words.size(chosen.needed)}: {ratio}× less, and {verb} one " in said
-    gpu = next(g for g in GPUS.values() if said.endswith(f"{verb} one {words.gpu_name(g)}."))
+    assert f"Full fine-tuning of Llama 3.1 8B needs {units.size(full.needed)}." in said
+    ratio = units.significant(full.needed / chosen.needed)
+    assert f"LoRA, rank 16 needs {units.size(chosen.needed)}: {ratio}× less, and {verb} one " in said
+    gpu = next(g for g in GPUS.values() if said.endswith(f"{verb} one {sentences.gpu_name(g)}."))
     assert gpu.memory_bytes >= chosen.needed
     assert not any(chosen.needed <= g.memory_bytes < gpu.memory_bytes for g in GPUS.values())
 
 
 def test_an_estimate_is_marked_as_one_and_names_no_gpu():
     full, chosen, said = memory(source="closed-form", rank=16)
-    ratio = words.significant(full.needed / chosen.needed)
+    ratio = units.significant(full.needed / chosen.needed)
     assert said == (
-        f"Full fine-tuning of Llama 3.1 8B needs about {words.size(full.needed)}. LoRA, rank 16 needs about "
-        f"{words.size(chosen.needed)}: about {ratio}× less."
+        f"Full fine-tuning of Llama 3.1 8B needs about {units.size(full.needed)}. LoRA, rank 16 needs about "
+        f"{units.size(chosen.needed)}: about {ratio}× less."
     )
 
 
 def test_the_memory_sentence_counts_what_nvidia_smi_shows():
     full, _, said = memory()
-    assert full.needed == full.process and f"needs {words.size(full.process)}." in said
+    assert full.needed == full.process and f"needs {units.size(full.process)}." in said
     assert full.process > full.reserved > full.allocated > full.states
 
 
@@ -90,7 +91,7 @@ def test_the_memory_sentence_of_full_fine_tuning_alone():
     n = -(-full.needed // largest.memory_bytes)
     assert said.startswith("Full fine-tuning of Llama 3.1 8B needs") and "less" not in said
     assert said.endswith(
-        f"It fits one {words.gpu_name(largest)}." if n == 1 else f"It takes {n} × {words.gpu_name(largest)}."
+        f"It fits one {sentences.gpu_name(largest)}." if n == 1 else f"It takes {n} × {sentences.gpu_name(largest)}."
     )
 
 
@@ -99,7 +100,7 @@ def test_the_memory_sentence_says_how_many_gpus(convention, verb):
     _, chosen, said = memory(convention, model="gpt3-175b")
     largest = list(GPUS.values())[-1]
     n = -(-chosen.needed // largest.memory_bytes)
-    assert n > 1 and said.endswith(f"and {verb} {n} × {words.gpu_name(largest)}.")
+    assert n > 1 and said.endswith(f"and {verb} {n} × {sentences.gpu_name(largest)}.")
 
 
 def test_the_memory_sentence_says_when_peft_needs_more():
@@ -121,7 +122,7 @@ SURPRISES = {
 
 def surprises(**settings):
     full, chosen, _ = memory(**settings)
-    return full, chosen, [plain(text) for text in words.memory_surprises(full, chosen)]
+    return full, chosen, [plain(text) for text in sentences.memory_surprises(full, chosen)]
 
 
 @pytest.mark.parametrize("said", SURPRISES)
@@ -146,18 +147,18 @@ def test_lora_of_a_small_model_takes_more_than_full_fine_tuning():
     spared = -at_the_peak("frozen_weights", "trainable_weights", "gradients", "optimizer", "temporaries", "workspace")
     assert chosen.allocated > full.allocated and 0 < spared < more
     assert found[0].startswith("LoRA needs more")
-    assert words.size(spared) in found[0] and words.size(more) in found[0]
+    assert units.size(spared) in found[0] and units.size(more) in found[0]
 
 
 def test_surprises_give_the_reports_numbers():
     _, chosen, found = surprises(model="gemma-3-270m", **SMALL)
     logits, batch = chosen.peak.bytes["logits"], chosen.peak.bytes["logits"] + chosen.peak.bytes["activations"]
-    assert any(words.size(logits) in text and "2,048 tokens" in text for text in found)
-    assert any(words.percent(batch / chosen.allocated) in text for text in found)
+    assert any(units.size(logits) in text and "2,048 tokens" in text for text in found)
+    assert any(units.percent(batch / chosen.allocated) in text for text in found)
     full, chosen, found = surprises(model="qwen3-0.6b", **SMALL)
-    assert words.percent(1 - chosen.allocated / full.allocated) in found[0]
+    assert units.percent(1 - chosen.allocated / full.allocated) in found[0]
     _, chosen, found = surprises(**SURPRISES["of optimizer states are paged"])
-    assert words.size(chosen.outside) in found[-1]
+    assert units.size(chosen.outside) in found[-1]
 
 
 def test_nothing_is_a_surprise_where_a_convention_counts():
@@ -172,35 +173,35 @@ def test_nothing_is_a_surprise_where_a_convention_counts():
     [(1.61e10, "16.1 GFLOP"), (1e9, "1 GFLOP"), (9.5e8, "950 MFLOP"), (2.5e12, "2.5 TFLOP"), (6.02e17, "602 PFLOP"), (0, "0 MFLOP")],
 )  # fmt: skip
 def test_operations(n, text):
-    assert words.operations(n) == text
+    assert units.operations(n) == text
 
 
 def test_the_lora_sentence_is_true():
     report = count(RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"))
-    said = plain(words.lora_sentence(report))
+    said = plain(sentences.lora_sentence(report))
     assert said.startswith("Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%.")
 
 
 def test_the_live_sentence_follows_the_run(toy_spec, tmp_path):
-    from peftlab.train import train
+    from peftlab.run import train
 
     seen = [{"type": "queued", "ahead": 0}]
-    said = [plain(words.live_sentence(seen))]
+    said = [plain(sentences.live_sentence(seen))]
     for event in train(toy_spec, tmp_path):
         seen.append(event)
-        said.append(plain(words.live_sentence(seen)))
+        said.append(plain(sentences.live_sentence(seen)))
     assert said[:2] == ["Starting the run.", "Loading tiny-llama."]
     assert said[2] == "tiny-llama answers 3 held-out items before it has learned anything."
     before, after = seen[-1]["eval"]["before"]["exact_match"], seen[-1]["eval"]["after"]["exact_match"]
     assert said[-1].startswith("tiny-llama has read 8 examples in")
-    assert said[-1].endswith(f"Exact records: {words.score(before)} → {words.score(after)} on items it has never seen.")
+    assert said[-1].endswith(f"Exact records: {units.score(before)} → {units.score(after)} on items it has never seen.")
 
 
 def test_the_live_sentence_of_a_run_that_ended():
     error = {"type": "error", "message": "<b>"}
-    assert words.live_sentence([error]) == "The run ended before it had learned anything."
-    assert words.live_sentence([{"type": "step"}, {"type": "step"}, error]) == "The run ended after 2 steps."
-    assert words.live_sentence([{"type": "queued", "ahead": 1}]) == "Waiting: 1 run ahead of yours."
+    assert sentences.live_sentence([error]) == "The run ended before it had learned anything."
+    assert sentences.live_sentence([{"type": "step"}, {"type": "step"}, error]) == "The run ended after 2 steps."
+    assert sentences.live_sentence([{"type": "queued", "ahead": 1}]) == "Waiting: 1 run ahead of yours."
 
 
 def report(pairs, forgetting):
@@ -215,9 +216,9 @@ def report(pairs, forgetting):
      (-0.1, "no worse than before"), (None, "loses 1.")],
 )  # fmt: skip
 def test_the_comparison_sentence_is_true(forgetting, said):
-    text = plain(words.compare_sentence(report([(0, 1), (0, 1), (1, 0), (1, 1)], forgetting)))
+    text = plain(sentences.compare_sentence(report([(0, 1), (0, 1), (1, 0), (1, 1)], forgetting)))
     assert text.startswith("The adapter wins 2 of 4, loses 1") and said in text
 
 
 def test_names_are_escaped():
-    assert words.bold("<script>") == "<b>&lt;script&gt;</b>"
+    assert sentences.bold("<script>") == "<b>&lt;script&gt;</b>"

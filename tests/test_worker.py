@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from peftlab import worker
 from peftlab.errors import PeftlabError
+from peftlab.room import worker
 
 
 @pytest.fixture(autouse=True)

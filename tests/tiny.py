@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftlab import RunSpec, resolve
-from peftlab.tasks import Row, Task
+from peftlab.data.tasks import Row, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,7 +138,8 @@ def fresh(name: str):
 
 def attached(name: str, spec: RunSpec):
     """The model of CONFIGS[name] with the spec's method on it, as the engine attaches it."""
-    from peftlab import architecture, methods, weights
+    from peftlab import methods
+    from peftlab.base import architecture, weights
 
     spec = resolve(spec)
     targets = methods.targets(architecture.of(spec.model), spec)
@@ -148,9 +149,10 @@ def attached(name: str, spec: RunSpec):
 
 def run_of(spec: RunSpec, out: Path, eager: bool = False):
     """A run of a resolved spec, as `train` starts it, but for the evaluations; `eager`, it takes no CUDA graph."""
-    from peftlab import tasks, weights
-    from peftlab.train import engine
-    from peftlab.train.batches import encode
+    from peftlab.base import weights
+    from peftlab.data import tasks
+    from peftlab.run import engine
+    from peftlab.run.batches import encode
 
     base, task = weights.load(spec), tasks.find(spec.task)
     return engine._Run(spec, task, base, out, encode(base.tokenizer, task, task.train), eager)
@@ -199,7 +201,7 @@ def small(model, method: str, **rest) -> RunSpec:
 
 def said(model, prompts, decoding, eos=-1):
     """The tokens that `model` answers each prompt with."""
-    from peftlab.generate import decode
+    from peftlab.run.generate import decode
 
     rows = [[] for _ in prompts]
     for column in decode(model, prompts, eos if eos >= 0 else 0, decoding):

@@ -4,11 +4,10 @@ from .calculators import record_calculators
 from .generation import record_generation
 from .memory import record_memory
 from .page import record_page
-from .record import MEASURED, record_train, recorded_runs
+from .record import record_train
 from .training import record_gears, record_speed
 
 __all__ = [
-    "MEASURED",
     "record_calculators",
     "record_gears",
     "record_generation",
@@ -16,5 +15,4 @@ __all__ = [
     "record_page",
     "record_speed",
     "record_train",
-    "recorded_runs",
 ]

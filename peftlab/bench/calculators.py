@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from .. import architecture as architectures
-from .. import configs, methods
-from ..catalog import models
+from .. import methods
+from ..base import architecture as architectures
+from ..base import configs, models
 from ..count import count
+from ..measured import documents, provenance
 from ..memory import predict
 from ..memory.states import workspace
 from ..spec import RunSpec
-from .memory import recorded_memory
-from .record import provenance
 
 Row = Mapping[str, Any]
 """One of `rows` in a document of `bench memory`: its spec, measured and predicted bytes."""
@@ -255,7 +254,7 @@ CALCULATORS = (
 
 def record_calculators(out: Path) -> dict[str, Any]:
     """Compares on the rows recorded under assets/measured/, and writes the errors, without every answer, to `out`."""
-    found = [compare(document) for document in recorded_memory()]
+    found = [compare(document) for document in documents("memory")]
     document = provenance() | {
         "kind": "calculators",
         "comparisons": [{k: c[k] for k in ("source", "table", "left_out")} for c in found],

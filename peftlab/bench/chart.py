@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from .. import methods
-from ..catalog import models
+from ..base import models
 
 WIDTH, LEFT, RIGHT, TOP, LINE, BAR = 760, 190, 130, 52, 30, 18
 """Pixels: of the chart, of the names, of the numbers, of the title, from bar to bar, and of a bar."""

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import tasks, weights
-from ..generate import Decoding, decode
+from ..base import weights
+from ..data import tasks
+from ..measured import provenance
 from ..resolve import resolve_here
+from ..run import engine
+from ..run.generate import Decoding, decode
 from ..spec import RunSpec
-from ..train import engine
-from .record import provenance
 
 STREAMS = (1, 4)
 TOKENS = 128

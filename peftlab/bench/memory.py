@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import hardware
-from ..catalog import models
-from ..compute import utilisation
+from ..base import models
 from ..errors import PeftlabError, RunError, SpecError
+from ..measured import provenance
 from ..memory import exact
 from ..resolve import resolve
 from ..spec import RunSpec
-from .record import MEASURED, provenance
 
 STEPS = 3
 """The first makes the optimizer's states; the last is measured."""
@@ -67,8 +66,9 @@ def measure(spec: RunSpec) -> dict[str, Any]:
     """Bytes at the peak of a steady step on this machine's GPU, and its seconds. Weights are random: memory does not mind."""
     import torch
 
-    from .. import architecture as architectures
-    from .. import configs, methods
+    from .. import methods
+    from ..base import architecture as architectures
+    from ..base import configs
     from ..memory import step
 
     entry, shape = models.find(spec.model or ""), architectures.of(spec.model or "")
@@ -232,41 +232,3 @@ def _said(row: dict[str, Any]) -> str:
         return f"{name}: {row['error']}"
     errors = (row["predicted"][k] / row["measured"][k] - 1 for k in ("peak_allocated_bytes", "peak_reserved_bytes"))
     return f"{name}: allocated {{:+.2%}}, reserved {{:+.2%}}".format(*errors)
-
-
-def recorded_memory() -> list[dict[str, Any]]:
-    """The documents under assets/measured/, one for each GPU."""
-    return [json.loads(file.read_text()) for file in sorted(MEASURED.glob("memory-*.json"))]
-
-
-def summary(document: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured bytes allocated, row by row, with their `mean` absolute and `worst` error as shares."""
-    rows = []
-    for row in (r for r in document["rows"] if "error" not in r):
-        spec, there, here = row["spec"], row["measured"], row["predicted"]
-        usual = resolve(RunSpec(model=spec["model"], method=spec["method"], gpu=spec["gpu"])).to_dict()
-        own = [f"{spec['batch_size']} × {spec['sequence_length']}", spec["precision"]]
-        own += [
-            name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}"
-            for name, value in spec.items()
-            if name not in ("model", "method", "batch_size", "sequence_length", "precision", "alpha")
-            and usual.get(name) != value
-        ]
-        rows.append(
-            {
-                "spec": spec,
-                "settings": ", ".join(own),
-                "predicted": here["peak_allocated_bytes"],
-                "measured": there["peak_allocated_bytes"],
-                "error": here["peak_allocated_bytes"] / there["peak_allocated_bytes"] - 1,
-                "reserved_error": here["peak_reserved_bytes"] / there["peak_reserved_bytes"] - 1,
-            }
-        )
-    errors = [row["error"] for row in rows]
-    return {"rows": rows, "mean": sum(map(abs, errors)) / len(errors), "worst": max(errors, key=abs)}
-
-
-def measured_utilisation() -> float:
-    """Share of its bf16 peak that a GPU of the recordings reached with the largest model that had it to itself."""
-    found = [u for document in recorded_memory() for u in utilisation(document["rows"])]
-    return max(found, key=lambda u: models.find(u.spec.model or "").total_parameters or 0).share

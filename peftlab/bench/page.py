@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PeftlabError
+from ..measured import provenance
 from ..places import ROOT
-from .record import provenance
 
 
 def record_page(out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Processor time of every tab's answers to random settings (ms) and the page's configuration (bytes); to `out`."""
-    done = subprocess.run([sys.executable, str(ROOT / "demos" / "measure.py")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "demos" / "page" / "measure.py")], capture_output=True, text=True)
     if done.returncode:
         raise PeftlabError(f"the page could not be measured: {done.stderr.strip().splitlines()[-1]}")
     document = provenance() | {"kind": "page", **json.loads(done.stdout.splitlines()[-1])}

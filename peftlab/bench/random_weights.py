@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import configs, hardware, seam, tasks, weights
-from ..catalog import models
+from .. import hardware, seam
+from ..base import configs, models, weights
+from ..data import tasks
 from ..errors import SpecError
-from ..generate import PUBLIC_DOMAIN
+from ..run.generate import PUBLIC_DOMAIN
 from ..spec import RunSpec
 
 ROWS = 16

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import adapters, hardware, tasks
+from .. import adapters
 from ..compare import on_task
+from ..data import tasks
 from ..errors import RunError
-from ..places import ASSETS
+from ..measured import provenance
 from ..resolve import resolve_here
+from ..run import train, warm_up
 from ..spec import RunSpec
-from ..train import train, warm_up
 
-MEASURED = ASSETS / "measured"
 KEPT_EVENTS = ("start", "step", "eval", "done")
-
-
-def provenance() -> dict[str, Any]:
-    machine = hardware.here()
-    return {
-        "command": "python -m peftlab " + shlex.join(sys.argv[1:]),
-        "hardware": machine.name,
-        "device": machine.device,
-        "versions": hardware.versions(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def record_train(
@@ -71,9 +57,3 @@ def record_train(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
     return document
-
-
-def recorded_runs() -> list[dict[str, Any]]:
-    """Every recorded training run, the fastest first, each with the name of its `file`."""
-    runs = [json.loads(f.read_text()) | {"file": f.name} for f in MEASURED.glob("train-*.json")]
-    return sorted(runs, key=lambda run: run["events"][-1]["seconds"])

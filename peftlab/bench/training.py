@@ -14,20 +14,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import tasks, weights
-from ..compute import compute, peak
+from ..base import weights
+from ..data import tasks
 from ..errors import PeftlabError
-from ..generate import answer, mean_score
+from ..measured import provenance
+from ..memory.compute import compute, peak
 from ..methods import METHODS
 from ..resolve import resolve_here
+from ..run import engine, pace, train, warm_up
+from ..run.batches import IGNORED, Batches, encode
+from ..run.gears import CLIP
+from ..run.generate import answer, mean_score
 from ..seeded import seeded
 from ..spec import RunSpec
-from ..train import engine, pace, train, warm_up
-from ..train.batches import IGNORED, Batches, encode
-from ..train.gears import CLIP
 from .chart import chart
 from .random_weights import random_weights
-from .record import provenance
 
 GEAR_STEPS = 16
 """Steps that show a method's gear: half of them to capture."""

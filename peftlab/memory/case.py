@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-from .. import architecture as architectures
 from .. import methods
-from ..architecture import Architecture, Module
-from ..catalog import models
+from ..base import architecture as architectures
+from ..base import models
+from ..base.architecture import Architecture, Module
 from ..count import BYTES
 from ..errors import SpecError
 from ..methods import SIZES, Keep, Method, Target, Term

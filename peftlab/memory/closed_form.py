@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import architecture as architectures
 from .. import methods, optimizers
-from ..architecture import Architecture
-from ..catalog import models
+from ..base import architecture as architectures
+from ..base import models
+from ..base.architecture import Architecture
 from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from ..catalog import models
+from ..base import models
 from ..catalog.gpus import GPU, GPUS
 from ..errors import SpecError
 from ..spec import SETTINGS, RunSpec

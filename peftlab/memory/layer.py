@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..architecture import Module
+from ..base.architecture import Module
 from ..methods import Keep
 from .case import Case
 from .lines import Line, Sum

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import architecture as architectures
-from ..architecture import Facts
-from ..catalog import models
+from ..base import architecture as architectures
+from ..base import models
+from ..base.architecture import Facts
 from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve

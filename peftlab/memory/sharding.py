@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .. import architecture as architectures
 from .. import methods
-from ..architecture import Architecture
-from ..catalog import models
+from ..base import architecture as architectures
+from ..base import models
+from ..base.architecture import Architecture
 from ..count import BYTES
 from ..errors import SpecError
 from ..resolve import resolve

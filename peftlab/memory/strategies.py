@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from .. import architecture as architectures
-from ..catalog import models
+from ..base import architecture as architectures
+from ..base import models
 from ..count import BYTES
 from ..spec import RunSpec
 from .conventions import NF4_BITS

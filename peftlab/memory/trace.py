@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .. import architecture as architectures
-from .. import configs, fused, methods, optimizers, seam
-from ..catalog import models
+from .. import fused, methods, optimizers, seam
+from ..base import architecture as architectures
+from ..base import configs, models
 from ..errors import PeftlabError, SpecError
 from ..seeded import seeded
 from ..spec import RunSpec, parse_layers

@@ -13,7 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from ..architecture import Architecture, Module
+from ..base.architecture import Architecture, Module
 from ..catalog.methods import ABOUT, About
 from ..errors import SpecError
 from ..spec import RunSpec, closest, parse_layers

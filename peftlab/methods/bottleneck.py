@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..architecture import Architecture
+from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
 from . import Drawing, Keep, Method, Target, Term, Unsuited, in_layers, once_a_layer, register
@@ -90,7 +90,7 @@ def attach_parallel(model: Any, targets: list[Target], spec: RunSpec) -> Any:
 
 def _reader(modules: Any, writer: str) -> Any:
     """The first module beside `writer`, by the names that gate and up have."""
-    from ..architecture import ROLES
+    from ..base.architecture import ROLES
 
     parent = writer.rpartition(".")[0]
     ends = [n.rpartition(".")[2] for role in ("gate", "up", "gate+up") for n in ROLES[role]]
@@ -121,7 +121,7 @@ def _dtype(spec: RunSpec) -> Any:
 
 
 def _each(model: Any, targets: Sequence[Target], spec: RunSpec, place: Any, rules: Any = None) -> None:
-    from ..layers import Bottleneck
+    from .layers import Bottleneck
 
     modules, device = dict(model.named_modules()), next(model.parameters()).device
     for t in targets:

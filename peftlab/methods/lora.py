@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..architecture import Architecture
+from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
 from . import Drawing, Keep, Method, Target, Term, linear_targets, register, through_peft

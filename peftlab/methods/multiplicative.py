@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architecture import Architecture
+from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
 from . import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import seam
-from ..architecture import Architecture
+from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import RunSpec
 from . import Drawing, Method, Target, Term, in_layers, once_a_layer, register, through_peft

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architecture import Architecture
+from ..base.architecture import Architecture
 from ..spec import RunSpec
 from . import METHODS, Drawing, Method, Target, Term, in_layers, register, through_peft
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from .. import words
+from .. import units
 from ..catalog.gpus import GPUS
-from ..figures import COMPONENTS
 from ..memory import ClosedForm, MemoryReport
+from . import sentences
+from .figures import COMPONENTS
 from .marks import explained, how
 
 OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
@@ -37,8 +38,8 @@ def bars_value(
         "ranked": any(r.spec.rank for r in reports),
         "model": escape(chosen.model_name),
         "runs": [_run(r, f, share) for r, f in zip(reports, forms, strict=True)],
-        "gpus": [[words.gpu_name(g), g.memory_bytes] for g in GPUS.values()],
-        "words": words.SENTENCES | words.it(chosen),
+        "gpus": [[sentences.gpu_name(g), g.memory_bytes] for g in GPUS.values()],
+        "words": sentences.SENTENCES | sentences.it(chosen),
         "kinds": [*COMPONENTS, *OVERHEAD],
         "closed": CLOSED if forms[-1] else _counted(chosen),
         "exact": _compared(reports, forms),
@@ -50,7 +51,7 @@ def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> 
     if report.source == "trace" and report.peak and report.reserved:
         exact = {**report.peak.bytes, "reserve": report.reserved - report.peak.total, "context": report.context}
     spec = report.spec
-    name = words.method_name(report)
+    name = sentences.method_name(report)
     if share is not None and spec.method != "full":
         name += f", {share:g}% trained"
     elif spec.rank:
@@ -89,7 +90,7 @@ def _compared(reports: tuple[MemoryReport, ...], forms: tuple[ClosedForm | None,
     estimate, needed, allocated = form.report().process or 0, chosen.process or 1, chosen.allocated or 1
     agrees = abs(estimate / needed - 1) < 5e-4
     said = explained(
-        f"a traced step: {words.size(allocated)} allocated at the peak, {words.size(needed)} with PyTorch's reserve and the "
-        f"CUDA context. The closed form had {'said the same' if agrees else f'estimated {words.size(estimate)}'}."
+        f"a traced step: {units.size(allocated)} allocated at the peak, {units.size(needed)} with PyTorch's reserve and the "
+        f"CUDA context. The closed form had {'said the same' if agrees else f'estimated {units.size(estimate)}'}."
     )
     return f"{mark} {said}"

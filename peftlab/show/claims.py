@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from .. import words
-from ..catalog.claims import CLAIMS
+from .. import units
+from ..lectures.claims import CLAIMS
 from .marks import heading, table, verdict
 
 
@@ -17,7 +17,7 @@ def claims_table(tab: str) -> str:
     for source, claims in groupby((c for c in CLAIMS if c.tab == tab), key=lambda c: c.source):
         rows.append(heading(source))
         for c in claims:
-            show = {"bytes": words.size, "percent": lambda n: words.percent(n / 100)}.get(c.unit, lambda n: f"{n:,.0f}")
+            show = {"bytes": units.size, "percent": lambda n: units.percent(n / 100)}.get(c.unit, lambda n: f"{n:,.0f}")
             begin = "" if c.least is None else f"{show(c.least)} to " if c.least else "under "
             found = f"{verdict(not c.differs)}<br><small>{escape(c.why)}</small>"
             rows.append((escape(c.says), begin + show(c.claimed), show(c.computed()), found))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from .. import figures, scores, words
 from ..adapters import Adapter
 from ..compare import ComparisonReport, Reply
-from ..tasks import METRICS, Task
+from ..data.tasks import METRICS, Task
+from ..race import scores
+from . import figures, sentences
 from .marks import explained, how, table, verdict
 
 
@@ -39,7 +40,7 @@ def whence(adapter: Adapter) -> str:
 def scored_value(report: ComparisonReport, task: Task) -> dict[str, Any]:
     """What the panels of a score show, by name."""
     return {
-        "sentence": explained(words.compare_sentence(report)),
+        "sentence": explained(sentences.compare_sentence(report)),
         "chart": figures.themed(figures.score_bars, report, METRICS[task.metric].name),
         "every": answers(report, task),
     }

@@ -8,12 +8,11 @@ from functools import lru_cache
 from html import escape
 from typing import Any
 
-from .. import figures, jobs, words
-from ..bench.memory import recorded_memory, summary
+from .. import units
+from ..base.models import MODELS
 from ..catalog.gpus import GPUS
-from ..catalog.models import MODELS
-from ..compute import compute
 from ..errors import SpecError
+from ..measured import documents
 from ..memory import (
     CONVENTIONS,
     ClosedForm,
@@ -28,7 +27,11 @@ from ..memory import (
     storage,
 )
 from ..memory.case import SYMBOLS
+from ..memory.compute import compute
+from ..memory.measured import summary
+from ..room import jobs
 from ..spec import RunSpec
+from . import figures, sentences
 from .marks import explained, how, libraries, table
 
 
@@ -37,7 +40,7 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
     reports = [full] if chosen.spec.method == "full" else [full, chosen]
     parts = [(r.peak.bytes if r.peak else vars(r)) for r in reports]
     rows = [
-        (f'<span class="key {colour}"></span>{explained(name)}', *(words.size(part.get(kind, 0)) for part in parts))
+        (f'<span class="key {colour}"></span>{explained(name)}', *(units.size(part.get(kind, 0)) for part in parts))
         for kind, colour, name in figures.COMPONENTS
         if any(part.get(kind) for part in parts)
     ]
@@ -46,9 +49,9 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
         if full.peak
         else {"states": "sum"}
     )
-    rows += [(name, *(f"<b>{words.size(getattr(r, key))}</b>" for r in reports)) for key, name in sums.items()]
+    rows += [(name, *(f"<b>{units.size(getattr(r, key))}</b>" for r in reports)) for key, name in sums.items()]
     rows.append(("trained parameters", *(f"{r.trainable_parameters:,}" for r in reports)))
-    heads = ("", *(escape(words.method_name(r)) for r in reports))
+    heads = ("", *(escape(sentences.method_name(r)) for r in reports))
     return table(heads, rows) + (derivation(form) if form else "")
 
 
@@ -59,7 +62,7 @@ def derivation(form: ClosedForm) -> str:
         note = f"<br><small>{escape(line.note)}</small>" if line.note else ""
         name = f'<span class="key {line.kind}"></span>{escape(line.name)}{note}'
         formula = f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>"
-        rows.append((name, formula, words.size(form.value(line.size))))
+        rows.append((name, formula, units.size(form.value(line.size))))
     spec = form.states.spec
     run = f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}"
     written = " ".join(line.symbols for line in form.lines())
@@ -80,11 +83,11 @@ def _between_gpus(form: ClosedForm) -> str:
     for buffer in form.several.buffers:
         source = f"<br><small>{escape(buffer.source)}</small>"
         formula = f"<code>{escape(buffer.derivation)}</code>"
-        rows.append((f"buffer{source}", formula, words.size(form.value(buffer.size))))
+        rows.append((f"buffer{source}", formula, units.size(form.value(buffer.size))))
     sent, cpu = form.value(form.several.sent), form.value(form.several.in_cpu)
-    rows.append(("sent by each GPU in a step", "", words.size(sent)))
+    rows.append(("sent by each GPU in a step", "", units.size(sent)))
     if cpu:
-        rows.append(("in the CPU's memory, for each GPU", "", words.size(cpu)))
+        rows.append(("in the CPU's memory, for each GPU", "", units.size(cpu)))
     head = (f"each of {spec.n_gpus} GPUs, {spec.sharding}", "formula", "bytes")
     return table(head, rows, "derivation") + f'<p class="note">{escape(form.several.note)}</p>'
 
@@ -94,18 +97,18 @@ def gpus(full: MemoryReport, chosen: MemoryReport) -> str:
 
     def cell(fit: Fit) -> str:
         if fit.n_gpus == 1:
-            said = "fits with checkpointing" if fit.checkpointed else f"fits, {words.percent(fit.share)} full"
+            said = "fits with checkpointing" if fit.checkpointed else f"fits, {units.percent(fit.share)} full"
             return f'<span class="good">{said}</span>'
         said = f"needs {fit.n_gpus:,}" if fit.n_gpus else "too small, even shared"
         return f'<span class="bad">{said}{" with checkpointing" if fit.checkpointed else ""}</span>'
 
     reports = [full] if chosen.spec.method == "full" else [full, chosen]
     rows = [
-        (escape(words.gpu_name(fits[0].gpu)), f"{fits[0].gpu.memory_gb:g} GB", *(cell(f) for f in fits))
+        (escape(sentences.gpu_name(fits[0].gpu)), f"{fits[0].gpu.memory_gb:g} GB", *(cell(f) for f in fits))
         for fits in zip(*(gpu_grid(r) for r in reports), strict=True)
     ]
     shared = "<p class='note'>Several GPUs share weights and states by FSDP, each with its own batch.</p>"
-    heads = ("GPU", "memory", *(escape(words.method_name(r)) for r in reports))
+    heads = ("GPU", "memory", *(escape(sentences.method_name(r)) for r in reports))
     return table(heads, rows) + ("" if chosen.process is None else shared)
 
 
@@ -123,12 +126,12 @@ def room(form: ClosedForm) -> str:
             changes, changed = found
             after = predict(changed).process
             cost = escape("; ".join(c.cost for c in changes))
-            change = f"{escape(', and '.join(c.words for c in changes))}: {words.size(after)}<br><small>{cost}</small>"
+            change = f"{escape(', and '.join(c.words for c in changes))}: {units.size(after)}<br><small>{cost}</small>"
         else:
             change = "none of ours: a smaller model or several GPUs"
         rows.append(
             (
-                escape(words.gpu_name(gpu)),
+                escape(sentences.gpu_name(gpu)),
                 f"{batch:,}" if batch else "none",
                 f"{length:,}" if length else "none",
                 escape(MODELS[model].name) if model else "none",
@@ -156,10 +159,10 @@ def compute_and_disk(
         money = run.money(gpu.key, (utilisation or 0) / 100, price or 0)
         saved = compute(spec.but(method="full", quantization=None)).per_token / run.per_token - 1
         said.append(
-            f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {words.operations(run.per_token)} each: "
-            f"{words.bold(words.seconds(3600 * hours))} and {words.bold(format(money, ',.2f'))} "
-            f"on {escape(words.gpu_name(gpu))} at {utilisation:g}% of its peak."
-            + (f" Full fine-tuning computes {words.percent(saved)} more: frozen weights need no gradient." if saved > 0 else "")
+            f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {units.operations(run.per_token)} each: "
+            f"{sentences.bold(units.seconds(3600 * hours))} and {sentences.bold(format(money, ',.2f'))} "
+            f"on {escape(sentences.gpu_name(gpu))} at {utilisation:g}% of its peak."
+            + (f" Full fine-tuning computes {units.percent(saved)} more: frozen weights need no gradient." if saved > 0 else "")
         )  # fmt: skip
     except SpecError as error:
         said.append(escape(str(error)))
@@ -168,9 +171,9 @@ def compute_and_disk(
         served = serve(spec, int(tasks or 1), int(streams or 1), int(context or 1))
         said.append(
             f"Serving {int(tasks or 1)} of them at once, {int(streams or 1)} answers of {int(context or 1):,} tokens: "
-            f"{words.bold(words.size(served.as_copies), 'frozen')} as full copies, or "
-            f"{words.bold(words.size(served.on_one_base), 'trained')} with every adapter on one base. "
-            f"Keys and values take {words.size(served.cache)} of either."
+            f"{sentences.bold(units.size(served.as_copies), 'frozen')} as full copies, or "
+            f"{sentences.bold(units.size(served.on_one_base), 'trained')} with every adapter on one base. "
+            f"Keys and values take {units.size(served.cache)} of either."
         )
     except SpecError as error:
         said.append(escape(str(error)))
@@ -182,11 +185,11 @@ def storage_line(chosen: MemoryReport, tasks: int) -> str:
     disk = storage(chosen, tasks)
     many = f"{tasks} task{'s' if tasks != 1 else ''}"
     if chosen.spec.method == "full":
-        return f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies."
+        return f"On disk, {many}: {sentences.bold(units.size(disk.full), 'frozen')} as full copies."
     return (
-        f"On disk, {many}: {words.bold(words.size(disk.full), 'frozen')} as full copies, "
-        f"or one base of {words.size(disk.base)} and "
-        f"{words.bold(words.size(disk.adapters), 'trained')} of adapters."
+        f"On disk, {many}: {sentences.bold(units.size(disk.full), 'frozen')} as full copies, "
+        f"or one base of {units.size(disk.base)} and "
+        f"{sentences.bold(units.size(disk.adapters), 'trained')} of adapters."
     )
 
 
@@ -197,15 +200,15 @@ def conventions(spec: RunSpec, reports: tuple[MemoryReport, MemoryReport]) -> st
     rows: list[tuple[str, ...]] = [
         (
             f"{escape(rule.name)}<br><small>{escape(rule.note)} {escape(rule.source)}</small>",
-            words.size(predict(full.spec, key).states),
-            words.size(predict(chosen.spec, key, given).states),
+            units.size(predict(full.spec, key).states),
+            units.size(predict(chosen.spec, key, given).states),
         )
         for key, rule in CONVENTIONS.items()
     ]
     if chosen.process is not None:
-        predicted = (f"<b>{words.size(r.process)}</b>" for r in reports)
+        predicted = (f"<b>{units.size(r.process)}</b>" for r in reports)
         rows.append(("<b>predicted</b>, activations and overhead included", *predicted))
-    return table(("convention", "full", escape(words.method_name(chosen))), rows)
+    return table(("convention", "full", escape(sentences.method_name(chosen))), rows)
 
 
 def measured() -> str:
@@ -215,7 +218,7 @@ def measured() -> str:
         seen, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
         if seen and said:
             rows.append(
-                (_run(spec.to_dict(), done["device"]), words.size(said), words.size(seen), f"{said / seen - 1:+.2%}")
+                (_run(spec.to_dict(), done["device"]), units.size(said), units.size(seen), f"{said / seen - 1:+.2%}")
             )
     here = "<p>Trained here, the step that took most:</p>" + table(("run", "predicted", "measured", "off"), rows)
     return (here if rows else "") + _recorded()
@@ -228,20 +231,20 @@ def _run(spec: Mapping[str, Any], more: str) -> str:
 @lru_cache(maxsize=1)
 def _recorded() -> str:
     parts = []
-    for document in recorded_memory():
+    for document in documents("memory"):
         found = summary(document)
         rows = [
             (
                 _run(row["spec"], row["settings"]),
-                words.size(row["predicted"]),
-                words.size(row["measured"]),
+                units.size(row["predicted"]),
+                units.size(row["measured"]),
                 f"{row['error']:+.2%}",
                 f"{row['reserved_error']:+.2%}",
             )
             for row in found["rows"]
         ]
         tip = f"{document['date']}; {libraries(document['versions'])}; {document['command']}"
-        mean, worst = (words.bold(format(found[key], form)) for key, form in (("mean", ".2%"), ("worst", "+.2%")))
+        mean, worst = (sentences.bold(format(found[key], form)) for key, form in (("mean", ".2%"), ("worst", "+.2%")))
         parts.append(
             f"<p>{len(rows)} real training steps on {escape(document['hardware'])}, each in a fresh process: predicted bytes "
             f"are {mean} off on average and {worst} at worst. "

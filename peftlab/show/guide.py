@@ -9,17 +9,45 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from .. import checks, evidence, figures, published, published_figures, words
-from ..catalog.guide import CASES, SIDES, SPECTRUM, TABLES, Case, Family, weighed
-from ..catalog.models import find
-from ..count import count
-from ..evidence import Place
+from .. import units
+from ..base.models import find
+from ..catalog.methods import FAMILIES
+from ..count import ParameterReport, count
+from ..lectures import checks, evidence, published
+from ..lectures.evidence import Place
+from ..lectures.guide import CASES, SIDES, SPECTRUM, TABLES, Case, Family, weighed
 from ..methods import METHODS
 from ..spec import RunSpec
+from . import figures, published_figures
 from .marks import explained, heading, how, row, table, verdict
+from .sentences import bold, method_name
 from .settings import changed
 
+NUMBERS = ("no", "one", "two", "three", "four", "five")
 READ = "Our reading: a sentence of the registry, held against the lecture's by a person."
+
+
+def map_sentence(on: Sequence[Place]) -> str:
+    """How many methods there are, how many ideas, and how far apart they reach."""
+    reports = [p.report for p in on if p.report]
+    least, most = (f(reports, key=lambda r: r.trainable_parameters) for f in (min, max))
+    ideas = [f.idea.lower() for f in SPECTRUM if f.key != FAMILIES[0]]
+    few = bold(f"{least.trainable_parameters:,} numbers ({units.percent(least.trainable_percent / 100)})", "trained")
+    return (
+        f"{bold(f'{len(on)} methods')}, {NUMBERS[len(ideas)]} ideas: {', '.join(ideas[:-1])} or {ideas[-1]}. "
+        f"On {bold(least.model_name, 'frozen')} they train from {few} to all "
+        f"{bold(f'{most.total_parameters:,}', 'frozen')}."
+    )
+
+
+def chosen_said(report: ParameterReport) -> str:
+    """What the chosen method trains with the settings on screen."""
+    return (
+        f"{bold(method_name(report))} trains {bold(f'{report.trainable_parameters:,}', 'trained')} of "
+        f"{bold(f'{report.total_parameters:,}', 'frozen')} numbers: "
+        f"{bold(units.percent(report.trainable_percent / 100), 'trained')}. "
+        f"Its file has {units.size(report.adapter_bytes)}."
+    )
 
 
 @lru_cache(maxsize=64)
@@ -61,7 +89,7 @@ def _chip(place: Place, chosen: str | None) -> str:
             f'<button type="button" {pressed} aria-disabled="true" title="{escape(evidence.told(place.reason))}">'
             f"<b>{name}</b><span>not for this model</span></button>"
         )
-    share = words.percent(place.report.trainable_percent / 100)
+    share = units.percent(place.report.trainable_percent / 100)
     return (
         f'<button type="button" {pressed} title="{place.report.trainable_parameters:,} trained parameters">'
         f'<b>{name}</b><span>{share}</span><i style="width:{100 * place.length:.1f}%"></i></button>'
@@ -69,7 +97,7 @@ def _chip(place: Place, chosen: str | None) -> str:
 
 
 def chosen_line(spec: RunSpec) -> str:
-    return f"<p>{evidence.chosen_said(count(spec))} <small>{changed(spec)}</small></p>"
+    return f"<p>{chosen_said(count(spec))} <small>{changed(spec)}</small></p>"
 
 
 def advice(keys: Iterable[str], model: str) -> str:

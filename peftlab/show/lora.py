@@ -5,12 +5,15 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from .. import architecture, figures, scratch, words
+from .. import units
+from ..base import architecture
 from ..count import count
 from ..errors import SpecError
+from ..lectures import scratch
 from ..methods import METHODS
 from ..resolve import resolve
 from ..spec import RunSpec
+from . import figures
 from .shapes import of_family
 
 FLOWS = {
@@ -56,7 +59,7 @@ def flows(model: str) -> str:
     def card(key: str, says: str) -> str:
         try:
             report = count(RunSpec(model=model, method=key))
-            trains = f"{report.trainable_parameters:,} parameters: {words.percent(report.trainable_percent / 100)}"
+            trains = f"{report.trainable_parameters:,} parameters: {units.percent(report.trainable_percent / 100)}"
         except SpecError as error:
             trains = escape(str(error))
         name = METHODS[key].name

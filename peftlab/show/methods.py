@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from html import escape
 
-from .. import figures
+from ..base.models import DEFAULT
 from ..catalog.methods import FAMILIES
-from ..catalog.models import DEFAULT
 from ..catalog.papers import PAPERS
 from ..catalog.presets import PRESETS
 from ..count import why_not
 from ..methods import METHODS
+from . import figures
 
 
 def method_value(method: str | None, model: str | None) -> dict[str, str]:

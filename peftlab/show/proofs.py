@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from html import escape
 
-from .. import proofs, words
-from ..proofs import LatencyReport, MergeReport
+from .. import units
+from ..compare import proofs
+from ..compare.proofs import LatencyReport, MergeReport
 from .marks import how, libraries, table
 
 NAMES = {
@@ -37,7 +38,7 @@ def merged_said(report: MergeReport) -> str:
     )
     whole, half = report.agreements
     said = (
-        f"<p>The adapter moves a logit by up to <b>{words.significant(report.adapter_moves)}</b>. In fp32, merging moves one "
+        f"<p>The adapter moves a logit by up to <b>{units.significant(report.adapter_moves)}</b>. In fp32, merging moves one "
         f"by at most <b>{_two(whole.largest_difference)}</b> and changes {len(whole.flips)} of {whole.positions} likeliest "
         f"tokens. In bf16 it moves one by up to <b>{_two(half.largest_difference)}</b> and changes {len(half.flips)}, where "
         f"bf16 alone, unmerged, is off by {_two(half.apart_off)}.</p>"
@@ -48,7 +49,7 @@ def merged_said(report: MergeReport) -> str:
 
 
 def _two(value: float) -> str:
-    return words.significant(value, 2)
+    return units.significant(value, 2)
 
 
 def _quoted(token: str) -> str:

@@ -8,11 +8,14 @@ from functools import lru_cache
 from html import escape
 from typing import Any
 
-from .. import figures, jobs, race, race_figures, scores, tasks, words
-from ..lessons import LESSONS, Lesson
-from ..race import Line
-from ..recordings import Board, Recording
-from ..tasks import METRICS
+from .. import race, units
+from ..data import tasks
+from ..data.tasks import METRICS
+from ..lectures.lessons import LESSONS, Lesson
+from ..race import Line, scores
+from ..race.recordings import Board, Recording
+from ..room import jobs
+from . import figures, race_figures, sentences
 from .marks import explained, how, libraries, progress, remarks, row, verdict
 
 Events = Sequence[dict[str, Any]]
@@ -49,13 +52,13 @@ def _cell(line: Line, column: race.Column) -> str:
     if value is None:
         return ""
     if column.key == "score":
-        return f"<b>{words.score(value)}</b><br><small>{' to '.join(map(words.score, line.interval))}</small>"
+        return f"<b>{units.score(value)}</b><br><small>{' to '.join(map(units.score, line.interval))}</small>"
     if column.unit == "bytes":
-        return words.size(value)
+        return units.size(value)
     if column.key == "trainable_parameters":
-        return f"{value:,}<br><small>{words.percent(line.trainable_percent / 100)}</small>"
+        return f"{value:,}<br><small>{units.percent(line.trainable_percent / 100)}</small>"
     if column.key == "training_seconds":
-        return words.seconds(value)
+        return units.seconds(value)
     if column.unit.startswith("×"):
         return f"{value:.2f}×"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -94,7 +97,7 @@ def elsewhere(lesson: Lesson, recording: Recording) -> str:
     if line is None or lesson.setting != "method":
         return ""
     said = escape(scores.elsewhere(scores.of_line(line, recording.hardware)))
-    return f'<div class="note"><b>{escape(line.name)}</b>: {words.score(line.score)} here. {said}</div>'
+    return f'<div class="note"><b>{escape(line.name)}</b>: {units.score(line.score)} here. {said}</div>'
 
 
 def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, Any]:
     steps = max([len(losses) for line in lines for losses in line.losses] + [lines[0].spec["steps"] or 1])
     finished = [line for line in lines if line.scores]
     return {
-        "sentence": words.race_sentence(lines),
+        "sentence": sentences.race_sentence(lines),
         "scores": figures.themed(race_figures.scores, finished, lesson.setting, metric),
         "losses": figures.themed(race_figures.curves, lines, steps),
         "tested": findings(lesson, lines),

@@ -7,11 +7,14 @@ from functools import lru_cache
 from html import escape
 from typing import Any
 
-from .. import figures, jobs, scores, tasks, words
-from ..bench import recorded_runs
+from .. import measured, units
 from ..count import count
+from ..data import tasks
+from ..data.tasks import METRICS, TASKS
+from ..race import scores
+from ..room import jobs
 from ..spec import RunSpec
-from ..tasks import METRICS, TASKS
+from . import figures, sentences
 from .marks import explained, failure, how, libraries, progress, remarks, table, verdict
 
 Events = Sequence[dict[str, Any]]
@@ -31,13 +34,13 @@ def status(events: Events) -> str:
     share = step["step"] / steps if step else 0.0
     what, left = "", ""
     if last["type"] == "progress":
-        what = f"{last['what']}, {words.score(last['share'])}"
+        what = f"{last['what']}, {units.score(last['share'])}"
     elif last["type"] == "step":
-        left = f"about {words.seconds(last['eta_seconds'])} of training left"
+        left = f"about {units.seconds(last['eta_seconds'])} of training left"
     elif last["type"] == "done" and last["steps"]:
         kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
-        speed = f"{words.significant(last['tokens_per_second'])} tokens/s, {words.gear(events)}"
-        what = f"{kept} {words.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
+        speed = f"{units.significant(last['tokens_per_second'])} tokens/s, {sentences.gear(events)}"
+        what = f"{kept} {units.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
         share = last["steps"] / steps
     done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")
     return remarks(done, escape(what), left) + progress("training", share)
@@ -63,8 +66,8 @@ def answers(events: Events) -> str:
 def _peak(done: dict[str, Any]) -> str:
     """Measured on a GPU; on a CPU nobody counts it."""
     peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
-    beside = f" ({words.size(said)} predicted)" if said else ""
-    return f", peak memory {words.size(peak)}{beside}" if peak else ""
+    beside = f" ({units.size(said)} predicted)" if said else ""
+    return f", peak memory {units.size(peak)}{beside}" if peak else ""
 
 
 def charts(events: Events) -> dict[str, Any]:
@@ -93,17 +96,17 @@ def drawn(job: jobs.Job) -> dict[str, Any]:
 @lru_cache(maxsize=len(TASKS) + 8)
 def recording(task: str) -> dict[str, Any]:
     """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
-    run = next((r for r in recorded_runs() if r["spec"]["task"] == task), None)
+    run = next((r for r in measured.runs() if r["spec"]["task"] == task), None)
     if run is None:
         return {"sentence": "The model learns while you watch.", "bar": "", "said": "", **charts([])}
     events, recorded = run["events"], scores.of_run(run)
     tip = f"{run['hardware']}, {run['date']}, {libraries(run['versions'])}. Command: {run['command']}"
     about = (
         f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}, "
-        f"{words.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}."
+        f"{units.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}."
     )
     return {
-        "sentence": f"Recorded on {escape(run['hardware'])}: {words.live_sentence(events)}",
+        "sentence": f"Recorded on {escape(run['hardware'])}: {sentences.live_sentence(events)}",
         "bar": f'{remarks(about)}<div class="note">{explained(escape(scores.elsewhere(recorded)))}</div>',
         "said": answers(events),
         **charts(events),
@@ -113,7 +116,7 @@ def recording(task: str) -> dict[str, Any]:
 def named(spec: RunSpec) -> str:
     """Which model a run trains, and by which method."""
     report = count(spec)
-    return f"{escape(report.model_name)}, {escape(words.method_name(report))}"
+    return f"{escape(report.model_name)}, {escape(sentences.method_name(report))}"
 
 
 def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
@@ -134,7 +137,7 @@ def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, Any]:
         return old | {"bar": waiting(job, spec) + old["bar"]}
     events = list(job.events)
     return {
-        "sentence": words.live_sentence(events),
+        "sentence": sentences.live_sentence(events),
         "bar": remarks(f"<b>Your run:</b> {named(job.spec)}") + (failure(events) or explained(status(events))),
         "said": answers(events),
         **drawn(job),

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from .. import hardware
-from ..catalog.models import MODELS
+from ..base.models import MODELS
 from ..errors import SpecError
 from ..resolve import resolve, resolve_here
 from ..spec import RunSpec

@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from .. import architecture, words
-from ..catalog.models import find
+from ..base import architecture
+from ..base.models import find
 from ..count import BYTES
 from ..methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
+from ..methods.where import WHERE
 from ..resolve import resolve
 from ..spec import RunSpec, parse_layers
+from . import sentences
 
 FAMILY = tuple(key for key, method in METHODS.items() if "rank" in method.settings)
 """The methods that have a rank."""
 ADAM = 8
 """Bytes of optimizer state a trained parameter: Adam's two moments in fp32."""
 WORDS = {
-    "sentence": words.SENTENCES["lora"],
-    "where": words.WHERE,
+    "sentence": sentences.SENTENCES["lora"],
+    "where": WHERE,
     "no_target": "no target module is ticked: nothing would be trained; tick at least one",
     "no_layer": "no layer is chosen: nothing would be trained; choose at least one",
     "bad_rank": "rank={rank}: a rank is a whole number from 1 to 65,536; try 8",

@@ -7,12 +7,15 @@ from functools import lru_cache
 from html import escape
 from typing import Any
 
-from .. import adapters, figures, lowrank, study, tasks, words
-from .. import study_figures as charts
-from ..catalog.models import DEFAULT, MODELS
+from .. import adapters, units
+from ..base.models import DEFAULT, MODELS
 from ..catalog.papers import PAPERS
+from ..compare import lowrank, study
+from ..compare.study import MatrixStudy, Study
+from ..data import tasks
 from ..errors import SpecError
-from ..study import MatrixStudy, Study
+from . import figures, sentences
+from . import study_figures as charts
 from .marks import how, table
 
 YOURS = "yours"
@@ -84,7 +87,7 @@ def about() -> str:
     made = [adapters.read(adapters.BUNDLED / name) for name in SHOWN]
     task = tasks.find(made[0].spec.task or tasks.DEFAULT)
     said = ", ".join(
-        f"{name} ({words.score(a.result['eval']['after'][task.metric])}, after {a.spec.steps:,} steps)"
+        f"{name} ({units.score(a.result['eval']['after'][task.metric])}, after {a.spec.steps:,} steps)"
         for name, a in zip(bundled(), made, strict=True)
     )
     return (
@@ -108,7 +111,7 @@ def pictures(mine: Study | None, role: str, layer: int) -> dict[str, Any]:
     deltas = {name: m.delta for name, m in here.items()}
     shared, said = _shared(here)
     return {
-        "study": words.study_sentence(role, layer, weight, deltas, SHARE),
+        "study": sentences.study_sentence(role, layer, weight, deltas, SHARE),
         "energy": figures.themed(charts.energy, weight, deltas),
         "singular_values": figures.themed(charts.singular_values, weight, deltas),
         "update_sizes": figures.themed(charts.sizes, {name: studies(mine)[name] for name in here}, role),
@@ -137,13 +140,13 @@ def _table(here: dict[str, MatrixStudy], every: dict[str, Study], role: str) -> 
     """What is found of the matrix in each study, a column each."""
 
     def factor(value: float | None) -> str:
-        return "none" if value is None else f"{words.significant(value)}×"
+        return "none" if value is None else f"{units.significant(value)}×"
 
     alike = [[m for m in every[name].matrices if m.role == role] for name in here]
     matrices = list(here.values())
     rows = {
         "rank of ΔW": [f"{m.delta.rank}" for m in matrices],
-        "‖ΔW‖ / ‖W‖": [words.percent(m.relative_size or 0) for m in matrices],
+        "‖ΔW‖ / ‖W‖": [units.percent(m.relative_size or 0) for m in matrices],
         "amplification": [factor(m.amplification.factor) for m in matrices],
         "amplification of random directions": [factor(m.amplification.factor_of_random) for m in matrices],
         "intruders among its top 10": [f"{len(m.intruders.directions)}" for m in matrices],

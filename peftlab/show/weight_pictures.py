@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from .. import architecture, figures, lowrank, weights, words
-from ..catalog.models import DEFAULT, MODELS
+from .. import units
+from ..base import architecture, weights
+from ..base.models import DEFAULT, MODELS
+from ..compare import lowrank
 from ..errors import PeftlabError
-from ..study_figures import picture
+from . import figures
+from .study_figures import picture
 
 
 def is_here() -> bool:
@@ -48,8 +51,8 @@ def images(role: str, layer: int, rank: int) -> str:
         '<div class="weight-pictures">'
         + shown(weight, f"<b>W</b>, {d_out} × {d_in}", f"{d_out} by {d_in} numbers without a visible pattern")
         + shown(
-            near, f"<b>the nearest of rank {rank}</b>: off by {words.percent(off)} of ‖W‖",
-            f"the nearest matrix of rank {rank}, which is off by {words.percent(off)}",
+            near, f"<b>the nearest of rank {rank}</b>: off by {units.percent(off)} of ‖W‖",
+            f"the nearest matrix of rank {rank}, which is off by {units.percent(off)}",
         )
         + "</div>"
     )  # fmt: skip

@@ -152,7 +152,7 @@ class Visitor:
             run = drawn["runs"][-1]
             wanted = unescape(run["name"]).replace("{rank}", str(drawn["at"][2]))
             if run["exact"]:
-                from peftlab.words import size
+                from peftlab.units import size
 
                 wanted += f" needs {size(sum(run['exact'].values()))}"
             return [] if wanted in text else [f"the sentence says {text!r}, without {wanted}"]
@@ -282,7 +282,7 @@ def main() -> None:
     from conftest import App
     from playwright.sync_api import sync_playwright
 
-    from peftlab.bench.record import provenance
+    from peftlab.measured import provenance
 
     app = None if args.url else App(None, Path(tempfile.mkdtemp()))
     spinning = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(args.busy)]

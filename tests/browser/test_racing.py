@@ -10,7 +10,7 @@ from conftest import ROOT, App
 from playwright.sync_api import expect
 from test_app import drawer, sentence, tab
 
-from peftlab.lessons import LESSONS
+from peftlab.lectures.lessons import LESSONS
 from peftlab.race import COLUMNS, ranked
 
 

@@ -9,8 +9,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import LLAMA, TOY, make_model
 
-from peftlab import tasks
-from peftlab.catalog import models
+from peftlab.base import models
+from peftlab.data import tasks
 from peftlab.methods import METHODS
 
 

@@ -1,0 +1,1 @@
+"""The page: the one store of its settings, and what its tabs are built of."""

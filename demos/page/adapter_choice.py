@@ -1,0 +1,61 @@
+"""The adapters a visitor can choose from: bundled with the app, or trained here by themselves."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import gradio as gr
+
+from demos.page.tab import Asked
+from peftlab import PeftlabError, adapters
+from peftlab.adapters import Adapter
+from peftlab.data import tasks
+from peftlab.room import jobs
+
+
+@lru_cache(maxsize=1)
+def bundled() -> dict[str, Adapter]:
+    return {a.name: a for a in adapters.bundled()}
+
+
+def of(key: Any) -> Adapter:
+    """A bundled adapter by name, or one trained here by its run's id; nothing else on the disk can be named."""
+    if isinstance(key, str) and key in bundled():
+        return bundled()[key]
+    if not _is_here(key):
+        raise PeftlabError(f"The adapter {str(key)[:60]} is not here any more; choose another one")
+    return adapters.read(jobs.RUNS / key / "adapter")
+
+
+def chooser(label: str = "Adapter", **rest: Any) -> gr.Dropdown:
+    """A control that offers adapters, as `offered` says."""
+    return gr.Dropdown(choices([]), label=label, info="Trained here, or bundled with the app", **rest)
+
+
+def offered(asked: Asked, chosen: Any) -> dict[str, Any]:
+    """What a chooser shows to a visitor."""
+    return gr.update(choices=choices(asked.kept.get("adapters")), value=chosen)
+
+
+def choices(mine: Any) -> list[tuple[str, str | int | float]]:
+    """Names and keys: the visitor's own, as `Asked.kept["adapters"]` lists them, the newest first; then the bundled ones."""
+    own = [key for key in reversed(mine if isinstance(mine, list) else []) if _is_here(key)]
+    return [
+        *((f"yours: {_label(of(key))}", key) for key in own),
+        *((f"bundled: {_label(adapter)}", key) for key, adapter in bundled().items()),
+    ]
+
+
+def _is_here(key: Any) -> bool:
+    return isinstance(key, str) and bool(re.fullmatch(r"[\w-]+", key)) and (jobs.RUNS / key / "adapter").exists()
+
+
+def _label(adapter: Adapter) -> str:
+    rank = f" rank {adapter.spec.rank}" if adapter.spec.rank else ""
+    return f"{task_of(adapter).name}, {adapter.spec.method}{rank}, {adapter.saved[:16].replace('T', ' ')} UTC"
+
+
+def task_of(adapter: Adapter) -> tasks.Task:
+    return tasks.find(adapter.spec.task or tasks.DEFAULT)

