@@ -10,6 +10,8 @@ from typing import Any
 
 import gradio as gr
 
+from peftlab import resolve
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, controls, methods, store
@@ -112,7 +114,7 @@ class Live(Tab):
         job = jobs.running(asked.visitor)
         if job is None or job.trainer is not TRAIN:
             spec = here(asked.spec)
-            count(spec)  # refuses what has nothing to train
+            count(resolve(spec))  # refuses what has nothing to train
             job = jobs.start(spec, asked.visitor, TRAIN)
         mine = [key for key in asked.kept.get("adapters") or () if key != job.id]
         yield {"kept": {"run": job.id, "adapters": [*mine, job.id][-MINE:]}, "go": gr.update(interactive=False)}
@@ -134,7 +136,7 @@ class Live(Tab):
         return POLL if job and not job.over else None
 
     def check(self, asked: Asked) -> None:
-        count(here(asked.spec))
+        count(resolve(here(asked.spec)))
 
     def fill(self, asked: Asked) -> dict[str, Any]:
         spec = here(asked.spec)

@@ -8,6 +8,8 @@ from typing import Any
 
 import gradio as gr
 
+from peftlab import resolve
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos import proving, real_weights
@@ -74,7 +76,7 @@ class Lora(Tab):
             raise SpecError(
                 f"model={entry.key}: a bare count has no matrices to draw; {shown} is shown, or choose a model"
             )
-        count(of_family(asked.spec))
+        count(resolve(of_family(asked.spec)))
         real_weights.check(asked)
 
     def fill(self, asked: Asked) -> dict[str, Any]:

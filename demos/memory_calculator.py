@@ -27,6 +27,7 @@ from peftlab.show.claims import claims_table
 from peftlab.show.marks import explained
 from peftlab.show.methods import method_card, method_panel, method_value
 from peftlab.show.settings import changed
+from peftlab.spec import Resolved
 
 FOLDED = (
     "precision", "adapter_precision", "quantization", "optimizer", "optimizer_precision", "accumulation", "attention",
@@ -47,10 +48,10 @@ LESSONS = {
 }  # fmt: skip
 
 
-def both(spec: RunSpec) -> tuple[RunSpec, RunSpec]:
+def both(spec: RunSpec) -> tuple[Resolved, Resolved]:
     """Full fine-tuning, and the chosen method, on a GPU."""
     spec = spec.but(gpu=spec.gpu or ON)
-    return spec.but(method="full", quantization=None), spec
+    return resolve(spec.but(method="full", quantization=None)), resolve(spec)
 
 
 Reports = tuple[MemoryReport, MemoryReport]
@@ -79,9 +80,9 @@ def seen(asked: Asked) -> tuple[Reports, Forms]:
     return (predict(full, rule), predict(chosen, rule, trainable)), (None, None)
 
 
-def at(spec: RunSpec) -> tuple[int, int, int]:
-    of = resolve(spec)
-    return of.batch_size or 1, of.sequence_length or 1, of.rank or methods.SLIDERS["rank"][2]
+def at(spec: Resolved) -> tuple[int, int, int]:
+    """Where the polynomials of a run are evaluated: batch, length and rank."""
+    return spec.batch_size, spec.sequence_length, spec.rank or methods.SLIDERS["rank"][2]
 
 
 class Memory(Tab):
@@ -99,7 +100,7 @@ class Memory(Tab):
 
     def _settings(self) -> None:
         opening = address.OPENING
-        batch, length, _ = at(opening)
+        batch, length, _ = at(resolve(opening))
         self.control("model", controls.model_choice(opening.model))
         self.control("batch_size", controls.slider("batch_size", 1, 64, batch))
         self.control("sequence_length", controls.slider("sequence_length", 16, 16384, length, step=16))
@@ -172,7 +173,7 @@ class Memory(Tab):
 
     def fill(self, asked: Asked) -> dict[str, Any]:
         spec = asked.spec
-        batch, length, _ = at(spec)
+        batch, length, _ = at(resolve(spec))
         bare = find(spec.model or DEFAULT).config is None
         return {
             "model": controls.shown_model(spec),

@@ -9,11 +9,13 @@ from typing import Any
 
 import gradio as gr
 
+from peftlab import resolve
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, store
 from demos.page.tab import Asked, Draw, Slow, Tab
-from peftlab import RunSpec, count
+from peftlab import count
 from peftlab.base.models import DEFAULT, find
 from peftlab.count import why_not
 from peftlab.lectures import evidence, published
@@ -24,6 +26,7 @@ from peftlab.show import guide
 from peftlab.show.claims import claims_table
 from peftlab.show.marks import explained, how
 from peftlab.show.methods import method_panel, unsuited
+from peftlab.spec import Resolved
 
 AXES = ("parameters", "accuracy")
 """Of the benchmark, at first: across and up."""
@@ -149,7 +152,7 @@ class Methods(Tab):
 
     def check(self, asked: Asked) -> None:
         guide.places(asked.spec.model or DEFAULT)  # a bare count has nothing to count by
-        count(asked.spec)
+        count(resolve(asked.spec))
 
     def fill(self, asked: Asked) -> dict[str, Any]:
         own = {name: list(asked[name]) for name in TICKS.values()}
@@ -181,7 +184,7 @@ class Methods(Tab):
 
     def slow(self, asked: Asked) -> list[Slow]:
         """Memory that the advice states, so that it is what the Memory tab says."""
-        specs: dict[RunSpec, None] = {}
+        specs: dict[Resolved, None] = {}
         for case in map(CASES.__getitem__, situations(asked)):
             model = case.model or asked.spec.model or DEFAULT
             if case.here == "small-memory":

@@ -324,8 +324,9 @@ def _fetch(args: argparse.Namespace) -> None:
 
 def _params(args: argparse.Namespace) -> None:
     from .count import count
+    from .resolve import resolve
 
-    report = count(_spec(args))
+    report = count(resolve(_spec(args)))
     if args.json:
         _print(report.to_dict())
         return
@@ -344,15 +345,16 @@ def _params(args: argparse.Namespace) -> None:
 
 
 def _memory(args: argparse.Namespace) -> None:
-    from .base.models import DEFAULT, find
+    from .base.models import find
     from .memory import exact, fits, predict, storage
+    from .resolve import resolve
 
-    spec = _spec(args)
+    spec = resolve(_spec(args))
     if args.exact and args.convention != "exact":
         raise SpecError(f"convention={args.convention}: --exact counts what a run allocates; leave the convention out")
-    if args.trainable_parameters and find(spec.model or DEFAULT).config:
+    if args.trainable_parameters and find(spec.model).config:
         raise SpecError(
-            f"trainable-parameters={args.trainable_parameters}: {spec.model or DEFAULT} has layers, so they are counted; "
+            f"trainable-parameters={args.trainable_parameters}: {spec.model} has layers, so they are counted; "
             "leave it out, or give a bare count such as --model 100B"
         )
     report = exact(spec) if args.exact else predict(spec, args.convention, args.trainable_parameters)

@@ -15,7 +15,8 @@ from .base import models, weights
 from .errors import AdapterError, SpecError
 from .methods import through_peft
 from .places import ASSETS
-from .spec import RunSpec
+from .resolve import resolve
+from .spec import Resolved, RunSpec
 
 BUNDLED = ASSETS / "adapters"
 MANIFEST = "peftlab.json"
@@ -133,7 +134,7 @@ def _applied(base: weights.Base, adapter: Adapter) -> Any:
             model = through_peft.load(model, adapter.folder)
             _check_complete(model, file)
         else:
-            model = _attached(model, adapter.spec, file)
+            model = _attached(model, resolve(adapter.spec), file)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise AdapterError(
@@ -154,13 +155,13 @@ def _check_complete(model: Any, file: Path) -> None:
         raise ValueError(f"{min(odd)} is in the {'adapter' if min(odd) in names else 'model'} only")
 
 
-def _attached(model: Any, spec: RunSpec, file: Path) -> Any:
+def _attached(model: Any, spec: Resolved, file: Path) -> Any:
     """The spec's method on `model`, with the file's numbers in it."""
     import torch
     from safetensors.torch import load_file
 
-    targets = methods.targets(architectures.of(spec.model or ""), spec)
-    model = methods.find(spec.method or "").attach(model, targets, spec)
+    targets = methods.targets(architectures.of(spec.model), spec)
+    model = methods.find(spec.method).attach(model, targets, spec)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = load_file(file)
     for name in sorted(set(saved) ^ set(trained)):

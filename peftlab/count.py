@@ -11,7 +11,7 @@ from .base import architecture as architectures
 from .base import models
 from .errors import SpecError
 from .resolve import resolve
-from .spec import RunSpec
+from .spec import Resolved, RunSpec
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "amp": 4}
 """Bytes a parameter. AMP keeps fp32 weights and casts them for each operation."""
@@ -40,7 +40,7 @@ class ModuleCount:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    spec: RunSpec
+    spec: Resolved
     """Resolved."""
     model_name: str
     method_name: str
@@ -82,12 +82,12 @@ def _pattern(name: str, known: Any) -> str:
     return name if name in known else re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
-def count(spec: RunSpec) -> ParameterReport:
+def count(spec: Resolved) -> ParameterReport:
     """Raises SpecError where the method has nothing to train, or the model is a bare count."""
     spec = resolve(spec)
-    entry = models.find(spec.model or "")
-    method = methods.find(spec.method or "")
-    shape = architectures.of(spec.model or "")
+    entry = models.find(spec.model)
+    method = methods.find(spec.method)
+    shape = architectures.of(spec.model)
     chosen = {id(t.module): t for t in methods.targets(shape, spec, entry.name)}
     rows, names = [], []
     kept = borrowed = 0
@@ -137,7 +137,7 @@ def why_not(method: str, model: str) -> str:
     """Why `method` at its automatic settings does not suit `model`, in `count`'s words; empty where it does."""
     try:
         if models.find(model).config is not None:  # a bare count suits all
-            count(RunSpec(model=model, method=method))
+            count(resolve(RunSpec(model=model, method=method)))
     except SpecError as error:
         return str(error)
     return ""

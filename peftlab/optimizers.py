@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .spec import RunSpec
+from .spec import Resolved
 
 BLOCK = 256
 """Numbers that share a scale in an 8-bit state: bitsandbytes' block, arXiv 2110.02861 section 2."""
@@ -67,21 +67,21 @@ CAPTURABLE: dict[str, dict[str, Any]] = {
 """Those that can be part of a CUDA graph, and the options for it. The others count steps in Python."""
 
 
-def capturable(spec: RunSpec) -> dict[str, Any] | None:
+def capturable(spec: Resolved) -> dict[str, Any] | None:
     """Options of a resolved spec's optimizer as part of a CUDA graph; None where it cannot be one."""
-    return None if spec.optimizer_precision == "fp32" else CAPTURABLE.get(spec.optimizer or "adamw")
+    return None if spec.optimizer_precision == "fp32" else CAPTURABLE.get(spec.optimizer)
 
 
-def fused(spec: RunSpec) -> dict[str, Any]:
+def fused(spec: Resolved) -> dict[str, Any]:
     """Options with which a resolved spec's optimizer takes its step in one operation on a CPU."""
     return {"fused": True} if capturable(spec) else {}
 
 
-def find(spec: RunSpec) -> Optimizer:
+def find(spec: Resolved) -> Optimizer:
     """Of a resolved spec. `optimizer_precision` fp32 matters to AdamW alone; the others' states have one format."""
     if spec.optimizer == "adamw" and spec.optimizer_precision == "fp32":
         return ADAMW_FP32
-    return OPTIMIZERS[spec.optimizer or "adamw"]
+    return OPTIMIZERS[spec.optimizer]
 
 
 class BlockwiseStates:

@@ -10,17 +10,19 @@ from .base import models
 from .catalog import gpus
 from .catalog.presets import Preset
 from .data import tasks
-from .spec import SETTINGS, RunSpec
+from .spec import SETTINGS, Resolved, RunSpec
 
 METHOD_SETTINGS = (
     "rank", "alpha", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size", "lr_ratio",
     "train_norms", "adapter_precision",
 )  # fmt: skip
-"""Fields that only some methods read. In a resolved spec they are None where the method does not."""
+"""Settings that only some methods read."""
 
 
-def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
-    """Every field that the run reads, filled. Raises SpecError for names that no registry knows."""
+def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
+    """Every setting filled, as it is on `machine`, or here. Raises SpecError for names that no registry knows."""
+    if isinstance(spec, Resolved) and machine is None:
+        return spec
     machine = machine or hardware.here()
     model = models.find(spec.model or models.DEFAULT)
     method = methods.find(spec.method or "lora")
@@ -65,22 +67,20 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
         "offload": "none",
     } | {**method.defaults, "rank": rank}
     automatic = {name: value(automatic) if callable(value) else value for name, value in automatic.items()}
-    filled = {name: automatic.get(name) if getattr(spec, name) is None else getattr(spec, name) for name in SETTINGS}
-    filled["model"] = model.key
-    for name in METHOD_SETTINGS:
-        if name not in method.settings:
-            filled[name] = None
-    if filled["quantization"] != "nf4":
-        filled["double_quantization"] = None
-    return RunSpec(**filled)
+    given = spec.to_dict() | {"model": model.key}
+    filled: dict[str, Any] = {name: given.get(name, automatic.get(name)) for name in SETTINGS}
+    unread = {name for name in METHOD_SETTINGS if name not in method.settings}
+    unread |= {"double_quantization"} if filled["quantization"] != "nf4" else set()
+    unread |= {name for name in ("gpu", "training_rows") if not filled[name]}
+    return Resolved(**filled | {name: SETTINGS[name].type() for name in unread}, unread=frozenset(unread))
 
 
-def resolve_here(spec: RunSpec) -> RunSpec:
+def resolve_here(spec: RunSpec) -> Resolved:
     """Resolved for a run on this machine, whatever GPU the calculator compared it with."""
     return resolve(spec.but(gpu=None))
 
 
-def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> RunSpec:
+def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
     """A run's own spec, to use on this machine what it learned: in the run's precision where this machine can run that.
 
     Then base and adapter say what they said in the run. Elsewhere the precision is automatic: a CPU has no amp, and would
@@ -114,7 +114,7 @@ def with_preset(spec: RunSpec, preset: Preset) -> RunSpec:
         spec = spec.but(**dict.fromkeys((*METHOD_SETTINGS, "quantization")))
     spec = spec.but(**preset.settings)
     if preset.alpha_over_rank:
-        spec = spec.but(alpha=preset.alpha_over_rank * (resolve(spec).rank or 1))
+        spec = spec.but(alpha=preset.alpha_over_rank * resolve(spec).rank)
     if preset.epochs:
         rows = spec.training_rows or len(tasks.find(spec.task or tasks.DEFAULT).train)
         spec = spec.but(steps=math.ceil(preset.epochs * rows / (spec.batch_size or 1)))

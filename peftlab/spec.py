@@ -167,6 +167,69 @@ class RunSpec:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class Resolved(RunSpec):
+    """A run as it is counted, predicted and trained: `resolve` makes it, and no setting is None.
+
+    What the run does not read is 0, empty or False: a setting of another method, `training_rows` where all are used, `gpu`
+    where there is none. `but` gives a RunSpec again, since one setting may decide others; `dataclasses.replace` changes a
+    number and nothing else.
+    """
+
+    model: str = ""
+    method: str = ""
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    target_modules: str = ""
+    layers: str = ""
+    virtual_tokens: int = 0
+    bottleneck: int = 0
+    block_size: int = 0
+    lr_ratio: float = 0.0
+    train_norms: bool = False
+    precision: str = ""
+    adapter_precision: str = ""
+    quantization: str = ""
+    double_quantization: bool = False
+    optimizer: str = ""
+    optimizer_precision: str = ""
+    batch_size: int = 0
+    accumulation: int = 0
+    sequence_length: int = 0
+    gradient_checkpointing: bool = False
+    attention: str = ""
+    hold_outputs: bool = False
+    learning_rate: float = 0.0
+    steps: int = 0
+    task: str = ""
+    training_rows: int = 0
+    seed: int = 0
+    gpu: str = ""
+    n_gpus: int = 0
+    sharding: str = ""
+    offload: str = ""
+    unread: frozenset[str] = frozenset()
+    """Names of the settings that the run does not read."""
+
+    def __post_init__(self) -> None:
+        for name, about in SETTINGS.items():
+            if name not in self.unread:
+                object.__setattr__(self, name, _checked(name, about, getattr(self, name)))
+
+    @property
+    def trained_precision(self) -> str:
+        """Number format of the trained parameters: the adapter's, or the base's where its own are trained."""
+        return self.adapter_precision or self.precision
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what the run reads."""
+        return {name: getattr(self, name) for name in SETTINGS if name not in self.unread}
+
+    def but(self, **changes: Any) -> RunSpec:
+        return RunSpec(**(self.to_dict() | changes))
+
+
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(RunSpec)}
 
 

@@ -30,9 +30,9 @@ def trained(folder, method, **settings):
     import torch
 
     spec = resolve(RunSpec(model=str(folder), method=method, **{"precision": "fp32", **settings}))
-    base = weights.load(spec)
-    targets = methods.targets(architecture.of(str(folder)), spec)
-    model = methods.find(method).attach(weights.share(base.model), targets, spec).eval()
+    base = weights.load(resolve(spec))
+    targets = methods.targets(architecture.of(str(folder)), resolve(spec))
+    model = methods.find(method).attach(weights.share(base.model), targets, resolve(spec)).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -115,8 +115,8 @@ def test_only_what_was_trained_is_saved_as_safetensors(model, method, request, t
     folder = adapters.save(made, spec, tmp_path / "adapter")
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file).values()
-    assert sum(t.numel() for t in tensors) == count(spec).trainable_parameters
-    assert sum(t.nbytes for t in tensors) == count(spec).adapter_bytes
+    assert sum(t.numel() for t in tensors) == count(resolve(spec)).trainable_parameters
+    assert sum(t.nbytes for t in tensors) == count(resolve(spec)).adapter_bytes
     assert {f.suffix for f in folder.iterdir()} == {".safetensors", ".json"}
 
 
@@ -294,7 +294,7 @@ def test_a_bundled_adapter_is_whole(adapter):
     from safetensors.torch import load_file
 
     tensors = load_file(adapter.folder / "adapter_model.safetensors")
-    assert sum(t.numel() for t in tensors.values()) == count(adapter.spec).trainable_parameters
+    assert sum(t.numel() for t in tensors.values()) == count(resolve(adapter.spec)).trainable_parameters
     config = json.loads((adapter.folder / "adapter_config.json").read_text())
     assert config["r"] == adapter.spec.rank
     assert config["base_model_name_or_path"] == models.find(adapter.spec.model).hub_id
@@ -357,7 +357,7 @@ def test_what_is_not_finite_is_not_merged(method, tiny_model, tmp_path):
     with torch.no_grad():
         next(p for n, p in made.named_parameters() if p.requires_grad and "embed" not in n).view(-1)[:3] = torch.nan
     adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
-    total = count(spec).trainable_parameters
+    total = count(resolve(spec)).trainable_parameters
     with pytest.raises(
         AdapterError, match=rf"not finite \(3 of its own {total:,} numbers .*; train again at a lower lear"
     ):

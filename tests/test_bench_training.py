@@ -92,7 +92,7 @@ def test_a_peer_that_fails_says_so_and_the_others_go_on(spec, tmp_path, monkeypa
 
 def test_the_mask_covers_padding_alone(tiny_model, toy_task):
     spec = small(tiny_model, "lora", batch_size=4)
-    batch = next(training._batches(spec, weights.load(spec)))
+    batch = next(training._batches(spec, weights.load(resolve(spec))))
     columns = training._columns(batch)
     assert columns["attention_mask"].sum() == batch.tokens and (columns["labels"] != IGNORED).sum() == batch.answers
 

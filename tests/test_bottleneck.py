@@ -17,8 +17,8 @@ def adapted(config_files, family, method, **settings):
 
     spec = resolve(RunSpec(model=config_files[family], method=method, bottleneck=8, **settings))
     base = fresh(family).requires_grad_(False).eval()
-    targets = methods.targets(architecture.of(spec.model), spec)
-    model = METHODS[method].attach(weights.share(base), targets, spec).eval()
+    targets = methods.targets(architecture.of(spec.model), resolve(spec))
+    model = METHODS[method].attach(weights.share(base), targets, resolve(spec)).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

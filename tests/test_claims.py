@@ -3,7 +3,7 @@ from itertools import groupby
 
 import pytest
 
-from peftlab import RunSpec, SpecError, count, units
+from peftlab import RunSpec, SpecError, count, resolve, units
 from peftlab.base.models import UNITS
 from peftlab.lectures.claims import CLAIMS
 
@@ -40,7 +40,7 @@ def says(text):
 
 
 def trained(model, rank, targets=QV, **rest):
-    return count(RunSpec(model=model, rank=rank, target_modules=targets, **rest))
+    return count(resolve(RunSpec(model=model, rank=rank, target_modules=targets, **rest)))
 
 
 def share(report):
@@ -91,13 +91,13 @@ ASIDES = {
 
 @pytest.mark.parametrize("row", ASIDES)
 def test_a_second_number_in_a_reason_is_counted_too(row):
-    assert share(count(RunSpec(**ASIDES[row]))) in says(row).why
+    assert share(count(resolve(RunSpec(**ASIDES[row])))) in says(row).why
 
 
 def test_bitfit_trains_nothing_where_the_reason_says_so():
     for model in ("llama-3.1-8b", "gemma-3-270m", "smollm2-135m"):
         with pytest.raises(SpecError, match="no bias"):
-            count(RunSpec(model=model, method="bitfit"))
+            count(resolve(RunSpec(model=model, method="bitfit")))
 
 
 TABLE = """Gemma 3 270M 8 160K 0.06%

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from tiny import TOY, drain, run_of, small
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters
+from peftlab import AdapterError, RunSpec, SpecError, adapters, resolve
 from peftlab.base import weights
 from peftlab.compare import BASE, models_of, on_prompt, on_task, score_of, wilson
 from peftlab.data.tasks import prompt_ids
@@ -33,7 +33,7 @@ def test_a_score_is_the_mean_in_its_interval():
 
 @pytest.fixture
 def adapter(toy_spec, tmp_path):
-    for _ in train(toy_spec.but(steps=8), tmp_path / "colours"):
+    for _ in train(resolve(toy_spec.but(steps=8)), tmp_path / "colours"):
         pass
     return adapters.read(tmp_path / "colours" / "adapter")
 
@@ -70,10 +70,10 @@ def test_one_batch_says_what_models_in_turn_say(adapter, decoding, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_is_compared_in_its_own_precision(precision, toy_spec, toy_task, tmp_path):
     """So that base and adapter say what they said in it."""
-    for _ in train(toy_spec.but(precision=precision, steps=8), tmp_path / "run"):
+    for _ in train(resolve(toy_spec.but(precision=precision, steps=8)), tmp_path / "run"):
         pass
     adapter = adapters.read(tmp_path / "run" / "adapter")
-    assert weights.load(adapter.spec) is models_of([adapter])[0]
+    assert weights.load(resolve(adapter.spec)) is models_of([adapter])[0]
     _, report = drain(on_task([adapter], toy_task))
     said = [tuple(r.text for r in e.replies) for e in report.exchanges]
     assert said == [(r["base"], r["adapted"]) for r in adapter.result["heldout"]]
@@ -134,7 +134,7 @@ def test_virtual_tokens_take_their_room_in_the_context(method, gpt2_model, toy_t
     """GPT-2 has no positions after its last."""
     spec = small(gpt2_model, method)
     chosen = adapters.read(adapters.save(run_of(spec, tmp_path).model, spec, tmp_path / "adapter"))
-    tokens = weights.load(spec).tokenizer
+    tokens = weights.load(resolve(spec)).tokenizer
     words = next(n for n in range(300) if len(prompt_ids(tokens, TOY.instruction, "x" * (n + 1))) > 256 - 5 - 4)
     assert on_prompt([chosen], "x" * words, Decoding(4)).exchanges
     with pytest.raises(SpecError, match="shorten it to 247 tokens"):

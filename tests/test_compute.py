@@ -70,7 +70,7 @@ def tiny(config_files, family, **settings):
 )
 def test_every_product_is_counted_once(config_files, unmasked, family, settings):
     spec = tiny(config_files, family, **settings)
-    found = compute(spec)
+    found = compute(resolve(spec))
     forward, backward = measured(family, spec)
     spared = 0
     if (
@@ -97,26 +97,26 @@ def test_every_product_is_counted_once(config_files, unmasked, family, settings)
 )
 def test_what_is_left_out_is_small(config_files, unmasked, settings):
     spec = tiny(config_files, "llama", **settings)
-    assert compute(spec).per_token == pytest.approx(sum(measured("llama", spec)), rel=0.05)
+    assert compute(resolve(spec)).per_token == pytest.approx(sum(measured("llama", spec)), rel=0.05)
 
 
 @pytest.mark.parametrize("method, last", [("full", 160 * 64), ("lora", 8 * 64)])
 def test_recomputing_stops_before_each_layers_last_product(config_files, unmasked, method, last):
     spec = tiny(config_files, "llama", method=method, gradient_checkpointing=True)
-    found = compute(spec)
+    found = compute(resolve(spec))
     assert found.per_token - 3 * 2 * last == pytest.approx(sum(measured("llama", spec)), rel=1e-12)
 
 
 def test_under_checkpointing_the_backward_pass_goes_all_the_way_down(config_files):
     low, high = (tiny(config_files, "llama", layers=layers, gradient_checkpointing=True) for layers in ("0", "2"))
-    assert compute(low).input_gradients == compute(high).input_gradients
-    plain = [compute(s.but(gradient_checkpointing=False)).input_gradients for s in (low, high)]
+    assert compute(resolve(low)).input_gradients == compute(resolve(high)).input_gradients
+    plain = [compute(resolve(s.but(gradient_checkpointing=False))).input_gradients for s in (low, high)]
     assert plain[0] > plain[1]
 
 
 def test_llama_3_8b_by_hand():
     spec = RunSpec(model="llama-3.1-8b", method="full", sequence_length=1024, batch_size=2, accumulation=3, steps=10)
-    found = compute(spec)
+    found = compute(resolve(spec))
     products = 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # all but the embedding and the norms
     attention = 4 * 32 * 32 * 128 * (1024 + 1) / 2
     assert found.forward == 2 * products + attention
@@ -124,11 +124,16 @@ def test_llama_3_8b_by_hand():
     assert found.weight_gradients == 2 * products
     assert found.tokens == 2 * 3 * 1024 * 10
     assert found.total == found.per_token * found.tokens == 10 * found.per_step
-    assert compute(spec.but(gradient_checkpointing=True)).recomputed == 2 * (products - 128_256 * 4096) + attention
+    assert (
+        compute(resolve(spec.but(gradient_checkpointing=True))).recomputed
+        == 2 * (products - 128_256 * 4096) + attention
+    )
 
 
 def test_of_a_mixture_only_the_chosen_experts_and_the_router():
-    found = compute(RunSpec(model="mixtral-8x7b", sequence_length=512, target_modules="q_proj", layers="0", rank=1))
+    found = compute(
+        resolve(RunSpec(model="mixtral-8x7b", sequence_length=512, target_modules="q_proj", layers="0", rank=1))
+    )
     attention_maps, router = 2 * 4096**2 + 2 * 4096 * 1024, 8 * 4096
     chosen = 2 * (28672 * 4096 + 4096 * 14336)
     products = 32 * (attention_maps + router + chosen) + 32000 * 4096 + 2 * 4096
@@ -145,26 +150,26 @@ def test_a_window_spares_attention():
     spec = RunSpec(model="gemma-3-270m", sequence_length=4096)
     near, far = 512 - 512 * 511 / 8192, 4097 / 2
     attention = 4 * 4 * 256 * (15 * near + 3 * far)
-    short = compute(spec.but(sequence_length=512))
-    assert compute(spec).forward - short.forward == pytest.approx(attention - 4 * 4 * 256 * 18 * 513 / 2)
+    short = compute(resolve(spec.but(sequence_length=512)))
+    assert compute(resolve(spec)).forward - short.forward == pytest.approx(attention - 4 * 4 * 256 * 18 * 513 / 2)
 
 
 @pytest.mark.parametrize("method, checkpointing, times", [("full", False, 6), ("lora", False, 4), ("full", True, 8)])
 def test_a_bare_count_follows_kaplan(method, checkpointing, times):
     spec = RunSpec(model="100B", method=method, gradient_checkpointing=checkpointing, sequence_length=100, batch_size=1)
-    assert compute(spec).per_token == times * 100e9
-    assert compute(spec).total == times * 100e9 * 100 * resolve(spec).steps
+    assert compute(resolve(spec)).per_token == times * 100e9
+    assert compute(resolve(spec)).total == times * 100e9 * 100 * resolve(spec).steps
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-70b", "gpt3-175b"])
 def test_the_rule_of_six_is_close_for_large_models(model):
-    n = compute(RunSpec(model=model, method="full", sequence_length=2048))
+    n = compute(resolve(RunSpec(model=model, method="full", sequence_length=2048)))
     total = {"llama-3.1-70b": 70_553_706_496, "gpt3-175b": 174_597_697_536}[model]
     assert n.per_token == pytest.approx(6 * total, rel=0.05)
 
 
 def test_time_and_money():
-    found = compute(RunSpec(model="7B", method="full", batch_size=1, sequence_length=1000, steps=1000))
+    found = compute(resolve(RunSpec(model="7B", method="full", batch_size=1, sequence_length=1000, steps=1000)))
     assert found.total == 6 * 7e9 * 1e6
     assert found.time("h100-80gb", 0.4) == pytest.approx(42e15 / (H100 * 0.4))
     assert found.money("h100-80gb", 0.4, 3.6) == pytest.approx(42e15 / (H100 * 0.4) / 1000)
@@ -172,15 +177,15 @@ def test_time_and_money():
 
 def test_more_gpus_process_more_in_the_same_time():
     one = RunSpec(model="7B", method="full", sequence_length=100, batch_size=1)
-    four = compute(one.but(n_gpus=4, sharding="zero3"))
-    assert four.total == 4 * compute(one).total
-    assert four.time("h100-80gb", 0.5) == compute(one).time("h100-80gb", 0.5)
-    assert four.money("h100-80gb", 0.5, 1) == 4 * compute(one).money("h100-80gb", 0.5, 1)
+    four = compute(resolve(one.but(n_gpus=4, sharding="zero3")))
+    assert four.total == 4 * compute(resolve(one)).total
+    assert four.time("h100-80gb", 0.5) == compute(resolve(one)).time("h100-80gb", 0.5)
+    assert four.money("h100-80gb", 0.5, 1) == 4 * compute(resolve(one)).money("h100-80gb", 0.5, 1)
 
 
 def test_utilisation_is_what_was_achieved_over_the_peak():
     spec = resolve(RunSpec(model="llama-3.1-8b", batch_size=1, sequence_length=1024, gpu="h100-80gb", accumulation=2))
-    step = compute(spec).per_step
+    step = compute(resolve(spec)).per_step
     row = {"spec": spec.to_dict(), "measured": {"step_seconds": step / (0.5 * H100)}}
     others = [
         {**row, "spec": row["spec"] | {"gpu": "t4"}},
@@ -197,7 +202,7 @@ def test_no_measured_step_beats_the_chip():
 
 
 def test_refusals():
-    found = compute(RunSpec(model="7B", method="full"))
+    found = compute(resolve(RunSpec(model="7B", method="full")))
     with pytest.raises(SpecError, match="gpu=t4: NVIDIA T4 has no bf16.*choose"):
         found.time("t4", 0.4)
     with pytest.raises(SpecError, match="gpu=h1000.*did you mean"):
@@ -206,9 +211,9 @@ def test_refusals():
         with pytest.raises(SpecError, match=f"utilisation={share}.*try 0.4"):
             found.time("h100-80gb", share)
     with pytest.raises(SpecError, match="model=7B: a bare count has no layers for last-block.*name a model"):
-        compute(RunSpec(model="7B", method="last-block"))
+        compute(resolve(RunSpec(model="7B", method="last-block")))
     with pytest.raises(SpecError, match="model=bert-base.*name one such as gpt2"):
-        compute(RunSpec(model="bert-base"))
+        compute(resolve(RunSpec(model="bert-base")))
 
 
 def test_every_peak_is_the_catalogues():

@@ -3,7 +3,7 @@
 import pytest
 from tiny import CONFIGS, attached, fresh
 
-from peftlab import RunSpec, SpecError, count
+from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base import architecture, configs
 from peftlab.base.models import MODELS
 from peftlab.methods import METHODS
@@ -43,7 +43,7 @@ QV = {"target_modules": "q_proj,v_proj"}
 )
 def test_tiny_llama(tiny_model, method, settings, trainable):
     """FACTS.md, section 4. BOFT is added by test_registries."""
-    report = count(RunSpec(model=str(tiny_model), method=method, sequence_length=96, **settings))
+    report = count(resolve(RunSpec(model=str(tiny_model), method=method, sequence_length=96, **settings)))
     assert report.trainable_parameters == trainable and report.total_parameters == 195_008
     assert report.trainable_percent == pytest.approx(100 * trainable / 195_008)
     in_place = method in ("full", "head", "last-block", "bitfit")
@@ -70,7 +70,7 @@ def test_every_method_is_among_them():
 )
 def test_what_peft_published_of_llama_3_2_3b(method, settings, trainable):
     """`peft_benchmark.csv`; its prefix has 200 virtual tokens."""
-    assert count(RunSpec(model="llama-3.2-3b", method=method, **settings)).trainable_parameters == trainable
+    assert count(resolve(RunSpec(model="llama-3.2-3b", method=method, **settings))).trainable_parameters == trainable
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_peft_published_of_llama_3_2_3b(method, settings, trainable):
     ],
 )
 def test_published_models(model, rank, targets, trainable):
-    assert count(RunSpec(model=model, rank=rank, target_modules=targets)).trainable_parameters == trainable
+    assert count(resolve(RunSpec(model=model, rank=rank, target_modules=targets))).trainable_parameters == trainable
 
 
 LORA = [
@@ -103,7 +103,7 @@ def test_lora_equals_peft(name, settings, config_files):
     spec = RunSpec(model=config_files[name], **settings)
     adapted = attached(name, spec)
     trainable = adapted.get_nb_trainable_parameters()[0]
-    assert count(spec).trainable_parameters == trainable
+    assert count(resolve(spec)).trainable_parameters == trainable
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == trainable
 
 
@@ -118,9 +118,9 @@ def test_each_modules_count_is_that_of_the_model(method, name, config_files):
     spec = RunSpec(model=config_files[name], method=method, sequence_length=96)
     if (method, name) in REFUSED:
         with pytest.raises(SpecError):
-            count(spec)
+            count(resolve(spec))
         return
-    report, known = count(spec), dict(fresh(name).named_modules())
+    report, known = count(resolve(spec)), dict(fresh(name).named_modules())
     trained = {n: p for n, p in attached(name, spec).named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) == report.trainable_parameters == sum(dict(report.names).values())
     shapes = {e["name"]: tuple(e["shape"]) for e in report.to_dict()["modules"]}
@@ -149,7 +149,7 @@ def test_adapters_follow_their_papers(model, m):
     d, layers = c.get("hidden_size") or c["n_embd"], c.get("num_hidden_layers") or c["n_layer"]
 
     def trained(method):
-        return count(RunSpec(model=model, method=method, bottleneck=m)).trainable_parameters
+        return count(resolve(RunSpec(model=model, method=method, bottleneck=m))).trainable_parameters
 
     assert trained("houlsby") == layers * 2 * (2 * d * m + m + d)
     for method in ("pfeiffer", "parallel", "post-attention"):
@@ -170,7 +170,7 @@ def test_virtual_tokens_follow_their_formulas(model, p):
     kv = (c.get("num_key_value_heads") or heads) * head_dim
 
     def report(method):
-        return count(RunSpec(model=model, method=method, virtual_tokens=p))
+        return count(resolve(RunSpec(model=model, method=method, virtual_tokens=p)))
 
     assert report("prompt").trainable_parameters == p * d
     tuned = report("p-tuning")
@@ -185,7 +185,7 @@ def test_oft_has_one_rotation_for_each_block(model, b):
     """A rotation of b numbers has b(b − 1)/2 free ones."""
     linear = architecture.of(model).linear()
     expected = sum(m.count * (m.d_in // b) * b * (b - 1) // 2 for m in linear)
-    assert count(RunSpec(model=model, method="oft", block_size=b)).trainable_parameters == expected
+    assert count(resolve(RunSpec(model=model, method="oft", block_size=b))).trainable_parameters == expected
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt-125m", "opt-350m", "smollm2-135m", "llama-2-7b", "qwen3-0.6b"])
@@ -195,12 +195,16 @@ def test_bitfit_is_the_sum_of_the_biases(model):
     modules = [m for m in meta.modules() if "Norm" in type(m).__name__]
     norms = sum(m.weight.numel() for m in modules if getattr(m, "weight", None) is not None)
     spec = RunSpec(model=model, method="bitfit")
-    assert count(spec.but(train_norms=True)).trainable_parameters == biases + norms
+    assert count(resolve(spec.but(train_norms=True))).trainable_parameters == biases + norms
     if biases:
-        assert count(spec).trainable_parameters == count(spec.but(train_norms=False)).trainable_parameters == biases
+        assert (
+            count(resolve(spec)).trainable_parameters
+            == count(resolve(spec.but(train_norms=False))).trainable_parameters
+            == biases
+        )
     else:
         with pytest.raises(SpecError, match="has no bias to train"):
-            count(spec)
+            count(resolve(spec))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -209,7 +213,7 @@ def test_a_head_is_vocabulary_by_hidden_and_new_where_it_was_tied(model):
     if entry.config is None or not entry.is_causal:
         return
     (head,) = [m for m in architecture.of(model).modules if m.head]
-    report = count(RunSpec(model=model, method="head"))
+    report = count(resolve(RunSpec(model=model, method="head")))
     assert report.trainable_parameters == head.d_in * head.d_out + head.bias
     assert report.added_parameters == (head.d_in * head.d_out if head.tied else 0)
     assert report.adapter_bytes == 4 * report.trainable_parameters
@@ -218,18 +222,18 @@ def test_a_head_is_vocabulary_by_hidden_and_new_where_it_was_tied(model):
 def test_which_heads_are_tied():
     tied = {k: next(m.tied for m in architecture.of(k).modules if m.head) for k in PUBLISHED}
     assert tied == dict.fromkeys(PUBLISHED, True) | {"llama-2-7b": False, "llama-3.1-70b": False}
-    assert count(RunSpec(model="gemma-3-270m", method="head")).added_parameters == 262_144 * 640
+    assert count(resolve(RunSpec(model="gemma-3-270m", method="head"))).added_parameters == 262_144 * 640
 
 
 def test_full_counts_everything_once(config_files):
     for file in config_files.values():
-        report = count(RunSpec(model=file, method="full"))
+        report = count(resolve(RunSpec(model=file, method="full")))
         assert report.trainable_parameters == report.total_parameters
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_modules_add_up(name, config_files):
-    report = count(RunSpec(model=config_files[name], rank=2, layers="first:2"))
+    report = count(resolve(RunSpec(model=config_files[name], rank=2, layers="first:2")))
     assert sum(m.trainable for m in report.modules) == report.trainable_parameters
     assert sum(trainable for _, trainable in report.names) == report.trainable_parameters
     assert sum(m.parameters for m in report.modules) == report.total_parameters
@@ -237,11 +241,11 @@ def test_the_modules_add_up(name, config_files):
 
 
 def test_adapter_bytes_follow_the_precision(tiny_model):
-    assert count(RunSpec(model=str(tiny_model))).adapter_bytes == 4 * 26_880
-    assert count(RunSpec(model=str(tiny_model), adapter_precision="bf16")).adapter_bytes == 2 * 26_880
-    assert count(RunSpec(model=str(tiny_model), method="full", precision="bf16")).adapter_bytes == 2 * 195_008
+    assert count(resolve(RunSpec(model=str(tiny_model)))).adapter_bytes == 4 * 26_880
+    assert count(resolve(RunSpec(model=str(tiny_model), adapter_precision="bf16"))).adapter_bytes == 2 * 26_880
+    assert count(resolve(RunSpec(model=str(tiny_model), method="full", precision="bf16"))).adapter_bytes == 2 * 195_008
 
 
 def test_a_bare_count_cannot_be_counted():
     with pytest.raises(SpecError, match="7B.*no layers"):
-        count(RunSpec(model="7B"))
+        count(resolve(RunSpec(model="7B")))

@@ -5,7 +5,7 @@ import threading
 import pytest
 from tiny import digest, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, adapters, count, hardware
+from peftlab import RunSpec, SpecError, adapters, count, hardware, resolve
 from peftlab.base import weights
 from peftlab.methods import METHODS
 
@@ -36,7 +36,7 @@ def inside(model):
 @pytest.mark.parametrize("method, family", list(REFUSED))
 def test_what_does_not_suit_is_refused_with_its_reason(method, family, families, toy_task):
     with pytest.raises(SpecError, match=REFUSED[method, family]):
-        count(RunSpec(model=families[family], method=method))
+        count(resolve(RunSpec(model=families[family], method=method)))
 
 
 @pytest.mark.parametrize("method, family", CASES)
@@ -45,13 +45,13 @@ def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path)
 
     spec = small(families[family], method)
     entry = METHODS[method]
-    base = weights.load(spec)
+    base = weights.load(resolve(spec))
     before, flags, modules = digest(base.model), [p.requires_grad for p in base.model.parameters()], inside(base.model)
     at_base = logits(base.model)
     run = run_of(spec, tmp_path)
 
     trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
-    report = count(spec)
+    report = count(resolve(spec))
     assert sum(p.numel() for p in trained.values()) == report.trainable_parameters > 0
     if hasattr(run.model, "get_nb_trainable_parameters"):
         assert run.model.get_nb_trainable_parameters()[0] == report.trainable_parameters
@@ -73,7 +73,7 @@ def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path)
     again = adapters.apply(base, adapters.read(folder))
     assert torch.allclose(logits(again), learned, atol=1e-5)
     if entry.merge:
-        whole = weights.load(spec.but(quantization="none"))
+        whole = weights.load(resolve(spec.but(quantization="none")))
         merged = adapters.merge(whole, adapters.read(folder))
         apart = adapters.apply(whole, adapters.read(folder))
         assert torch.allclose(logits(merged), logits(apart), atol=1e-5)
@@ -123,4 +123,4 @@ def test_nothing_is_merged_into_a_quantized_base(families, toy_task, tmp_path):
     spec = small(families["llama-tied"], "qlora")
     folder = adapters.save(run_of(spec, tmp_path).model, spec, tmp_path / "adapter")
     with pytest.raises(SpecError, match="quantized base would round.*quantization none"):
-        adapters.merge(weights.load(spec), adapters.read(folder))
+        adapters.merge(weights.load(resolve(spec)), adapters.read(folder))

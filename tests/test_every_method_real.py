@@ -44,4 +44,4 @@ def test_it_begins_to_learn(method, tmp_path):
 
 def test_bitfit_refuses_a_model_without_biases():
     with pytest.raises(SpecError, match="SmolLM2.* has no bias to train.*set train-norms"):
-        count(RunSpec(method="bitfit"))
+        count(resolve(RunSpec(method="bitfit")))

@@ -3,7 +3,7 @@ import json
 import plotly.graph_objects as go
 import pytest
 
-from peftlab import RunSpec, SpecError, count, predict, units
+from peftlab import RunSpec, SpecError, count, predict, resolve, units
 from peftlab.base.models import MODELS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
 from peftlab.count import why_not
@@ -32,7 +32,7 @@ def timeline(report, theme):
 
 @THEMES
 def test_the_timeline_is_the_reports_moments(theme):
-    report = predict(RunSpec(model="llama-3.1-8b", rank=16, precision="bf16"))
+    report = predict(resolve(RunSpec(model="llama-3.1-8b", rank=16, precision="bf16")))
     figure, lines = timeline(report, theme)
     names = {kind: name for kind, _, name in figures.COMPONENTS}
     colours = {name: figures.PALETTE[theme][colour] for _, colour, name in figures.COMPONENTS}
@@ -51,7 +51,7 @@ def test_the_timeline_is_the_reports_moments(theme):
 
 @THEMES
 def test_the_timelines_peak_is_marked(theme):
-    report = predict(RunSpec(model="gemma-3-270m", batch_size=4, sequence_length=512))
+    report = predict(resolve(RunSpec(model="gemma-3-270m", batch_size=4, sequence_length=512)))
     figure, _ = timeline(report, theme)
     (mark,) = figure.layout.annotations
     assert (mark.x, mark.y) == (report.moments.index(report.peak), report.allocated / 1e9)
@@ -62,7 +62,7 @@ def test_the_timelines_peak_is_marked(theme):
 def test_the_timeline_of_a_trace_names_its_layers(tiny_model):
     from peftlab.memory import exact
 
-    report = exact(RunSpec(model=str(tiny_model), method="full", batch_size=2, sequence_length=32))
+    report = exact(resolve(RunSpec(model=str(tiny_model), method="full", batch_size=2, sequence_length=32)))
     figure, _ = timeline(report, "light")
     places = list(figure.data[0].text)
     assert places[:2] == ["forward, embedding", "forward, layer 1"] and places[-1] == "optimizer"
@@ -75,7 +75,7 @@ def test_the_timeline_of_a_trace_names_its_layers(tiny_model):
 
 
 def test_the_timeline_has_the_buffers_between_gpus():
-    report = predict(RunSpec(model="llama-3.1-8b", method="full", n_gpus=8, sharding="fsdp"))
+    report = predict(resolve(RunSpec(model="llama-3.1-8b", method="full", n_gpus=8, sharding="fsdp")))
     assert "buffers between GPUs" in timeline(report, "light")[1]
 
 
@@ -86,7 +86,7 @@ def scatter(figure):
 
 
 def counted(model, rank, targets):
-    report = count(RunSpec(model=model, rank=rank, target_modules=targets))
+    report = count(resolve(RunSpec(model=model, rank=rank, target_modules=targets)))
     return report.total_parameters, report.trainable_percent
 
 

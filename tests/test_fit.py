@@ -25,7 +25,7 @@ EACH_RUN = pytest.mark.parametrize("spec", RUNS, ids=lambda s: f"{s.model} {s.me
 
 def process(spec):
     try:
-        return predict(spec).process
+        return predict(resolve(spec)).process
     except SpecError:
         return float("inf")
 
@@ -42,7 +42,7 @@ def test_fits():
 
 @EACH_RUN
 def test_the_grid_is_what_predict_says(spec):
-    report = predict(spec)
+    report = predict(resolve(spec))
     frugal = spec.but(gradient_checkpointing=True)
     shared = {
         (n, less): process((frugal if less else spec).but(n_gpus=n, sharding="fsdp"))
@@ -65,26 +65,26 @@ def test_the_grid_is_what_predict_says(spec):
 
 
 def test_the_grid_has_every_answer():
-    found = [fit for spec in RUNS for fit in gpu_grid(predict(spec))]
+    found = [fit for spec in RUNS for fit in gpu_grid(predict(resolve(spec)))]
     assert {f.gpu.key for f in found} == set(GPUS) and len(found) == len(GPUS) * len(RUNS)
     kinds = {(min(f.n_gpus, 2), f.checkpointed) for f in found}
     assert kinds == {(1, False), (1, True), (2, False), (2, True), (0, False)}
 
 
 def test_the_grid_where_no_step_is_predicted():
-    report = predict(RunSpec(model="100B", method="full"), "12n")
+    report = predict(resolve(RunSpec(model="100B", method="full")), "12n")
     assert gpu_grid(report) == fits(report.states)
 
 
 def test_the_grid_of_a_traced_run_uses_its_own_process(tiny_model):
-    report = exact(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64))
+    report = exact(resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64)))
     assert all(f.n_gpus == 1 and f.share == report.process / f.gpu.memory_bytes for f in gpu_grid(report))
 
 
 @EACH_RUN
 @pytest.mark.parametrize("setting", ["batch_size", "sequence_length"])
 def test_the_largest_fits_and_one_more_does_not(spec, setting):
-    form, about = closed_form(spec), SETTINGS[setting]
+    form, about = closed_form(resolve(spec)), SETTINGS[setting]
     for gpu in GPUS.values():
         found = largest(form, setting, gpu.memory_bytes)
         if not found:
@@ -97,9 +97,9 @@ def test_the_largest_fits_and_one_more_does_not(spec, setting):
 
 def test_nothing_at_all_has_no_largest():
     assert (
-        largest(closed_form(RUNS[0]), "batch_size", 10**6)
+        largest(closed_form(resolve(RUNS[0])), "batch_size", 10**6)
         == 0
-        == largest(closed_form(RUNS[0]), "sequence_length", 10**6)
+        == largest(closed_form(resolve(RUNS[0])), "sequence_length", 10**6)
     )
 
 
@@ -111,14 +111,14 @@ def test_the_largest_model_fits_and_no_larger_one_does(settings, gpu):
     if gpu not in GPUS:
         gpu = next(iter(GPUS))
     spec, room = RunSpec(batch_size=1, sequence_length=512, **ON, **settings), GPUS[gpu].memory_bytes
-    found = largest_model(spec, room)
+    found = largest_model(resolve(spec), room)
     assert found and process(spec.but(model=found)) <= room
     larger = [m for m in MODELS.values() if m.is_causal and (m.total_parameters or 0) > MODELS[found].total_parameters]
     assert all(process(spec.but(model=m.key)) > room for m in larger)
 
 
 def test_no_model_fits_no_memory():
-    assert largest_model(RunSpec(**ON), 10**8) is None
+    assert largest_model(resolve(RunSpec(**ON)), 10**8) is None
 
 
 CHANGED = [
@@ -140,7 +140,7 @@ def test_the_cheapest_changes_do_and_fewer_do_not(spec, gpu):
 
     spec, room = resolve(spec), GPUS[gpu].memory_bytes
     assert process(spec) > room
-    found, changed = cheapest_changes(spec, room)
+    found, changed = cheapest_changes(resolve(spec), room)
     assert process(changed) <= room and set(found) <= set(CHANGES) and len(set(found)) == len(found)
     assert [CHANGES.index(c) for c in found] == sorted(CHANGES.index(c) for c in found)
     for n in range(1, len(found) + 1):
@@ -161,7 +161,7 @@ def test_every_change_is_somebodys_cheapest():
 
 def test_a_change_says_what_it_costs_and_keeps_the_rest():
     spec = resolve(CHANGED[0][0])
-    found, changed = cheapest_changes(spec, GPUS["rtx-4090"].memory_bytes)
+    found, changed = cheapest_changes(resolve(spec), GPUS["rtx-4090"].memory_bytes)
     assert all(c.cost and c.words for c in CHANGES)
     moved = {k for c in found for k in c.apply(spec)}
     assert {k for k, v in changed.to_dict().items() if spec.to_dict().get(k) != v} <= moved
@@ -173,7 +173,7 @@ def test_where_no_change_helps_there_is_none():
 
 
 def test_storage_is_16_bit():
-    disk = storage(predict(RunSpec(model="100B"), "8n", 500_000_000), 50)
+    disk = storage(predict(resolve(RunSpec(model="100B")), "8n", 500_000_000), 50)
     assert (disk.tasks, disk.full, disk.adapters, disk.base) == (50, 10 * 10**12, 50 * BILLION, 200 * BILLION)
-    disk = storage(predict(RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj")), 3)
+    disk = storage(predict(resolve(RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj"))), 3)
     assert (disk.full, disk.adapters, disk.base) == (6 * 6_738_415_616, 6 * 4_194_304, 2 * 6_738_415_616)

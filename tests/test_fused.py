@@ -24,7 +24,7 @@ def copies(family, method="lora", dtype=torch.float32, **settings):
         torch.manual_seed(0)
         spec = resolve(RunSpec(model=settings.pop("model", None) or FILES[family], method=method, **settings))
         model = methods.find(method).attach(
-            weights.share(base), methods.targets(architecture.of(spec.model), spec), spec
+            weights.share(base), methods.targets(architecture.of(spec.model), resolve(spec)), resolve(spec)
         )
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -314,7 +314,9 @@ def test_one_batch_for_a_base_and_its_adapters(family):
     """Of other ranks, on other modules: each row is what its own model says."""
     base, first, _ = copies(family)
     spec = resolve(RunSpec(model=FILES[family], method="lora", rank=3, target_modules="v_proj,down_proj"))
-    second = methods.find("lora").attach(weights.share(base), methods.targets(architecture.of(spec.model), spec), spec)
+    second = methods.find("lora").attach(
+        weights.share(base), methods.targets(architecture.of(spec.model), resolve(spec)), resolve(spec)
+    )
     with torch.no_grad():
         for p in second.parameters():
             if p.requires_grad:

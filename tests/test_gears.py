@@ -34,7 +34,7 @@ def test_why_a_step_cannot_be_one_graph(settings, said):
 def test_the_start_says_the_gear(toy_spec, tmp_path):
     from peftlab.run import train
 
-    start = next(e for e in train(toy_spec, tmp_path) if e["type"] == "start")
+    start = next(e for e in train(resolve(toy_spec), tmp_path) if e["type"] == "start")
     if not torch.cuda.is_available():
         assert (start["gear"], start["why_eager"]) == ("eager", "no CUDA GPU here")
         assert sentences.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from tiny import ROOT
 
-from peftlab import RunSpec, count, predict, units
+from peftlab import RunSpec, count, predict, resolve, units
 from peftlab.base.models import MODELS
 from peftlab.catalog.methods import FAMILIES
 from peftlab.lectures import checks, evidence
@@ -138,7 +138,7 @@ def test_sentences_follow_the_model():
     small, large = (evidence.counted("lora", model) for model in ("gemma-3-270m", "llama-3.1-8b"))
     assert "1,898,496 of 268,098,176 numbers (0.708%)" in small and small != large
     assert evidence.counted("bitfit", "gemma-3-270m").startswith("Gemma 3 270M has no bias to train")
-    lora = predict(RunSpec(model="llama-3.1-8b", method="lora", gpu=evidence.GPU))
+    lora = predict(resolve(RunSpec(model="llama-3.1-8b", method="lora", gpu=evidence.GPU)))
     assert f"LoRA about {units.size(lora.needed)}" in evidence.here("quantized", "llama-3.1-8b")
     assert evidence.here("", "gpt2") == "" == evidence.here("storage", "no-such-model-at-all")
 
@@ -148,7 +148,10 @@ def test_the_map_has_every_method_with_its_count_or_its_reason():
     assert [p.key for p in on] == list(METHODS)
     for place in on:
         if place.report:
-            assert place.report == count(RunSpec(model="smollm2-135m-instruct", method=place.key)) and not place.reason
+            assert (
+                place.report == count(resolve(RunSpec(model="smollm2-135m-instruct", method=place.key)))
+                and not place.reason
+            )
         else:
             assert place.key == "bitfit" and "has no bias to train" in place.reason and place.length == 0
     by_share = sorted((p for p in on if p.report), key=lambda p: p.report.trainable_percent)

@@ -45,7 +45,7 @@ def test_every_suitable_method_was_raced_and_learned():
     assert [(r.device, r.seeds) for r in LESSONS["methods"].recordings()] == [("cuda", (3, 3)), ("cpu", (1, 1))]
     for found in [*lines.values(), *LESSONS["methods"].recordings()[1].lines]:
         assert found.error is None and found.scores and all(loss < found.base_loss for loss in found.loss)
-        assert found.trainable_parameters == count(RunSpec.from_dict(found.spec)).trainable_parameters
+        assert found.trainable_parameters == count(resolve(RunSpec.from_dict(found.spec))).trainable_parameters
 
 
 def test_lora_comes_within_three_points_of_full_fine_tuning():

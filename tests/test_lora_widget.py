@@ -139,7 +139,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
         for at, answer in zip(points, answers, strict=True):
             asked = wanted(spec, at)
             try:
-                report = count(asked)
+                report = count(resolve(asked))
             except SpecError as error:
                 refused += 1
                 assert answer["refused"], asked
@@ -152,11 +152,11 @@ def test_the_page_counts_says_and_reports_what_python_does():
             assert answer["trained"] == report.trainable_parameters
             assert answer["saved"] * BYTES[report.spec.adapter_precision] == report.adapter_bytes
             said = asked.but(target_modules=answer["targets"])
-            assert answer["sentence"] == sentences.lora_sentence(count(said))
+            assert answer["sentence"] == sentences.lora_sentence(count(resolve(said)))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
             assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")
             settled = written(spec.but(method=at["method"]), answer["reported"])
-            assert settled == asked.but(layers=settled.layers) and count(settled).names == report.names
+            assert settled == asked.but(layers=settled.layers) and count(resolve(settled)).names == report.names
     assert counted >= 200 and refused >= 10
 
 
@@ -204,7 +204,9 @@ def test_a_refused_number_of_a_link_stands_beside_its_control_and_goes_on_being_
     at = shapes.value(SPEC, {"rank": text, "model": "100B"})["at"]
     assert at["refused"] == {"rank": text} and at["rank"] == 8
     answer, touched = page([(SPEC, [at, at | {"then": {"alpha": "3"}}])])[0]
-    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == sentences.lora_sentence(count(SPEC))
+    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == sentences.lora_sentence(
+        count(resolve(SPEC))
+    )
     assert (touched["reported"]["rank"], touched["reported"]["alpha"]) == (text, 3)
 
 
@@ -263,10 +265,10 @@ def test_a_limit_is_that_of_the_modules_in_the_chosen_layers():
     """OPT-350m's projections stand outside its layers, and are narrower."""
     spec = RunSpec(model="opt-350m", method="pissa", rank=600, layers="0-3")
     with pytest.raises(SpecError, match="the smallest adapted matrix has rank 512"):
-        count(spec.but(layers=None))
+        count(resolve(spec.but(layers=None)))
     whole, some_layers = page([(spec, [point(spec) | {"layers": list(range(24))}, point(spec)])])[0]
     assert "the smallest adapted matrix has rank 512" in whole["refused"]
-    assert some_layers["trained"] == count(spec).trainable_parameters and not some_layers["refused"]
+    assert some_layers["trained"] == count(resolve(spec)).trainable_parameters and not some_layers["refused"]
 
 
 @needs_node
@@ -277,8 +279,8 @@ def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
     points = [at, at | {"targets": [*names, "lm_head"]}, at | {"targets": names}]
     for at, answer in zip(points, page([(spec, points)])[0], strict=True):
         asked = spec.but(target_modules=",".join(at["targets"]))
-        assert answer["trained"] == count(asked).trainable_parameters
-        assert count(written(spec, answer["reported"])).names == count(asked).names
+        assert answer["trained"] == count(resolve(asked)).trainable_parameters
+        assert count(resolve(written(spec, answer["reported"]))).names == count(resolve(asked)).names
     assert answer["targets"] == "all-linear"
 
 
@@ -289,11 +291,11 @@ def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
     before, *after = page([(spec, [point(spec), *(point(spec) | {"then": {"method": method}} for method in others)])])[
         0
     ]
-    assert before["sentence"] == sentences.lora_sentence(count(spec))
+    assert before["sentence"] == sentences.lora_sentence(count(resolve(spec)))
     for method, answer in zip(others, after, strict=True):
         settled = written(spec, answer["reported"])
         assert settled == SPEC.but(method=method, target_modules="q_proj", layers="0-2")
-        assert answer["sentence"] == sentences.lora_sentence(count(settled))
+        assert answer["sentence"] == sentences.lora_sentence(count(resolve(settled)))
 
 
 @needs_node

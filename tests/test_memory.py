@@ -19,7 +19,7 @@ BILLION = 10**9
     [("8n", 2, 2, 4), ("12n", 2, 2, 8), ("16n-fp32", 4, 4, 8), ("16n-mixed", 2, 2, 12), ("18n", 2, 4, 12)],
 )
 def test_each_convention(key, weights, gradients, optimizer):
-    report = predict(RunSpec(model="7B", method="full"), key)
+    report = predict(resolve(RunSpec(model="7B", method="full")), key)
     n = 7 * BILLION
     assert (report.weights, report.gradients, report.optimizer) == (weights * n, gradients * n, optimizer * n)
     assert report.states == (weights + gradients + optimizer) * n
@@ -28,19 +28,19 @@ def test_each_convention(key, weights, gradients, optimizer):
 def test_there_are_no_other_conventions():
     assert list(CONVENTIONS) == ["8n", "12n", "16n-fp32", "16n-mixed", "18n"]
     with pytest.raises(SpecError, match="convention=12m.*12n"):
-        predict(RunSpec(), "12m")
+        predict(resolve(RunSpec()), "12m")
 
 
 @pytest.mark.parametrize(
     "model, key, states", [("100B", "8n", 800e9), ("270M", "12n", 3.24e9), ("7B", "12n", 84e9), ("70B", "12n", 840e9)]
 )
 def test_the_lectures_totals(model, key, states):
-    assert predict(RunSpec(model=model, method="full"), key).states == states
+    assert predict(resolve(RunSpec(model=model, method="full")), key).states == states
 
 
 def test_with_peft_a_frozen_parameter_takes_two_bytes(tiny_model):
     spec = RunSpec(model=str(tiny_model), rank=8)
-    report = predict(spec, "12n")
+    report = predict(resolve(spec), "12n")
     assert (report.frozen_weights, report.trainable_weights) == (2 * 195_008, 2 * 26_880)
     assert report.states == 2 * 195_008 + 12 * 26_880
 
@@ -73,7 +73,7 @@ def test_exact_is_what_the_tensors_take(config_files, adapter_precision, optimiz
         model=config_files["llama"], precision="fp32", adapter_precision=adapter_precision, optimizer=optimizer
     )
     model, trained, used = after_a_step("llama", spec)
-    report = predict(spec)
+    report = predict(resolve(spec))
     assert sum(p.nbytes for p in model.parameters()) == report.weights
     assert sum(p.nbytes for p in model.parameters() if not p.requires_grad) == report.frozen_weights
     assert sum(p.grad.nbytes for p in trained) == report.gradients
@@ -87,7 +87,7 @@ def test_every_optimizers_states_in_full_fine_tuning(config_files, family, optim
     """Matrices and vectors, those that bitsandbytes keeps in 8 bits and those that are too small for it."""
     spec = RunSpec(model=config_files[family], method="full", precision="fp32", optimizer=optimizer)
     _, trained, used = after_a_step(family, spec)
-    report = predict(spec)
+    report = predict(resolve(spec))
     scales = sum(-(-p.numel() // 256) * 256 - p.numel() for p in trained)  # the last block may be a part of one
     assert report.optimizer == pytest.approx(states_of(used), abs=2 * 4 * scales / 256 + 1)
     assert sum(p.grad.nbytes for p in trained) == report.gradients
@@ -98,21 +98,21 @@ def test_adamw_may_keep_fp32_states(config_files):
         model=config_files["llama"], precision="fp32", adapter_precision="bf16", optimizer_precision="fp32", rank=4
     )
     _, trained, used = after_a_step("llama", spec)
-    assert predict(spec).optimizer == states_of(used) == 8 * sum(p.numel() for p in trained)
-    assert predict(spec.but(optimizer="lion")).optimizer == 4 * sum(p.numel() for p in trained)
+    assert predict(resolve(spec)).optimizer == states_of(used) == 8 * sum(p.numel() for p in trained)
+    assert predict(resolve(spec.but(optimizer="lion"))).optimizer == 4 * sum(p.numel() for p in trained)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby", "prefix", "ln", "head", "vera", "compacter"])
 def test_the_parameters_of_each_method(config_files, method):
     spec = RunSpec(model=config_files["llama"], method=method, precision="fp32", sequence_length=64)
-    model, report = attached("llama", spec), predict(spec)
+    model, report = attached("llama", spec), predict(resolve(spec))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert (report.trainable_weights, report.gradients, report.optimizer) == (trained, trained, 2 * trained)
     assert sum(p.nbytes for p in model.parameters()) == report.weights
 
 
 def test_exact_full_fine_tuning_in_fp32_is_16n(tiny_model):
-    report = predict(RunSpec(model=str(tiny_model), method="full", precision="fp32"))
+    report = predict(resolve(RunSpec(model=str(tiny_model), method="full", precision="fp32")))
     assert report.states == 16 * 195_008 and report.frozen_weights == 0
 
 
@@ -124,9 +124,9 @@ def test_nf4_has_scales():
 def test_nf4_quantizes_linear_maps_only(tiny_model):
     linear = 3 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 160)
     spec = RunSpec(model=str(tiny_model), precision="bf16", quantization="nf4", double_quantization=False)
-    assert predict(spec).frozen_weights == round(linear * 4.5 / 8) + 2 * (195_008 - linear)
-    assert predict(spec.but(quantization="int8")).frozen_weights == linear + 2 * (195_008 - linear)
-    assert predict(spec, "8n").frozen_weights == 195_008 // 2
+    assert predict(resolve(spec)).frozen_weights == round(linear * 4.5 / 8) + 2 * (195_008 - linear)
+    assert predict(resolve(spec.but(quantization="int8"))).frozen_weights == linear + 2 * (195_008 - linear)
+    assert predict(resolve(spec), "8n").frozen_weights == 195_008 // 2
 
 
 EXACT = [RunSpec(model="llama-3.1-8b", rank=16), RunSpec(model="gemma-3-270m", method="full", batch_size=4, sequence_length=512),
@@ -135,7 +135,7 @@ EXACT = [RunSpec(model="llama-3.1-8b", rank=16), RunSpec(model="gemma-3-270m", m
 
 @pytest.mark.parametrize("spec", EXACT, ids=lambda s: s.model)
 def test_a_prediction_is_a_whole_step(spec):
-    report = predict(spec.but(gpu="h100-80gb"))
+    report = predict(resolve(spec.but(gpu="h100-80gb")))
     assert report.source == "closed-form" and report.moments[0].phase == "forward"
     assert report.moments[-1].phase == "optimizer" and report.peak in report.moments
     assert report.allocated == report.peak.total == max(m.total for m in report.moments)
@@ -154,12 +154,12 @@ def test_a_prediction_is_a_whole_step(spec):
 def test_the_context_is_the_gpus(monkeypatch):
     monkeypatch.setattr(hardware, "here", lambda: hardware.Machine("cpu", "a CPU", None, 2, None))
     specs = [RunSpec(model="gpt2", gpu=gpu) for gpu in ("h100-80gb", "t4", None)]
-    assert [predict(s).context for s in specs] == [767 * 2**20, 500 * 2**20, 500 * 2**20]
-    assert predict(specs[0]).allocated > predict(specs[1]).allocated  # cuBLAS keeps more on Hopper
+    assert [predict(resolve(s)).context for s in specs] == [767 * 2**20, 500 * 2**20, 500 * 2**20]
+    assert predict(resolve(specs[0])).allocated > predict(resolve(specs[1])).allocated  # cuBLAS keeps more on Hopper
 
 
 def test_what_a_report_says_as_json():
-    report = predict(EXACT[0])
+    report = predict(resolve(EXACT[0]))
     data = json.loads(json.dumps(report.to_dict()))
     assert data["peak_allocated_bytes"] == report.allocated and data["process_bytes"] == report.process
     assert data["components"]["weights"] == report.weights and data["source"] == "closed-form"
@@ -176,7 +176,7 @@ def test_what_a_report_says_as_json():
     ids=lambda v: v if isinstance(v, str) else v.model,
 )  # fmt: skip
 def test_what_is_not_predicted_is_null(spec, convention):
-    report = predict(spec, convention)
+    report = predict(resolve(spec), convention)
     assert report.moments == () and report.peak is report.allocated is report.reserved is report.process is None
     assert report.needed == report.states > 0
     data = report.to_dict()
@@ -189,22 +189,22 @@ def test_what_is_not_predicted_is_null(spec, convention):
 def test_the_closed_form_refuses_what_has_no_step():
     for model in ("bert-base", "t5-base"):
         with pytest.raises(SpecError, match=f"model={model}: only models that write text"):
-            closed_form(RunSpec(model=model, method="full"))
+            closed_form(resolve(RunSpec(model=model, method="full")))
     with pytest.raises(SpecError, match="model=7B"):
-        closed_form(RunSpec(model="7B"))
+        closed_form(resolve(RunSpec(model="7B")))
 
 
 def test_the_derivation_adds_up_to_the_peak():
     for spec in EXACT:
-        form = closed_form(spec)
+        form = closed_form(resolve(spec))
         assert sum(form.value(line.size) for line in form.lines()) == pytest.approx(form.report().allocated, abs=64)
         assert {line.kind for line in form.lines()} <= set(KINDS)
 
 
 def test_a_bare_count_needs_its_trained_share():
     with pytest.raises(SpecError, match="model=7B.*--trainable-parameters"):
-        predict(RunSpec(model="7B"))
-    assert predict(RunSpec(model="7B"), "12n", 10**7).states == 2 * 7 * BILLION + 12 * 10**7
+        predict(resolve(RunSpec(model="7B")))
+    assert predict(resolve(RunSpec(model="7B")), "12n", 10**7).states == 2 * 7 * BILLION + 12 * 10**7
 
 
 def test_the_designs_gpus_are_there():
@@ -224,17 +224,17 @@ def test_the_designs_gpus_are_there():
 
 
 def test_only_large_states_are_paged():
-    small = predict(RunSpec(model="smollm2-135m", rank=8, optimizer="paged-adamw-8bit"))
+    small = predict(resolve(RunSpec(model="smollm2-135m", rank=8, optimizer="paged-adamw-8bit")))
     assert small.outside == 0 and small.optimizer > 0
-    full = predict(RunSpec(model="smollm2-135m", method="full", optimizer="paged-adamw-8bit"))
+    full = predict(resolve(RunSpec(model="smollm2-135m", method="full", optimizer="paged-adamw-8bit")))
     assert 0.99 * 2 * 134_515_008 < full.outside <= 2 * 134_515_008
 
 
 def test_no_more_is_trained_than_there_is():
     with pytest.raises(SpecError, match="trainable-parameters=1000000: 1K parameters has 1000"):
-        predict(RunSpec(model="1K", method="lora"), "exact", 10**6)
+        predict(resolve(RunSpec(model="1K", method="lora")), "exact", 10**6)
     with pytest.raises(SpecError, match="optimizer=adafactor.*choose adamw"):
-        predict(RunSpec(model="7B", method="full", optimizer="adafactor"))
+        predict(resolve(RunSpec(model="7B", method="full", optimizer="adafactor")))
 
 
 def test_what_is_added_to_allocated_is_measured():

@@ -65,7 +65,7 @@ def test_the_pages_polynomials_are_predict(spec):
     assert len(runs) == 1 + ((spec.method or "lora") != "full")
     for at in POINTS:
         for run, asked in zip(runs, memory_calculator.both(spec), strict=False):
-            report, parts = predict(moved(asked, at)), evaluated(run, at)
+            report, parts = predict(resolve(moved(asked, at))), evaluated(run, at)
             assert sum(parts.values()) == pytest.approx(report.allocated, rel=1e-9, abs=16)
             assert run["form"]["reserve"] * sum(parts.values()) + run["form"]["context"] == pytest.approx(
                 report.process, rel=1e-9, abs=16
@@ -90,14 +90,14 @@ def test_a_convention_and_a_bare_count_have_states_alone():
 def test_the_exact_parts_add_up_to_the_process(tiny_model):
     spec = RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64)
     _, forms = memory_calculator.seen(asked_for(spec))
-    reports = tuple(exact(s) for s in memory_calculator.both(spec))
+    reports = tuple(exact(resolve(s)) for s in memory_calculator.both(spec))
     value = bars_value(reports, forms, memory_calculator.at(spec))
     assert [sum(run["exact"].values()) for run in value["runs"]] == [r.process for r in reports]
     assert units.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* had", value["exact"])
 
 
 def test_names_are_escaped(monkeypatch):
-    report = predict(RunSpec(model="gpt2"))
+    report = predict(resolve(RunSpec(model="gpt2")))
     from dataclasses import replace
 
     value = bars_value((replace(report, model_name="<b>", method_name="<i>"),), (None,), (1, 1, 1))
@@ -149,7 +149,7 @@ def test_the_pages_script_says_what_python_does():
     ]
     for spec, case, answers in zip(SPECS, cases, drawn(cases), strict=True):
         for at, answer in zip(case["points"], answers, strict=True):
-            reports = [predict(moved(s, at)) for s in memory_calculator.both(spec)]
+            reports = [predict(resolve(moved(s, at))) for s in memory_calculator.both(spec)]
             for run, parts, report in zip(case["value"]["runs"], answer["parts"], reports, strict=False):
                 assert sum(parts.values()) == pytest.approx(report.process, rel=1e-9, abs=16)
                 assert {k: parts[k] for k in evaluated(run, at)} == pytest.approx(evaluated(run, at), rel=1e-12)
@@ -162,7 +162,7 @@ def test_the_pages_script_says_what_python_does():
 def test_the_pages_script_shows_the_exact_figures_only_where_they_hold(tiny_model):
     spec = RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64, rank=4)
     _, forms = memory_calculator.seen(asked_for(spec))
-    reports = tuple(exact(s) for s in memory_calculator.both(spec))
+    reports = tuple(exact(resolve(s)) for s in memory_calculator.both(spec))
     value = bars_value(reports, forms, memory_calculator.at(spec))
     case = {"value": value, "points": [(2, 64, 4), (2, 64, 5), (3, 64, 4), (2, 64, 4)]}
     (answers,) = drawn([case])

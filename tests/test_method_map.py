@@ -8,7 +8,7 @@ pytest.importorskip("gradio")
 
 from demos.method_map import Methods
 from demos.page.store import blocks
-from peftlab import RunSpec, SpecError, count, units
+from peftlab import RunSpec, SpecError, count, resolve, units
 from peftlab.catalog.methods import ABOUT
 from peftlab.lectures import evidence
 from peftlab.lectures.guide import CASES, TABLES
@@ -47,9 +47,9 @@ def test_every_method_is_there_once_with_its_share_or_its_reason(model):
         if 'aria-disabled="true"' in attributes:
             assert "title=" in attributes and "not for this model" in content
             with pytest.raises(SpecError):
-                count(RunSpec(model=model, method=key))
+                count(resolve(RunSpec(model=model, method=key)))
         else:
-            share = units.percent(count(RunSpec(model=model, method=key)).trainable_percent / 100)
+            share = units.percent(count(resolve(RunSpec(model=model, method=key))).trainable_percent / 100)
             assert f"<span>{share}</span>" in content
 
 
@@ -93,8 +93,8 @@ def test_the_tab_shows_the_settings():
     found = shown(model="gpt2", method="houlsby", across="memory", when_none="none", when_peft="default;latency")
     spec = RunSpec(model="gpt2", method="houlsby")
     assert "GPT-2" in found["sentence"] and found["method"]["method"] == "houlsby"
-    assert f"{count(spec).trainable_parameters:,}" in found["chosen"]
-    assert units.size(count(spec).adapter_bytes) in found["chosen"]
+    assert f"{count(resolve(spec)).trainable_parameters:,}" in found["chosen"]
+    assert units.size(count(resolve(spec)).adapter_bytes) in found["chosen"]
     assert found["card"] == method_panel("houlsby")
     assert "7 of 63 runs" in found["front"]
     assert (found["when_none"], found["when_peft"]) == ([], ["default", "latency"])
@@ -125,7 +125,7 @@ def test_a_method_that_does_not_suit_the_model_is_refused_and_lora_shown(model, 
     map_ = found["show"]["methods.method"]["value"]
     assert map_ == guide.spectrum(model, "lora")
     assert (
-        f"{count(RunSpec(model=model, method='lora')).trainable_parameters:,}"
+        f"{count(resolve(RunSpec(model=model, method='lora'))).trainable_parameters:,}"
         in found["show"]["methods.chosen"]["value"]
     )
 
@@ -139,7 +139,7 @@ def test_memory_is_what_the_memory_tab_says(monkeypatch):
     from demos.memory_calculator import Memory
 
     asked, memory = STORE.read({}), Memory()
-    about = predict(evidence.automatic("llama-3.1-8b", "lora")[0])
+    about = predict(resolve(evidence.automatic("llama-3.1-8b", "lora")[0]))
     assert f"LoRA about {units.size(about.needed)}" in shown()["advice"]
     traced = [slow.arguments[0] for slow in TAB.slow(asked)]
     assert blocks(memory).store.read({}).spec.but(gpu=evidence.GPU) in traced  # the run that Memory traces
@@ -156,7 +156,7 @@ def page_report(spec):
     """A closed form that passes for a trace, a tenth smaller."""
     from dataclasses import replace
 
-    report = predict(spec)
+    report = predict(resolve(spec))
     return replace(report, source="trace", reserved=int(report.reserved * 0.9))
 
 

@@ -74,14 +74,14 @@ def test_its_drawing_can_be_drawn(key):
 
 def test_a_rank_no_matrix_can_have_is_refused(tiny_model):
     with pytest.raises(SpecError, match="rank=65.*above 64"):
-        count(RunSpec(model=str(tiny_model), rank=65))
+        count(resolve(RunSpec(model=str(tiny_model), rank=65)))
     with pytest.raises(SpecError, match="rank=33.*the smallest adapted matrix has rank 32.*or 32 at most"):
-        count(RunSpec(model=str(tiny_model), method="pissa", rank=33))
+        count(resolve(RunSpec(model=str(tiny_model), method="pissa", rank=33)))
 
 
 def test_layers_the_model_lacks_are_refused(tiny_model):
     with pytest.raises(SpecError, match="layers=last:4.*3 layers"):
-        count(RunSpec(model=str(tiny_model), layers="last:4"))
+        count(resolve(RunSpec(model=str(tiny_model), layers="last:4")))
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_layers_the_model_lacks_are_refused(tiny_model):
 def test_a_setting_the_model_cannot_have_gets_one_that_it_can(settings, said, tiny_model):
     spec = RunSpec(**{"model": str(tiny_model), "sequence_length": 255, **settings})
     with pytest.raises(SpecError, match=said) as refused:
-        count(spec)
+        count(resolve(spec))
     name, _, _ = str(refused.value).partition("=")
     proposed = int(str(refused.value).rpartition("try ")[2])
-    assert count(spec.but(**{name.replace("-", "_"): proposed})).trainable_parameters > 0
+    assert count(resolve(spec.but(**{name.replace("-", "_"): proposed}))).trainable_parameters > 0
 
 
 @pytest.mark.parametrize("method, scale", [("lora", 3), ("rslora", 6), ("dora", 3), ("lora-plus", 3), ("pissa", 3)])
@@ -187,11 +187,11 @@ def test_adalora_saves_what_it_did_not_prune(tiny_model, toy_task, tmp_path):
     folder = adapters.save(run.model, spec, tmp_path / "adapter")
     tensors = load_file(folder / adapters.TENSORS)
     stored = sum(t.numel() for t in tensors.values())
-    assert stored < count(spec).trainable_parameters
+    assert stored < count(resolve(spec)).trainable_parameters
     ranks = sum(len(t) for n, t in tensors.items() if "lora_E" in n)
     matrices = sum("lora_E" in n for n in tensors)
     assert matrices == 21 and ranks == round(12 * lora.SURVIVING) * matrices
-    again = adapters.apply(weights.load(spec), adapters.read(folder))
+    again = adapters.apply(weights.load(resolve(spec)), adapters.read(folder))
     assert (logits(again) - learned).abs().max() < 1e-5
 
 
@@ -228,7 +228,7 @@ def test_it_suits_every_published_model_or_says_why_not(method):
         if entry.config is None or not entry.is_causal:
             continue
         try:
-            report = count(RunSpec(model=key, method=method))
+            report = count(resolve(RunSpec(model=key, method=method)))
         except SpecError as error:
             said = str(error)
             assert key in said or entry.name in said or "block-size" in said, said

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftlab import RunSpec, SpecError, predict
+from peftlab import RunSpec, SpecError, predict, resolve
 from peftlab.__main__ import main
 from peftlab.base.models import MODELS
 from peftlab.catalog.gpus import GPUS
@@ -95,7 +95,7 @@ def grows(spec, report):
         if old is None:
             continue
         try:
-            more = predict(spec.but(**{name: 2 * old}))
+            more = predict(resolve(spec.but(**{name: 2 * old})))
         except SpecError:
             continue
         assert more.allocated >= report.allocated, (name, old)
@@ -110,7 +110,7 @@ def grows(spec, report):
 def test_any_spec_is_predicted_or_refused(values, convention, trainable):
     try:
         spec = RunSpec.from_dict(values)
-        report = predict(spec, convention, trainable)
+        report = predict(resolve(spec), convention, trainable)
     except SpecError as error:
         assert str(error) and "\n" not in str(error)
         found["refused"] += 1

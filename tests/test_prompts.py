@@ -3,7 +3,7 @@
 import pytest
 from tiny import CONFIGS, ids_on, make_model, run_of, said, small, steps
 
-from peftlab import adapters
+from peftlab import adapters, resolve
 from peftlab.base import weights
 from peftlab.run import generate
 from peftlab.run.generate import Decoding, nats_per_token
@@ -157,5 +157,5 @@ def test_prompt_tuning_starts_as_the_embeddings_of_tokens(family, lively, toy_ta
 def test_the_prose_is_read_by_a_model_whose_context_virtual_tokens_fill(method, gpt2_model, toy_task, tmp_path):
     """GPT-2 has no position after its last: virtual tokens and text must share them."""
     model = run_of(small(gpt2_model, method, virtual_tokens=150), tmp_path).model.eval()
-    base = weights.load(small(gpt2_model, method))
+    base = weights.load(resolve(small(gpt2_model, method)))
     assert 5 < nats_per_token(model, base.tokenizer) < 8

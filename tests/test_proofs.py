@@ -21,11 +21,11 @@ def saved(model, method, folder, noise=0.1, **settings):
     import torch
 
     spec = resolve(RunSpec(model=str(model), method=method, quantization="none", precision="fp32", **settings))
-    base = weights.load(spec)
+    base = weights.load(resolve(spec))
     chosen = "lora" if method == "qlora" else method  # the same adapter on a base that is whole
     torch.manual_seed(0)
-    targets = methods.targets(architecture.of(spec.model), spec.but(method=chosen))
-    attached = methods.find(chosen).attach(weights.share(base.model), targets, spec)
+    targets = methods.targets(architecture.of(spec.model), resolve(spec.but(method=chosen)))
+    attached = methods.find(chosen).attach(weights.share(base.model), targets, resolve(spec))
     with torch.no_grad():
         for p in attached.parameters():
             if p.requires_grad:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peftlab import RunSpec, SpecError, count
+from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.lectures import published
 from peftlab.lectures.published import METRICS
 from peftlab.methods import METHODS
@@ -36,7 +36,7 @@ def test_the_runs_that_are_named_are_the_files_own():
 )  # fmt: skip
 def test_our_counts_are_the_published_ones(method, rest):
     targets = {"target_modules": "query,value"} if "target_modules" in METHODS[method].settings else {}
-    ours = count(RunSpec(model="llama-3.2-3b", method=method, **rest, **targets))
+    ours = count(resolve(RunSpec(model="llama-3.2-3b", method=method, **rest, **targets)))
     assert ours.trainable_parameters in [run.trainable_parameters for run in published.of_method(method)]
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from tiny import digest, ids_on, logits, run_of, small, steps
 
-from peftlab import RunSpec, SpecError, adapters, compare
+from peftlab import RunSpec, SpecError, adapters, compare, resolve
 from peftlab.base import weights
 from peftlab.methods import METHODS
 from peftlab.run import train
@@ -50,7 +50,7 @@ def whole_digest(model):
 def test_the_linear_maps_are_quantized_and_nothing_else(kind, tied_model):
     import torch
 
-    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
+    base = weights.load(resolve(small(tied_model, "qlora", quantization=kind))).model
     stored = {"nf4": torch.uint8, "int8": torch.int8}[kind]
     for name, parameter in base.named_parameters():
         linear = name.endswith("proj.weight")
@@ -62,7 +62,7 @@ def test_the_linear_maps_are_quantized_and_nothing_else(kind, tied_model):
 @pytest.mark.parametrize("method", WORKING)
 def test_it_trains_is_kept_and_comes_back(method, kind, tied_model, tmp_path):
     spec = small(tied_model, method, quantization=kind)
-    base = weights.load(spec)
+    base = weights.load(resolve(spec))
     before = whole_digest(base.model)
     at_base = logits(base.model)
     assert whole_digest(base.model) == before, "using the base changed it"
@@ -83,14 +83,14 @@ def test_it_trains_is_kept_and_comes_back(method, kind, tied_model, tmp_path):
 def test_what_needs_the_weights_themselves_refuses(method, kind, tied_model, tmp_path):
     spec = RunSpec(model=str(tied_model), method=method, quantization=kind, task="toy")
     with pytest.raises(SpecError, match=f"quantization={kind}: .*{REFUSED[method]}"):
-        list(train(spec, tmp_path / "run"))
+        list(train(resolve(spec), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_qlora_refuses_a_whole_base(tied_model, tmp_path):
     spec = RunSpec(model=str(tied_model), method="qlora", quantization="none", task="toy")
     with pytest.raises(SpecError, match="quantization=none: .*set it to nf4 or int8, or use lora"):
-        list(train(spec, tmp_path / "run"))
+        list(train(resolve(spec), tmp_path / "run"))
 
 
 def test_qlora_is_lora_on_nf4(tied_model, tmp_path):
@@ -104,7 +104,7 @@ def test_qlora_is_lora_on_nf4(tied_model, tmp_path):
 
 @EACH
 def test_a_share_copies_nothing(kind, tied_model):
-    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
+    base = weights.load(resolve(small(tied_model, "qlora", quantization=kind))).model
     twin = weights.share(base)
     for (name, a), (_, b) in zip(base.named_parameters(), twin.named_parameters(), strict=True):
         assert a is not b and type(a) is type(b) and a.data_ptr() == b.data_ptr(), name
@@ -117,7 +117,7 @@ def test_a_share_copies_nothing(kind, tied_model):
 
 @EACH
 def test_a_share_outlives_what_is_done_to_another(kind, tied_model):
-    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
+    base = weights.load(resolve(small(tied_model, "qlora", quantization=kind))).model
     before = logits(base)
     one, other = weights.share(base), weights.share(base)
     one.to("cpu")
@@ -128,7 +128,7 @@ def test_a_share_outlives_what_is_done_to_another(kind, tied_model):
 @EACH
 def test_a_whole_run(kind, tied_model, tmp_path):
     spec = RunSpec(model=str(tied_model), method="lora", quantization=kind, task="toy", steps=3)
-    (*_, done) = train(spec, tmp_path / "run")
+    (*_, done) = train(resolve(spec), tmp_path / "run")
     assert done["steps"] == 3 and isinstance(done["forgetting"], float)
     report = compare.on_prompt([adapters.read(done["adapter"])], "the cat", compare.Decoding(3))
     assert len(report.exchanges[0].replies) == 2
@@ -169,7 +169,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     monkeypatch.setattr(weights, "_loaded", {})
     with pytest.raises(SpecError, match="quantization=nf4: .*pip install bitsandbytes, or set it to none"):
-        weights.load(small(tied_model, "qlora"))
+        weights.load(resolve(small(tied_model, "qlora")))
 
 
 def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
@@ -178,7 +178,7 @@ def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
     from peftlab.run.engine import _attached, _quickened
 
     spec = small(tied_model, "qlora", quantization="nf4")
-    base = weights.load(spec)
+    base = weights.load(resolve(spec))
     ids = ids_on(base.model, [[5, 6, 7, 8], [9, 3, 4, 2]])
     seen = []
     for plain in (True, False):

@@ -32,7 +32,7 @@ def test_one_that_diverges_ends_alone(spec, tmp_path):
     assert [line.name for line in lines] == [racer.name for racer in racers]
     assert "diverged at a learning rate of 10" in lines[2].error and not lines[2].scores
     for racer, line in zip(racers, lines, strict=True):
-        assert line.trainable_parameters == count(racer.spec).trainable_parameters
+        assert line.trainable_parameters == count(resolve(racer.spec)).trainable_parameters
         if not line.error:
             assert line.steps == 4 and len(line.losses[0]) == 4 and line.scores[0] and 0 <= line.score <= 1
             assert math.isfinite(line.loss[0]) and math.isfinite(line.forgetting[0]) and line.apart > 0

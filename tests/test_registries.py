@@ -40,7 +40,7 @@ def test_the_command_line_lists_it(entries, capsys, command, key):
 def test_a_model_is_counted_and_predicted(entries, capsys):
     assert main(["params", "--model", "toy-model", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trainable_parameters"] == 26_880
-    assert predict(RunSpec(model="toy-model", method="full"), "12n").states == 12 * 195_008
+    assert predict(resolve(RunSpec(model="toy-model", method="full")), "12n").states == 12 * 195_008
 
 
 def test_a_gpu_is_compared_with(entries):

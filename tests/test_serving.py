@@ -1,7 +1,7 @@
 import pytest
 from tiny import CONFIGS, fresh
 
-from peftlab import RunSpec, SpecError, count, predict
+from peftlab import RunSpec, SpecError, count, predict, resolve
 from peftlab.memory.serving import serve
 
 LLAMA_8B = RunSpec(model="llama-3.1-8b", precision="bf16", rank=8)
@@ -20,7 +20,7 @@ def test_fifty_adapters_on_llama_3_8b_by_hand():
 def test_a_quantized_base_is_what_the_calculator_says():
     spec = LLAMA_8B.but(method="qlora")
     found = serve(spec, 1, 1, 1)
-    assert found.base == found.copy == predict(spec).frozen_weights < 6e9
+    assert found.base == found.copy == predict(resolve(spec)).frozen_weights < 6e9
 
 
 @pytest.mark.parametrize("method", ["full", "last-block", "head", "ln", "lora", "prefix"])
@@ -29,7 +29,7 @@ def test_a_copy_is_the_whole_model_whatever_the_method_trains(config_files, fami
     spec = RunSpec(model=config_files[family], method=method, precision="fp32", sequence_length=64)
     found = serve(spec, 3, 2, 100)
     assert found.copy == sum(p.nbytes for p in fresh(family).parameters())
-    assert found.adapter == count(spec).adapter_bytes
+    assert found.adapter == count(resolve(spec)).adapter_bytes
     assert found.as_copies == 3 * found.copy + found.cache
 
 

@@ -38,7 +38,7 @@ def step(frozen, trainable, gradients, optimizer, activations=10 * BILLION):
 
 def of(spec):
     """(moments, trainable) of a spec, its states as predicted."""
-    report = predict(spec)
+    report = predict(resolve(spec))
     moments = step(report.frozen_weights, report.trainable_weights, report.gradients, report.optimizer)
     return moments, constant(report.trainable_parameters)
 
@@ -59,7 +59,7 @@ def test_figure_1_of_zero():
 def test_the_lectures_800_gb_take_ten_gpus_of_80_gb_and_twice_that_in_mixed_precision():
     """'8–16 high-end GPUs (80GB each)': too few below ten, and none left for activations at ten."""
     spec = RunSpec(model="100B", method="full")
-    needs = {key: predict(spec, key).states for key in ("8n", "16n-mixed")}
+    needs = {key: predict(resolve(spec), key).states for key in ("8n", "16n-mixed")}
     assert [-(-size // (80 * BILLION)) for size in needs.values()] == [10, 20]
     assert [next(f.n_gpus for f in fits(size) if f.gpu.key == "h100-80gb") for size in needs.values()] == [10, 19]
     moments = step(0, 2e11, 2e11, 4e11)
@@ -133,7 +133,7 @@ def during(found, phase):
 def test_ddp_keeps_its_gradients_twice():
     moments, trainable = of(LORA)
     found = plan(moments, LORA.but(n_gpus=2, sharding="ddp"), LAYER, trainable)
-    gradients = 4 * count(LORA).trainable_parameters
+    gradients = 4 * count(resolve(LORA)).trainable_parameters
     for phase in PHASES:
         assert during(found, phase) == {"all gradients once more, in buckets = 168 MB": gradients}
     assert value(found.sent) == 2 * gradients * 1 / 2
@@ -164,7 +164,7 @@ def test_fsdp_gathers_layers():
     assert during(found, "forward") == {
         "3 × largest layer = 3 × 436 MB: received, copied out, and the one before": 3 * LAYER
     }
-    gradients = 4 * count(LORA).trainable_parameters / 32
+    gradients = 4 * count(resolve(LORA)).trainable_parameters / 32
     assert during(found, "backward") == {
         "2 × largest layer = 2 × 436 MB: at work, and the next": 2 * LAYER,
         "2 × a layer's gradients = 2 × 5 MB: made, and being sent": pytest.approx(2 * gradients),
@@ -233,7 +233,7 @@ def test_what_a_gpu_sends(sharding, accumulation, weights, gradients):
     """2Ψ, and 3Ψ where weights are divided: ZeRO, section 7. With LoRA the frozen weights are most of it."""
     for spec in (FULL, LORA):
         moments, trainable = of(spec)
-        report = predict(spec)
+        report = predict(resolve(spec))
         found = plan(moments, spec.but(n_gpus=8, sharding=sharding, accumulation=accumulation), LAYER, trainable)
         expected = weights * report.weights + gradients * report.gradients
         assert value(found.sent) == pytest.approx(expected * 7 / 8)

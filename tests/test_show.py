@@ -78,7 +78,7 @@ def test_advice_is_of_what_is_ticked():
 def test_pros_and_cons_have_counts_of_the_model():
     text = guide.pros_and_cons("gpt2")
     for key in ("head", "houlsby", "prompt", "prefix", "lora"):
-        assert f"{count(RunSpec(model='gpt2', method=key)).trainable_parameters:,} of 124,439,808" in text
+        assert f"{count(resolve(RunSpec(model='gpt2', method=key))).trainable_parameters:,} of 124,439,808" in text
 
 
 def test_every_run_of_the_chart_is_in_its_table():
@@ -93,12 +93,14 @@ def test_every_run_of_the_chart_is_in_its_table():
 
 def test_the_picture_of_a_matrix_is_of_the_base_as_it_is_stored(tiny_model, monkeypatch):
     tiny = resolve(RunSpec(model=str(tiny_model), precision="fp32", quantization="none"))
-    entry = weights.load(tiny).entry
+    entry = weights.load(resolve(tiny)).entry
     monkeypatch.setattr(weight_pictures, "MODELS", {DEFAULT: entry})
     monkeypatch.setattr(weight_pictures, "architecture", SimpleNamespace(of=lambda _: architecture.of(str(tiny_model))))
     weight_pictures._decomposed.cache_clear()
     weight, _ = weight_pictures._decomposed("query", 1)
-    assert weight.equal(weights.load(tiny).model.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().cpu())
+    assert weight.equal(
+        weights.load(resolve(tiny)).model.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().cpu()
+    )
     assert weight_pictures.images("query", 1, 4).count("<img") == 2
     with pytest.raises(PeftlabError, match="no query of layer 9"):
         weight_pictures._decomposed("query", 9)
@@ -154,5 +156,5 @@ def test_the_script_has_the_settings_on_screen():
 def test_each_way_to_change_the_forward_pass_is_drawn_and_counted():
     text = lora.flows("llama-2-7b")
     for key in lora.FLOWS:
-        assert f"{count(RunSpec(model='llama-2-7b', method=key)).trainable_parameters:,} parameters" in text
+        assert f"{count(resolve(RunSpec(model='llama-2-7b', method=key))).trainable_parameters:,} parameters" in text
     assert text.count("<svg") == len(lora.FLOWS)

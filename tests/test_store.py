@@ -12,6 +12,7 @@ gr = pytest.importorskip("gradio")
 import app
 from demos.memory_calculator import LESSONS, Memory, exact, own_config
 from demos.page import address
+from peftlab import resolve
 from peftlab.memory import closed_form
 from peftlab.room import worker
 
@@ -95,7 +96,7 @@ def test_a_config_that_is_none_is_refused_where_it_is_pasted(text, says):
 def test_the_exact_figure_takes_the_estimates_place(monkeypatch):
     fresh = {"model": "smollm2-135m", "batch_size": "3"}
     assert answer("memory", **fresh)["slow"] is True
-    reports = {spec: closed_form(spec).report() for spec in (s.arguments[0] for s in _slow(fresh))}
+    reports = {spec: closed_form(resolve(spec)).report() for spec in (s.arguments[0] for s in _slow(fresh))}
     monkeypatch.setattr(worker, "known", lambda work, spec: reports[spec] if work is exact else None)
     assert answer("memory", **fresh)["slow"] is False
 
@@ -155,7 +156,7 @@ def test_a_preset_is_one_write_and_what_is_set_after_it_stays():
 
 def test_the_exact_answer_leaves_what_is_refused_in_its_box(monkeypatch):
     async def once(work, spec):
-        return closed_form(spec).report()
+        return closed_form(resolve(spec)).report()
 
     monkeypatch.setattr(worker, "once", once)
     question = {"number": 1, "tab": "memory", "state": {"rank": "-3"}}

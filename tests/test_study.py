@@ -19,9 +19,9 @@ from peftlab.methods import METHODS
 def saved(folder, out, method, **settings):
     """(base, adapter): every trained number moved, so that the update is large and of full rank where it can be."""
     spec = resolve(RunSpec(model=str(folder), method=method, **{"precision": "fp32", **settings}))
-    base = weights.load(spec)
-    targets = methods.targets(architecture.of(str(folder)), spec)
-    model = methods.find(method).attach(weights.share(base.model), targets, spec)
+    base = weights.load(resolve(spec))
+    targets = methods.targets(architecture.of(str(folder)), resolve(spec))
+    model = methods.find(method).attach(weights.share(base.model), targets, resolve(spec))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

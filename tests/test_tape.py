@@ -70,10 +70,10 @@ def both(spec, monkeypatch):
     """The trace of a shallow copy, unrolled, and that of all layers."""
     spec = resolve(spec)
     monkeypatch.setattr(trace, "_known", {})
-    short = trace.trace(spec)
+    short = trace.trace(resolve(spec))
     monkeypatch.setattr(trace, "_known", {})
     monkeypatch.setattr(trace, "_shorten", the_whole)
-    return short, trace.trace(spec)
+    return short, trace.trace(resolve(spec))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_peaks_measured_elsewhere(model, method, precision, batch, length, check
     rank = {} if method == "full" else {"rank": 16}
     spec = RunSpec(model=model, method=method, precision=precision, batch_size=batch, sequence_length=length,
                    gradient_checkpointing=checkpointing, gpu="h100-80gb", **rank)  # fmt: skip
-    peak = dict(exact(spec).peak.bytes)
+    peak = dict(exact(resolve(spec)).peak.bytes)
     workspace = peak.pop("workspace")
     assert sum(peak.values()) + fresh * workspace == pytest.approx(measured, rel=0.01)
 
@@ -72,7 +72,7 @@ def test_the_recording_is_broad():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['spec']['model']} {r['spec']['method']}")
 def test_a_fresh_trace_agrees_with_the_recording(row):
-    report = exact(RunSpec.from_dict(row["spec"]))
+    report = exact(resolve(RunSpec.from_dict(row["spec"])))
     assert report.allocated == pytest.approx(row["measured"]["peak_allocated_bytes"], rel=0.01)
     assert report.reserved == pytest.approx(row["measured"]["peak_reserved_bytes"], rel=0.03)
 
@@ -101,7 +101,7 @@ def test_more_of_anything_takes_more(tiny_model):
 def test_what_is_steady_is_what_the_closed_form_says(tiny_model):
     """After a step, weights and states: 512-byte blocks and rotary tables apart."""
     spec = resolve(RunSpec(model=str(tiny_model), method="full", batch_size=2, sequence_length=64))
-    after, report = trace(spec).after, predict(spec)
+    after, report = trace(resolve(spec)).after, predict(resolve(spec))
     assert after["trainable_weights"] == pytest.approx(report.trainable_weights, rel=0.01)
     assert after["optimizer"] == pytest.approx(report.optimizer, rel=0.02)
     assert after["gradients"] == after["logits"] == after["activations"] == 0
@@ -116,7 +116,7 @@ def test_a_step_goes_up_and_down_through_the_layers(tiny_model):
 
 def test_the_logits_of_few_tokens_take_less(tiny_model):
     spec = RunSpec(model=str(tiny_model), batch_size=4, sequence_length=128)
-    every, few = exact(spec), exact(spec, logits=8)
+    every, few = exact(resolve(spec)), exact(resolve(spec), logits=8)
     assert few.allocated < every.allocated
 
     def highest(report):
@@ -127,7 +127,10 @@ def test_the_logits_of_few_tokens_take_less(tiny_model):
 
 def test_paged_states_are_outside():
     spec = RunSpec(model="smollm2-135m", method="full", precision="bf16", batch_size=1, sequence_length=32)
-    plain, paged = exact(spec.but(optimizer="adamw-8bit")), exact(spec.but(optimizer="paged-adamw-8bit"))
+    plain, paged = (
+        exact(resolve(spec.but(optimizer="adamw-8bit"))),
+        exact(resolve(spec.but(optimizer="paged-adamw-8bit"))),
+    )
     assert plain.outside == 0 and paged.outside == pytest.approx(2 * paged.trainable_parameters, rel=0.01)
     assert plain.optimizer - paged.optimizer == pytest.approx(paged.outside, rel=0.01)
     assert paged.allocated < plain.allocated
@@ -136,7 +139,7 @@ def test_paged_states_are_outside():
 def test_accumulation_keeps_gradients(tiny_model):
     once, twice = (traced(str(tiny_model), method="full", accumulation=n) for n in (1, 4))
     held = resolve(RunSpec(model=str(tiny_model), method="full"))
-    gradients = predict(held).gradients
+    gradients = predict(resolve(held)).gradients
     first = {
         n: next(m for m in t.moments if m.phase == "forward").bytes["gradients"] for n, t in ((1, once), (4, twice))
     }
@@ -179,17 +182,17 @@ def test_few_layers_are_kept(kinds, most):
 
 def test_a_known_answer_waits_for_nobody(tiny_model):
     known = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
-    first = trace(known)
+    first = trace(resolve(known))
     with tracing._one_at_a_time:
-        assert trace(known) is first
+        assert trace(resolve(known)) is first
 
 
 def test_what_does_not_change_memory_is_not_traced_again(tiny_model, monkeypatch):
     monkeypatch.setattr(tracing, "_known", {})
     spec = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
-    first = trace(spec)
+    first = trace(resolve(spec))
     monkeypatch.setattr(tracing, "_trace", None)
-    assert trace(spec.but(learning_rate=0.1, seed=7, steps=3, alpha=1.5)) is first
+    assert trace(resolve(spec.but(learning_rate=0.1, seed=7, steps=3, alpha=1.5))) is first
 
 
 def test_traces_are_forgotten_in_turn(tiny_model, monkeypatch):
@@ -214,15 +217,15 @@ def test_a_trace_that_is_forgotten_between_a_look_and_the_next_does_no_harm(tiny
     monkeypatch.setattr(tracing, "_known", Forgetful())
     monkeypatch.setattr(tracing, "_trace", lambda spec, *rest: spec.batch_size)
     spec = resolve(RunSpec(model=str(tiny_model), batch_size=2))
-    assert trace(spec) == trace(spec) == trace(spec) == 2
+    assert trace(resolve(spec)) == trace(resolve(spec)) == trace(resolve(spec)) == 2
 
 
 def test_two_at_once_answer_as_each_alone(tiny_model, monkeypatch):
     specs = [resolve(RunSpec(model=str(tiny_model), batch_size=n, sequence_length=24)) for n in (1, 2)]
-    alone = [trace(s) for s in specs]
+    alone = [trace(resolve(s)) for s in specs]
     monkeypatch.setattr(tracing, "_known", {})
     found = {}
-    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, trace(specs[i]))) for i in (0, 1)]
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, trace(resolve(specs[i])))) for i in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -259,7 +262,7 @@ def test_the_command_line_prints_the_peak(tiny_model, capsys):
 )  # fmt: skip
 def test_what_cannot_be_traced_says_so(settings, said):
     with pytest.raises(SpecError, match=said):
-        exact(RunSpec(**settings))
+        exact(resolve(RunSpec(**settings)))
 
 
 def test_a_convention_is_not_traced(capsys):
@@ -297,14 +300,14 @@ def test_the_prediction_of_a_recording_is_still_made():
     batches = Batches(encode(base.tokenizer, task, task.train), spec.batch_size, 1, 0, 0)
     width = max(batches.widths)
     (said,) = {run["predicted_peak_bytes"] for run in document["rows"][0]["runs"]}
-    found = exact(spec.but(sequence_length=width), logits=width - batches.starts[width], quick=True)
+    found = exact(resolve(spec.but(sequence_length=width)), logits=width - batches.starts[width], quick=True)
     assert found.allocated + workspace(spec.gpu) == pytest.approx(said, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "ln", "full", "houlsby", "prompt", "dora"])
 def test_any_method_is_traced_with_fused_operations(method, tiny_model, toy_task):
     spec = resolve(small(tiny_model, method, precision="bf16", batch_size=4, sequence_length=128))
-    plain, quick = exact(spec), exact(spec, quick=True)
+    plain, quick = exact(resolve(spec)), exact(resolve(spec), quick=True)
     assert quick.frozen_weights == plain.frozen_weights and quick.allocated > 0
     if method == "lora":
         assert quick.allocated < plain.allocated

@@ -27,7 +27,7 @@ on_cpu = pytest.mark.skipif(MACHINE.device != "cpu", reason="it is refused on a 
 
 
 def losses(spec, out, **how):
-    return [e["loss"] for e in train(spec, out, **how) if e["type"] == "step"]
+    return [e["loss"] for e in train(resolve(spec), out, **how) if e["type"] == "step"]
 
 
 def advance(events, kind):
@@ -39,7 +39,7 @@ def advance(events, kind):
 
 
 def test_events_come_in_order_with_the_contracts_keys(toy_spec, tmp_path):
-    events = list(train(toy_spec, tmp_path))
+    events = list(train(resolve(toy_spec), tmp_path))
     kinds = [e["type"] for e in events if e["type"] != "progress"]
     assert kinds == ["loading", "start", "eval", "step", "step", "eval", "step", "step", "eval", "done"]
     start, done = events[1], events[-1]
@@ -58,7 +58,7 @@ def test_events_come_in_order_with_the_contracts_keys(toy_spec, tmp_path):
 
 
 def test_the_adapter_is_where_done_says_with_its_record(toy_spec, tmp_path):
-    (*_, done) = train(toy_spec, tmp_path)
+    (*_, done) = train(resolve(toy_spec), tmp_path)
     adapter = adapters.read(done["adapter"])
     assert adapter.spec == resolve(toy_spec)
     assert {k: adapter.result[k] for k in DONE} == done
@@ -69,7 +69,7 @@ def test_the_adapter_is_where_done_says_with_its_record(toy_spec, tmp_path):
 def test_before_is_the_base_itself(method, toy_spec, tmp_path):
     """Virtual tokens change what it says before they have learned anything, and that is no score of the base."""
     spec = toy_spec.but(method=method, learning_rate=None)
-    (*_, done) = train(spec, tmp_path)
+    (*_, done) = train(resolve(spec), tmp_path)
     base = weights.load(resolve(spec))
     _, answers = drain(answer(base.model, base.tokenizer, tasks.find("toy"), tasks.find("toy").heldout))
     adapter = adapters.read(done["adapter"])
@@ -167,7 +167,7 @@ def test_answer_logits_alone_give_the_loss_of_all_logits(model, request, toy_tas
 def test_a_stop_before_the_first_step_measures_nothing_and_leaves_no_adapter(after, toy_spec, tmp_path, monkeypatch):
     weights.load(resolve(toy_spec)).measured.clear()
     monkeypatch.setattr(engine, "nats_per_token", lambda *args: pytest.fail("nothing was learned, nothing forgotten"))
-    events = train(toy_spec, tmp_path)
+    events = train(resolve(toy_spec), tmp_path)
     if after:
         advance(events, after)
     (tmp_path / STOP).touch()
@@ -178,7 +178,7 @@ def test_a_stop_before_the_first_step_measures_nothing_and_leaves_no_adapter(aft
 
 
 def test_a_stop_midway_keeps_what_was_learned(toy_spec, tmp_path):
-    events = train(toy_spec.but(steps=50), tmp_path)
+    events = train(resolve(toy_spec.but(steps=50)), tmp_path)
     advance(events, "step")
     (tmp_path / STOP).touch()
     (*_, done) = events
@@ -188,7 +188,7 @@ def test_a_stop_midway_keeps_what_was_learned(toy_spec, tmp_path):
 
 
 def test_a_second_stop_ends_the_last_evaluation(toy_spec, tmp_path):
-    events = train(toy_spec.but(steps=50), tmp_path)
+    events = train(resolve(toy_spec.but(steps=50)), tmp_path)
     advance(events, "step")
     (tmp_path / STOP).touch()
     assert advance(events, "progress")["what"] == "measuring the held-out score"
@@ -198,7 +198,7 @@ def test_a_second_stop_ends_the_last_evaluation(toy_spec, tmp_path):
 
 
 def test_a_closed_page_keeps_what_was_learned(toy_spec, tmp_path):
-    events = train(toy_spec.but(steps=50), tmp_path)
+    events = train(resolve(toy_spec.but(steps=50)), tmp_path)
     advance(events, "step")
     advance(events, "step")
     events.close()
@@ -208,7 +208,7 @@ def test_a_closed_page_keeps_what_was_learned(toy_spec, tmp_path):
 
 
 def test_a_page_closed_before_the_first_step_leaves_nothing(toy_spec, tmp_path):
-    events = train(toy_spec, tmp_path)
+    events = train(resolve(toy_spec), tmp_path)
     advance(events, "start")
     events.close()
     assert list(tmp_path.iterdir()) == []
@@ -231,7 +231,7 @@ def attached(monkeypatch):
 
 
 def test_a_page_closed_at_the_start_cleans_up(toy_spec, tmp_path, attached):
-    events = train(toy_spec, tmp_path)
+    events = train(resolve(toy_spec), tmp_path)
     advance(events, "start")
     (tmp_path / STOP).touch()
     events.close()
@@ -247,7 +247,7 @@ def test_a_run_that_fails_leaves_no_model_and_no_stop(part, toy_spec, tmp_path, 
 
     weights.load(resolve(toy_spec)).measured.clear()
     monkeypatch.setattr(engine, part, fails)
-    events = train(toy_spec, tmp_path)
+    events = train(resolve(toy_spec), tmp_path)
     if part != "nats_per_token":
         advance(events, "loading")
         (tmp_path / STOP).touch()
@@ -263,7 +263,7 @@ def test_a_pace_that_cannot_be_measured_leaves_no_model(toy_spec, attached, monk
 
     monkeypatch.setattr(gears.Step, "loss", fails)
     with pytest.raises(MemoryError, match="no more") as error:
-        engine.pace(toy_spec)
+        engine.pace(resolve(toy_spec))
     assert [model() for model in attached] == [None], error
 
 
@@ -286,7 +286,7 @@ def test_a_save_that_fails_at_the_end_still_cleans_up(toy_spec, tmp_path, attach
     def fails(*args):
         raise OSError("the disk is full")
 
-    events = train(toy_spec.but(steps=50), tmp_path)
+    events = train(resolve(toy_spec.but(steps=50)), tmp_path)
     advance(events, "step")
     (tmp_path / STOP).touch()
     monkeypatch.setattr(adapters, "save", fails)
@@ -324,7 +324,7 @@ def ending(spec, out):
     """The steps whose losses came, and the error that ended the run."""
     seen = []
     with pytest.raises(RunError) as error:
-        for event in train(spec, out, eager=True):  # what is spoiled has to be asked for at each step
+        for event in train(resolve(spec), out, eager=True):  # what is spoiled has to be asked for at each step
             if event["type"] == "step":
                 seen.append(event["step"])
     return seen, str(error.value)
@@ -431,7 +431,7 @@ def test_the_highest_rate_stays_finite_or_says_so(toy_spec, tmp_path):
 )
 def test_what_cannot_run_is_refused_before_anything_is_made(toy_spec, tmp_path, settings, said):
     with pytest.raises(SpecError, match=said):
-        list(train(toy_spec.but(**settings), tmp_path / "run"))
+        list(train(resolve(toy_spec.but(**settings)), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

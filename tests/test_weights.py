@@ -275,12 +275,14 @@ def test_what_another_process_fetched_meanwhile_stays(index, tied_model, monkeyp
 def test_a_model_being_downloaded_holds_up_no_other(index, tiny_model):
     """Neither one that is loaded nor one that is on disk."""
     loaded, on_disk = (resolve(RunSpec(model=str(tiny_model), precision=p)) for p in ("fp32", "fp16"))
-    base, found = weights.load(loaded), []
+    base, found = weights.load(resolve(loaded)), []
     index.gate.clear()
     (download,) = beside(lambda: weights.load(resolve(RunSpec(model="fake"))))
     try:
         until(lambda: index.downloads)
-        for other in beside(*(lambda spec=spec: found.append(weights.load(spec)) for spec in (loaded, on_disk))):
+        for other in beside(
+            *(lambda spec=spec: found.append(weights.load(resolve(spec))) for spec in (loaded, on_disk))
+        ):
             other.join(20)
         assert len(found) == 2 and base in found
     finally:
@@ -310,7 +312,7 @@ def builds(monkeypatch):
 
 def test_who_asks_for_the_same_model_at_the_same_time_gets_the_same(tiny_model, builds):
     spec, found = resolve(RunSpec(model=str(tiny_model))), []
-    for thread in beside(*[lambda: found.append(weights.load(spec))] * 3):
+    for thread in beside(*[lambda: found.append(weights.load(resolve(spec)))] * 3):
         thread.join(30)
     assert builds == [1] and len(found) == 3 and all(base is found[0] for base in found)
 
@@ -318,10 +320,10 @@ def test_who_asks_for_the_same_model_at_the_same_time_gets_the_same(tiny_model, 
 def test_models_are_built_one_after_the_other(tiny_model, tied_model, builds):
     """transformers changes torch's default type for all threads while it builds one."""
     specs = [resolve(RunSpec(model=str(m), precision=p)) for m in (tiny_model, tied_model) for p in ("bf16", "fp32")]
-    for thread in beside(*(lambda spec=spec: weights.load(spec) for spec in specs)):
+    for thread in beside(*(lambda spec=spec: weights.load(resolve(spec)) for spec in specs)):
         thread.join(30)
     assert builds == [1, 1, 1, 1]
-    assert [str(weights.load(spec).model.dtype) for spec in specs] == ["torch.bfloat16", "torch.float32"] * 2
+    assert [str(weights.load(resolve(spec)).model.dtype) for spec in specs] == ["torch.bfloat16", "torch.float32"] * 2
 
 
 def test_a_local_folder_works(tiny_model):
@@ -332,8 +334,8 @@ def test_a_local_folder_works(tiny_model):
 
 def test_a_model_is_loaded_once(tiny_model):
     spec = resolve(RunSpec(model=str(tiny_model), precision="fp32"))
-    assert weights.load(spec) is weights.load(spec)
-    assert weights.load(spec.but(precision="bf16")) is not weights.load(spec)
+    assert weights.load(resolve(spec)) is weights.load(resolve(spec))
+    assert weights.load(resolve(spec.but(precision="bf16"))) is not weights.load(resolve(spec))
 
 
 def test_a_folder_without_weights_says_what_is_missing(tmp_path):

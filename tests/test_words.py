@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from peftlab import RunSpec, count, predict, units
+from peftlab import RunSpec, count, predict, resolve, units
 from peftlab.catalog.gpus import GPUS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
 from peftlab.show import sentences
@@ -54,7 +54,7 @@ def plain(sentence):
 def memory(convention="exact", source="trace", **settings):
     """Two predictions and their sentence, as if they had been traced."""
     spec = RunSpec(**{"model": "llama-3.1-8b", "gpu": "h100-80gb"} | settings)
-    both = predict(spec.but(method="full", quantization=None), convention), predict(spec, convention)
+    both = predict(resolve(spec.but(method="full", quantization=None)), convention), predict(resolve(spec), convention)
     full, chosen = (replace(report, source=source) for report in both)
     return full, chosen, plain(sentences.memory_sentence(full, chosen))
 
@@ -177,7 +177,7 @@ def test_operations(n, text):
 
 
 def test_the_lora_sentence_is_true():
-    report = count(RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"))
+    report = count(resolve(RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj")))
     said = plain(sentences.lora_sentence(report))
     assert said.startswith("Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%.")
 
@@ -187,7 +187,7 @@ def test_the_live_sentence_follows_the_run(toy_spec, tmp_path):
 
     seen = [{"type": "queued", "ahead": 0}]
     said = [plain(sentences.live_sentence(seen))]
-    for event in train(toy_spec, tmp_path):
+    for event in train(resolve(toy_spec), tmp_path):
         seen.append(event)
         said.append(plain(sentences.live_sentence(seen)))
     assert said[:2] == ["Starting the run.", "Loading tiny-llama."]

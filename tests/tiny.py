@@ -142,9 +142,9 @@ def attached(name: str, spec: RunSpec):
     from peftlab.base import architecture, weights
 
     spec = resolve(spec)
-    targets = methods.targets(architecture.of(spec.model), spec)
+    targets = methods.targets(architecture.of(spec.model), resolve(spec))
     base = fresh(name).requires_grad_(False)
-    return methods.find(spec.method).attach(weights.share(base), targets, spec)
+    return methods.find(spec.method).attach(weights.share(base), targets, resolve(spec))
 
 
 def run_of(spec: RunSpec, out: Path, eager: bool = False):
@@ -154,7 +154,7 @@ def run_of(spec: RunSpec, out: Path, eager: bool = False):
     from peftlab.run import engine
     from peftlab.run.batches import encode
 
-    base, task = weights.load(spec), tasks.find(spec.task)
+    base, task = weights.load(resolve(spec)), tasks.find(spec.task)
     return engine._Run(spec, task, base, out, encode(base.tokenizer, task, task.train), eager)
 
 

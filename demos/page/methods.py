@@ -64,7 +64,7 @@ def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, Any]:
     uses = METHODS[of.method or ""].settings if countable else ()
     updates = {}
     for name in names:
-        value = _blank(getattr(of if name in BY_METHOD else spec, name), name)
+        value = _blank(None if name in of.unread else getattr(of if name in BY_METHOD else spec, name), name)
         update = controls.slid(value, SLIDERS[name][1]) if name in SLIDERS else gr.update(value=value)
         updates[name] = update | {"visible": name in uses or name not in METHOD_SETTINGS}
     return updates

@@ -24,7 +24,7 @@ from typing import Any
 
 from .. import hardware, seam
 from ..errors import SpecError, WeightsError
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import configs, models
 from .models import BaseModel, Wheel
 
@@ -362,13 +362,13 @@ class Base:
 _loaded: dict[tuple[str, ...], Base] = {}
 
 
-def load(spec: RunSpec) -> Base:
+def load(spec: Resolved) -> Base:
     """The base model of a resolved spec, in its precision or quantized, on this machine's device; loaded once and kept.
 
     One that is loaded is had at once, whatever else is being fetched or loaded. Raises SpecError for a model that does not
     write text, and WeightsError where its weights cannot be had.
     """
-    entry = models.find(spec.model or "")
+    entry = models.find(spec.model)
     if not entry.is_causal:
         raise SpecError(
             f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}"
@@ -385,28 +385,28 @@ def load(spec: RunSpec) -> Base:
     return base
 
 
-def _load(entry: BaseModel, spec: RunSpec, device: str) -> Base:
+def _load(entry: BaseModel, spec: Resolved, device: str) -> Base:
     import torch
 
     from .. import fused
 
     transformers = seam.library()
-    for _ in fetch(spec.model or ""):
+    for _ in fetch(spec.model):
         pass
     source = source_of(entry)
     assert source is not None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision or "", torch.float32)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
     with seam.building:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder_of(entry),
             dtype=dtype,
-            attn_implementation=spec.attention or "sdpa",
+            attn_implementation=spec.attention,
             **_quantized(spec, dtype, device),
         )
     # what an adapter names as its base: the published model, not this machine's copy of it
     model.name_or_path = model.config._name_or_path = entry.hub_id or str(entry.folder)
     model.requires_grad_(False).eval()
-    if spec.quantization in (None, "none"):
+    if spec.quantization == "none":
         model.to(device)
         fused.adjoin(model)
     _settle(model)
@@ -434,9 +434,9 @@ def _settle(model: Any) -> None:
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def _quantized(spec: RunSpec, dtype: Any, device: str) -> dict[str, Any]:
+def _quantized(spec: Resolved, dtype: Any, device: str) -> dict[str, Any]:
     """How transformers loads the base of a QLoRA run: linear maps quantized by bitsandbytes, the rest in `dtype`."""
-    if spec.quantization in (None, "none"):
+    if spec.quantization == "none":
         return {}
     from importlib.util import find_spec
 
@@ -452,7 +452,7 @@ def _quantized(spec: RunSpec, dtype: Any, device: str) -> dict[str, Any]:
         else make(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=bool(spec.double_quantization),
+            bnb_4bit_use_double_quant=spec.double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
     )

@@ -23,7 +23,8 @@ from ..count import count
 from ..measured import documents, provenance
 from ..memory import predict
 from ..memory.states import workspace
-from ..spec import RunSpec
+from ..resolve import resolve
+from ..spec import Resolved, RunSpec
 
 Row = Mapping[str, Any]
 """One of `rows` in a document of `bench memory`: its spec, measured and predicted bytes."""
@@ -110,16 +111,16 @@ def _answer(tool: Calculator, row: Row) -> dict[str, Any]:
     }
 
 
-def _group(spec: RunSpec) -> str:
-    if spec.quantization not in (None, "none"):
+def _group(spec: Resolved) -> str:
+    if spec.quantization != "none":
         return "QLoRA and int8"
     if spec.method == "full":
         return "full"
-    return "LoRA-like" if "rank" in methods.find(spec.method or "").settings else "other methods"
+    return "LoRA-like" if "rank" in methods.find(spec.method).settings else "other methods"
 
 
-def _spec(row: Row) -> RunSpec:
-    return RunSpec.from_dict(row["spec"])
+def _spec(row: Row) -> Resolved:
+    return resolve(RunSpec.from_dict(row["spec"]))
 
 
 def _model_states(row: Row) -> int:
@@ -156,7 +157,7 @@ def _fitcheck(row: Row) -> dict[str, int]:
     from fitcheck import TrainingConfig, estimate, estimator, get_gpu, gpu_db, overhead_db
 
     spec = _spec(row)
-    shape, full = architectures.of(spec.model or ""), spec.method == "full"
+    shape, full = architectures.of(spec.model), spec.method == "full"
     _require(full or spec.method in AS_LORA, f"method={spec.method}: it knows full fine-tuning and LoRA")
     _require(full or spec.precision != "amp", "precision=amp: it has no bf16 activations over a frozen fp32 base")
     _require(full or spec.adapter_precision == "fp32", "adapter-precision=bf16: its adapters are fp32")
@@ -164,18 +165,18 @@ def _fitcheck(row: Row) -> dict[str, int]:
     settings = TrainingConfig(
         precision="bf16" if spec.precision == "amp" else spec.precision,
         quantization=spec.quantization,
-        double_quant=bool(spec.double_quantization),
+        double_quant=spec.double_quantization,
         optimizer=spec.optimizer,
         optimizer_dtype="bf16" if states_in_16_bits else "fp32",
         batch_size=spec.batch_size,
         seq_len=spec.sequence_length,
         lora_rank=None if full else spec.rank,
-        lora_targets=[m.short_name for m in shape.targets(spec.target_modules or "all-linear")],
+        lora_targets=[m.short_name for m in shape.targets(spec.target_modules)],
         grad_checkpoint=spec.gradient_checkpointing,
         flash_attn=spec.attention == "sdpa",  # what it measured under this flag
     )
     try:
-        gpu, config = get_gpu((spec.gpu or "").removesuffix("gb")), _fitcheck_config(spec.model or "")
+        gpu, config = get_gpu(spec.gpu.removesuffix("gb")), _fitcheck_config(spec.model)
         counted, trained = estimator.trainable_params(config, settings), count(spec).trainable_parameters
         report = estimate(config, settings, gpu)
     except ValueError as refusal:
@@ -202,7 +203,7 @@ def _fitcheck_config(model: str) -> Any:
             return config_parser.fetch_model_config(entry.hub_id or model)
 
 
-def _full_adam(row: Row, *precisions: str) -> RunSpec:
+def _full_adam(row: Row, *precisions: str) -> Resolved:
     spec = _spec(row)
     _require(spec.method == "full", f"method={spec.method}: it knows full fine-tuning alone")
     _require(spec.optimizer == "adamw", f"optimizer={spec.optimizer}: it knows Adam alone")
@@ -218,8 +219,8 @@ def _accelerate(row: Row) -> dict[str, int]:
 
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "amp": "bfloat16"}
     spec = _full_adam(row, *names)
-    total, _ = calculate_maximum_sizes(configs.build_meta(models.find(spec.model or "").config or {}).float())
-    usage = max(estimate_training_usage(total, names[spec.precision or ""]).values())
+    total, _ = calculate_maximum_sizes(configs.build_meta(models.find(spec.model).config or {}).float())
+    usage = max(estimate_training_usage(total, names[spec.precision]).values())
     return {"peak allocated": usage, "model states": usage}
 
 
@@ -237,7 +238,7 @@ def _zero3(row: Row) -> dict[str, int]:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     spec = _full_adam(row, "amp")
-    largest = max(module.weight + module.bias for module in architectures.of(spec.model or "").modules)
+    largest = max(module.weight + module.bias for module in architectures.of(spec.model).modules)
     where = {"cpu_offload": False, "cpu_offload_params": False}
     needs = estimate_zero3_model_states_mem_needs(count(spec).total_parameters, largest, **where)
     return {"model states": needs[1]}

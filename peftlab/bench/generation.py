@@ -12,7 +12,7 @@ from typing import Any
 from ..base import weights
 from ..data import tasks
 from ..measured import provenance
-from ..resolve import resolve_here
+from ..resolve import resolve, resolve_here
 from ..run import engine
 from ..run.generate import Decoding, decode
 from ..spec import RunSpec
@@ -30,7 +30,7 @@ def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = pri
     And whether the greedy text is the same in fp32.
     """
     spec = resolve_here(spec)
-    base, task = weights.load(spec), tasks.find(spec.task or "")
+    base, task = weights.load(spec), tasks.find(spec.task)
     prompts = [tasks.prompt_ids(base.tokenizer, task.instruction, row.prompt) for row in task.heldout]
     rows = []
     adapted = [engine._attached(base, spec).eval() for _ in range(2)]
@@ -49,7 +49,7 @@ def record_generation(spec: RunSpec, out: Path, say: Callable[[str], None] = pri
             row |= {who: streams * TOKENS / statistics.median(seconds) for who, seconds in took.items()}
             rows.append(row)
             say(f"{name}, {streams} at once: {row['peftlab']:.0f} tokens/s against {row['transformers']:.0f}")
-    exact = weights.load(spec.but(precision="fp32"))
+    exact = weights.load(resolve(spec.but(precision="fp32")))
     same = [
         _ours(exact.quick, prompts[:streams], CHECKED) == _theirs(exact.model, prompts[:streams], CHECKED)
         for streams in STREAMS

@@ -18,7 +18,7 @@ from ..errors import PeftlabError, RunError, SpecError
 from ..measured import provenance
 from ..memory import exact
 from ..resolve import resolve
-from ..spec import RunSpec
+from ..spec import Resolved, RunSpec
 
 STEPS = 3
 """The first makes the optimizer's states; the last is measured."""
@@ -62,7 +62,7 @@ def grid() -> Iterator[RunSpec]:
     yield RunSpec(model="llama-3.1-8b", method="qlora", rank=16, gradient_checkpointing=True, **long)
 
 
-def measure(spec: RunSpec) -> dict[str, Any]:
+def measure(spec: Resolved) -> dict[str, Any]:
     """Bytes at the peak of a steady step on this machine's GPU, and its seconds. Weights are random: memory does not mind."""
     import torch
 
@@ -71,15 +71,15 @@ def measure(spec: RunSpec) -> dict[str, Any]:
     from ..base import configs
     from ..memory import step
 
-    entry, shape = models.find(spec.model or ""), architectures.of(spec.model or "")
+    entry, shape = models.find(spec.model), architectures.of(spec.model)
     assert entry.config is not None
-    model = configs.build_meta(entry.config).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
+    model = configs.build_meta(entry.config).to(step.DTYPES[spec.precision]).requires_grad_(False)
     model.config._attn_implementation = spec.attention
-    if spec.quantization not in (None, "none"):
+    if spec.quantization != "none":
         _quantize(model, {name for m in shape.linear() for _, name in m.names()}, spec)
     step.materialize(model, _random)
     chosen = methods.targets(shape, spec, entry.name)
-    model = step.prepare(methods.find(spec.method or "").attach(model, chosen, spec), spec)
+    model = step.prepare(methods.find(spec.method).attach(model, chosen, spec), spec)
     optimizer = step.optimizer([p for p in model.parameters() if p.requires_grad], spec)
     torch.cuda.empty_cache()
     seconds = []
@@ -108,13 +108,13 @@ def _random(name: str, tensor: Any) -> Any:
     return made.normal_(0, 0.02) if made.is_floating_point() else made.zero_()
 
 
-def _quantize(model: Any, names: set[str], spec: RunSpec) -> None:
+def _quantize(model: Any, names: set[str], spec: Resolved) -> None:
     """As weights.load does for a model on disk."""
     import bitsandbytes as bnb
     import torch
 
     library: Any = bnb.nn
-    double = bool(spec.double_quantization)
+    double = spec.double_quantization
     drawn = functools.cache(torch.randn)  # drawing 8 billion numbers takes minutes
     for name, module in list(model.named_modules()):
         if name not in names:
@@ -134,7 +134,7 @@ def _quantize(model: Any, names: set[str], spec: RunSpec) -> None:
     torch.cuda.empty_cache()
 
 
-def _predict(spec: RunSpec) -> dict[str, Any]:
+def _predict(spec: Resolved) -> dict[str, Any]:
     report = exact(spec).to_dict()
     kept = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
     return {name: report[name] for name in kept}
@@ -197,7 +197,7 @@ ALONE = 4
 """Rows that have the GPU to themselves."""
 
 
-def _alone(fresh: Any, work: Callable[[RunSpec], dict[str, Any]], spec: RunSpec) -> dict[str, Any]:
+def _alone(fresh: Any, work: Callable[[Resolved], dict[str, Any]], spec: Resolved) -> dict[str, Any]:
     """`work(spec)` in a process of its own. Raises RunError with its error, also when it dies."""
     ours, its = fresh.Pipe(duplex=False)
     process = fresh.Process(target=_answer, args=(its, work, spec))
@@ -213,7 +213,7 @@ def _alone(fresh: Any, work: Callable[[RunSpec], dict[str, Any]], spec: RunSpec)
     return answer
 
 
-def _answer(connection: Any, work: Callable[[RunSpec], dict[str, Any]], spec: RunSpec) -> None:
+def _answer(connection: Any, work: Callable[[Resolved], dict[str, Any]], spec: Resolved) -> None:
     try:
         connection.send(work(spec))
     except Exception as error:

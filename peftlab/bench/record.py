@@ -36,7 +36,7 @@ def record_train(
         if events[-1]["type"] != "done" or events[-1]["adapter"] is None:
             raise RunError("the run ended before it had learned anything; nothing was recorded")
         adapter = adapters.read(events[-1]["adapter"])
-        work = on_task([adapter], tasks.find(spec.task or ""))
+        work = on_task([adapter], tasks.find(spec.task))
         while True:
             try:
                 next(work)

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,13 +21,13 @@ from ..errors import PeftlabError
 from ..measured import provenance
 from ..memory.compute import compute, peak
 from ..methods import METHODS
-from ..resolve import resolve_here
+from ..resolve import resolve, resolve_here
 from ..run import engine, pace, train, warm_up
 from ..run.batches import IGNORED, Batches, encode
 from ..run.gears import CLIP
 from ..run.generate import answer, mean_score
 from ..seeded import seeded
-from ..spec import RunSpec
+from ..spec import Resolved, RunSpec
 from .chart import chart
 from .random_weights import random_weights
 
@@ -69,7 +70,7 @@ class Watch:
         }
 
 
-def _ours(spec: RunSpec, eager: bool, plain: bool) -> dict[str, Any]:
+def _ours(spec: Resolved, eager: bool, plain: bool) -> dict[str, Any]:
     """Through `train` as everybody has it, evaluations, saving and all."""
     with tempfile.TemporaryDirectory() as folder:
         warm_up(spec)  # as the app does when it has loaded the model
@@ -92,9 +93,9 @@ def _ours(spec: RunSpec, eager: bool, plain: bool) -> dict[str, Any]:
     }
 
 
-def _batches(spec: RunSpec, base: weights.Base) -> Iterator[Any]:
-    task, pad = tasks.find(spec.task or ""), base.tokenizer.pad_token_id
-    made = Batches(encode(base.tokenizer, task, task.train), spec.batch_size or 1, 1, spec.seed or 0, pad)
+def _batches(spec: Resolved, base: weights.Base) -> Iterator[Any]:
+    task, pad = tasks.find(spec.task), base.tokenizer.pad_token_id
+    made = Batches(encode(base.tokenizer, task, task.train), spec.batch_size, 1, spec.seed, pad)
     return (batch.trimmed() for (batch,) in made)
 
 
@@ -108,8 +109,8 @@ def _columns(batch: Any) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(width) <= last).long()}
 
 
-def _scored(model: Any, base: weights.Base, spec: RunSpec) -> float:
-    task = tasks.find(spec.task or "")
+def _scored(model: Any, base: weights.Base, spec: Resolved) -> float:
+    task = tasks.find(spec.task)
     work = answer(model.eval(), base.tokenizer, task, task.heldout)
     while True:
         try:
@@ -118,7 +119,7 @@ def _scored(model: Any, base: weights.Base, spec: RunSpec) -> float:
             return mean_score(finished.value)
 
 
-def _compiled(spec: RunSpec) -> dict[str, Any]:
+def _compiled(spec: Resolved) -> dict[str, Any]:
     """A plain loop with torch.compile around the model, and every batch as wide as the longest row: it compiles each width."""
     import torch
 
@@ -127,11 +128,11 @@ def _compiled(spec: RunSpec) -> dict[str, Any]:
     fast: Any = torch.compile(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = _optimizers(model, spec, base.device)
-    task, pad = tasks.find(spec.task or ""), base.tokenizer.pad_token_id
+    task, pad = tasks.find(spec.task), base.tokenizer.pad_token_id
     pairs = encode(base.tokenizer, task, task.train)
-    stream = iter(Batches(pairs, spec.batch_size or 1, 1, spec.seed or 0, pad, padding=math.inf))
+    stream = iter(Batches(pairs, spec.batch_size, 1, spec.seed, pad, padding=math.inf))
     watch, tokens = Watch(), 0
-    for _ in range(spec.steps or 1):
+    for _ in range(spec.steps):
         (batch,) = next(stream)
         tokens += batch.tokens
         ids, labels = batch.data.to(base.device)
@@ -148,7 +149,7 @@ def _compiled(spec: RunSpec) -> dict[str, Any]:
     return watch.finish(tokens) | {"score": _scored(model, base, spec)}
 
 
-def arguments(spec: RunSpec, device: str, **more: Any) -> dict[str, Any]:
+def arguments(spec: Resolved, device: str, **more: Any) -> dict[str, Any]:
     """What the other trainers are given: bf16 on a GPU, no saving, a line every 10 steps, no workers."""
     return {
         "per_device_train_batch_size": 1,  # an item is a batch, made as ours are
@@ -165,19 +166,19 @@ def arguments(spec: RunSpec, device: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def _optimizers(model: Any, spec: RunSpec, device: str) -> tuple[Any, Any]:
+def _optimizers(model: Any, spec: Resolved, device: str) -> tuple[Any, Any]:
     """AdamW as the trainers have it by default, and our learning rates."""
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    rate, steps = spec.learning_rate or 0.0, spec.steps or 1
+    rate, steps = spec.learning_rate, spec.steps
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=device == "cuda")
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: engine._rate(min(step, steps - 1), steps)
     )
 
 
-def _timed(trainer: Any, spec: RunSpec, tokens: int) -> dict[str, Any]:
+def _timed(trainer: Any, spec: Resolved, tokens: int) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     watch = Watch()
@@ -187,19 +188,19 @@ def _timed(trainer: Any, spec: RunSpec, tokens: int) -> dict[str, Any]:
             watch.step()
 
     trainer.add_callback(Ends())
-    with seeded(spec.seed or 0):
+    with seeded(spec.seed):
         trainer.train()
     return watch.finish(tokens)
 
 
-def _trainer(spec: RunSpec, **more: Any) -> dict[str, Any]:
+def _trainer(spec: Resolved, **more: Any) -> dict[str, Any]:
     """transformers' Trainer on a model that peft attached to."""
     from transformers import Trainer, TrainingArguments
 
     base = weights.load(spec)
     model = engine._attached(base, spec)
     stream = _batches(spec, base)
-    batches = [next(stream) for _ in range(spec.steps or 1)]
+    batches = [next(stream) for _ in range(spec.steps)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
@@ -213,7 +214,7 @@ def _trainer(spec: RunSpec, **more: Any) -> dict[str, Any]:
     return found | {"score": _scored(model, base, spec), "arguments": arguments(spec, base.device, **more)}
 
 
-def _sft(spec: RunSpec) -> dict[str, Any]:
+def _sft(spec: Resolved) -> dict[str, Any]:
     """TRL's SFTTrainer on rows that are tokenized already; it makes its own batches of them."""
     import trl
     from datasets import Dataset
@@ -221,7 +222,7 @@ def _sft(spec: RunSpec) -> dict[str, Any]:
     library: Any = trl
     base = weights.load(spec)
     model = engine._attached(base, spec)
-    task = tasks.find(spec.task or "")
+    task = tasks.find(spec.task)
     pairs = encode(base.tokenizer, task, task.train)
     rows = [
         {"input_ids": p.prompt + p.answer, "completion_mask": [0] * len(p.prompt) + [1] * len(p.answer)} for p in pairs
@@ -237,13 +238,13 @@ def _sft(spec: RunSpec) -> dict[str, Any]:
             optimizers=_optimizers(model, spec, base.device),
         )  # fmt: skip
         usual = sum(map(len, pairs)) / len(pairs)
-        found = _timed(trainer, spec, round(usual * (spec.batch_size or 1) * (spec.steps or 1)))
+        found = _timed(trainer, spec, round(usual * spec.batch_size * spec.steps))
     return found | {"score": _scored(model, base, spec), "arguments": own}
 
 
-PEERS: dict[str, tuple[str, Callable[[RunSpec], dict[str, Any]]]] = {
+PEERS: dict[str, tuple[str, Callable[[Resolved], dict[str, Any]]]] = {
     "peftlab": ("peft", lambda spec: _ours(spec, False, False)),
-    "peftlab, bf16 adapters": ("peft", lambda spec: _ours(spec.but(adapter_precision="bf16"), False, False)),
+    "peftlab, bf16 adapters": ("peft", lambda spec: _ours(resolve(spec.but(adapter_precision="bf16")), False, False)),
     "peftlab, nothing fused": ("peft", lambda spec: _ours(spec, False, True)),
     "peftlab, eager": ("peft", lambda spec: _ours(spec, True, False)),
     "plain eager loop": ("peft", lambda spec: _ours(spec, True, True)),
@@ -277,7 +278,7 @@ def record_speed(
 
 
 def _record(
-    spec: RunSpec, out: Path, seeds: int, chosen: list[str] | None, say: Say, stands_for: str | None = None
+    spec: Resolved, out: Path, seeds: int, chosen: list[str] | None, say: Say, stands_for: str | None = None
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     document = provenance() | {
@@ -305,7 +306,7 @@ def _record(
         for seed in range(seeds if name in SEEDED else 1):
             gc.collect()  # what the last one leaves would count in the next one's peak
             try:
-                row["runs"].append(run(spec.but(seed=seed)) | {"seed": seed})
+                row["runs"].append(run(replace(spec, seed=seed)) | {"seed": seed})
             except (PeftlabError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
                 keep(f"{name}: {row['error']}")
@@ -335,13 +336,13 @@ def _write(document: dict[str, Any], out: Path) -> None:
     out.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _floor(spec: RunSpec) -> float | None:
+def _floor(spec: Resolved) -> float | None:
     """Seconds that a step's products take at the GPU's dense bf16 peak; None on a CPU."""
     if spec.gpu is None:
         return None
-    task, tokenizer = tasks.find(spec.task or ""), weights.load(spec).tokenizer
+    task, tokenizer = tasks.find(spec.task), weights.load(spec).tokenizer
     lengths = [len(pair) for pair in encode(tokenizer, task, task.train)]
-    tokens = (spec.batch_size or 1) * sum(lengths) / len(lengths)
+    tokens = spec.batch_size * sum(lengths) / len(lengths)
     return compute(spec).per_token * tokens / peak(spec.gpu)
 
 
@@ -349,7 +350,7 @@ def _gear(model: str | None, task: str | None, method: str) -> dict[str, Any]:
     """Which gear a method trains in by default, why not the graph, and seconds a step after the first few."""
     row: dict[str, Any] = {"method": method}
     try:
-        found = pace(RunSpec(model=model, task=task, method=method), GEAR_STEPS)
+        found = pace(resolve(RunSpec(model=model, task=task, method=method)), GEAR_STEPS)
         row |= {"gear": found.gear, "why_eager": found.why_eager, "step_seconds": found.seconds}
         row["not_fused"] = list(found.not_fused)
     except (PeftlabError, RuntimeError) as error:

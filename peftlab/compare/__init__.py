@@ -89,7 +89,7 @@ def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base
     put = adapters.merge if merged else adapters.apply
     whole = {"quantization": "none"} if merged else {}
     specs = [resolve_again(a.spec.but(**whole)) for a in chosen]
-    base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision or "fp32"]))  # no adapter is rounded
+    base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision]))  # no adapter is rounded
     models = {BASE: base.quick}
     for a in chosen:
         name = a.label

@@ -272,7 +272,7 @@ def contenders(base: weights.Base, adapter: Adapter, what: Sequence[str] = ALL) 
 def _serial(base: weights.Base, adapter: Adapter) -> Any:
     precision = "bf16" if _is_bf16(base) else "fp32"
     spec = resolve(RunSpec(model=adapter.spec.model, method=SERIAL_METHOD, adapter_precision=precision))
-    targets = methods.targets(architecture.of(spec.model or ""), spec, base.entry.name)
+    targets = methods.targets(architecture.of(spec.model), spec, base.entry.name)
     return methods.find(SERIAL_METHOD).attach(weights.share(base.model), targets, spec).requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ from ..adapters import Adapter
 from ..base import architecture, weights
 from ..base.architecture import Module
 from ..errors import AdapterError, SpecError
+from ..resolve import resolve
 from . import lowrank
 from .lowrank import Amplification, Directions, Intruders, Spectrum
 
@@ -113,7 +114,7 @@ def names(adapter: Adapter, targets: str | None = None) -> list[str]:
     shapes = architecture.of(adapter.spec.model or "")
     method = methods.METHODS.get(adapter.spec.method or "")
     if targets is None and method and not method.in_place:
-        chosen = methods.targets(shapes, adapter.spec)
+        chosen = methods.targets(shapes, resolve(adapter.spec))
         return [name for t in chosen if t.module.is_linear and not t.module.head for name in t.names()]
     wanted = (IN_PLACE if method else "all-linear") if targets is None else targets
     if not wanted.strip(" ,"):

@@ -17,7 +17,7 @@ from .loss import Head, cross_entropy, head, last_map
 from .maps import adjoin
 
 if TYPE_CHECKING:
-    from ..spec import RunSpec
+    from ..spec import Resolved
 
 __all__ = ["Fused", "Head", "adjoin", "cross_entropy", "head", "quicken", "together", "try_out", "why_not"]
 
@@ -66,7 +66,7 @@ def quicken(model: Any, logits: bool = False) -> Fused:
     )
 
 
-def why_not(spec: RunSpec) -> str:
+def why_not(spec: Resolved) -> str:
     """Why nothing is fused in runs of a resolved spec; empty where something is."""
     return "in mixed precision types differ from one operation to the next" if spec.precision == "amp" else ""
 

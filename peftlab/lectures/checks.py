@@ -12,6 +12,7 @@ from ..catalog.papers import PAPERS
 from ..count import BYTES, count
 from ..memory import predict, storage
 from ..methods import METHODS
+from ..resolve import resolve
 from ..spec import RunSpec
 from . import evidence, published
 from .claims import CLAIMS
@@ -80,9 +81,9 @@ def _added_time(method: str, wanted: str) -> Finding:
 
 def _file(method: str, model: str, below: Sequence[str] = ()) -> Finding:
     """Small is against the model; tiny, against the files of `below` on the same model."""
-    report = count(RunSpec(model=model, method=method))
+    report = count(resolve(RunSpec(model=model, method=method)))
     share = report.adapter_bytes / (report.total_parameters * BYTES["bf16"])
-    others = [count(RunSpec(model=model, method=key)) for key in below]
+    others = [count(resolve(RunSpec(model=model, method=key))) for key in below]
     beside = "".join(f"; {r.method_name} {units.size(r.adapter_bytes)}" for r in others)
     small = all(report.adapter_bytes < r.adapter_bytes for r in others) if others else share < SMALL
     text = f"{units.size(report.adapter_bytes)} on {report.model_name}, {units.percent(share)} of its own 16-bit file{beside}"
@@ -91,7 +92,7 @@ def _file(method: str, model: str, below: Sequence[str] = ()) -> Finding:
 
 def _fewer(method: str, than: Sequence[str], model: str) -> Finding:
     """Trained parameters, against those of each of `than`."""
-    mine, *others = (count(RunSpec(model=model, method=key)) for key in (method, *than))
+    mine, *others = (count(resolve(RunSpec(model=model, method=key))) for key in (method, *than))
     text = "; ".join(f"{r.method_name} {r.trainable_parameters:,}" for r in (mine, *others))
     return Finding(
         f"{text} on {mine.model_name}", all(mine.trainable_parameters < r.trainable_parameters for r in others)
@@ -99,13 +100,13 @@ def _fewer(method: str, than: Sequence[str], model: str) -> Finding:
 
 
 def _same(method: str, other: str, model: str) -> Finding:
-    a, b = (count(RunSpec(model=model, method=key)).trainable_parameters for key in (method, other))
+    a, b = (count(resolve(RunSpec(model=model, method=key))).trainable_parameters for key in (method, other))
     return Finding(f"{a:,} and {b:,} on {find(model).name}", a == b)
 
 
 def _extra(method: str, over: str, model: str) -> Finding:
     """What one trains more than the other, and whether that is one number for each output of the adapted maps."""
-    mine, other = (count(RunSpec(model=model, method=key)) for key in (method, over))
+    mine, other = (count(resolve(RunSpec(model=model, method=key))) for key in (method, over))
     more = mine.trainable_parameters - other.trainable_parameters
     outputs = sum((m.d_out or 0) * m.adapted_layers for m in mine.modules)
     return Finding(
@@ -116,8 +117,8 @@ def _extra(method: str, over: str, model: str) -> Finding:
 
 def _virtual(method: str, model: str, per_layer: bool) -> Finding:
     """Virtual tokens: vectors once at the input, or a key and a value in every layer."""
-    report, shape = count(RunSpec(model=model, method=method)), architecture.of(model)
-    tokens, f = report.spec.virtual_tokens or 0, shape.facts
+    report, shape = count(resolve(RunSpec(model=model, method=method))), architecture.of(model)
+    tokens, f = report.spec.virtual_tokens, shape.facts
     sizes = (2, tokens, shape.n_layers, f.kv_heads * f.head_size) if per_layer else (tokens, shape.hidden_size)
     product = 1
     for size in sizes:
@@ -140,7 +141,7 @@ def _matrix(model: str, role: str, rank: int) -> Finding:
 
 
 def _states(spec: Mapping[str, Any], convention: str, trainable: int | None = None) -> int:
-    return predict(RunSpec.from_dict(spec), convention, trainable).states
+    return predict(resolve(RunSpec.from_dict(spec)), convention, trainable).states
 
 
 def _reduced(
@@ -162,7 +163,7 @@ def _gpus(spec: Mapping[str, Any], convention: str, least: int, most: int, train
 
 def _all_tasks(spec: Mapping[str, Any], convention: str, trainable: int) -> Finding:
     """One base and its adapters against copies."""
-    of = storage(predict(RunSpec.from_dict(spec), convention, trainable), evidence.TASKS)
+    of = storage(predict(resolve(RunSpec.from_dict(spec)), convention, trainable), evidence.TASKS)
     one = of.base + of.adapters
     return Finding(
         f"{evidence.TASKS} tasks: {units.size(one)} with the one base, against {units.size(of.full)} of copies",

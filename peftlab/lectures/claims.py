@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..resolve import resolve
 from ..spec import RunSpec
 
 COUNTED = ("trainable_parameters", "adapter_bytes")
@@ -52,10 +53,10 @@ class Claim:
         if self.matrix:
             return self._of_matrix()
         if self.quantity in COUNTED:
-            return getattr(count(self.run), self.quantity)
+            return getattr(count(resolve(self.run)), self.quantity)
         if self.quantity == "trainable_percent" and self.trainable is None:
-            return count(self.run).trainable_percent
-        report = predict(self.run, self.convention, self.trainable)
+            return count(resolve(self.run)).trainable_percent
+        report = predict(resolve(self.run), self.convention, self.trainable)
         if self.quantity == "trainable_percent":
             return 100 * report.trainable_parameters / report.total_parameters
         if self.quantity == "storage_full":
@@ -69,7 +70,7 @@ class Claim:
         from ..base.architecture import Module
 
         matrix = Module("the matrix", "linear", {"weight": tuple(self.matrix or ())})
-        return matrix.weight if self.quantity == "weights" else methods.find("lora").trained(matrix, self.run)
+        return matrix.weight if self.quantity == "weights" else methods.find("lora").trained(matrix, resolve(self.run))
 
 
 CLAIMS: tuple[Claim, ...] = tuple(

@@ -22,8 +22,9 @@ from ..memory import MemoryReport, exact, predict
 from ..memory import storage as stored
 from ..methods import METHODS
 from ..places import ASSETS
+from ..resolve import resolve
 from ..room import worker
-from ..spec import RunSpec
+from ..spec import Resolved, RunSpec
 from . import published
 from .lessons import LESSONS
 
@@ -61,9 +62,12 @@ class Place:
 
 def places(model: str) -> list[Place]:
     """Every method of the registry. Raises SpecError where the model has no shapes to count by."""
-    count(RunSpec(model=model, method=FAMILIES[0]))
+    count(resolve(RunSpec(model=model, method=FAMILIES[0])))
     reasons = {key: why_not(key, model) for key in METHODS}
-    return [Place(key, None if why else count(RunSpec(model=model, method=key)), why) for key, why in reasons.items()]
+    return [
+        Place(key, None if why else count(resolve(RunSpec(model=model, method=key))), why)
+        for key, why in reasons.items()
+    ]
 
 
 @lru_cache
@@ -99,7 +103,7 @@ def token_time(key: str) -> str:
 def counted(key: str, model: str) -> str:
     """What a method trains on a model and how large its file is, or why it does not suit it."""
     try:
-        report = count(RunSpec(model=model, method=key))
+        report = count(resolve(RunSpec(model=model, method=key)))
     except SpecError as error:
         return told(str(error))
     return (
@@ -124,20 +128,20 @@ def merging(key: str) -> str:
     return "merges into the weights" if METHODS[key].merge else "cannot be merged"
 
 
-def small() -> tuple[RunSpec, RunSpec]:
+def small() -> tuple[Resolved, Resolved]:
     """A small model's step, whole and with LoRA."""
-    return STEP.but(method="full", gpu=GPU), STEP.but(method="lora", rank=16, gpu=GPU)
+    return resolve(STEP.but(method="full", gpu=GPU)), resolve(STEP.but(method="lora", rank=16, gpu=GPU))
 
 
-def automatic(model: str, *keys: str) -> tuple[RunSpec, ...]:
+def automatic(model: str, *keys: str) -> tuple[Resolved, ...]:
     """Methods at their automatic settings, on the GPU of the Memory tab."""
-    return tuple(RunSpec(model=model, method=key, gpu=GPU) for key in keys)
+    return tuple(resolve(RunSpec(model=model, method=key, gpu=GPU)) for key in keys)
 
 
-def predicted(*specs: RunSpec) -> tuple[MemoryReport, ...]:
+def predicted(*specs: Resolved) -> tuple[MemoryReport, ...]:
     """Of runs that are held against each other: traced where every trace is known, else by the closed form."""
     traces = tuple(worker.known(exact, spec) for spec in specs)
-    return traces if all(traces) else tuple(predict(spec) for spec in specs)
+    return traces if all(traces) else tuple(map(predict, specs))
 
 
 def needed(report: MemoryReport) -> str:
@@ -207,7 +211,7 @@ def _latency(model: str) -> str:
 
 
 def _storage(model: str) -> str:
-    report = predict(RunSpec(model=model, method="lora"))
+    report = predict(resolve(RunSpec(model=model, method="lora")))
     of = stored(report, TASKS)
     return (
         f"{TASKS} tasks on {report.model_name}, 16-bit: {units.size(of.full)} as full copies; as LoRA adapters "
@@ -216,7 +220,7 @@ def _storage(model: str) -> str:
 
 
 def _smallest(model: str) -> str:
-    reports = [count(RunSpec(model=model, method=key)) for key in METHODS if not why_not(key, model)]
+    reports = [count(resolve(RunSpec(model=model, method=key))) for key in METHODS if not why_not(key, model)]
     least = sorted(reports, key=lambda r: r.adapter_bytes)[:4]
     return f"Smallest files here: {', '.join(f'{r.method_name} {units.size(r.adapter_bytes)}' for r in least)}."
 
@@ -256,7 +260,7 @@ def _no_bias(model: str) -> str:
 
 
 def _beside_adapters(model: str) -> str:
-    prefix, houlsby = (count(RunSpec(model=model, method=key)) for key in ("prefix", "houlsby"))
+    prefix, houlsby = (count(resolve(RunSpec(model=model, method=key))) for key in ("prefix", "houlsby"))
     relation = "fewer" if prefix.trainable_parameters < houlsby.trainable_parameters else "no fewer"
     return (
         f"Prefix tuning trains {prefix.trainable_parameters:,} numbers here, {relation} than the Houlsby adapter's "

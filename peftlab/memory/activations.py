@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import layer, states
 from .case import Case, case
 from .lines import Line
@@ -22,7 +22,7 @@ SOMETIMES = (PASS, RECOMPUTE, EMBEDDING)
 """Moments of those runs alone that have something of their own there."""
 
 
-def moments(spec: RunSpec) -> dict[str, dict[str, Polynomial]]:
+def moments(spec: Resolved) -> dict[str, dict[str, Polynomial]]:
     """Bytes by kind at each high point of a resolved spec's step; the peak is the largest sum.
 
     The polynomials hold for any batch, length and rank, as long as the length stays on the spec's side of the model's
@@ -38,7 +38,7 @@ def moments(spec: RunSpec) -> dict[str, dict[str, Polynomial]]:
 
 
 @lru_cache(maxsize=256)
-def derivation(spec: RunSpec) -> tuple[Line, ...]:
+def derivation(spec: Resolved) -> tuple[Line, ...]:
     """The lines that `moments` adds up, for a resolved spec."""
     c = case(spec)
     return (*states.lines(c), *_around_layers(c), *_layers(c), *_temporaries(c), *_logits(c))

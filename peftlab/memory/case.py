@@ -14,7 +14,7 @@ from ..base.architecture import Architecture, Module
 from ..count import BYTES
 from ..errors import SpecError
 from ..methods import SIZES, Keep, Method, Target, Term
-from ..spec import RunSpec
+from ..spec import Resolved
 from .lines import Line, Size, Sum, line
 from .polynomial import BATCH, LENGTH, RANK, Polynomial, constant, total
 
@@ -32,7 +32,7 @@ SYMBOLS = {
 
 @dataclass(frozen=True)
 class Case:
-    spec: RunSpec
+    spec: Resolved
     """Resolved."""
     shape: Architecture
     method: Method
@@ -42,7 +42,7 @@ class Case:
     @property
     def wide(self) -> int:
         """Bytes of a number in the residual stream and in what norms give; autocast leaves those in fp32."""
-        return BYTES[self.spec.precision or "fp32"]
+        return BYTES[self.spec.precision]
 
     @property
     def amp(self) -> bool:
@@ -65,11 +65,11 @@ class Case:
 
     @property
     def checkpointing(self) -> bool:
-        return bool(self.spec.gradient_checkpointing)
+        return self.spec.gradient_checkpointing
 
     @property
     def quantized(self) -> bool:
-        return self.spec.quantization not in (None, "none")
+        return self.spec.quantization != "none"
 
     @cached_property
     def lowest(self) -> int:
@@ -145,7 +145,7 @@ class Case:
     @property
     def virtual(self) -> int:
         """Learned vectors in front of the text, as tokens."""
-        return 0 if self.method.before_layers else self.spec.virtual_tokens or 0
+        return 0 if self.method.before_layers else self.spec.virtual_tokens
 
     @property
     def masked(self) -> int:
@@ -153,7 +153,7 @@ class Case:
         if self.method.before_layers:
             return self.active
         facts = self.shape.facts
-        full = facts.window and (self.spec.sequence_length or 0) + self.virtual >= facts.window
+        full = facts.window and self.spec.sequence_length + self.virtual >= facts.window
         return min(facts.windowed, self.active) if full else 0
 
     @cached_property
@@ -173,7 +173,7 @@ class Case:
     def sizes(self) -> dict[str, Size]:
         facts, shape = self.shape.facts, self.shape
         head = self.head
-        keys = self.spec.virtual_tokens or 0
+        keys = self.spec.virtual_tokens
         lengthened = Size(LENGTH + keys, f"(S + {keys})")
         plain = {
             "L": self.active, "h": shape.hidden_size, "q": facts.heads * facts.head_size,
@@ -246,13 +246,13 @@ def _product(sizes: tuple[int, ...]) -> int:
     return n
 
 
-def case(spec: RunSpec) -> Case:
+def case(spec: Resolved) -> Case:
     """Of a resolved spec. Raises SpecError for a bare count, which has no layers."""
-    entry, method = models.find(spec.model or ""), methods.find(spec.method or "")
+    entry, method = models.find(spec.model), methods.find(spec.method)
     if not entry.is_causal:
         raise SpecError(
             f"model={spec.model}: only models that write text are trained here; name a decoder such as gpt2"
         )
-    shape = architectures.of(spec.model or "")
+    shape = architectures.of(spec.model)
     chosen = methods.targets(shape, spec, entry.name)
     return Case(spec, shape, method, tuple(t for t in chosen if method.trained(t.module, spec)))

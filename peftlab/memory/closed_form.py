@@ -14,7 +14,7 @@ from ..base.architecture import Architecture
 from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import conventions
 from .activations import derivation, moments
 from .conventions import EXACT, FP4_BYTES, FROZEN_BYTES, NF4_BITS, Convention
@@ -27,7 +27,7 @@ from .states import paged
 INT8_BYTES = 1
 
 
-def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
+def predict(spec: Resolved, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
     """Memory of `spec` at the peak of a training step (`exact`), or of its states alone as a convention counts them.
 
     `trainable_parameters` stands in for the count of a model that is only a number; SpecError without it. Such a model, and
@@ -39,12 +39,12 @@ def predict(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | 
     return closed_form(spec).report()
 
 
-def predict_states(spec: RunSpec, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
+def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
     """`predict` without what depends on the batch."""
     spec = resolve(spec)
     rule = conventions.find(convention)
-    entry = models.find(spec.model or "")
-    method = methods.find(spec.method or "")
+    entry = models.find(spec.model)
+    method = methods.find(spec.method)
     if rule is None and spec.optimizer == "adafactor" and not (entry.config and entry.is_causal):
         raise SpecError(
             f"optimizer=adafactor: it keeps a number for each row and column, and {spec.model} has none here; choose adamw, "
@@ -64,7 +64,7 @@ def predict_states(spec: RunSpec, convention: str = EXACT, trainable_parameters:
     else:
         report = count(spec)
         total, trainable, name = report.total_parameters, report.trainable_parameters, report.model_name
-        shape, added = architectures.of(spec.model or ""), report.added_parameters
+        shape, added = architectures.of(spec.model), report.added_parameters
     return _report(spec, convention, rule, name, method.name, shape, total, trainable, added)
 
 
@@ -120,7 +120,7 @@ class ClosedForm:
 
     def _at(self) -> tuple[int, int, int]:
         spec = self.states.spec
-        return spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0
+        return spec.batch_size, spec.sequence_length, spec.rank
 
     def to_data(self) -> dict[str, Any]:
         """For the page: terms of each kind at each moment, and how to come from allocated to the process."""
@@ -132,11 +132,11 @@ RESERVE = 1.16
 """Reserved over allocated: the median of assets/measured/memory-h100.json. The trace knows better."""
 
 
-def closed_form(spec: RunSpec) -> ClosedForm:
+def closed_form(spec: Resolved) -> ClosedForm:
     """Of a model with layers that writes text. Raises SpecError for others, and as `methods.targets` and `sharding.plan` do."""
     states = predict_states(spec)
     spec = states.spec
-    if not models.find(spec.model or "").is_causal:
+    if not models.find(spec.model).is_causal:
         raise SpecError(f"model={spec.model}: only models that write text have a training step here; try gpt2")
     return _on_several(ClosedForm(states, moments(spec)))
 
@@ -150,7 +150,7 @@ def _on_several(form: ClosedForm) -> ClosedForm:
     return replace(form, moments=found.moments, several=found)
 
 
-def exact(spec: RunSpec, logits: int | None = None, quick: bool = False) -> MemoryReport:
+def exact(spec: Resolved, logits: int | None = None, quick: bool = False) -> MemoryReport:
     """`predict` from a trace of a whole training step on fake tensors: every token predicted, or each example's last `logits`.
 
     As any trainer runs it, or `quick`, with the fused operations and optimizer of ours.
@@ -178,7 +178,7 @@ def exact(spec: RunSpec, logits: int | None = None, quick: bool = False) -> Memo
         _gathered(spec),
         trained(spec),
     )
-    at = (spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0)
+    at = (spec.batch_size, spec.sequence_length, spec.rank)
     moments = tuple(
         Moment(m.phase, m.part, {k: round(size.value(*at)) for k, size in kinds.items()})
         for m, kinds in zip(found.moments, several.moments.values(), strict=True)
@@ -200,27 +200,27 @@ def context(gpu: str | None) -> int:
     return CONTEXT.get((gpu or "").split("-")[0], CONTEXT[""])
 
 
-def trained(spec: RunSpec) -> Polynomial:
+def trained(spec: Resolved) -> Polynomial:
     """Trained parameters, by rank."""
-    method = methods.find(spec.method or "")
+    method = methods.find(spec.method)
     if "rank" not in method.settings:
         return constant(count(spec).trainable_parameters)
-    once, twice = (count(spec.but(rank=r)).trainable_parameters for r in (1, 2))
+    once, twice = (count(replace(spec, rank=r)).trainable_parameters for r in (1, 2))
     return constant(2 * once - twice) + RANK * (twice - once)
 
 
-def _gathered(spec: RunSpec) -> int:
+def _gathered(spec: Resolved) -> int:
     """Bytes of the weights that are gathered at once: the largest layer's, or the embedding's or head's."""
-    shape = architectures.of(spec.model or "")
+    shape = architectures.of(spec.model)
     layers: Counter[int] = Counter()
     for m in shape.modules:
         for layer in m.layers or (-1,):
             layers[layer] += m.weight + m.bias
-    return max(layers.values()) * BYTES[spec.precision or "fp32"]
+    return max(layers.values()) * BYTES[spec.precision]
 
 
 def _report(
-    spec: RunSpec,
+    spec: Resolved,
     convention: str,
     rule: Convention | None,
     model_name: str,
@@ -235,7 +235,7 @@ def _report(
         frozen_bytes = _frozen_bytes(spec, shape, frozen, FROZEN_BYTES, ideal=True)
         weights, gradients, optimizer = (trainable * b for b in (rule.weights, rule.gradients, rule.optimizer))
     else:
-        base = BYTES[spec.precision or "fp32"]
+        base = BYTES[spec.precision]
         each = (
             BYTES[spec.adapter_precision] if spec.adapter_precision else base
         )  # none where the base's own are trained
@@ -257,15 +257,15 @@ def _report(
     )
 
 
-def _frozen_bytes(spec: RunSpec, shape: Architecture | None, frozen: int, each: int, ideal: bool) -> int:
+def _frozen_bytes(spec: Resolved, shape: Architecture | None, frozen: int, each: int, ideal: bool) -> int:
     """Bytes of the frozen weights. Quantization touches linear maps only: embeddings, norms and the head stay 16-bit.
 
     `ideal` counts 4-bit as half a byte for every parameter, as lectures do.
     """
-    if spec.quantization in (None, "none"):
+    if spec.quantization == "none":
         return frozen * each
     if ideal or shape is None:
         return round(frozen * (FP4_BYTES if spec.quantization == "nf4" else INT8_BYTES))
     quantized = min(frozen, sum(m.weight * m.count for m in shape.linear()))
-    bits = NF4_BITS[bool(spec.double_quantization)] if spec.quantization == "nf4" else 8 * INT8_BYTES
+    bits = NF4_BITS[spec.double_quantization] if spec.quantization == "nf4" else 8 * INT8_BYTES
     return round(quantized * bits / 8) + (frozen - quantized) * each

@@ -20,7 +20,7 @@ from ..catalog import gpus
 from ..errors import SpecError
 from ..methods import Method, Target
 from ..resolve import resolve
-from ..spec import RunSpec
+from ..spec import Resolved, RunSpec
 
 Place = tuple[float, int]
 """Layer and stage in it: where a token meets a module. The embedding is before layer 0, the head after the last."""
@@ -34,7 +34,7 @@ ATTENTION = 1
 class Compute:
     """Floating-point operations of a run. Those of one token are a mean over the tokens of an example."""
 
-    spec: RunSpec
+    spec: Resolved
     """Resolved."""
     forward: float
     """A token's forward pass, adapters included."""
@@ -62,7 +62,7 @@ class Compute:
     @property
     def per_step(self) -> float:
         """Of one optimizer step on all GPUs."""
-        return self.total / (self.spec.steps or 1)
+        return self.total / self.spec.steps
 
     def time(self, gpu: str, utilisation: float) -> float:
         """Seconds at that share, above 0 and up to 1, of the bf16 peak of each GPU. Raises SpecError for one without bf16."""
@@ -75,34 +75,34 @@ class Compute:
         return self.time(gpu, utilisation) / 3600 * self.n_gpus * price_per_hour
 
 
-def compute(spec: RunSpec) -> Compute:
+def compute(spec: Resolved) -> Compute:
     """Of a run. A bare count follows Kaplan et al.: 6N a token, or 4N where its weights are frozen, and no attention.
 
     Raises SpecError where the method has nothing to train, and for models that do not write text from left to right.
     """
     spec = resolve(spec)
-    entry, method = models.find(spec.model or ""), methods.find(spec.method or "")
-    length = spec.sequence_length or 1
+    entry, method = models.find(spec.model), methods.find(spec.method)
+    length = spec.sequence_length
     if entry.config is None:
         if method.in_place and method.key != "full":
             raise SpecError(f"model={spec.model}: a bare count has no layers for {method.key} to choose; name a model")
         once = 2.0 * (entry.total_parameters or 0)  # a third of 6N; gradients of frozen weights are never computed
-        parts = (once, once * bool(spec.gradient_checkpointing), once, once * method.in_place)
+        parts = (once, once * spec.gradient_checkpointing, once, once * method.in_place)
     elif not entry.is_causal:
         raise SpecError(f"model={spec.model}: only models that write text are trained here; name one such as gpt2")
     else:
-        shape = architectures.of(spec.model or "")
+        shape = architectures.of(spec.model)
         chosen = methods.targets(shape, spec, entry.name)
-        inserted = spec.virtual_tokens or 0 if any(t.module.kind == "embedding" for t in chosen) else 0
+        inserted = spec.virtual_tokens if any(t.module.kind == "embedding" for t in chosen) else 0
         length += inserted
-        parts = _parts(shape, spec, method, chosen, length, (spec.virtual_tokens or 0) - inserted)
-    n_gpus = 1 if spec.sharding == "none" else spec.n_gpus or 1
-    examples = (spec.batch_size or 1) * (spec.accumulation or 1) * (spec.steps or 1) * n_gpus
+        parts = _parts(shape, spec, method, chosen, length, spec.virtual_tokens - inserted)
+    n_gpus = 1 if spec.sharding == "none" else spec.n_gpus
+    examples = spec.batch_size * spec.accumulation * spec.steps * n_gpus
     return Compute(spec, *parts, tokens=examples * length, n_gpus=n_gpus)
 
 
 def _parts(
-    shape: Architecture, spec: RunSpec, method: Method, chosen: list[Target], length: int, prefix: int
+    shape: Architecture, spec: Resolved, method: Method, chosen: list[Target], length: int, prefix: int
 ) -> tuple[float, float, float, float]:
     """Forward, recomputed, input gradients and weight gradients of one token among `length`, all seeing `prefix` more."""
     facts, n = shape.facts, shape.n_layers
@@ -133,7 +133,7 @@ def _parts(
     reached = sum((layer, ATTENTION) >= lowest for layer in range(n)) / n
     return (
         forward + attention,
-        (recomputed + attention) * bool(spec.gradient_checkpointing),
+        (recomputed + attention) * spec.gradient_checkpointing,
         inputs + 2 * attention * reached,
         weights,
     )
@@ -149,7 +149,7 @@ def _elements(m: Module, shape: Architecture) -> float:
     return sum(math.prod(s) * (share if len(s) == 3 else 1) for s in found)  # two dimensions are the router's
 
 
-def _adapter(m: Module, spec: RunSpec) -> tuple[int, int]:
+def _adapter(m: Module, spec: Resolved) -> tuple[int, int]:
     """Weights of the adapter on one of `m`, of the matrix that reads and of the one that writes, by the setting that is its
     width, if the method has one. VeRA's, which are frozen, are counted as if trained."""
     if spec.rank:
@@ -183,7 +183,7 @@ def peak(gpu: str) -> float:
 
 @dataclass(frozen=True)
 class Utilisation:
-    spec: RunSpec
+    spec: Resolved
     """What was measured; resolved."""
     share: float
     """Operations a second, recomputed ones too, over the bf16 peak of the GPU."""
@@ -196,6 +196,6 @@ def utilisation(rows: Iterable[Mapping[str, Any]]) -> tuple[Utilisation, ...]:
         seconds = (row.get("measured") or {}).get("step_seconds")
         gpu = gpus.GPUS.get(row["spec"].get("gpu") or "")
         if seconds and gpu and gpu.bf16_tflops:
-            run = compute(RunSpec.from_dict(row["spec"]))
+            run = compute(resolve(RunSpec.from_dict(row["spec"])))
             found.append(Utilisation(run.spec, run.per_step / (seconds * run.n_gpus * peak(gpu.key))))
     return tuple(found)

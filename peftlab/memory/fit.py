@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from ..base import models
 from ..catalog.gpus import GPU, GPUS
 from ..errors import SpecError
-from ..spec import SETTINGS, RunSpec
+from ..resolve import resolve
+from ..spec import SETTINGS, Resolved
 from .closed_form import ClosedForm, closed_form
 from .conventions import FROZEN_BYTES
 from .report import MemoryReport
@@ -41,10 +42,10 @@ def gpu_grid(report: MemoryReport) -> list[Fit]:
     spec = report.spec
     if report.process is None:
         return fits(report.states)
-    frugal = spec.but(gradient_checkpointing=True)
+    frugal = replace(spec, gradient_checkpointing=True)
     alone = (False, 1, report.process), (True, 1, _process(frugal))
     shared = [
-        (less, n, _process(one.but(n_gpus=n, sharding="fsdp", offload=None)))
+        (less, n, _process(replace(one, n_gpus=n, sharding="fsdp", offload="none")))
         for less, one in ((False, spec), (True, frugal))
         for n in CLUSTER
     ]
@@ -58,7 +59,7 @@ def gpu_grid(report: MemoryReport) -> list[Fit]:
     return found
 
 
-def _process(spec: RunSpec) -> int | None:
+def _process(spec: Resolved) -> int | None:
     """None where the settings exclude each other."""
     try:
         return closed_form(spec).report().process
@@ -69,7 +70,7 @@ def _process(spec: RunSpec) -> int | None:
 def largest(form: ClosedForm, setting: str, limit: int) -> int:
     """The largest `batch_size` or `sequence_length` whose run needs at most `limit` bytes; 0 where none does."""
     spec, about = form.states.spec, SETTINGS[setting]
-    batch, length, rank = spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 0
+    batch, length, rank = spec.batch_size, spec.sequence_length, spec.rank
 
     def needs(value: int) -> float:
         return form.process(value, length, rank) if setting == "batch_size" else form.process(batch, value, rank)
@@ -81,11 +82,11 @@ def largest(form: ClosedForm, setting: str, limit: int) -> int:
     return low if low >= (about.low or 1) else 0
 
 
-def largest_model(spec: RunSpec, limit: int) -> str | None:
+def largest_model(spec: Resolved, limit: int) -> str | None:
     """Key of the largest decoder of the catalogue that the run's other settings leave room for; None where none fits."""
     able = [m for m in models.MODELS.values() if m.is_causal and not m.shape_of]
     for entry in sorted(able, key=lambda m: -(m.total_parameters or 0)):
-        needed = _process(spec.but(model=entry.key))
+        needed = _process(resolve(spec.but(model=entry.key)))
         if needed is not None and needed <= limit:
             return entry.key
     return None
@@ -95,7 +96,7 @@ def largest_model(spec: RunSpec, limit: int) -> str | None:
 class Change:
     words: str
     cost: str
-    apply: Callable[[RunSpec], dict[str, object]]
+    apply: Callable[[Resolved], dict[str, object]]
     """Settings to change; none where it would change nothing."""
 
 
@@ -103,11 +104,7 @@ CHANGES = (
     Change(
         "one example at a time, gradients accumulated",
         "slower, the same result",
-        lambda s: (
-            {"batch_size": 1, "accumulation": (s.accumulation or 1) * (s.batch_size or 1)}
-            if (s.batch_size or 1) > 1
-            else {}
-        ),
+        lambda s: {"batch_size": 1, "accumulation": s.accumulation * s.batch_size} if s.batch_size > 1 else {},
     ),
     Change(
         "gradient checkpointing",
@@ -129,14 +126,14 @@ CHANGES = (
 """Cheapest first."""
 
 
-def _lora(spec: RunSpec) -> dict[str, object]:
+def _lora(spec: Resolved) -> dict[str, object]:
     from .. import methods
 
-    in_place = methods.find(spec.method or "").in_place
+    in_place = methods.find(spec.method).in_place
     return {"method": "lora", "precision": "bf16"} if in_place else {}
 
 
-def cheapest_changes(spec: RunSpec, limit: int) -> tuple[tuple[Change, ...], RunSpec] | None:
+def cheapest_changes(spec: Resolved, limit: int) -> tuple[tuple[Change, ...], Resolved] | None:
     """The fewest and cheapest changes after which a resolved run needs at most `limit` bytes; None where none do."""
     for found, changed in _changed(spec):
         needed = _process(changed)
@@ -145,13 +142,13 @@ def cheapest_changes(spec: RunSpec, limit: int) -> tuple[tuple[Change, ...], Run
     return None
 
 
-def _changed(spec: RunSpec) -> Iterator[tuple[tuple[Change, ...], RunSpec]]:
+def _changed(spec: Resolved) -> Iterator[tuple[tuple[Change, ...], Resolved]]:
     for n in range(1, len(CHANGES) + 1):
         for chosen in combinations(CHANGES, n):
             changes = [change.apply(spec) for change in chosen]
             if all(changes):
                 merged = {k: v for one in changes for k, v in one.items()}
-                yield chosen, RunSpec(**spec.to_dict() | merged)
+                yield chosen, resolve(spec.but(**merged))
 
 
 @dataclass(frozen=True)

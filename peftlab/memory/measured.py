@@ -41,4 +41,4 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
 def measured_utilisation() -> float:
     """Share of its bf16 peak that a GPU of the recordings reached with the largest model that had it to itself."""
     found = [u for document in documents("memory") for u in utilisation(document["rows"])]
-    return max(found, key=lambda u: models.find(u.spec.model or "").total_parameters or 0).share
+    return max(found, key=lambda u: models.find(u.spec.model).total_parameters or 0).share

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..spec import RunSpec
+from ..spec import Resolved
 
 KINDS = (
     "frozen_weights", "trainable_weights", "gradients", "optimizer", "temporaries", "activations", "logits", "workspace",
@@ -36,7 +36,7 @@ class Moment:
 class MemoryReport:
     """Bytes of one training run on one GPU."""
 
-    spec: RunSpec
+    spec: Resolved
     """Resolved."""
     convention: str
     model_name: str

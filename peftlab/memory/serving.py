@@ -14,7 +14,7 @@ from ..base.architecture import Facts
 from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve
-from ..spec import RunSpec
+from ..spec import Resolved
 from .closed_form import predict
 
 CACHED_BYTES = 2
@@ -25,7 +25,7 @@ CACHED_BYTES = 2
 class Serving:
     """Bytes on the GPUs that serve."""
 
-    spec: RunSpec
+    spec: Resolved
     """Resolved."""
     adapters: int
     """Fine-tunings that are served."""
@@ -64,20 +64,20 @@ class Serving:
         return self.adapters * self.copy + self.cache
 
 
-def serve(spec: RunSpec, adapters: int, streams: int, context: int) -> Serving:
+def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
     """Raises SpecError for a model that keeps no cache, for a bare count, and for tokens beyond what the model reads."""
     spec = resolve(spec)
     for name, value in (("adapters", adapters), ("streams", streams), ("context", context)):
         if value < 1:
             raise SpecError(f"{name}={value}: serving takes at least 1; try 1")
-    entry, shape = models.find(spec.model or ""), architectures.of(spec.model or "")
+    entry, shape = models.find(spec.model), architectures.of(spec.model)
     if not entry.is_causal:
         raise SpecError(f"model={spec.model}: it writes no text token by token, and so keeps no cache; try gpt2")
     if shape.context and context > shape.context:
         raise SpecError(f"context={context}: {entry.name} reads {shape.context:,} tokens; try {shape.context}")
     report = count(spec)
     borrowed = report.trainable_parameters - report.added_parameters  # trained, but the base model's own
-    copy = predict(spec).frozen_weights + borrowed * BYTES[spec.precision or "fp32"]
+    copy = predict(spec).frozen_weights + borrowed * BYTES[spec.precision]
     layer = 2 * shape.facts.kv_heads * shape.facts.head_size * CACHED_BYTES
     return Serving(
         spec,

@@ -17,7 +17,7 @@ from ..base.architecture import Architecture
 from ..count import BYTES
 from ..errors import SpecError
 from ..resolve import resolve
-from ..spec import RunSpec
+from ..spec import Resolved
 from .polynomial import Polynomial, constant, total
 from .strategies import PHASES, STATES, STRATEGIES, Buffer, Case, Strategy
 
@@ -40,7 +40,7 @@ class Sharded:
     """What the strategy does, with its sources."""
 
 
-def plan(moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynomial) -> Sharded:
+def plan(moments: Moments, spec: Resolved, largest_layer: int, trainable: Polynomial) -> Sharded:
     """A name in `moments` begins with forward, backward, optimizer or after; any other is taken for backward.
 
     `largest_layer` is the bytes of the weights gathered at once: a layer's, or the embedding's or head's where that is
@@ -48,12 +48,12 @@ def plan(moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynom
     """
     spec = resolve(spec)
     strategy = _strategy(spec)
-    n, passes = spec.n_gpus or 1, spec.accumulation or 1
+    n, passes = spec.n_gpus, spec.accumulation
     case = _case(moments, spec, largest_layer, trainable)
     buffers = tuple(strategy.buffers(case))
     divided = set(strategy.divided) - set(strategy.whole_between if passes > 1 else ())
     share = {kind: 1 / n if kind in divided else 1 for kind in STATES}
-    moved = strategy.offloads.get(spec.offload or "", ())
+    moved = strategy.offloads.get(spec.offload, ())
     found = {}
     for name, kinds in moments.items():
         phase = next((p for p in PHASES if name.startswith(p)), "backward")
@@ -68,12 +68,12 @@ def plan(moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynom
     return Sharded(found, buffers, in_cpu, sent * ((n - 1) / n), strategy.note)
 
 
-def _case(moments: Moments, spec: RunSpec, largest_layer: int, trainable: Polynomial) -> Case:
-    each = BYTES[spec.adapter_precision or spec.precision or "fp32"]
+def _case(moments: Moments, spec: Resolved, largest_layer: int, trainable: Polynomial) -> Case:
+    each = BYTES[spec.trained_precision]
     gradients = trainable * each
     first = next(iter(moments.values()))
     weights = total(first.get(kind, Polynomial()) for kind in STATES[:2])  # the same at every moment
-    entry = models.find(spec.model or "")
+    entry = models.find(spec.model)
     share = _layer_share(architectures.of(entry.key), spec) if entry.config else 0
     by_layer = gradients * share if share else constant(largest_layer)  # a bare count has no layers to look at
     return Case(spec, each, largest_layer, weights, gradients, by_layer)
@@ -83,20 +83,20 @@ def _largest(moments: Moments, kind: str, case: Case) -> Polynomial:
     return max((kinds.get(kind, Polynomial()) for kinds in moments.values()), key=case.at)
 
 
-def _layer_share(shape: Architecture, spec: RunSpec) -> float:
+def _layer_share(shape: Architecture, spec: Resolved) -> float:
     """Of the trained parameters, what the layer that has most of them has, or a module outside the layers."""
     trained: Counter[str | int] = Counter()
     for t in methods.targets(shape, spec):
         for place in t.layers or (t.module.name,):
-            trained[place] += methods.find(spec.method or "").trained(t.module, spec)
+            trained[place] += methods.find(spec.method).trained(t.module, spec)
     return max(trained.values()) / sum(trained.values())
 
 
-def _strategy(spec: RunSpec) -> Strategy:
+def _strategy(spec: Resolved) -> Strategy:
     """Raises SpecError where the settings exclude each other."""
-    sharding, offload = spec.sharding or "none", spec.offload or "none"
+    sharding, offload = spec.sharding, spec.offload
     strategy = STRATEGIES[sharding]
-    if sharding == "none" and (spec.n_gpus or 1) > 1:
+    if sharding == "none" and spec.n_gpus > 1:
         raise SpecError(f"sharding=none: {spec.n_gpus} GPUs would train as many models; set it to ddp, or n-gpus to 1")
     if offload not in ("none", *strategy.offloads):
         able = " or ".join(key for key, other in STRATEGIES.items() if offload in other.offloads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .. import optimizers
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import case as cases
 from .case import Case
 from .conventions import NF4_BITS
@@ -40,7 +40,7 @@ def _weights(case: Case) -> list[Line]:
         borrowed = sum(case.method.trained(t.module, spec) * t.count for t in case.targets if not t.module.tied)
     frozen = shape.total_parameters - borrowed
     packed = min(frozen, sum(m.weight * m.count for m in shape.linear())) if case.quantized else 0
-    bits = NF4_BITS[bool(spec.double_quantization)] if spec.quantization == "nf4" else 8
+    bits = NF4_BITS[spec.double_quantization] if spec.quantization == "nf4" else 8
     sizes = {
         **case.sizes,
         "N_frozen": Size(frozen - packed),
@@ -68,14 +68,14 @@ def _depends_on_rank(case: Case) -> bool:
 
 
 def _at(case: Case) -> int:
-    return round(case.trained.value(1, 1, case.spec.rank or 1))
+    return round(case.trained.value(1, 1, case.spec.rank))
 
 
 def _gradients(case: Case) -> list[Line]:
     """Those of the head and a tied embedding are summed before they are added to the last pass's."""
     head = case.head if case.head and case.trains(case.head) else None
     embedding = case.embedding if case.embedding and case.trains(case.embedding) else None
-    held = (case.spec.accumulation or 1) > 1
+    held = case.spec.accumulation > 1
     tied = head is not None and head.tied and embedding is not None
     last = embedding.weight if embedding and not tied else 0
     sizes = {
@@ -106,7 +106,7 @@ def _gradients(case: Case) -> list[Line]:
 
 def _optimizer(case: Case) -> list[Line]:
     kind, each = optimizers.find(case.spec), case.adapter
-    name = case.spec.optimizer or "adamw"
+    name = case.spec.optimizer
     sizes = {**case.sizes, "N": Size(case.trained, f"{_at(case):,}")}
     if name == "adafactor":
         sizes["N_rc"] = Size(sum(n * _rows_and_columns(shape) for n, shape in case.tensors))
@@ -132,7 +132,7 @@ def _rows_and_columns(shape: tuple[float, ...]) -> float:
     return n / shape[-1] + n / shape[-2] if len(shape) > 1 else n
 
 
-def paged(spec: RunSpec) -> int:
+def paged(spec: Resolved) -> int:
     """Bytes of optimizer states that live outside PyTorch's memory."""
     kind = optimizers.find(spec)
     large = sum(

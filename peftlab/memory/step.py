@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from .. import fused, optimizers
-from ..spec import RunSpec
+from ..spec import Resolved
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "amp": torch.float32}
 
 
-def optimizer(parameters: list[Any], spec: RunSpec, fused: bool = False) -> Any:
+def optimizer(parameters: list[Any], spec: Resolved, fused: bool = False) -> Any:
     """As torch makes it, or `fused` as in a CUDA graph, where it can be."""
     kind = optimizers.find(spec)
     if fused and optimizers.capturable(spec):
@@ -43,7 +43,7 @@ def materialize(model: Any, make: Callable[[str, Any], Any]) -> None:
                 held[name] = made[id(old)][1]
 
 
-def prepare(model: Any, spec: RunSpec) -> Any:
+def prepare(model: Any, spec: Resolved) -> Any:
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -51,11 +51,11 @@ def prepare(model: Any, spec: RunSpec) -> Any:
     return model.train()
 
 
-def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> Iterator[str]:
+def micro(model: Any, spec: Resolved, device: str, logits: int | None = None) -> Iterator[str]:
     """One forward and one backward pass, every token predicted or the last `logits`. Yields each one's name as it begins."""
     head = fused.head(model)
     yield "forward"
-    ids = torch.zeros(spec.batch_size or 1, spec.sequence_length or 1, dtype=torch.long, device=device)
+    ids = torch.zeros(spec.batch_size, spec.sequence_length, dtype=torch.long, device=device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):
         kept = {} if logits is None else {"logits_to_keep": logits}
         out = model(input_ids=ids, use_cache=False, **kept).logits
@@ -71,8 +71,8 @@ def micro(model: Any, spec: RunSpec, device: str, logits: int | None = None) -> 
     del held, loss
 
 
-def run(model: Any, optimizer: Any, spec: RunSpec, device: str) -> None:
-    for _ in range(spec.accumulation or 1):
+def run(model: Any, optimizer: Any, spec: Resolved, device: str) -> None:
+    for _ in range(spec.accumulation):
         for _ in micro(model, spec, device):
             pass
     optimizer.step()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..base import architecture as architectures
 from ..base import models
 from ..count import BYTES
-from ..spec import RunSpec
+from ..spec import Resolved
 from .conventions import NF4_BITS
 from .polynomial import Polynomial, constant
 
@@ -41,7 +41,7 @@ class Buffer:
 class Case:
     """What the buffers of a run depend on. Sizes in bytes."""
 
-    spec: RunSpec
+    spec: Resolved
     """Resolved."""
     each: int
     """Of one trained parameter's gradient."""
@@ -55,7 +55,7 @@ class Case:
     def at(self, size: Polynomial | float) -> float:
         """Its value for this run."""
         spec = self.spec
-        return constant(size).value(spec.batch_size or 1, spec.sequence_length or 1, spec.rank or 1)
+        return constant(size).value(spec.batch_size, spec.sequence_length, spec.rank)
 
     def mb(self, size: Polynomial | float) -> str:
         return f"{self.at(size) / 1e6:,.0f} MB"
@@ -78,7 +78,7 @@ def _zero(case: Case) -> list[Buffer]:
 
 
 def _zero3(case: Case) -> list[Buffer]:
-    each = BYTES[case.spec.precision or "fp32"]
+    each = BYTES[case.spec.precision]
     size, shown = case.weights, f"all weights, gathered = {case.mb(case.weights)}"
     if case.at(size) > (limit := LIVE * each + case.layer):
         parts = f"1,000 million × {each} bytes + {case.mb(case.layer)} = {case.mb(limit)}"
@@ -101,10 +101,10 @@ def _fsdp(case: Case) -> list[Buffer]:
 
 def _scales(case: Case) -> list[Buffer]:
     """NF4's scales are no part of the tensor that is divided. A bare count's 4 bits have none."""
-    if case.spec.quantization != "nf4" or models.find(case.spec.model or "").config is None:
+    if case.spec.quantization != "nf4" or models.find(case.spec.model).config is None:
         return []
-    quantized = sum(m.weight * m.count for m in architectures.of(case.spec.model or "").linear())
-    size, n = quantized * (NF4_BITS[bool(case.spec.double_quantization)] - 4) / 8, case.spec.n_gpus or 1
+    quantized = sum(m.weight * m.count for m in architectures.of(case.spec.model).linear())
+    size, n = quantized * (NF4_BITS[case.spec.double_quantization] - 4) / 8, case.spec.n_gpus
     shown = f"{n - 1}/{n} of NF4's scales, which every GPU has whole = {n - 1}/{n} × {case.mb(size)}"
     return [Buffer(constant(size * (n - 1) / n), shown, "bitsandbytes, Params4bit.__torch_function__")]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..base import architecture as architectures
 from ..base import configs, models
 from ..errors import PeftlabError, SpecError
 from ..seeded import seeded
-from ..spec import RunSpec, parse_layers
+from ..spec import SETTINGS, Resolved, parse_layers
 from . import kernels, step
 from .report import Moment
 from .states import workspace
@@ -48,19 +48,17 @@ class Trace:
 
 
 _one_at_a_time = threading.Lock()
-_known: dict[tuple[RunSpec, int, int | None, bool], Trace] = {}
+_known: dict[tuple[Resolved, int, int | None, bool], Trace] = {}
 KNOWN = 512
 """Traces kept; the oldest goes first."""
 
 
-def trace(spec: RunSpec, logits: int | None = None, quick: bool = False) -> Trace:
+def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Trace:
     """Of a resolved spec, with every token predicted, or the last `logits` of each example; `quick`, as the engine trains.
 
     Raises SpecError for a model without a config and for what cannot be traced.
     """
-    read = RunSpec(alpha=1.0, **{name: getattr(spec, name) for name in READ})
-    key = read, workspace(spec.gpu), logits, quick
-
+    key = _read(spec), workspace(spec.gpu), logits, quick
     if (known := _known.get(key)) is not None:  # in one look: another thread may forget it between two
         return known
     with _one_at_a_time:
@@ -81,18 +79,25 @@ def trace(spec: RunSpec, logits: int | None = None, quick: bool = False) -> Trac
         return found
 
 
-def _trace(spec: RunSpec, workspace_bytes: int, logits: int | None, quick: bool) -> Trace:
-    entry = models.find(spec.model or "")
+def _read(spec: Resolved) -> Resolved:
+    """The same for all runs whose step needs the same memory."""
+    others = set(SETTINGS) - set(READ)
+    blank = {name: SETTINGS[name].type() for name in others} | {"alpha": 1.0}
+    return replace(spec, **blank, unread=spec.unread | others)
+
+
+def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool) -> Trace:
+    entry = models.find(spec.model)
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
     if not entry.is_causal:
         raise SpecError(
             f"model={spec.model}: only models that write text are trained here; name a decoder such as gpt2"
         )
-    shape = architectures.of(spec.model or "")
+    shape = architectures.of(spec.model)
     chosen = {n for t in methods.targets(shape, spec, entry.name) for n in (t.layers if t.module.layers else ())}
     kept = copies = list(range(shape.n_layers))
-    if not methods.find(spec.method or "").before_layers:
+    if not methods.find(spec.method).before_layers:
         types = configs.layer_types(entry.config) or [""] * shape.n_layers
         kept, copies = _shorten([(kind, i in chosen) for i, kind in enumerate(types)])
     tapes = _record(spec, entry.config, kept, logits, quick)
@@ -141,7 +146,7 @@ def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
 
 
 def _record(
-    spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, quick: bool
+    spec: Resolved, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, quick: bool
 ) -> dict[str, list[Entry]]:
     kernels.register()
     depth = len(kept)
@@ -154,7 +159,7 @@ def _record(
         if quick and not fused.why_not(spec):
             recorder.part = BEFORE
             fused.adjoin(model)
-            fused.quicken(model, bool(spec.hold_outputs))
+            fused.quicken(model, spec.hold_outputs)
         trained = [p for p in model.parameters() if p.requires_grad]
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")
@@ -162,7 +167,7 @@ def _record(
         kind = optimizers.find(spec)
         own = kind.library == "torch"
         optimizer = step.optimizer(trained, spec, fused=quick) if own else optimizers.BlockwiseStates(trained, kind)
-        for again in ("", " again")[: min(spec.accumulation or 1, 2)]:
+        for again in ("", " again")[: min(spec.accumulation, 2)]:
             recorder.part = BEFORE
             for phase in step.micro(model, spec, "cpu", logits):
                 recorder.begin(phase + again)
@@ -233,26 +238,26 @@ def _watch(model: Any, recorder: Recorder) -> None:
         layer.register_forward_hook(end(part))
 
 
-def _meta(spec: RunSpec, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
+def _meta(spec: Resolved, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
     """The model with those layers alone and the method attached, on the meta device, in the run's types."""
     short = {**config, **{name: len(kept) for name in ("num_hidden_layers", "n_layer") if name in config}}
     if "num_hidden_layers" not in short and "n_layer" not in short:
         short["num_hidden_layers"] = len(kept)
     if types := configs.layer_types(config):
         short["layer_types"] = [types[i] for i in kept]
-    model = configs.build_meta(short).to(step.DTYPES[spec.precision or "fp32"]).requires_grad_(False)
+    model = configs.build_meta(short).to(step.DTYPES[spec.precision]).requires_grad_(False)
     shape = architectures.describe(model)
     if spec.layers:
-        wanted = set(parse_layers(spec.layers, architectures.of(spec.model or "").n_layers))
-        spec = spec.but(layers=",".join(str(i) for i, layer in enumerate(kept) if layer in wanted))
-    method = methods.METHODS["lora" if spec.method == "pissa" else spec.method or ""]  # its start needs W's numbers
-    seam.set_attention(model.config, kernels.NAME if spec.attention == "sdpa" else spec.attention or "eager")
-    spec = spec.but(method=method.key)
+        wanted = set(parse_layers(spec.layers, architectures.of(spec.model).n_layers))
+        spec = replace(spec, layers=",".join(str(i) for i, layer in enumerate(kept) if layer in wanted))
+    method = methods.METHODS["lora" if spec.method == "pissa" else spec.method]  # its start needs W's numbers
+    seam.set_attention(model.config, kernels.NAME if spec.attention == "sdpa" else spec.attention)
+    spec = replace(spec, method=method.key)
     with seeded(0):  # the start of an adapter is drawn, which is nobody else's business
         model = method.attach(model, methods.targets(shape, spec), spec)
-    if spec.quantization not in (None, "none"):
+    if spec.quantization != "none":
         names = {name for m in shape.linear() for _, name in m.names()}
-        kernels.quantize(model, names, spec.quantization or "", bool(spec.double_quantization))
+        kernels.quantize(model, names, spec.quantization, spec.double_quantization)
     return step.prepare(model, spec)
 
 

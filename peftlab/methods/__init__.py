@@ -16,7 +16,7 @@ from typing import Any
 from ..base.architecture import Architecture, Module
 from ..catalog.methods import ABOUT, About
 from ..errors import SpecError
-from ..spec import RunSpec, closest, parse_layers
+from ..spec import Resolved, closest, parse_layers
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Term:
     roles: tuple[str, ...] = ()
     """Holds only for modules of these roles; for all when empty."""
 
-    def value(self, module: Module, spec: RunSpec) -> float:
+    def value(self, module: Module, spec: Resolved) -> float:
         if self.roles and module.role not in self.roles:
             return 0
         product = self.coefficient
@@ -93,15 +93,15 @@ class Method:
     key: str
     terms: tuple[Term, ...]
     """Trained parameters of one target module."""
-    select: Callable[[Architecture, RunSpec], list[Target]]
+    select: Callable[[Architecture, Resolved], list[Target]]
     """The modules it trains or adapts. Raises SpecError for names the model lacks and for models it does not suit."""
-    attach: Callable[[Any, list[Target], RunSpec], Any]
+    attach: Callable[[Any, list[Target], Resolved], Any]
     """Changes a private copy of the model so that just these parameters require gradients; returns the model to train."""
     drawing: Drawing
     merge: Callable[[Any], Any] | None = None
     """The model with the method folded into its weights; None where that cannot be."""
     settings: tuple[str, ...] = ()
-    """The RunSpec fields that this method reads, besides those that every run has."""
+    """The Resolved fields that this method reads, besides those that every run has."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of automatic fields; a function of the others' values where it depends on them."""
     keeps: tuple[Keep, ...] = ()
@@ -114,7 +114,7 @@ class Method:
     """Name and shape of trained parameters that all targets share."""
     saved: tuple[Term, ...] | None = None
     """Parameters a module in the saved adapter, where they are not those that were trained."""
-    rate: Callable[[str, RunSpec], float] = lambda name, spec: 1.0
+    rate: Callable[[str, Resolved], float] = lambda name, spec: 1.0
     """Learning rate of a parameter, by name, over the run's."""
     penalty: Callable[[Any], Any] | None = None
     """A term to add to the loss, from the model."""
@@ -135,11 +135,11 @@ class Method:
     def name(self) -> str:
         return self.about.name
 
-    def trained(self, module: Module, spec: RunSpec) -> int:
+    def trained(self, module: Module, spec: Resolved) -> int:
         """Trainable parameters in one of `module`."""
         return round(sum(term.value(module, spec) for term in self.terms))
 
-    def kept(self, module: Module, spec: RunSpec) -> int:
+    def kept(self, module: Module, spec: Resolved) -> int:
         """Parameters for one of `module` in the saved adapter."""
         return round(sum(term.value(module, spec) for term in self.saved or self.terms))
 
@@ -165,10 +165,10 @@ def find(key: str) -> Method:
     return METHODS[key]
 
 
-def targets(architecture: Architecture, spec: RunSpec, model_name: str = "the model") -> list[Target]:
+def targets(architecture: Architecture, spec: Resolved, model_name: str = "the model") -> list[Target]:
     """What `spec.method` trains. Raises SpecError that says why where it does not suit the model or the settings."""
-    method = find(spec.method or "")
-    if method.in_place and spec.quantization not in (None, "none"):
+    method = find(spec.method)
+    if method.in_place and spec.quantization != "none":
         raise SpecError(
             f"quantization={spec.quantization}: {method.name} trains the base's own parameters, and those of a quantized "
             "base cannot be trained; set it to none, or use qlora"
@@ -179,7 +179,7 @@ def targets(architecture: Architecture, spec: RunSpec, model_name: str = "the mo
         raise SpecError(f"method={method.key}: {model_name} {error}") from None
     if not any(method.trained(t.module, spec) for t in chosen):
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
-    _check_rank(method, chosen, spec.rank or 0)
+    _check_rank(method, chosen, spec.rank)
     return chosen
 
 
@@ -204,9 +204,9 @@ def in_layers(modules: list[Module], architecture: Architecture, layers: str | N
     return [t for t in found if t.layers or not t.module.layers]
 
 
-def linear_targets(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def linear_targets(architecture: Architecture, spec: Resolved) -> list[Target]:
     """The linear maps named by the spec, in its layers."""
-    return in_layers(architecture.targets(spec.target_modules or "all-linear"), architecture, spec.layers)
+    return in_layers(architecture.targets(spec.target_modules), architecture, spec.layers)
 
 
 def once_a_layer(architecture: Architecture, *roles: str) -> list[Module]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..base.architecture import Architecture
 from ..errors import SpecError
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import Drawing, Keep, Method, Target, Term, Unsuited, in_layers, once_a_layer, register
 
 KRONECKER = 4
@@ -46,39 +46,39 @@ def _beside(reader: Any, writer: Any, adapter: Any) -> None:
 def at(*roles: str) -> Any:
     """Selects the modules of `roles`, one of each in every chosen layer."""
 
-    def select(architecture: Architecture, spec: RunSpec) -> list[Target]:
+    def select(architecture: Architecture, spec: Resolved) -> list[Target]:
         return in_layers(once_a_layer(architecture, *roles), architecture, spec.layers)
 
     return select
 
 
-def beside_feed_forward(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def beside_feed_forward(architecture: Architecture, spec: Resolved) -> list[Target]:
     once_a_layer(architecture, "gate" if architecture.with_role("gate") else "up")  # whose input the adapter reads
     return at("down")(architecture, spec)
 
 
-def ends(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def ends(architecture: Architecture, spec: Resolved) -> list[Target]:
     found = [m for m in architecture.modules if m.head] + architecture.with_role("embedding")[:1]
     if len(found) < 2:
         raise Unsuited("has no vocabulary head to put the last adapter before; use pfeiffer")
     return in_layers(found, architecture, "all")
 
 
-def divided(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def divided(architecture: Architecture, spec: Resolved) -> list[Target]:
     chosen = at("attention output", "down")(architecture, spec)
-    for name, size in [("bottleneck", spec.bottleneck or 0)] + [("width", t.module.d_out) for t in chosen]:
+    for name, size in [("bottleneck", spec.bottleneck)] + [("width", t.module.d_out) for t in chosen]:
         if size % KRONECKER:
             fix = f"; try {max(1, round(size / KRONECKER)) * KRONECKER}" if name == "bottleneck" else "; use pfeiffer"
             raise SpecError(f"{name}={size}: Compacter splits it in {KRONECKER} equal parts{fix}")
     return chosen
 
 
-def attach(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach(model: Any, targets: list[Target], spec: Resolved) -> Any:
     _each(model, targets, spec, lambda module, name, adapter: _serial(module, adapter))
     return model
 
 
-def attach_parallel(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach_parallel(model: Any, targets: list[Target], spec: Resolved) -> Any:
     modules = dict(model.named_modules())
 
     def place(module: Any, name: str, adapter: Any) -> None:
@@ -97,7 +97,7 @@ def _reader(modules: Any, writer: str) -> Any:
     return next(modules[f"{parent}.{end}"] for end in ends if f"{parent}.{end}" in modules)
 
 
-def attach_ends(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach_ends(model: Any, targets: list[Target], spec: Resolved) -> Any:
     def place(module: Any, name: str, adapter: Any) -> None:
         (_at_input if module is model.get_output_embeddings() else _serial)(module, adapter)
 
@@ -105,7 +105,7 @@ def attach_ends(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     return model
 
 
-def attach_compacter(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach_compacter(model: Any, targets: list[Target], spec: Resolved) -> Any:
     import torch
 
     start = torch.randn(KRONECKER, KRONECKER, KRONECKER) * KRONECKER**-0.5
@@ -114,20 +114,20 @@ def attach_compacter(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     return model
 
 
-def _dtype(spec: RunSpec) -> Any:
+def _dtype(spec: Resolved) -> Any:
     import torch
 
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision]
 
 
-def _each(model: Any, targets: Sequence[Target], spec: RunSpec, place: Any, rules: Any = None) -> None:
+def _each(model: Any, targets: Sequence[Target], spec: Resolved, place: Any, rules: Any = None) -> None:
     from .layers import Bottleneck
 
     modules, device = dict(model.named_modules()), next(model.parameters()).device
     for t in targets:
         width = t.module.d_in if t.module.head else t.module.d_out
         for name in t.names():
-            place(modules[name], name, Bottleneck(width, spec.bottleneck or 1, rules).to(device, _dtype(spec)))
+            place(modules[name], name, Bottleneck(width, spec.bottleneck, rules).to(device, _dtype(spec)))
 
 
 def _register(key: str, **rest: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..base.architecture import Architecture
 from ..errors import SpecError
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import Drawing, Keep, Method, Target, Term, linear_targets, register, through_peft
 
 SETTINGS = ("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision")
@@ -18,13 +18,13 @@ INPUT = (Keep(("d_in",), of="input"), DROPPED, Keep(("rank",)))
 PARALLEL = Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1)
 
 
-def quantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def quantized(architecture: Architecture, spec: Resolved) -> list[Target]:
     if spec.quantization == "none":
         raise SpecError("quantization=none: QLoRA is LoRA on a quantized base; set it to nf4 or int8, or use lora")
     return linear_targets(architecture, spec)
 
 
-def unquantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def unquantized(architecture: Architecture, spec: Resolved) -> list[Target]:
     if spec.quantization != "none":
         raise SpecError(
             f"quantization={spec.quantization}: PiSSA takes W apart by its singular values, for which W must be whole; "
@@ -33,10 +33,10 @@ def unquantized(architecture: Architecture, spec: RunSpec) -> list[Target]:
     return linear_targets(architecture, spec)
 
 
-def attach(model: Any, targets: list[Target], spec: RunSpec, **variant: Any) -> Any:
+def attach(model: Any, targets: list[Target], spec: Resolved, **variant: Any) -> Any:
     from peft import LoraConfig
 
-    config = LoraConfig(**_config(targets), r=spec.rank or 1, **_scale(spec), **variant)
+    config = LoraConfig(**_config(targets), r=spec.rank, **_scale(spec), **variant)
     return through_peft.attach(model, config, spec)
 
 
@@ -48,35 +48,35 @@ def _config(targets: list[Target]) -> dict[str, Any]:
     }
 
 
-def _scale(spec: RunSpec) -> dict[str, Any]:
+def _scale(spec: Resolved) -> dict[str, Any]:
     return {"lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
 
 
-def rank_stabilized(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def rank_stabilized(model: Any, targets: list[Target], spec: Resolved) -> Any:
     return attach(model, targets, spec, use_rslora=True)
 
 
-def decomposed(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def decomposed(model: Any, targets: list[Target], spec: Resolved) -> Any:
     return attach(model, targets, spec, use_dora=True)
 
 
-def principal(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def principal(model: Any, targets: list[Target], spec: Resolved) -> Any:
     adapted = attach(model, targets, spec)
     adapted.peft_config["default"].init_lora_weights = "pissa"
     through_peft.leave_residual(adapted, start=True)
     return adapted
 
 
-def faster_b(name: str, spec: RunSpec) -> float:
+def faster_b(name: str, spec: Resolved) -> float:
     """LoRA+, section 4: B learns `lr_ratio` times as fast as A."""
-    return (spec.lr_ratio or 1.0) if "lora_B" in name else 1.0
+    return spec.lr_ratio if "lora_B" in name else 1.0
 
 
-def adaptive(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def adaptive(model: Any, targets: list[Target], spec: Resolved) -> Any:
     """AdaLoRA over the run's steps: a tenth to warm up, three tenths at the final budget, the cuts in between."""
     from peft import AdaLoraConfig
 
-    rank, steps = spec.rank or 1, max(spec.steps or 1, 2)  # the last cut needs a step before it, to judge by
+    rank, steps = spec.rank, max(spec.steps, 2)  # the last cut needs a step before it, to judge by
     config = AdaLoraConfig(
         **_config(targets),
         **_scale(spec),
@@ -115,14 +115,14 @@ def cut_ranks(model: Any, step: int) -> None:
     model.base_model.update_and_allocate(step)
 
 
-def vectors(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def vectors(model: Any, targets: list[Target], spec: Resolved) -> Any:
     from peft import VeraConfig
 
     config = VeraConfig(
         **_config(targets),
-        r=spec.rank or 1,
-        vera_dropout=spec.dropout or 0.0,
-        projection_prng_key=spec.seed or 0,
+        r=spec.rank,
+        vera_dropout=spec.dropout,
+        projection_prng_key=spec.seed,
         save_projection=False,  # the seed makes them again
     )
     return through_peft.attach(model, config, spec)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..base.architecture import Architecture
 from ..errors import SpecError
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import (
     Drawing,
     Keep,
@@ -24,12 +24,12 @@ from . import (
 FUSED = "query+key+value"
 
 
-def scaled(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def scaled(architecture: Architecture, spec: Resolved) -> list[Target]:
     """Keys, values and the down projections' inputs. Raises Unsuited where a layer has not one of each."""
     return in_layers(once_a_layer(architecture, "key", "value", "down"), architecture, spec.layers)
 
 
-def scale(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def scale(model: Any, targets: list[Target], spec: Resolved) -> Any:
     from peft import IA3Config
 
     down = [t for t in targets if t.module.role == "down"]
@@ -42,12 +42,12 @@ def scale(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     return through_peft.attach(model, config, spec)
 
 
-def rotated(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
     chosen = linear_targets(architecture, spec)
     if any(t.module.kind == "conv1d" for t in chosen):
         raise Unsuited("stores its linear maps as Conv1D, which OFT in peft does not take; use lora, or another model")
     for t in chosen:
-        size = spec.block_size or 1
+        size = spec.block_size
         if t.module.d_in % size:
             fits = [n for n in range(2, t.module.d_in + 1) if all(c.module.d_in % n == 0 for c in chosen)]
             near = min(fits, key=lambda n: abs(n - size), default=1)
@@ -58,14 +58,14 @@ def rotated(architecture: Architecture, spec: RunSpec) -> list[Target]:
     return chosen
 
 
-def rotate(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def rotate(model: Any, targets: list[Target], spec: Resolved) -> Any:
     from peft import OFTConfig
 
     config = OFTConfig(
         task_type="CAUSAL_LM",
         r=0,
-        oft_block_size=spec.block_size or 1,
-        module_dropout=spec.dropout or 0.0,
+        oft_block_size=spec.block_size,
+        module_dropout=spec.dropout,
         target_modules=through_peft.names(targets),
     )
     return through_peft.attach(model, config, spec)

@@ -7,7 +7,7 @@ from typing import Any
 from .. import seam
 from ..base.architecture import Architecture
 from ..errors import SpecError
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import Drawing, Method, Target, Term, in_layers, once_a_layer, register, through_peft
 
 SETTINGS = ("virtual_tokens", "adapter_precision")
@@ -15,12 +15,12 @@ VECTORS = Term(("virtual_tokens", "d_out"))
 FUSED = ("query+key+value",)
 
 
-def embedding(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
     _leave_room(architecture, spec)
     return in_layers(architecture.with_role("embedding")[:1], architecture, "all")
 
 
-def keys_and_values(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
     _leave_room(architecture, spec)
     if spec.gradient_checkpointing:
         raise SpecError(
@@ -29,9 +29,9 @@ def keys_and_values(architecture: Architecture, spec: RunSpec) -> list[Target]:
     return in_layers(once_a_layer(architecture, "key", "value"), architecture, "all")
 
 
-def _leave_room(architecture: Architecture, spec: RunSpec) -> None:
-    tokens, context = spec.virtual_tokens or 0, architecture.context
-    left = context - (spec.sequence_length or 0)
+def _leave_room(architecture: Architecture, spec: Resolved) -> None:
+    tokens, context = spec.virtual_tokens, architecture.context
+    left = context - spec.sequence_length
     if not context or tokens <= left:
         return
     if left > 0:
@@ -45,7 +45,7 @@ def _leave_room(architecture: Architecture, spec: RunSpec) -> None:
     )
 
 
-def prompt(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def prompt(model: Any, targets: list[Target], spec: Resolved) -> Any:
     from peft import PromptTuningConfig
 
     return through_peft.attach(
@@ -53,14 +53,14 @@ def prompt(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     )
 
 
-def encoded(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def encoded(model: Any, targets: list[Target], spec: Resolved) -> Any:
     from peft import PromptEncoderConfig
 
     width = targets[0].module.d_out
     return through_peft.attach(model, PromptEncoderConfig(**_config(targets, spec), encoder_hidden_size=width), spec)
 
 
-def _config(targets: list[Target], spec: RunSpec) -> dict[str, Any]:
+def _config(targets: list[Target], spec: Resolved) -> dict[str, Any]:
     """Width and number of the vectors; a model that projects its embedding takes them before the projection."""
     return {
         "task_type": "CAUSAL_LM",
@@ -69,15 +69,15 @@ def _config(targets: list[Target], spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def prefix(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def prefix(model: Any, targets: list[Target], spec: Resolved) -> Any:
     """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
     import torch
     from peft import PrefixTuningConfig
 
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens or 1)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens)
     adapted = through_peft.attach(model, config, spec)
     weight = adapted.prompt_encoder["default"].embedding.weight
-    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, spec.virtual_tokens or 1))
+    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, spec.virtual_tokens))
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
         flat = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]

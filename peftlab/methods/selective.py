@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..base.architecture import Architecture
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import METHODS, Drawing, Method, Target, Term, in_layers, register, through_peft
 
 
-def attach(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach(model: Any, targets: list[Target], spec: Resolved) -> Any:
     """Unfreezes clones of the targets' parameters; the storage shared with the base model stays as it was.
 
     A parameter that several modules share stays shared where all of them are meant. A head tied to the embedding, trained
@@ -17,7 +17,7 @@ def attach(model: Any, targets: list[Target], spec: RunSpec) -> Any:
     """
     import torch
 
-    terms = METHODS[spec.method or ""].terms
+    terms = METHODS[spec.method].terms
     wanted = {
         name: {f for term in terms if term.value(t.module, spec) for f in term.factors}
         for t in targets
@@ -44,28 +44,28 @@ def as_it_is(model: Any) -> Any:
     return model
 
 
-def everything(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def everything(architecture: Architecture, spec: Resolved) -> list[Target]:
     return in_layers(list(architecture.modules), architecture, "all")
 
 
-def head(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def head(architecture: Architecture, spec: Resolved) -> list[Target]:
     return in_layers([m for m in architecture.modules if m.head], architecture, "all")
 
 
-def last_block(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def last_block(architecture: Architecture, spec: Resolved) -> list[Target]:
     return in_layers(list(architecture.modules), architecture, "last:1")
 
 
-def biases(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def biases(architecture: Architecture, spec: Resolved) -> list[Target]:
     chosen = [m for m in architecture.modules if m.bias or (spec.train_norms and m.kind == "norm")]
     return in_layers(chosen, architecture, "all")
 
 
-def norms(architecture: Architecture, spec: RunSpec) -> list[Target]:
+def norms(architecture: Architecture, spec: Resolved) -> list[Target]:
     return in_layers(architecture.with_role("norm"), architecture, spec.layers)
 
 
-def attach_norms(model: Any, targets: list[Target], spec: RunSpec) -> Any:
+def attach_norms(model: Any, targets: list[Target], spec: Resolved) -> Any:
     from peft import LNTuningConfig
 
     return through_peft.attach(

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import seam
 from ..errors import SpecError
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import Target
 
 
@@ -18,14 +18,14 @@ def names(targets: list[Target]) -> list[str]:
     return [t.module.name.split(".*.")[-1] for t in whole] + [n for t in targets if t not in whole for n in t.names()]
 
 
-def attach(model: Any, config: Any, spec: RunSpec) -> Any:
+def attach(model: Any, config: Any, spec: Resolved) -> Any:
     """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`."""
     import torch
     from peft import get_peft_model
 
     device, old = next(model.parameters()).device, _tensors(model)
     adapted = get_peft_model(model, config)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision or "fp32"]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision]
     for number, tensor in _tensors(adapted).items():
         if number not in old:
             tensor.data = tensor.data.to(device, dtype)

@@ -13,7 +13,7 @@ WHERE = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v
 
 def where(spec: Any) -> str:
     """Target modules in words."""
-    text = WHERE.get(spec.target_modules or "", (spec.target_modules or "").replace(",", ", "))
+    text = WHERE.get(spec.target_modules, spec.target_modules.replace(",", ", "))
     layers = "" if spec.layers in (None, "all") else _layers(spec)
     return f"{text} of layers {layers}" if layers else text
 

@@ -28,7 +28,7 @@ from ..methods.where import where
 from ..resolve import resolve_here
 from ..run import STOP, pace, train
 from ..run.generate import answer_loss
-from ..spec import SETTINGS, RunSpec, closest
+from ..spec import SETTINGS, Resolved, RunSpec, closest
 
 RESAMPLES = 9999
 TOKENS, ROUNDS = 8, 3
@@ -40,8 +40,7 @@ Event = dict[str, Any]
 @dataclass(frozen=True)
 class Racer:
     name: str
-    spec: RunSpec
-    """Resolved."""
+    spec: Resolved
 
 
 @dataclass
@@ -133,8 +132,8 @@ def along(spec: RunSpec, axes: Mapping[str, Sequence[str]]) -> list[Racer]:
 def _racer(spec: RunSpec, chosen: Mapping[str, str]) -> Racer:
     resolved = resolve_here(RunSpec.from_dict({**spec.to_dict(), **chosen}))
     named = {
-        "method": methods.find(resolved.method or "").name,
-        "model": models.find(resolved.model or "").name,
+        "method": methods.find(resolved.method).name,
+        "model": models.find(resolved.model).name,
         "target_modules": where(resolved),
     }
     parts = [named.get(name, f"{name.replace('_', ' ')} {value}") for name, value in chosen.items()]
@@ -182,7 +181,7 @@ def race(
             try:
                 if seconds and i not in paces:
                     paces[i] = max(1, round(seconds / pace(racer.spec).seconds))
-                spec = racer.spec.but(seed=(racer.spec.seed or 0) + seed, steps=paces.get(i, racer.spec.steps))
+                spec = replace(racer.spec, seed=racer.spec.seed + seed, steps=paces.get(i, racer.spec.steps))
                 for event in _run(spec, line, out, folder, latency):
                     yield {"type": "run", "racer": i, "seed": seed, "event": event}
             except PeftlabError as error:
@@ -218,7 +217,7 @@ def _line(racer: Racer) -> Line:
     )
 
 
-def _run(spec: RunSpec, line: Line, out: Path, folder: Path, latency: bool) -> Iterator[Event]:
+def _run(spec: Resolved, line: Line, out: Path, folder: Path, latency: bool) -> Iterator[Event]:
     """One seed: trains, and adds to the line what came of it. One that was stopped adds nothing."""
     losses: list[float] = []
     for event in train(spec, folder):
@@ -238,12 +237,12 @@ def _run(spec: RunSpec, line: Line, out: Path, folder: Path, latency: bool) -> I
     line.forgetting.append(event["forgetting"])
     line.measured_peak_bytes = max(event["measured_peak_bytes"] or 0, line.measured_peak_bytes or 0) or None
     line.predicted_peak_bytes = event["predicted_peak_bytes"] or line.predicted_peak_bytes
-    base, task = weights.load(spec), tasks.find(spec.task or "")
+    base, task = weights.load(spec), tasks.find(spec.task)
     if line.base_loss is None:
         line.base_loss = answer_loss(base.quick, base.tokenizer, task)
     line.loss.append(answer_loss(adapters.apply(base, adapter), base.tokenizer, task))
     if latency and line.apart is None:
-        merges = methods.find(spec.method or "").merge is not None
+        merges = methods.find(spec.method).merge is not None
         what = (proofs.BASE, proofs.APART, proofs.MERGED) if merges else (proofs.BASE, proofs.APART)
         work = proofs.latency(adapter, task.heldout[0].prompt, TOKENS, ROUNDS, what)
         while True:

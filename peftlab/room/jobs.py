@@ -16,16 +16,16 @@ from ..base import weights
 from ..errors import PeftlabError, SpecError, plain
 from ..resolve import resolve_here
 from ..run import STOP, train, warm_up
-from ..spec import RunSpec
+from ..spec import Resolved, RunSpec
 
 RUNS = Path("runs")
-Trainer = Callable[[RunSpec, Path], Iterator[dict[str, Any]]]
+Trainer = Callable[[Resolved, Path], Iterator[dict[str, Any]]]
 
 
 class Job:
     """A run, queued or under way or over. Its events stay, so that a page that comes back sees all of them."""
 
-    def __init__(self, spec: RunSpec, owner: str, trainer: Trainer) -> None:
+    def __init__(self, spec: Resolved, owner: str, trainer: Trainer) -> None:
         self.id = f"{spec.task}-{spec.method}-{time.strftime('%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.spec = spec
         self.owner = owner
@@ -105,7 +105,7 @@ def ahead(job: Job) -> int:
     return sum(not other.over for other in before[: before.index(job)])
 
 
-def finished() -> list[tuple[RunSpec, dict[str, Any]]]:
+def finished() -> list[tuple[Resolved, dict[str, Any]]]:
     """The spec and last event of every run that came to its end, the newest first."""
     with _lock:
         over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
@@ -171,7 +171,7 @@ class Preparation:
 
     def _work(self) -> None:
         try:
-            with contextlib.closing(weights.fetch(self.spec.model or "")) as fetching:
+            with contextlib.closing(weights.fetch(self.spec.model)) as fetching:
                 for progress in fetching:
                     self.progress = (
                         progress if progress.stage != "ready" else weights.Progress("loading", progress.detail)

@@ -31,9 +31,8 @@ from ..data.tasks import Task
 from ..errors import RunError, SpecError
 from ..memory import exact
 from ..memory.states import workspace
-from ..resolve import resolve_here
 from ..seeded import seeded
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import packing
 from .batches import Batch, Batches, Pair, encode
 from .gears import CaptureError, Eager, Step, choose
@@ -70,17 +69,16 @@ class Pace(NamedTuple):
     not_fused: tuple[str, ...]
 
 
-def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) -> Iterator[Event]:
+def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -> Iterator[Event]:
     """Fine-tunes and yields events; `out` gets the adapter. Raises SpecError before and RunError during the run.
 
     To measure what they are worth: `eager` takes no graph, `plain` no fused operations.
     Events: `start`, then `eval` (the task's metric, held out), `step` (loss in nats per answer token, seconds, eta) and
     `progress` (of an evaluation), at last `done`, whose keys are those of the command line's contract.
     """
-    spec = resolve_here(spec)
     _check(spec)
-    task = tasks.find(spec.task or "")
-    rows = tasks.drawn(task, spec.training_rows, spec.seed or 0)
+    task = tasks.find(spec.task)
+    rows = tasks.drawn(task, spec.training_rows or None, spec.seed)
     report = count(spec)
     if (out / STOP).exists():
         (out / STOP).unlink()
@@ -103,15 +101,15 @@ def train(spec: RunSpec, out: Path, eager: bool = False, plain: bool = False) ->
         yield from run.events()
 
 
-def warm_up(spec: RunSpec) -> None:
+def warm_up(spec: Resolved) -> None:
     """On a GPU of our own, runs a resolved spec's kernels once, whose first use takes seconds; nothing is kept."""
     if hardware.here().device != "cuda" or os.environ.get("SPACES_ZERO_GPU"):
         return
-    base, task = weights.load(spec), tasks.find(spec.task or "")
+    base, task = weights.load(spec), tasks.find(spec.task)
     pairs = encode(base.tokenizer, task, task.train)
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(_Run(spec.but(steps=WARM_STEPS), task, base, Path(folder), pairs)) as run,
+        closing(_Run(dataclasses.replace(spec, steps=WARM_STEPS), task, base, Path(folder), pairs)) as run,
     ):
         run.rehearse(WARM_STEPS)
         for model in (base.quick, run.model.eval()):
@@ -119,11 +117,11 @@ def warm_up(spec: RunSpec) -> None:
                 pass
 
 
-def pace(spec: RunSpec, steps: int = 2 * WARM_STEPS) -> Pace:
+def pace(spec: Resolved, steps: int = 2 * WARM_STEPS) -> Pace:
     """How a spec trains here, once half of `steps` have warmed it up; nothing is kept. Raises SpecError and RunError."""
-    spec = resolve_here(spec.but(steps=steps))
+    spec = dataclasses.replace(spec, steps=steps)
     _check(spec)
-    base, task = weights.load(spec), tasks.find(spec.task or "")
+    base, task = weights.load(spec), tasks.find(spec.task)
     pairs = encode(base.tokenizer, task, task.train)
     with tempfile.TemporaryDirectory() as folder, closing(_Run(spec, task, base, Path(folder), pairs)) as run:
         run.rehearse(steps // 2)
@@ -139,7 +137,7 @@ def _unlearned(seconds: float) -> Event:
     }  # fmt: skip
 
 
-def _check(spec: RunSpec) -> None:
+def _check(spec: Resolved) -> None:
     """What this engine cannot run, refused before anything is loaded."""
     later = {"sharding": "none", "offload": "none", "n_gpus": 1}
     for name, only in later.items():
@@ -151,32 +149,32 @@ def _check(spec: RunSpec) -> None:
         raise SpecError("precision=amp: mixed precision needs a CUDA GPU; use fp32 or bf16 here")
 
 
-def _check_lengths(pairs: Sequence[Pair], spec: RunSpec) -> None:
+def _check_lengths(pairs: Sequence[Pair], spec: Resolved) -> None:
     longest = max(map(len, pairs))
-    if longest > (spec.sequence_length or 0):
+    if longest > spec.sequence_length:
         raise SpecError(
             f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
             f"set it to {longest} or more"
         )
 
 
-def _attached(base: weights.Base, spec: RunSpec) -> Any:
+def _attached(base: weights.Base, spec: Resolved) -> Any:
     """A private copy of the base with the method attached; only the method's own parameters require gradients."""
-    shape = architectures.of(spec.model or "")
+    shape = architectures.of(spec.model)
     targets = methods.targets(shape, spec, base.entry.name)
-    with seeded(spec.seed or 0):
-        model = methods.find(spec.method or "").attach(weights.share(base.model), targets, spec)
+    with seeded(spec.seed):
+        model = methods.find(spec.method).attach(weights.share(base.model), targets, spec)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 
 
-def _quickened(model: Any, spec: RunSpec, plain: bool = False) -> fused.Fused:
+def _quickened(model: Any, spec: Resolved, plain: bool = False) -> fused.Fused:
     """What of a private copy's operations is fused from now on; nothing where it is to stay `plain`."""
     if why := "as asked" if plain else fused.why_not(spec):
         return fused.Fused(kept=(f"all operations ({why})",))
-    return fused.quicken(model, bool(spec.hold_outputs))
+    return fused.quicken(model, spec.hold_outputs)
 
 
 def _drops(model: Any) -> bool:
@@ -197,7 +195,7 @@ class _Run:
 
     def __init__(
         self,
-        spec: RunSpec,
+        spec: Resolved,
         task: Task,
         base: weights.Base,
         out: Path,
@@ -208,7 +206,7 @@ class _Run:
         self.spec, self.task, self.base, self.out = spec, task, base, out
         self.good: tuple[int, list[Any]] = (0, [])
         self.snapshots: deque[tuple[int, list[Any]]] = deque()
-        self.every = max(1, (spec.steps or 1) // SNAPSHOTS)
+        self.every = max(1, spec.steps // SNAPSHOTS)
         self.hopeless = 0
         self.steps_done = self.saved_at = self.tokens = 0
         self.pending: list[Any] = []
@@ -221,7 +219,7 @@ class _Run:
         self.largest = (0, 0, 0)
         self.highest: int | None = None
         self.batches = Batches(
-            pairs, spec.batch_size or 1, spec.accumulation or 1, spec.seed or 0, base.tokenizer.pad_token_id,
+            pairs, spec.batch_size, spec.accumulation, spec.seed, base.tokenizer.pad_token_id,
             pinned=base.device == "cuda",
         )  # fmt: skip
         try:
@@ -270,7 +268,7 @@ class _Run:
         self.saved_at = self.steps_done
 
     def events(self) -> Iterator[Event]:
-        steps = self.spec.steps or 1
+        steps = self.spec.steps
         yield from self._evaluate("before")
         checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
         stream = iter(self.batches)
@@ -351,8 +349,8 @@ class _Run:
         """Queues one step; tells when the gear had to be changed for it."""
         step = self.steps_done + len(self.pending)
         self.model.train()
-        rate = (self.spec.learning_rate or 0) * _rate(step, self.spec.steps or 1)
-        drawing = functools.partial(seeded, (self.spec.seed or 0) * 1_000_003 + step) if self.draws else nullcontext
+        rate = self.spec.learning_rate * _rate(step, self.spec.steps)
+        drawing = functools.partial(seeded, self.spec.seed * 1_000_003 + step) if self.draws else nullcontext
         why = ""
         with drawing():
             try:
@@ -386,12 +384,12 @@ class _Run:
                 break
             self.steps_done += 1
             self.losses.append(loss)
-            left = ((spec.steps or 1) - self.steps_done) * self.training_seconds / self.steps_done
+            left = (spec.steps - self.steps_done) * self.training_seconds / self.steps_done
             events.append({
                 "type": "step", "step": self.steps_done, "steps": spec.steps, "loss": loss, "gradient_norm": norm,
                 "seconds": spent / len(results), "eta_seconds": left,
-                "learning_rate": (spec.learning_rate or 0) * _rate(self.steps_done - 1, spec.steps or 1),
-                "examples": self.steps_done * (spec.batch_size or 1) * (spec.accumulation or 1),
+                "learning_rate": spec.learning_rate * _rate(self.steps_done - 1, spec.steps),
+                "examples": self.steps_done * spec.batch_size * spec.accumulation,
             })  # fmt: skip
         yield from events
         if failure:
@@ -429,7 +427,7 @@ class _Run:
                     parameter.copy_(tensor)
             self._save()
             kept = f"The adapter as it was after step {self.steps_done} is kept"
-        rate = self.spec.learning_rate or 0
+        rate = self.spec.learning_rate
         raise RunError(
             f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {rate / 4:g}. {kept}."
         )
@@ -490,7 +488,7 @@ class _Run:
         if self.highest is None:
             return None
         batch, width, start = self.largest
-        spec = self.spec.but(batch_size=batch, sequence_length=max(width, 8))
+        spec = dataclasses.replace(self.spec, batch_size=batch, sequence_length=max(width, 8))
         own = {p.data_ptr() for p in self.model.parameters()}
         beside = sum(p.nbytes for p in self.base.model.parameters() if p.data_ptr() not in own)
         try:

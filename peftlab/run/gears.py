@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import fused, methods, optimizers
-from ..spec import RunSpec
+from ..spec import Resolved
 from . import graphs
 from .batches import Batch
 from .packing import Packed, pack
@@ -31,8 +31,8 @@ class CaptureError(RuntimeError):
 class Step:
     """Forward, backward, clipping and update, without asking the device for a number."""
 
-    def __init__(self, model: Any, spec: RunSpec, capturable: bool = False) -> None:
-        self.model, self.spec, self.method = model, spec, methods.find(spec.method or "")
+    def __init__(self, model: Any, spec: Resolved, capturable: bool = False) -> None:
+        self.model, self.spec, self.method = model, spec, methods.find(spec.method)
         self.device = next(model.parameters()).device
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(model, spec, capturable)
@@ -77,11 +77,11 @@ class Step:
         return loss, out if self.spec.hold_outputs else None
 
 
-def _optimizer(model: Any, spec: RunSpec, capturable: bool) -> Any:
+def _optimizer(model: Any, spec: Resolved, capturable: bool) -> Any:
     """Over the model's trained parameters, a group for each learning rate that the method gives them."""
     import torch
 
-    rate, method = spec.learning_rate or 0.0, methods.find(spec.method or "")
+    rate, method = spec.learning_rate, methods.find(spec.method)
     groups: dict[float, list[Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -210,9 +210,9 @@ class Graph(Eager):
         return _Captured(graph, static, answers, out)
 
 
-def why_eager(spec: RunSpec, device: str) -> str:
+def why_eager(spec: Resolved, device: str) -> str:
     """Why a resolved spec's step cannot be one CUDA graph; empty where it can."""
-    method = methods.find(spec.method or "")
+    method = methods.find(spec.method)
     if device != "cuda":
         return "no CUDA GPU here"
     if method.after_step:
@@ -224,7 +224,7 @@ def why_eager(spec: RunSpec, device: str) -> str:
     return ""
 
 
-def choose(model: Any, spec: RunSpec, device: str) -> Eager:
+def choose(model: Any, spec: Resolved, device: str) -> Eager:
     """The fastest gear that the run can use, with the reason where that is not the graph."""
     if why := why_eager(spec, device):
         return Eager(Step(model, spec), why)

@@ -29,6 +29,7 @@ from ..memory import (
 from ..memory.case import SYMBOLS
 from ..memory.compute import compute
 from ..memory.measured import summary
+from ..resolve import resolve
 from ..room import jobs
 from ..spec import RunSpec
 from . import figures, sentences
@@ -157,7 +158,7 @@ def compute_and_disk(
         run = compute(spec)
         hours = run.time(gpu.key, (utilisation or 0) / 100) / 3600
         money = run.money(gpu.key, (utilisation or 0) / 100, price or 0)
-        saved = compute(spec.but(method="full", quantization=None)).per_token / run.per_token - 1
+        saved = compute(resolve(spec.but(method="full", quantization=None))).per_token / run.per_token - 1
         said.append(
             f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {units.operations(run.per_token)} each: "
             f"{sentences.bold(units.seconds(3600 * hours))} and {sentences.bold(format(money, ',.2f'))} "

@@ -23,6 +23,7 @@ from ..lectures.claims import CLAIMS
 from ..memory import MemoryReport, Moment
 from ..methods import Drawing
 from ..methods.where import where
+from ..resolve import resolve
 from ..spec import RunSpec
 
 THEMES = ("light", "dark")
@@ -167,7 +168,7 @@ def percent_by_size(rank: int, target_modules: str, marked: str, theme: str) -> 
     """
     c = PALETTE[theme]
     spec = RunSpec(model=marked, method="lora", rank=rank, target_modules=target_modules)
-    mine, roles = count(spec), _by_role(marked, target_modules)
+    mine, roles = count(resolve(spec)), _by_role(marked, target_modules)
     models = [*_others(spec.but(target_modules=roles)), mine]
     sizes, shares = [r.total_parameters for r in models], [r.trainable_percent for r in models]
     title = f"LoRA of rank {rank} on {where(mine.spec)}: % trained, by the model's size (log scales)"
@@ -218,7 +219,7 @@ def _others(spec: RunSpec) -> list[ParameterReport]:
         if entry.config is None or entry.shape_of or key in (spec.model, shape):
             continue
         try:
-            reports.append(count(spec.but(model=key)))
+            reports.append(count(resolve(spec.but(model=key))))
         except SpecError:  # without modules of these roles, or too narrow for the rank
             continue
     return reports
@@ -231,11 +232,11 @@ def _claimed_percents(rank: int, roles: str) -> list[float]:
 
 
 def _experts(report: ParameterReport) -> int:
-    return architectures.of(report.spec.model or "").facts.experts
+    return architectures.of(report.spec.model).facts.experts
 
 
 def _derived(report: ParameterReport) -> str:
-    rank, trained = report.spec.rank or 1, report.trainable_parameters
+    rank, trained = report.spec.rank, report.trainable_parameters
     return (
         f"<b>{escape(report.model_name)}</b><br>{rank} × {trained // rank:,} inputs and outputs<br>"
         f"= {trained:,} trained,<br>{units.percent(report.trainable_percent / 100)} of {report.total_parameters:,}"

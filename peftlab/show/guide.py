@@ -17,6 +17,7 @@ from ..lectures import checks, evidence, published
 from ..lectures.evidence import Place
 from ..lectures.guide import CASES, SIDES, SPECTRUM, TABLES, Case, Family, weighed
 from ..methods import METHODS
+from ..resolve import resolve
 from ..spec import RunSpec
 from . import figures, published_figures
 from .marks import explained, heading, how, row, table, verdict
@@ -97,7 +98,7 @@ def _chip(place: Place, chosen: str | None) -> str:
 
 
 def chosen_line(spec: RunSpec) -> str:
-    return f"<p>{chosen_said(count(spec))} <small>{changed(spec)}</small></p>"
+    return f"<p>{chosen_said(count(resolve(spec)))} <small>{changed(spec)}</small></p>"
 
 
 def advice(keys: Iterable[str], model: str) -> str:

@@ -58,7 +58,7 @@ def flows(model: str) -> str:
 
     def card(key: str, says: str) -> str:
         try:
-            report = count(RunSpec(model=model, method=key))
+            report = count(resolve(RunSpec(model=model, method=key)))
             trains = f"{report.trainable_parameters:,} parameters: {units.percent(report.trainable_percent / 100)}"
         except SpecError as error:
             trains = escape(str(error))

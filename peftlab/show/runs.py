@@ -12,6 +12,7 @@ from ..count import count
 from ..data import tasks
 from ..data.tasks import METRICS, TASKS
 from ..race import scores
+from ..resolve import resolve
 from ..room import jobs
 from ..spec import RunSpec
 from . import figures, sentences
@@ -115,7 +116,7 @@ def recording(task: str) -> dict[str, Any]:
 
 def named(spec: RunSpec) -> str:
     """Which model a run trains, and by which method."""
-    report = count(spec)
+    report = count(resolve(spec))
     return f"{escape(report.model_name)}, {escape(sentences.method_name(report))}"
 
 

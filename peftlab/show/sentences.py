@@ -84,7 +84,7 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
     if a is None or b is None:
         return []
     spec, name = chosen.spec, escape(chosen.method_name)
-    tokens = (spec.batch_size or 1) * (spec.sequence_length or 1)
+    tokens = spec.batch_size * spec.sequence_length
     batch = b.bytes["activations"] + b.bytes["logits"]
     saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
     found = []
@@ -120,7 +120,7 @@ def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
             "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast to "
             "the adapter's fp32."
         )
-    experts = architectures.of(spec.model or "").facts
+    experts = architectures.of(spec.model).facts
     if experts.experts:
         found.append(
             f"All {experts.experts} experts of every layer weigh, though a token meets {experts.experts_per_token} of them."
@@ -140,7 +140,7 @@ def gpu_name(gpu: GPU) -> str:
 def method_name(report: MemoryReport | ParameterReport) -> str:
     """A method with the size that it was given; without one where the model is a number and has no layers to give it to."""
     spec = report.spec
-    if models.find(spec.model or "").config is None:
+    if models.find(spec.model).config is None:
         return report.method_name
     sizes = (("rank", spec.rank), ("width", spec.bottleneck), ("blocks of", spec.block_size))
     named = [f"{name} {size}" for name, size in sizes if size]

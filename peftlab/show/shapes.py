@@ -53,15 +53,14 @@ def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, 
     Raises SpecError where LoRA has nothing to do there.
     """
     spec = of_family(spec)
-    entry = find(spec.model or "")
-    shape = architecture.of(spec.model or "")
     of = resolve(spec)
-    wanted = shape.targets(of.target_modules or "all-linear")
+    entry, shape = find(of.model), architecture.of(of.model)
+    wanted = shape.targets(of.target_modules)
     linear = shape.linear() + [m for m in wanted if m.head]
     names = architecture.told_apart([m.name for m in linear])
-    layers = parse_layers(of.layers or "all", shape.n_layers)
+    layers = parse_layers(of.layers, shape.n_layers)
     return {
-        "key": spec.model,
+        "key": of.model,
         "model": escape(entry.name),
         "total": shape.total_parameters,
         "n_layers": shape.n_layers,
