@@ -7,11 +7,10 @@ import signal
 import sys
 
 if os.environ.get("SPACES_ZERO_GPU"):
-    import spaces  # noqa: F401  a shared GPU must be claimed before anything touches CUDA
+    import spaces  # noqa: F401  it must claim the shared GPU before anything touches CUDA
 
 from html import escape
 from io import TextIOWrapper
-from typing import Any
 
 import gradio as gr
 
@@ -25,7 +24,7 @@ from demos.page.store import blocks
 from demos.page.tab import QUIET
 from demos.side_by_side import Compare
 from peftlab import seam, units
-from peftlab.base import weights
+from peftlab.base import sources, weights
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.room import jobs
 from peftlab.show.marks import how
@@ -37,7 +36,7 @@ def chip() -> str:
     """The state of the base model, in a line."""
     name, p = MODELS[DEFAULT].name, preparation.progress
     if preparation.ready:
-        source = weights.source_of(MODELS[DEFAULT])
+        source = sources.source_of(MODELS[DEFAULT])
         tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}" if source else ""
         return f"{escape(name)} is ready {how('verified', tip)}"
     if preparation.error:
@@ -46,13 +45,13 @@ def chip() -> str:
     return f"{escape(name)}: {p.stage} {escape(p.detail)}{amount}"
 
 
-def watch() -> tuple[Any, Any, Any]:
-    """The chip, whether to go on looking, and whether a second try is on offer."""
+def watch() -> tuple[str, gr.Timer, gr.Button]:
+    """The chip; a timer, which ticks until the model is ready; and the button for a second try, after a failure."""
     settled = preparation.ready or preparation.error is not None
     return chip(), gr.Timer(active=not settled), gr.Button(visible=preparation.error is not None)
 
 
-def try_again() -> tuple[Any, Any, Any]:
+def try_again() -> tuple[str, gr.Timer, gr.Button]:
     preparation.begin()
     return watch()
 
@@ -79,21 +78,21 @@ demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head,
 
 def main() -> None:
     seam.quiet()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a host that ends the page closes it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a host ends the page as Ctrl-C does
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log shows the address at once
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log shows the address at once
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
     try:
         demo.launch(**look.launch_options(), prevent_thread_lock=True)
-        preparation.begin()  # once the page answers: loading a model library would hold it up
+        preparation.begin()  # only now, because loading a model library would hold up the page's first answer
         demo.block_thread()
-    except KeyboardInterrupt:  # before it blocks, from where on Gradio closes by itself
+    except KeyboardInterrupt:  # before it blocks; from there on Gradio closes by itself
         demo.close()
     preparation.stop()
     sys.stdout.flush()
-    os._exit(0)  # who ends the server does not wait for a run that is under way
+    os._exit(0)  # ends a run that is under way, too: whoever ends the server does not wait for it
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import gradio as gr
-
-from peftlab import resolve
+from gradio.data_classes import FileDataDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.page import address, controls, methods, store
+from demos.page import address, controls, methods, running, store
 from demos.page.gpu import on_gpu
-from demos.page.tab import Asked, Draw, Tab
-from peftlab import RunSpec, adapters, count
+from demos.page.tab import Asked, Draw, Tab, Values
+from peftlab import RunSpec, adapters, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog.presets import PRESETS
 from peftlab.data import tasks
@@ -29,31 +28,26 @@ from peftlab.show.runs import card, shown
 from peftlab.show.settings import settings_line
 
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
-"""Settings of some methods, next to the method; FOLDED are under More settings."""
+"""Settings of some methods whose controls stand next to the method."""
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
+"""Settings of some methods whose controls are under More settings."""
 TYPED = ("steps", "learning_rate", "batch_size", "quantization", "seed")
 LARGEST = 2_000_000_000
 """Parameters of the largest model offered for a live run."""
 MINE = 8
-"""Adapters that a browser keeps, the newest."""
-POLL = 0.5
-"""Seconds between two looks at a run."""
-
-TRAIN = on_gpu(train)  # at import, because a shared GPU wants to know its functions before the page is up
+"""How many adapters a browser keeps: the newest."""
+TRAIN = on_gpu(train)
 
 
 def runnable() -> list[tuple[str, str]]:
-    """Models small enough to train while people watch."""
-    return [
-        (m.name, m.key)
-        for m in MODELS.values()
-        if m.is_causal and m.hub_id and (m.total_parameters or LARGEST) < LARGEST
-    ]
+    """Names and keys of the models that are small enough to train while people watch."""
+    small = (m for m in MODELS.values() if m.is_causal and m.hub_id and (m.total_parameters or LARGEST) < LARGEST)
+    return [(model.name, model.key) for model in small]
 
 
 def here(spec: RunSpec) -> RunSpec:
-    """`spec` as it can run live: the model of the calculators may be far too large for that."""
-    return spec if spec.model in dict(map(reversed, runnable())) else spec.but(model=DEFAULT)  # type: ignore[arg-type]
+    """`spec` as it can run live: with the default model where its own is too large for that."""
+    return spec if spec.model in [key for _, key in runnable()] else spec.but(model=DEFAULT)
 
 
 class Live(Tab):
@@ -65,24 +59,24 @@ class Live(Tab):
 
     def __init__(self) -> None:
         super().__init__()
-        self.files: dict[str, Any] = {}
-        """By job: where its adapter is to be downloaded."""
+        self.files: dict[str, FileDataDict] = {}
+        """Where the adapter of a job is to be downloaded, by the job's id."""
 
     def build(self) -> None:
         controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        opening = here(address.OPENING)
+        method = address.METHOD
         self.control("task", gr.Radio(controls.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
         self.panel("lesson", controls.note(card(tasks.DEFAULT)))
-        self.control("method", methods.method_choice("live", "lora", DEFAULT))
-        self.panel("about", controls.note(method_card("lora", DEFAULT)))
-        self.control_all(methods.method_settings(opening, *OWN))
+        self.control("method", methods.method_choice("live", method, DEFAULT))
+        self.panel("about", controls.note(method_card(method, DEFAULT)))
+        self.control_all(methods.method_settings(method, OWN))
         self.control_all({name: controls.text(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
             self.control("model", controls.choice("model", runnable(), DEFAULT))
             self.control("preset", methods.preset_choice(list(PRESETS)))
-            self.control_all(methods.method_settings(opening, *FOLDED))
+            self.control_all(methods.method_settings(method, FOLDED))
             self.control("batch_size", controls.text("batch_size"))
             self.control("quantization", controls.choice("quantization"))
             self.control("seed", controls.text("seed"))
@@ -90,12 +84,12 @@ class Live(Tab):
         controls.reset("model", "method", "task")
 
     def _pictures(self) -> None:
-        self.panel("sentence", controls.sentence(""))
+        self.panel("sentence", controls.sentence())
         with gr.Row(elem_classes="run-row"):
             go = self.panel("go", gr.Button("Train", variant="primary", scale=0, min_width=160))
             stop = self.panel("stop", gr.Button("Stop and keep", scale=0, min_width=190, interactive=False))
-            keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
-            self.panel("keep", keep)
+            self.keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
+            self.panel("keep", self.keep)
         self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(min_height=44))
         with gr.Row(elem_classes="panes"):
@@ -109,8 +103,8 @@ class Live(Tab):
 
     # --- presses
 
-    def train(self, asked: Asked) -> Iterator[dict[str, Any]]:
-        """Starts a run and tells the browser its id. Where one is under way, as after a double click, it is that one's."""
+    def train(self, asked: Asked) -> Iterator[Values]:
+        """Starts a run and tells the browser its id. After a double click it is the run that is under way."""
         job = jobs.running(asked.visitor)
         if job is None or job.trainer is not TRAIN:
             spec = here(asked.spec)
@@ -119,10 +113,9 @@ class Live(Tab):
         mine = [key for key in asked.kept.get("adapters") or () if key != job.id]
         yield {"kept": {"run": job.id, "adapters": [*mine, job.id][-MINE:]}, "go": gr.update(interactive=False)}
 
-    def stop(self, asked: Asked) -> Iterator[dict[str, Any]]:
-        """Asks the run on screen to end. Its picture says what came of it."""
-        job = self.job(asked)
-        if job:
+    def stop(self, asked: Asked) -> Iterator[Values]:
+        """Asks the run on screen to end; then its picture says what it came to."""
+        if job := self.job(asked):
             job.stop()
         yield {"kept": {"run": asked.kept.get("run")}}
 
@@ -132,18 +125,18 @@ class Live(Tab):
         return jobs.find(asked.kept.get("run"))
 
     def again(self, asked: Asked) -> float | None:
-        job = self.job(asked)
-        return POLL if job and not job.over else None
+        return running.again(self.job(asked))
 
     def check(self, asked: Asked) -> None:
         count(resolve(here(asked.spec)))
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
+    def fill(self, asked: Asked) -> Values:
         spec = here(asked.spec)
+        run = resolve(spec)
         return {
-            "task": spec.task or tasks.DEFAULT,
-            "model": spec.model,
-            "method": method_value(spec.method, spec.model),
+            "task": run.task,
+            "model": run.model,
+            "method": method_value(run.method, run.model),
             "preset": gr.update(value=asked["preset"], info=preset_says(asked["preset"])),
             **methods.method_updates(spec, (*OWN, *FOLDED)),
             **{name: controls.blank(getattr(spec, name)) for name in TYPED},
@@ -151,31 +144,24 @@ class Live(Tab):
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, job = here(asked.spec), self.job(asked)
-        method, over = spec.method or "lora", job is None or job.over
-        picture = shown(job, spec)
-        stopping = job is not None and job.stopping
+        run, buttons = resolve(spec), running.buttons(job, "Train", "Training", "Train again", "Stop and keep")
+        picture = {**shown(job, spec), **buttons}
         return {
             **{name: partial(picture.get, name) for name in picture},
-            "go": lambda: gr.update(
-                interactive=over, value="Training" if not over else "Train again" if job else "Train"
-            ),
-            "stop": lambda: gr.update(
-                interactive=not over and not stopping, value="Stopping" if stopping else "Stop and keep"
-            ),
             "keep": lambda: controls.seen(self.download(job)),
-            "lesson": lambda: card(spec.task or tasks.DEFAULT),
-            "about": lambda: method_card(method, spec.model or DEFAULT),
-            "how": lambda: method_panel(method),
+            "lesson": lambda: card(run.task),
+            "about": lambda: method_card(run.method, run.model),
+            "how": lambda: method_panel(run.method),
             "note": lambda: settings_line(spec),
         }
 
-    def download(self, job: jobs.Job | None) -> Any:
+    def download(self, job: jobs.Job | None) -> FileDataDict | None:
         """The adapter of a run that is over, as a file that the page can fetch; None where there is none."""
         if job is None or not job.over or not (job.folder / "adapter").exists():
             return None
         if job.id not in self.files:
-            file = self.panels["keep"].serve_static_file(adapters.pack(job.folder / "adapter"))
-            self.files[job.id] = file | {"url": file["url"].lstrip("/")}
+            file = cast(FileDataDict, self.keep.serve_static_file(adapters.pack(job.folder / "adapter")))
+            self.files[job.id] = {**file, "url": (file["url"] or "").lstrip("/")}
         return self.files[job.id]
 
 

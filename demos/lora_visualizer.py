@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-
-from peftlab import resolve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos import proving, real_weights
 from demos.page import address, controls, lora_widget, store
-from demos.page.tab import Asked, Draw, Slow, Tab
-from peftlab import RunSpec, SpecError, count
-from peftlab.base.models import DEFAULT, find
+from demos.page.tab import Asked, Draw, Slow, Tab, Values
+from peftlab import RunSpec, SpecError, count, resolve
+from peftlab.base.models import MODELS, find
 from peftlab.lectures import scratch
-from peftlab.show.claims import claims_table
 from peftlab.show.lora import by_size, code, flows, notes
 from peftlab.show.settings import changed
 from peftlab.show.shapes import of_family, value
+from peftlab.show.statements import tab_table
 
 LESSONS = {
     "Lecture 11.2: Gemma 3 270M, q and v": RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"),
@@ -41,7 +38,7 @@ class Lora(Tab):
         controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        self.control("model", controls.model_choice(address.OPENING.model))
+        self.control("model", controls.model_choice(address.MODEL))
         lora_widget.knobs()
         self.panel("changed", controls.note())
         controls.reset("model", "task")
@@ -51,8 +48,7 @@ class Lora(Tab):
         self.panel("picture", lora_widget.picture())
         controls.lessons({name: address.link(spec) for name, spec in LESSONS.items()})
         lora_widget.rest()
-        with self.fold("Four ways to change the forward pass"):
-            self.panel("flows", gr.HTML())
+        self.fold_of("Four ways to change the forward pass", "flows")
         with self.fold("Percent against model size"):
             self.panel("by_size", controls.plot(None, "LoRA's trained percent by the size of the model"))
         with self.fold("The mathematics, on real weights"):
@@ -66,20 +62,18 @@ class Lora(Tab):
                 _code(scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
         with self.fold("Why the lecture's merge_weights raises"):
             gr.Markdown(scratch.WHY)
-        with self.fold("The lectures' tables, recomputed"):
-            self.panel("tables", gr.HTML())
+        self.fold_of("The lectures' tables, recomputed", "tables")
 
     def check(self, asked: Asked) -> None:
-        entry = find(asked.spec.model or DEFAULT)
+        entry, shown = find(asked.run.model), MODELS[address.MODEL].name
         if entry.config is None:
-            shown = find(address.OPENING.model or DEFAULT).name
             raise SpecError(
                 f"model={entry.key}: a bare count has no matrices to draw; {shown} is shown, or choose a model"
             )
         count(resolve(of_family(asked.spec)))
         real_weights.check(asked)
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
+    def fill(self, asked: Asked) -> Values:
         return {"model": controls.shown_model(asked.spec), **real_weights.fill(asked), **proving.fill(asked)}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
@@ -87,12 +81,12 @@ class Lora(Tab):
         return {
             "picture": lambda: value(spec, asked.refused),
             "changed": lambda: changed(spec),
-            "flows": lambda: flows(spec.model or DEFAULT),
+            "flows": lambda: flows(asked.run.model),
             "by_size": lambda: by_size(spec),
             **real_weights.draw(asked),
             **proving.draw(asked),
             "code": lambda: code(spec),
-            "tables": lambda: claims_table("lora") + notes(),
+            "tables": lambda: tab_table("lora").html + notes(),
         }
 
     def slow(self, asked: Asked) -> list[Slow]:

@@ -6,27 +6,29 @@ import sys
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, costs, memory_bars, methods, store
-from demos.page.tab import QUIET, Asked, Draw, Slow, Tab
+from demos.page.tab import QUIET, Asked, Draw, Slow, Tab, Values
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
-from peftlab.base.models import DEFAULT, find
+from peftlab.base.models import find, from_config
 from peftlab.catalog.gpus import GPUS
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.conventions import EXACT
 from peftlab.room import worker
 from peftlab.show import costs as tables
-from peftlab.show import figures, sentences
+from peftlab.show import sentences
 from peftlab.show.bars import bars_value
-from peftlab.show.claims import claims_table
+from peftlab.show.figures import themed
 from peftlab.show.marks import explained
+from peftlab.show.memory_figures import memory_timeline
 from peftlab.show.methods import method_card, method_panel, method_value
 from peftlab.show.settings import changed
+from peftlab.show.statements import tab_table
 from peftlab.spec import Resolved
 
 FOLDED = (
@@ -34,7 +36,7 @@ FOLDED = (
     "gpu", "n_gpus", "sharding", "offload",
 )  # fmt: skip
 ON = "h100-80gb"
-"""The GPU a run is predicted for unless another one is chosen: the one whose steps were measured."""
+"""A run is predicted for this GPU unless another one is chosen: its steps were measured."""
 LESSONS = {
     "Llama 3.1 8B": (RunSpec(model="llama-3.1-8b"), EXACT),
     "LoRA takes more than full": (
@@ -48,24 +50,24 @@ LESSONS = {
 }  # fmt: skip
 
 
+SHARE = choice.number("share", 0.5, 0.01, 10, whole=False)
+Reports = tuple[MemoryReport, MemoryReport]
+Forms = tuple[ClosedForm | None, ClosedForm | None]
+"""Of full fine-tuning and of the chosen method."""
+closed = lru_cache(maxsize=128)(closed_form)
+"""Kept, because a question is first checked and then drawn, both with the same two forms."""
+
+
 def both(spec: RunSpec) -> tuple[Resolved, Resolved]:
     """Full fine-tuning, and the chosen method, on a GPU."""
     spec = spec.but(gpu=spec.gpu or ON)
     return resolve(spec.but(method="full", quantization=None)), resolve(spec)
 
 
-Reports = tuple[MemoryReport, MemoryReport]
-Forms = tuple[ClosedForm | None, ClosedForm | None]
-
-
 def has_step(asked: Asked) -> bool:
-    """Whether a whole training step is predicted, not only states as a convention counts them."""
-    entry = find(asked.spec.model or DEFAULT)
+    """True where a whole training step is predicted, false where a convention counts the states alone."""
+    entry = find(asked.run.model)
     return bool(asked["convention"] == EXACT and entry.is_causal and entry.config)
-
-
-closed = lru_cache(maxsize=128)(closed_form)
-"""A question is checked and then drawn, of the same two forms."""
 
 
 def seen(asked: Asked) -> tuple[Reports, Forms]:
@@ -73,15 +75,17 @@ def seen(asked: Asked) -> tuple[Reports, Forms]:
     full, chosen = both(asked.spec)
     if has_step(asked):
         forms = closed(full), closed(chosen)
-        traces = worker.known(exact, full), worker.known(exact, chosen)
-        return (traces if all(traces) else (forms[0].report(), forms[1].report())), forms
-    entry, rule = find(asked.spec.model or DEFAULT), asked["convention"]
+        traced = worker.known(exact, full), worker.known(exact, chosen)
+        if traced[0] and traced[1]:
+            return (traced[0], traced[1]), forms
+        return (forms[0].report(), forms[1].report()), forms
+    entry, rule = find(asked.run.model), asked["convention"]
     trainable = None if entry.config else max(1, round(entry.total_parameters * asked["share"] / 100))
     return (predict(full, rule), predict(chosen, rule, trainable)), (None, None)
 
 
 def at(spec: Resolved) -> tuple[int, int, int]:
-    """Where the polynomials of a run are evaluated: batch, length and rank."""
+    """Batch, length and rank: where the polynomials of a run are evaluated."""
     return spec.batch_size, spec.sequence_length, spec.rank or methods.SLIDERS["rank"][2]
 
 
@@ -91,7 +95,7 @@ class Memory(Tab):
     key, title = "memory", "Memory"
     choices = {
         "convention": choice.one_of("convention", EXACT, [EXACT, *CONVENTIONS]),
-        "share": choice.number("share", 0.5, 0.01, 10, whole=False),
+        "share": SHARE,
         **costs.CHOICES,
     }
 
@@ -99,20 +103,16 @@ class Memory(Tab):
         controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        opening = address.OPENING
-        batch, length, _ = at(resolve(opening))
-        self.control("model", controls.model_choice(opening.model))
+        model, method, (batch, length, _) = address.MODEL, address.METHOD, at(resolve(address.OPENING))
+        self.control("model", controls.model_choice(model))
         self.control("batch_size", controls.slider("batch_size", 1, 64, batch))
         self.control("sequence_length", controls.slider("sequence_length", 16, 16384, length, step=16))
         self.control("gradient_checkpointing", gr.Checkbox(False, **controls.described("gradient_checkpointing")))
-        self.control("method", methods.method_choice("memory", opening.method or "lora", opening.model or DEFAULT))
-        self.panel("about", controls.note(method_card("lora", opening.model or DEFAULT)))
-        self.control_all(methods.method_settings(opening, *methods.BY_METHOD))
-        share = gr.Slider(
-            0.01, 10, 0.5, step=0.01, label="Trained share, %", visible=False,
-            info="A bare count has no layers to adapt, so its share is chosen",
-        )  # fmt: skip
-        self.control("share", share)
+        self.control("method", methods.method_choice("memory", method, model))
+        self.panel("about", controls.note(method_card(method, model)))
+        self.control_all(methods.method_settings(method, methods.BY_METHOD))
+        info = "A bare count has no layers to adapt, so its share is chosen"
+        self.control("share", controls.slider_of(SHARE, "Trained share, %", info, step=0.01, visible=False))
         with self.fold("Precision, optimizer and GPUs"):
             self.control_all({name: _control(name) for name in FOLDED})
         with self.fold("Your own config.json"):
@@ -121,7 +121,7 @@ class Memory(Tab):
             rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
             info = "Bytes a parameter, in each lecture's convention"
             self.control("convention", gr.Dropdown(rules, value=EXACT, label="Count as", info=info))
-        self.panel("changed", controls.note(changed(opening)))
+        self.panel("changed", controls.note(changed(address.OPENING)))
         controls.reset("model", "method", "task")
 
     def _own_config(self) -> None:
@@ -131,13 +131,9 @@ class Memory(Tab):
             use = gr.Button("Use it", size="sm", min_width=80)
             upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
         key = gr.Textbox(visible=False)
-        read = (
-            gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET),
-            upload.upload(
-                lambda file: own_config(Path(file).read_text(errors="replace")), upload, [refused, key], **QUIET
-            ),
-        )
-        for event in read:
+        pasted = gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET)
+        uploaded = upload.upload(own_file, upload, [refused, key], **QUIET)
+        for event in (pasted, uploaded):
             event.then(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
 
     def _pictures(self) -> None:
@@ -151,66 +147,56 @@ class Memory(Tab):
         controls.lessons({name: address.link(spec, convention=rule) for name, (spec, rule) in LESSONS.items()})
         about = "Allocated memory through one training step, by kind"
         self.panel("timeline", controls.plot(first["timeline"]["value"], about))
-        with self.fold("Every number, and how it comes about"):
-            self.panel("numbers", gr.HTML())
-        with self.fold("Which GPUs hold it"):
-            self.panel("gpus", gr.HTML())
-        with self.fold("What would fit"):
-            self.panel("room", gr.HTML())
+        self.fold_of("Every number, and how it comes about", "numbers")
+        self.fold_of("Which GPUs hold it", "gpus")
+        self.fold_of("What would fit", "room")
         with self.fold("Time, money, disk and serving"):
             self.control_all(costs.controls())
             self.panel("spent", gr.HTML())
-        with self.fold("The lectures' conventions and numbers, recomputed"):
-            self.panel("conventions", gr.HTML())
-            self.panel("claims", gr.HTML())
-        with self.fold("Measured beside predicted"):
-            self.panel("measured", gr.HTML())
-        with self.fold("How the method works"):
-            self.panel("how", gr.HTML())
+        self.fold_of("The lectures' conventions and numbers, recomputed", "conventions", "claims")
+        self.fold_of("Measured beside predicted", "measured")
+        self.fold_of("How the method works", "how")
 
     def check(self, asked: Asked) -> None:
         seen(asked)
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
-        spec = asked.spec
-        batch, length, _ = at(resolve(spec))
-        bare = find(spec.model or DEFAULT).config is None
+    def fill(self, asked: Asked) -> Values:
+        spec, run = asked.spec, asked.run
+        bare = find(run.model).config is None
         return {
             "model": controls.shown_model(spec),
-            "method": method_value(spec.method, spec.model),
+            "method": method_value(run.method, run.model),
             **methods.method_updates(spec, methods.BY_METHOD),
-            "batch_size": controls.slid(batch, 64),
-            "sequence_length": controls.slid(length, 16384),
-            "gradient_checkpointing": bool(spec.gradient_checkpointing),
+            "batch_size": controls.slid(run.batch_size, 64),
+            "sequence_length": controls.slid(run.sequence_length, 16384),
+            "gradient_checkpointing": run.gradient_checkpointing,
             **{name: controls.blank(getattr(spec, name)) for name in FOLDED},
-            "share": gr.update(visible=bare and spec.method != "full", value=asked["share"]),
+            "share": gr.update(visible=bare and run.method != "full", value=asked["share"]),
             "convention": asked["convention"],
             **{name: asked[name] for name in costs.CHOICES},
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
-        spec, model = asked.spec, asked.spec.model or DEFAULT
-        reports, forms = seen(asked)
+        run, (reports, forms) = asked.run, seen(asked)
         full, chosen = reports
-        entry = find(model)
-        timeline = controls.seen(figures.themed(figures.memory_timeline, chosen) if chosen.moments else None)
+        share = None if find(run.model).config else asked["share"]
+        surprises = "".join(f"<p>{said}</p>" for said in sentences.memory_surprises(full, chosen)[:2])
+        timeline = themed(memory_timeline, chosen) if chosen.moments else None
         return {
-            "bars": lambda: bars_value(reports, forms, at(chosen.spec), None if entry.config else asked["share"]),
-            "surprises": lambda: explained(
-                "".join(f"<p>{t}</p>" for t in sentences.memory_surprises(full, chosen)[:2])
-            ),
-            "timeline": lambda: timeline,
-            "about": lambda: method_card(spec.method or "lora", model),
+            "bars": lambda: bars_value(reports, forms, at(chosen.spec), share),
+            "surprises": lambda: explained(surprises),
+            "timeline": lambda: controls.seen(timeline),
+            "about": lambda: method_card(run.method, run.model),
             "config_problem": lambda: "",
-            "changed": lambda: changed(spec),
+            "changed": lambda: changed(asked.spec),
             "numbers": lambda: tables.numbers(full, chosen, forms[1]),
             "gpus": lambda: tables.gpus(full, chosen),
             "room": lambda: tables.room(forms[1]) if forms[1] else "",
             "spent": lambda: tables.compute_and_disk(chosen, *(asked[name] for name in costs.CHOICES)),
-            "conventions": lambda: tables.conventions(spec, reports),
-            "claims": lambda: claims_table("memory"),
+            "conventions": lambda: tables.conventions(asked.spec, reports),
+            "claims": lambda: tab_table("memory").html,
             "measured": tables.measured,
-            "how": lambda: method_panel(spec.method or "lora"),
+            "how": lambda: method_panel(run.method),
         }
 
     def slow(self, asked: Asked) -> list[Slow]:
@@ -218,16 +204,18 @@ class Memory(Tab):
 
 
 def own_config(text: str) -> tuple[str, str]:
-    """What is wrong with a pasted config.json, or its key as a model."""
-    from peftlab.base.models import from_config
-
+    """What is wrong with a pasted config.json, and its key as a model; one of them is empty."""
     try:
         return "", from_config(text).key
     except PeftlabError as error:
         return escape(str(error)), ""
 
 
-def _control(name: str) -> Any:
+def own_file(file: str) -> tuple[str, str]:
+    return own_config(Path(file).read_text(errors="replace"))
+
+
+def _control(name: str) -> Component:
     if name == "gpu":
         return controls.choice("gpu", [("automatic: an H100", ""), *controls.choices_of(GPUS)], "")
     return controls.text(name) if name in ("accumulation", "n_gpus") else controls.choice(name)

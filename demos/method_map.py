@@ -1,35 +1,32 @@
-"""The map of methods: how deep each reaches into the model, what it trains, when to use it, and what others measured."""
+"""The map of methods: how deep each reaches into the model, what it trains, when to use it, what others measured."""
 
 from __future__ import annotations
 
 import sys
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-
-from peftlab import resolve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, store
-from demos.page.tab import Asked, Draw, Slow, Tab
+from demos.page.tab import Asked, Draw, Slow, Tab, Values
 from peftlab import count
-from peftlab.base.models import DEFAULT, find
+from peftlab.base.models import find
 from peftlab.count import why_not
-from peftlab.lectures import evidence, published
+from peftlab.lectures import facts, published
 from peftlab.lectures.guide import CASES, GROUPS
 from peftlab.memory import exact
 from peftlab.room import worker
 from peftlab.show import guide
-from peftlab.show.claims import claims_table
 from peftlab.show.marks import explained, how
 from peftlab.show.methods import method_panel, unsuited
+from peftlab.show.statements import tab_table
 from peftlab.spec import Resolved
 
-AXES = ("parameters", "accuracy")
-"""Of the benchmark, at first: across and up."""
+AXES = {"across": "parameters", "up": "accuracy"}
+"""The benchmark's axes, and their metrics at first."""
 MAP = """
 let last = null;
 const all = () => [...element.querySelectorAll('button[data-method]')];
@@ -55,9 +52,9 @@ watch('value', () => {
   if (lost) lost.focus();
 });
 """
-"""A chip is a button, and arrows walk from one to the next. One that does not suit the model says why, and chooses nothing."""
+"""Each method is a button, and arrow keys walk through them. One that does not suit the model says why when pressed."""
 TICKS = {group: f"when_{group}" for group in GROUPS}
-"""The choice that holds which of a group's situations are ticked."""
+"""The choices that hold which situations are ticked, by the situations' group."""
 COUNTED = (
     "Parameters are counted from the model's shapes and the registry's terms, each method at its automatic settings."
 )
@@ -68,18 +65,13 @@ def in_group(group: str) -> list[str]:
     return [key for key, case in CASES.items() if case.group == group]
 
 
-def ticked(group: str) -> tuple[str, ...]:
-    """Those that are ticked at first."""
-    return tuple(key for key in in_group(group) if CASES[key].ticked)
-
-
 def map_widget() -> gr.HTML:
     return gr.HTML(
         {"method": "lora", "families": ""},
         html_template='<div class="spectrum"><p class="ends"><span>touches nothing inside</span>'
         "<span>changes the computation</span></p>"
         '<div class="families" role="group" aria-label="Methods, by how deep they reach">${value.families}</div>'
-        f'<p class="note">Bars: the share that is trained, on a log scale from {evidence.LEAST:.4f}% to 100%. '
+        f'<p class="note">Bars: the share that is trained, on a log scale from {facts.LEAST:.4f}% to 100%. '
         f'{how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>',
         js_on_load=MAP,
         elem_classes="drawn-map",
@@ -88,9 +80,9 @@ def map_widget() -> gr.HTML:
 
 
 def traced(model: str) -> tuple[bool, ...]:
-    """Which of the memory that the tab states is traced: what is said changes with it."""
-    pairs = (evidence.automatic(of, "lora", "qlora") for of in (address.OPENING.model or DEFAULT, model))
-    return tuple(all(worker.known(exact, spec) for spec in pair) for pair in (evidence.small(), *pairs))
+    """Which of the memory figures that the tab states are traced by now: the texts change with them."""
+    pairs = (facts.automatic(of, "lora", "qlora") for of in (address.MODEL, model))
+    return tuple(all(worker.known(exact, spec) for spec in pair) for pair in (facts.small(), *pairs))
 
 
 class Methods(Tab):
@@ -98,25 +90,26 @@ class Methods(Tab):
 
     key, title = "methods", "Methods"
     choices = {
-        "across": choice.one_of("across", AXES[0], published.METRICS),
-        "up": choice.one_of("up", AXES[1], published.METRICS),
-        **{name: choice.several(name, ticked(group), in_group(group)) for group, name in TICKS.items()},
+        **{name: choice.one_of(name, metric, published.METRICS) for name, metric in AXES.items()},
+        **{
+            name: choice.several(name, tuple(key for key in cases if CASES[key].ticked), cases)
+            for group, name in TICKS.items()
+            for cases in [in_group(group)]
+        },
     }
 
     def build(self) -> None:
-        self.panel("sentence", controls.sentence(""))
+        self.panel("sentence", controls.sentence())
         controls.stage(self._settings, self._map)
         self._advice()
         self._published()
-        with self.fold("Pros and cons, as the lectures have them"):
-            self.panel("sides", gr.HTML())
+        self.fold_of("Pros and cons, as the lectures have them", "sides")
         with self.fold("The lectures' tables, checked") as accordion:
             self.panel("checked", gr.HTML())
-            self.panel("claims", gr.HTML())
         self.panel("counted", accordion)
 
     def _settings(self) -> None:
-        self.control("model", controls.model_choice(address.OPENING.model))
+        self.control("model", controls.model_choice(address.MODEL))
         self.panel("reasons", controls.note())
 
     def _map(self) -> None:
@@ -131,7 +124,9 @@ class Methods(Tab):
             with gr.Column(min_width=320):
                 for group, name in TICKS.items():
                     cases = [(CASES[key].when, key) for key in in_group(group)]
-                    self.control(name, gr.CheckboxGroup(cases, value=list(ticked(group)), label=GROUPS[group]))
+                    self.control(
+                        name, gr.CheckboxGroup(cases, value=list(self.choices[name].usual), label=GROUPS[group])
+                    )
             with gr.Column(min_width=320):
                 self.panel("advice", gr.HTML(min_height=400))
 
@@ -140,34 +135,33 @@ class Methods(Tab):
         self.panel("not_memory", controls.note())
         metrics = [(m.title.split(",")[0].capitalize(), key) for key, m in published.METRICS.items()]
         with gr.Row(elem_classes="axes"):
-            for name, axis in zip(("across", "up"), AXES, strict=True):
-                made = gr.Dropdown(metrics, value=axis, label=name.capitalize(), scale=0, min_width=240)
+            for name, metric in AXES.items():
+                made = gr.Dropdown(metrics, value=metric, label=name.capitalize(), scale=0, min_width=240)
                 self.control(name, made)
         label = "The published runs by two metrics; the sentence below names the best"
         self.panel("runs", controls.plot(None, label))
         self.panel("marks", controls.note())
         self.panel("front", controls.note())
-        with self.fold(f"All {len(published.runs())} runs as a table"):
-            self.panel("all_runs", gr.HTML())
+        self.fold_of(f"All {len(published.runs())} runs as a table", "all_runs")
 
     def check(self, asked: Asked) -> None:
-        guide.places(asked.spec.model or DEFAULT)  # a bare count has nothing to count by
-        count(resolve(asked.spec))
+        facts.places(asked.run.model)  # refuses a bare count, which has no layers to count in
+        count(asked.run)
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
-        own = {name: list(asked[name]) for name in TICKS.values()}
-        return {"model": controls.shown_model(asked.spec), "across": asked["across"], "up": asked["up"], **own}
+    def fill(self, asked: Asked) -> Values:
+        ticks = {name: list(asked[name]) for name in TICKS.values()}
+        return {"model": controls.shown_model(asked.spec), **{name: asked[name] for name in AXES}, **ticks}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
-        spec, model = asked.spec, asked.spec.model or DEFAULT
-        checked = guide.tables(traced(model))
+        model, method = asked.run.model, asked.run.method
+        checked = tab_table("methods", traced(model))
         chart, front = guide.benchmark(asked["across"], asked["up"])
         return {
-            "sentence": lambda: guide.map_sentence(guide.places(model)),
+            "sentence": lambda: guide.map_sentence(facts.places(model)),
             "reasons": lambda: unsuited(model),
-            "method": lambda: guide.spectrum(model, spec.method or "lora"),
-            "chosen": lambda: guide.chosen_line(spec),
-            "card": lambda: method_panel(spec.method or "lora"),
+            "method": lambda: guide.spectrum(model, method),
+            "chosen": lambda: guide.chosen_line(asked.spec),
+            "card": lambda: method_panel(method),
             "advice": lambda: guide.advice(situations(asked), model),
             "not_memory": lambda: f"<p>{escape(published.not_memory())}</p>",
             "runs": lambda: chart,
@@ -175,32 +169,29 @@ class Methods(Tab):
             "front": lambda: explained(front),
             "all_runs": guide.all_runs,
             "sides": lambda: guide.pros_and_cons(model, traced(model)),
-            "counted": lambda: gr.update(
-                label=f"The lectures' tables, checked: {checked.holds} statements hold, {checked.differ} differ"
-            ),
-            "checked": lambda: checked.html,
-            "claims": lambda: f"<h3>Their numbers, recomputed</h3>{claims_table('lora')}",
+            "counted": lambda: gr.update(label=f"The lectures' tables, checked: {checked.counted}"),
+            "checked": lambda: checked.html + guide.measured(),
         }
 
     def slow(self, asked: Asked) -> list[Slow]:
-        """Memory that the advice states, so that it is what the Memory tab says."""
+        """The traces of the memory that the advice states, so that it states what the Memory tab does."""
         specs: dict[Resolved, None] = {}
         for case in map(CASES.__getitem__, situations(asked)):
-            model = case.model or asked.spec.model or DEFAULT
-            if case.here == "small-memory":
-                specs |= dict.fromkeys(evidence.small())
+            model = case.model or asked.run.model
+            if case.here == "small_memory":
+                specs |= dict.fromkeys(facts.small())
             if case.here == "quantized" and is_traced(model):
-                specs |= dict.fromkeys(evidence.automatic(model, "lora", "qlora"))
+                specs |= dict.fromkeys(facts.automatic(model, "lora", "qlora"))
         return [Slow(exact, (spec,)) for spec in specs]
 
 
 def situations(asked: Asked) -> list[str]:
-    """Those that are ticked."""
+    """The keys of the situations that are ticked."""
     return [key for name in TICKS.values() for key in asked[name]]
 
 
 def is_traced(model: str) -> bool:
-    """Whether a training step of LoRA and QLoRA can be traced."""
+    """True where a training step of LoRA and of QLoRA can be traced."""
     entry = find(model)
     return bool(entry.is_causal and entry.config) and not any(why_not(key, model) for key in ("lora", "qlora"))
 

@@ -1,26 +1,23 @@
-"""Tab 6, which one? Lessons from recorded races, what the lectures claim put to the test, and the same race run here."""
+"""Tab 6, which one? Lessons from recorded races, the lectures' statements put to the test, the same race run here."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.live_finetune import here, runnable
-from demos.page import choice, controls, methods, store
+from demos.page import choice, controls, methods, running, store
 from demos.page.gpu import on_gpu
-from demos.page.tab import QUIET, Asked, Draw, Tab
-from peftlab import RunSpec, SpecError, race
-from peftlab.base.models import DEFAULT
+from demos.page.tab import QUIET, Asked, Draw, Tab, Values
+from peftlab import RunSpec, SpecError, race, resolve
 from peftlab.count import why_not
-from peftlab.data import tasks
-from peftlab.data.tasks import TASKS
+from peftlab.data.tasks import DEFAULT, TASKS
 from peftlab.lectures.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
@@ -32,30 +29,29 @@ from peftlab.spec import closest
 
 FIRST = next(iter(LESSONS))
 SHOW, NONE = "show me", "none"
-"""Instead of a guess: the result in the open, and hidden until there is a guess."""
-MOST = 24
-"""Racers of one race here."""
-MOST_SEEDS = 5
-
-RACE = on_gpu(race.race)  # at import, because a shared GPU wants to know its functions before the page is up
+"""What stands in the place of a guess: the result is shown without one, or is hidden until there is one."""
+MOST, MOST_SEEDS = 24, 5
+"""The most racers of one race here, and runs of each."""
+RACE = on_gpu(race.race)
 
 
 def named(text: str) -> tuple[str, ...]:
-    """The racers that a link or the box names, by semicolon."""
+    """The racers that a link or the box names, split at the semicolons."""
     return () if text == "none" else tuple(text.split(";"))
 
 
 def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
-    """Those of a race run here: `values` of what the lesson varies, its own where none are named. Raises SpecError."""
+    """The racers of a race here: one for each of `values`, by default the lesson's own. Raises SpecError."""
     base, values = here(spec), lesson.values if values is None else values
-    method, said = METHODS[base.method or "lora"], ";".join(values)[:80] or NONE
+    method, said = METHODS[resolve(base).method], ";".join(values)[:80] or NONE
     if not 2 <= len(values) <= MOST:
         raise SpecError(f"values={said}: a race here takes 2 to {MOST} racers, not {len(values)}; name others")
     if lesson.setting == "method" or (lesson.setting in METHOD_SETTINGS and lesson.setting not in method.settings):
         plain = dict.fromkeys([*METHOD_SETTINGS, "method", "learning_rate", "quantization"])
         base = RunSpec.from_dict({**base.to_dict(), **plain})
+    offered = [key for _, key in runnable()]
     for model in values if lesson.setting == "model" else ():
-        if model not in (offered := [key for _, key in runnable()]):
+        if model not in offered:
             raise SpecError(f"values={model}: no model that trains here; {closest(model, offered)}")
     try:
         return race.along(base, {lesson.setting: values})
@@ -65,7 +61,7 @@ def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -
 
 BOARD = """
 element.addEventListener('click', (e) => {
-  const sort = e.target.closest('[data-sort]'), csv = e.target.closest('[data-csv]'), link = e.target.closest('[data-link]');
+  const [sort, csv, link] = ['sort', 'csv', 'link'].map((name) => e.target.closest(`[data-${name}]`));
   if (sort) peftlab.write({sort: sort.dataset.sort});
   if (csv) {
     const file = Object.assign(document.createElement('a'), {download: 'peftlab-race.csv'});
@@ -77,7 +73,7 @@ element.addEventListener('click', (e) => {
 });
 """
 CLOSED = "() => { document.querySelectorAll('.controls.open').forEach((e) => e.classList.remove('open')); }"
-"""A phone's drawer, so that what was started is seen."""
+"""Closes a phone's drawer, so that the race that was started is seen."""
 TOOLBAR = (
     '<div class="toolbar"><button type="button" class="small-button" data-csv>Download CSV</button>'
     '<button type="button" class="small-button" data-link>Copy link</button>'
@@ -107,22 +103,21 @@ class Race(Tab):
 
     def build(self) -> None:
         controls.stage(self._settings, self._pictures)
-        self.panels["go"].click(None, None, None, js=CLOSED, **QUIET)
-        self.press(self.panels["go"], self.begin, ["kept"])
-        self.press(self.panels["stop"], self.halt, ["stop", "kept"])
-        self.press(self.panels["back"], self.put_away, ["kept"])
+        self.go.click(None, None, None, js=CLOSED, **QUIET)
+        self.press(self.go, self.begin, ["kept"])
+        self.press(self.stop, self.halt, ["stop", "kept"])
+        self.press(self.back, self.put_away, ["kept"])
 
     def _settings(self) -> None:
         lesson = gr.Radio(controls.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
-        self.control("lesson", lesson, guess=NONE)  # whoever opens one is asked first
+        self.control("lesson", lesson, guess=NONE)  # whoever opens a lesson is asked for a guess first
         self.control("device", gr.Radio([], label="Recorded on", visible=False))
         with gr.Row(elem_classes="run-row"):
-            self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
-            self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
-        self.control("task", gr.Radio(controls.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
-        values = gr.Dropdown(
-            [], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST])
-        )
+            self.go = self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
+            self.stop = self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
+        self.control("task", gr.Radio(controls.choices_of(TASKS), value=DEFAULT, label="Task"))
+        info = asked_for(LESSONS[FIRST])
+        values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=info)
         self.control("values", values)
         self.control("steps", controls.text("steps"))
         with gr.Accordion("More settings", open=False):
@@ -134,12 +129,13 @@ class Race(Tab):
 
     def _pictures(self) -> None:
         self.panel("problem", controls.problem())
-        self.panel("sentence", controls.sentence(""))
+        self.panel("sentence", controls.sentence())
         self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
         self.panel("told", gr.HTML(min_height=28))
         self.panel("bar", gr.HTML(min_height=44))
         with gr.Row():
-            self.panel("back", gr.Button("Show the recorded race", size="sm", visible=False, scale=0, min_width=230))
+            back = gr.Button("Show the recorded race", size="sm", visible=False, scale=0, min_width=230)
+            self.back = self.panel("back", back)
         with gr.Column() as result:
             with gr.Row(elem_classes="panes"):
                 with gr.Column(scale=3):
@@ -149,9 +145,8 @@ class Race(Tab):
                     self.panel("losses", controls.plot(None, "Training loss of each racer by step"))
             self.panel("tested", gr.HTML())
             gr.HTML("<h3>The board</h3>", js_on_load=None)
-            self.panel(
-                "board", gr.HTML({"html": "", "csv": ""}, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD)
-            )
+            board = gr.HTML({"html": "", "csv": ""}, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD)
+            self.panel("board", board)
         self.panel("result", result)
 
     # --- what the settings show
@@ -166,49 +161,35 @@ class Race(Tab):
         if asked["values"] is not None:
             racers(asked.spec, lesson, asked["values"])
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
+    def fill(self, asked: Asked) -> Values:
         lesson, spec = LESSONS[asked["lesson"]], here(asked.spec)
-        places, values = races.devices(lesson.key), asked["values"]
-        options, guess = [*lesson.options, SHOW], asked["guess"]
+        devices, device = races.devices(lesson.key), races.recorded(lesson.key, asked["device"]).device
+        values = list(lesson.values if asked["values"] is None else asked["values"])
+        options = [(option, option) for option in [*lesson.options, SHOW]]
+        guess = None if asked["guess"] == NONE else asked["guess"]
         return {
             "lesson": lesson.key,
-            "device": gr.update(
-                choices=places, value=races.recorded(lesson.key, asked["device"]).device, visible=len(places) > 1
-            ),
-            "values": gr.update(
-                choices=suited(lesson, spec),
-                value=list(lesson.values if values is None else values),
-                info=asked_for(lesson),
-            ),
-            "guess": gr.update(
-                choices=[(o, o) for o in options], label=lesson.question, value=None if guess == NONE else guess
-            ),
-            "task": spec.task or tasks.DEFAULT,
-            **{name: controls.blank(value) for name in ("seconds", "seeds") for value in [asked[name]]},
+            "device": gr.update(choices=devices, value=device, visible=len(devices) > 1),
+            "values": gr.update(choices=suited(lesson, spec), value=values, info=asked_for(lesson)),
+            "guess": gr.update(choices=options, label=lesson.question, value=guess),
+            "task": asked.run.task,
             "steps": controls.blank(spec.steps),
+            **{name: controls.blank(asked[name]) for name in ("seconds", "seeds")},
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         lesson, job = LESSONS[asked["lesson"]], self.race_of(asked)
         standing = job if job and self.raced[job.id] == lesson.key else None
-        parts = self._buttons(job) | {
+        parts = {
+            **running.buttons(job, "Race here", "Racing", "Race again", "Stop"),
             "settings": settings_line(here(asked.spec)),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
         }
         return {name: partial(parts.get, name) for name in parts}
 
-    def _buttons(self, job: jobs.Job | None) -> dict[str, Any]:
-        racing = job is not None and not job.over
-        stopping = racing and job is not None and job.stopping
-        go = "Racing" if racing else "Race again" if job else "Race here"
-        return {
-            "go": gr.update(interactive=not racing, value=go),
-            "stop": gr.update(interactive=racing and not stopping, value="Stopping" if stopping else "Stop"),
-        }
-
-    def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> dict[str, Any]:
-        """The race here once it has begun; the recorded one until then, but nothing of it before a guess."""
+    def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> Values:
+        """What the panels show of a race here once it has begun; before, the recorded one, hidden until a guess."""
         record, guess = races.recorded(lesson.key, asked["device"]), asked["guess"]
         told = "" if guess == NONE else races.revealed(lesson, record.lines, None if guess == SHOW else guess)
         parts = {"told": told, "result": gr.update(visible=guess != NONE)}
@@ -223,25 +204,21 @@ class Race(Tab):
         bar += races.provenance(record, "Until yours begins, this stands below. " if job and not job.over else "")
         if guess == NONE:
             return parts | {"bar": bar, "sentence": "A guess first, then what was recorded."}
-        return (
-            parts
-            | {"bar": bar + races.elsewhere(lesson, record)}
-            | races.recorded_picture(lesson.key, record.device, asked["sort"])
-        )
+        recorded = races.recorded_picture(lesson.key, record.device, asked["sort"])
+        return parts | recorded | {"bar": bar + races.elsewhere(lesson, record)}
 
     def again(self, asked: Asked) -> float | None:
-        job = self.race_of(asked)
-        return 0.5 if job and not job.over else None
+        return running.again(self.race_of(asked))
 
     # --- what the presses do
 
     def race_of(self, asked: Asked) -> jobs.Job | None:
         """The race that was started from this browser, the one under way first."""
-        running = jobs.running(asked.visitor)
-        job = running if running and running.id in self.raced else jobs.find(str(asked.kept.get("race") or ""))
+        mine = jobs.running(asked.visitor)
+        job = mine if mine and mine.id in self.raced else jobs.find(str(asked.kept.get("race") or ""))
         return job if job and job.id in self.raced else None
 
-    def begin(self, asked: Asked) -> Iterator[Mapping[str, Any]]:
+    def begin(self, asked: Asked) -> Iterator[Values]:
         """Starts a race; a second press finds the one that is under way."""
         job = self.race_of(asked)
         if job is None or job.over:
@@ -252,14 +229,14 @@ class Race(Tab):
             self.raced[job.id] = lesson.key
         yield {"kept": {"race": job.id}}
 
-    def halt(self, asked: Asked) -> Iterator[Mapping[str, Any]]:
+    def halt(self, asked: Asked) -> Iterator[Values]:
         job = self.race_of(asked)
         if job and not job.over:
             job.stop()
             yield {"stop": gr.update(interactive=False, value="Stopping"), "kept": {"race": job.id}}
 
-    def put_away(self, asked: Asked) -> Iterator[Mapping[str, Any]]:
-        """The recorded race takes the place of a race that is over."""
+    def put_away(self, asked: Asked) -> Iterator[Values]:
+        """Shows the recorded race again, in the place of one that is over."""
         yield {"kept": {"race": ""}}
 
 
@@ -270,9 +247,9 @@ def asked_for(lesson: Lesson) -> str:
 
 
 def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:
-    """What may race, by name."""
+    """Names and values of what may race."""
     if lesson.setting == "method":
-        model = here(spec).model or DEFAULT
+        model = resolve(here(spec)).model
         return [(entry.name, key) for key, entry in METHODS.items() if not why_not(key, model)]
     if lesson.setting == "target_modules":
         return list(methods.TARGETS)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import bundled, chooser, of, offered, task_of
 from demos.page.gpu import on_gpu, with_result
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab, Values
 from peftlab import PeftlabError, units
 from peftlab.compare import proofs
 from peftlab.compare.proofs import LatencyReport, MergeReport
@@ -32,7 +31,6 @@ def latency(key: str, prompt: str) -> Iterator[tuple[float, LatencyReport | None
 
 MERGE, DIAL, LATENCY = on_gpu(merge), on_gpu(dial), on_gpu(latency)
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
-"""Unless it is written, the first held-out prompt of the adapter's task."""
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
 IDLE = (
     "h = W₀x + (alpha / r)BAx = (W₀ + (alpha / r)BA)x: kept apart or added up, the layer is the same. "
@@ -41,20 +39,19 @@ IDLE = (
 
 
 def build(tab: Tab) -> None:
-    adapter = tab.panel("proof_adapter", chooser(value=list(bundled())[-1]))
+    adapter = tab.panel("proof_adapter", chooser(list(bundled())[-1]))
     adapter.input(None, adapter, None, js=ANOTHER, **QUIET)
     tab.control("proof_prompt", gr.Textbox(label="Prompt", lines=2, max_lines=5))
     tab.panel("proof_problem", controls.problem())
     with gr.Row(elem_classes="lessons"):
-        for name, job in JOBS.items():
-            tab.panel(name, gr.Button(job.label, size="sm"))
+        buttons = {name: tab.panel(name, gr.Button(job.label, size="sm")) for name, job in JOBS.items()}
     tab.panel("proved", gr.HTML(f'<p class="note">{IDLE}</p>'))
     busy, free = ({name: gr.update(interactive=is_free) for name in JOBS} for is_free in (False, True))
     for name, job in JOBS.items():
-        tab.press(tab.panels[name], job.press, ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
+        tab.press(buttons[name], job.press, ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
 
 
-def fill(asked: Asked) -> dict[str, Any]:
+def fill(asked: Asked) -> Values:
     return {"proof_prompt": prompt(asked)}
 
 
@@ -63,7 +60,7 @@ def draw(asked: Asked) -> dict[str, Draw]:
 
 
 def chosen(asked: Asked) -> str:
-    """The key of the adapter to prove with: a bundled one where the visitor's choice is not here any more."""
+    """The key of the adapter to prove with: the visitor's choice while it is here, else a bundled one."""
     key = asked.kept.get("proof_adapter")
     try:
         of(key)
@@ -73,6 +70,7 @@ def chosen(asked: Asked) -> str:
 
 
 def prompt(asked: Asked) -> str:
+    """What was written, or the first held-out prompt of the adapter's task."""
     return asked["proof_prompt"] or task_of(of(chosen(asked))).heldout[0].prompt
 
 
@@ -100,7 +98,7 @@ class Job:
     begins: str
     work: Callable[[Asked], Iterator[str]]
 
-    def press(self, asked: Asked) -> Iterator[dict[str, Any]]:
+    def press(self, asked: Asked) -> Iterator[Values]:
         yield {"proved": f'<p class="note">{self.begins}</p>'}
         try:
             yield from ({"proved": shown} for shown in self.work(asked))

@@ -5,34 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import choices, chooser, of, offered
 from demos.page.gpu import on_gpu, with_result
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab, Values
 from peftlab import PeftlabError, adapters, resolve, units
 from peftlab.base import architecture, weights
 from peftlab.compare import study
 from peftlab.compare.study import Study
 from peftlab.room import worker
 from peftlab.show import studies as shown
-from peftlab.show.weight_pictures import images, is_here
+from peftlab.show.weight_figures import images, is_here
 
 ADD = "Add it"
 KEEP = 12
-"""Directions kept of each update, to compare with another's."""
+"""Directions of each update that its study keeps, to compare them with another's."""
 PANELS = ("study", "energy", "singular_values", "update_sizes", "shared_said", "matrix_table")
 LAST_LAYER, WIDTH = 29, 576
-"""Of the model that they are of."""
-CHOICES = {
+"""Of the model whose adapters are studied."""
+LAYER = choice.number("layer", None, 0, LAST_LAYER)
+DIRECTIONS = choice.number("directions", 64, 1, WIDTH)
+CHOICES: dict[str, choice.Choice] = {
     "matrix": choice.one_of("matrix", None, architecture.ROLES),
-    "layer": choice.number("layer", None, 0, LAST_LAYER),
-    "directions": choice.number("directions", 64, 1, WIDTH),
+    "layer": LAYER,
+    "directions": DIRECTIONS,
 }
-"""Which matrix is shown, and how many directions of W its picture keeps."""
+"""Role and layer of the matrix that is shown, and how many directions of W its picture keeps."""
 DECOMPOSING = '<p class="note">W is being decomposed.</p>'
 NOT_HERE = '<p class="note">The base model is not here yet; the foot of the page says how far it is.</p>'
 
@@ -77,7 +78,7 @@ def build(tab: Tab) -> None:
     tab.panel("studied_runs", controls.note())
     with gr.Row(elem_classes="run-row"):
         tab.control("matrix", gr.Radio(shown.roles(None), label="Matrix"))
-        tab.control("layer", gr.Slider(0, LAST_LAYER, step=1, label="Layer"))
+        tab.control("layer", controls.slider_of(LAYER, "Layer"))
     tab.panel("study_problem", controls.problem())
     tab.panel("study", controls.note())
     with gr.Row(elem_classes="panes"):
@@ -90,10 +91,10 @@ def build(tab: Tab) -> None:
             tab.panel("shared_said", controls.note())
     tab.panel("matrix_table", gr.HTML())
     with tab.fold("W as a picture, and its best approximation"):
-        tab.control("directions", gr.Slider(1, WIDTH, CHOICES["directions"].usual, step=1, label="Directions kept"))
+        tab.control("directions", controls.slider_of(DIRECTIONS, "Directions kept"))
         tab.panel("weight_pictures", gr.HTML(min_height=430))
     with gr.Row(elem_classes="run-row"):
-        adapter = tab.panel("studied", chooser("Another adapter", value=None))
+        adapter = tab.panel("studied", chooser(None, "Another adapter"))
         add = tab.panel("add", gr.Button(ADD, scale=0, min_width=190))
     gr.HTML(shown.look())
     adapter.input(None, adapter, None, js="(studied) => { peftlab.keep({studied}); }", **QUIET)
@@ -105,7 +106,7 @@ def check(asked: Asked) -> None:
     shown.changed(added(asked), *place(asked))
 
 
-def fill(asked: Asked) -> dict[str, Any]:
+def fill(asked: Asked) -> Values:
     role, layer = place(asked)
     return {
         "matrix": gr.update(choices=[[name, name] for name in shown.roles(added(asked))], value=role),
@@ -117,26 +118,21 @@ def fill(asked: Asked) -> dict[str, Any]:
 def draw(asked: Asked) -> dict[str, Draw]:
     drawn = cache(lambda: shown.pictures(added(asked), *place(asked)))
     found = worker.known(images, *place(asked), asked["directions"])
+    studied, on_offer = asked.kept.get("studied"), [key for _, key in choices(asked.kept.get("adapters"))]
     return {
         "studied_runs": shown.about,
-        **{name: partial(lambda name: drawn()[name], name) for name in PANELS},
+        **{name: partial(lambda panel: drawn()[panel], name) for name in PANELS},
         "shared": lambda: controls.seen(drawn()["shared"]),
         "weight_pictures": lambda: found or DECOMPOSING if is_here() else NOT_HERE,
-        "studied": lambda: offered(asked, _chosen(asked)),
+        "studied": lambda: offered(asked, studied if studied in on_offer else None),
     }
-
-
-def _chosen(asked: Asked) -> Any:
-    """The adapter that is chosen, while it is on offer."""
-    keys = [key for _, key in choices(asked.kept.get("adapters"))]
-    return asked.kept.get("studied") if asked.kept.get("studied") in keys else None
 
 
 def slow(asked: Asked) -> list[Slow]:
     return [Slow(images, (*place(asked), asked["directions"]), "weight_pictures")] if is_here() else []
 
 
-def adding(asked: Asked) -> Iterator[dict[str, Any]]:
+def adding(asked: Asked) -> Iterator[Values]:
     """Studies the adapter that was chosen; once the study lies beside it, it is drawn."""
     key = asked.kept.get("studied")
     if not key:

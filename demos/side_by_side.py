@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import choice, controls, store
-from demos.page.adapter_choice import choices, chooser, of, offered, task_of
+from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
 from demos.page.gpu import on_gpu, with_result
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, On, Tab, Values, Work
 from peftlab import compare, hardware, units
 from peftlab.compare import ComparisonReport, Reply
 from peftlab.data.tasks import Task
@@ -22,15 +22,17 @@ from peftlab.run.generate import Decoding
 from peftlab.show.comparisons import recorded_pair, reference, scored_value, whence
 from peftlab.show.marks import how
 
+TEMPERATURE = choice.number("temperature", 0, 0, 1.5, whole=False)
+TOKENS = choice.number("tokens", 64, 8, 256)
 DECODING = {
-    "temperature": choice.number("temperature", 0, 0, 1.5, whole=False),
-    "tokens": choice.number("tokens", 64, 8, 256),
+    "temperature": TEMPERATURE,
+    "tokens": TOKENS,
     "decoding_seed": choice.number("decoding_seed", 0, 0, 2**31 - 1),
 }
 
 
 def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
-    """What the base and the adapter have said so far, after each token of both."""
+    """The texts of the base and of the adapter so far, after each token of both."""
     adapter = of(key)
     base, models = compare.models_of([adapter])
     virtual = adapter.spec.virtual_tokens or 0
@@ -41,7 +43,7 @@ def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply,
 
 
 def scored(key: str) -> Iterator[tuple[float, ComparisonReport | None]]:
-    """The held-out score of both, now: share done, and at last the report."""
+    """Scores both on the held-out rows: the shares done, each with None, and at last the report."""
     adapter = of(key)
     yield from with_result(compare.on_task([adapter], task_of(adapter)))
 
@@ -50,7 +52,7 @@ GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
 
 
 def chosen(asked: Asked) -> str:
-    """The adapter's key: without a choice, the one that was trained last from this browser, else the first bundled one."""
+    """The key of the adapter: the chosen one, else the last that this browser trained, else the first bundled one."""
     known = choices(asked.kept.get("adapters"))
     return str(asked["adapter"] or next((key for _, key in known), ""))
 
@@ -70,17 +72,17 @@ class Compare(Tab):
         controls.stage(self._settings, self._pictures)
 
     def _settings(self) -> None:
-        self.control("adapter", chooser())
+        self.control("adapter", chooser(next(iter(bundled()))))
         examples = self.panel("example", gr.Dropdown([], label="Held-out examples", info="Never seen in training"))
         examples.input(None, examples, None, js="(prompt) => { peftlab.write({prompt}); }", **QUIET)
         with gr.Accordion("Decoding, the same for both", open=True):
-            hot = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature", info="0 takes the likeliest token")
+            hot = controls.slider_of(TEMPERATURE, "Temperature", "0 takes the likeliest token", step=0.1)
             self.control("temperature", hot)
-            self.control("tokens", gr.Slider(8, 256, 64, step=8, label="Longest answer, tokens"))
+            self.control("tokens", controls.slider_of(TOKENS, "Longest answer, tokens", step=8))
             self.control("decoding_seed", gr.Number(0, precision=0, label="Seed"))
 
     def _pictures(self) -> None:
-        self.panel("sentence", controls.sentence(""))
+        self.panel("sentence", controls.sentence())
         self.panel("whence", controls.note())
         self.panel("problem", controls.problem())
         prompt = self.control("prompt", gr.Textbox(label="Prompt", lines=2, max_lines=6))
@@ -95,21 +97,20 @@ class Compare(Tab):
         with gr.Row(elem_classes="lessons"):
             measure = self.panel("measure", gr.Button("Score all held-out items here", size="sm"))
             self.panel("measuring", controls.note())
-        with self.fold("Every held-out answer"):
-            self.panel("every", gr.HTML())
+        self.fold_of("Every held-out answer", "every")
         self._press([ask.click, prompt.submit], self.ask, "ask", "asking", ["left", "right", "said"])
         self._press(measure, self.score, "measure", "measuring", ["sentence", "whence", "chart", "every"])
 
-    def _press(self, on: Any, work: Any, button: str, saying: str, shows: list[str]) -> None:
-        """A press that loads a model first: its button waits, and what it does is said beside."""
+    def _press(self, on: On, work: Work, button: str, saying: str, shows: list[str]) -> None:
+        """A press that loads a model first: `button` waits, and the panel `saying` says what is being done."""
         busy = {button: gr.update(interactive=False), saying: "Loading the model."}
         free = {button: gr.update(interactive=True), saying: ""}
         self.press(on, work, shows, busy, free, **ONE_AT_A_TIME)
 
     # --- presses
 
-    def ask(self, asked: Asked) -> Iterator[dict[str, Any]]:
-        """The prompt to both, token by token."""
+    def ask(self, asked: Asked) -> Iterator[Values]:
+        """Gives the prompt to both, and shows their answers token by token."""
         key = chosen(asked)
         task = task_of(of(key))
         prompt = prompt_of(asked, task)
@@ -121,8 +122,8 @@ class Compare(Tab):
             yield {"left": base.text.strip(), "right": adapted.text.strip(), "asking": ""}
         yield {"said": reference(task, prompt, source)}
 
-    def score(self, asked: Asked) -> Iterator[dict[str, Any]]:
-        """Every held-out row to both."""
+    def score(self, asked: Asked) -> Iterator[Values]:
+        """Gives every held-out row to both."""
         key = chosen(asked)
         for share, report in SCORED(key):
             if report is None:
@@ -136,7 +137,7 @@ class Compare(Tab):
     def check(self, asked: Asked) -> None:
         task_of(of(chosen(asked)))
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
+    def fill(self, asked: Asked) -> Values:
         key = chosen(asked)
         return {
             "adapter": offered(asked, key),
@@ -150,16 +151,14 @@ class Compare(Tab):
         prompt, rows = prompt_of(asked, task), [row.prompt for row in task.heldout]
         pair = recorded_pair(report, prompt)
         source = "Recorded when the adapter was made" if pair else "Press Ask both"
-        picture = scored_value(report, task) if report else {"chart": gr.update(value=None), "every": ""}
         unscored = "This adapter has no recorded score: press Score to measure it."
+        nothing = {"sentence": unscored, "chart": gr.update(value=None), "every": ""}
+        picture = scored_value(report, task) if report else nothing
+        examples = gr.update(choices=[[row, row] for row in rows], value=prompt if prompt in rows else None)
         return {
-            "sentence": lambda: picture.get("sentence", unscored),
+            **{name: partial(picture.get, name) for name in nothing},
             "whence": lambda: whence(adapter) if report else "",
-            "chart": lambda: picture["chart"],
-            "every": lambda: picture["every"],
-            "example": lambda: gr.update(
-                choices=[[row, row] for row in rows], value=prompt if prompt in rows else None
-            ),
+            "example": lambda: examples,
             "left": lambda: _said_to(prompt, pair and pair[0]),
             "right": lambda: _said_to(prompt, pair and pair[1]),
             "said": lambda: reference(task, prompt, source),
@@ -171,8 +170,8 @@ def _pane(label: str, kind: str) -> gr.Textbox:
     return gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, elem_classes=f"pane {kind}")
 
 
-def _said_to(prompt: str, text: str | None) -> dict[str, Any]:
-    """A pane as it stands for a prompt: another prompt is another update, so that no answer to the last one stays."""
+def _said_to(prompt: str, text: str | None) -> Values:
+    """What a pane shows of a prompt. It differs for every prompt, so that no answer to the last one stays."""
     return gr.update(value=text or "", placeholder=f"Press Ask both: “{prompt[:60]}”")
 
 

@@ -1,13 +1,14 @@
-"""The adapter store: what a run learned, on disk as safetensors with a manifest, and back onto a base model."""
+"""The adapter store: what a run learned, kept on disk as safetensors with a manifest, and put back onto a base model."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from . import methods
 from .base import architecture as architectures
@@ -16,13 +17,20 @@ from .errors import AdapterError, SpecError
 from .methods import through_peft
 from .places import ASSETS
 from .resolve import resolve
-from .spec import Resolved, RunSpec
+from .spec import Json, Resolved, RunSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch.nn import Module
+    from transformers import PreTrainedModel
 
 BUNDLED = ASSETS / "adapters"
 MANIFEST = "peftlab.json"
 TENSORS = "adapter_model.safetensors"
-"""peft's name for it, with an adapter_config.json beside it where the format is peft's. Without one, the manifest's spec says
-how to attach, and the tensors have the model's own names."""
+"""peft's name for the file. In peft's format CONFIG lies beside it. Without one, the manifest's spec says how to attach the
+adapter, and the tensors have the names of the model's own parameters.
+"""
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,10 @@ class Adapter:
 
     folder: Path
     spec: RunSpec
-    result: dict[str, Any]
+    result: Json
     """The last event of its run; empty when unknown."""
     saved: str = ""
-    """When, in UTC; empty when unknown."""
+    """The time when it was saved, in UTC; empty when unknown."""
 
     @property
     def name(self) -> str:
@@ -42,15 +50,15 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """What tells it apart: its run's name, where a run calls the folder `adapter`."""
+        """The name to show: that of its run, since every run calls the folder `adapter`."""
         return self.folder.parent.name if self.name == "adapter" else self.name
 
 
-def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None = None) -> Path:
-    """Writes what was trained: in peft's own format where peft attached it.
+def save(model: Module, spec: RunSpec, folder: Path, result: Json | None = None) -> Path:
+    """Writes what was trained, in peft's own format where peft attached it.
 
-    Written beside `folder` and swapped in: the last good one is moved aside, and removed only once the new one is in its
-    place. Whenever the process ends, `read` of `folder` finds one of the two whole, for it looks aside too.
+    It is written beside `folder`; then the last good adapter is moved aside, and removed only once the new one is in its
+    place. Whenever the process ends, `read` finds one of the two whole, because it looks aside too.
     """
     from safetensors.torch import save_file
 
@@ -58,7 +66,8 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(part, save_embedding_layers=False)  # else it asks the Hub about the base, each time
+        # without this argument peft asks the Hub about the base each time
+        cast("PeftModel", model).save_pretrained(str(part), save_embedding_layers=False)
         (part / "README.md").unlink(missing_ok=True)
     else:
         trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -71,7 +80,7 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     aside = _aside(folder)
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # of a save that ended before it could
+        shutil.rmtree(aside, ignore_errors=True)  # left by a save that ended early
         folder.rename(aside)
     try:
         part.rename(folder)
@@ -84,7 +93,7 @@ def save(model: Any, spec: RunSpec, folder: Path, result: dict[str, Any] | None 
 
 
 def _aside(folder: Path) -> Path:
-    """Where an adapter is while a new one takes its place."""
+    """The place of an adapter while a new one takes its own."""
     return folder.with_name(folder.name + ".old")
 
 
@@ -98,22 +107,22 @@ def read(folder: Path | str) -> Adapter:
             manifest = json.loads((folder / MANIFEST).read_text())
             spec = RunSpec.from_dict(manifest["spec"])
             return Adapter(folder, spec, manifest["result"], manifest.get("saved", ""))
-        if (folder / "adapter_config.json").exists():
-            base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        if (folder / CONFIG).exists():
+            base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
             if not base:
-                raise ValueError("adapter_config.json names no base model")
+                raise ValueError(f"{CONFIG} names no base model")
             return Adapter(folder, RunSpec(model=models.find(base).key), {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{folder}: its manifest cannot be read ({error}); save the adapter again") from None
     raise AdapterError(
-        f"{folder}: no adapter there (neither {MANIFEST} nor adapter_config.json); give the folder that training printed"
+        f"{folder}: no adapter there (neither {MANIFEST} nor {CONFIG}); give the folder that training printed"
     )
 
 
-def apply(base: weights.Base, adapter: Adapter) -> Any:
-    """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError when it does not fit.
+def apply(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
+    """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError where it does not fit.
 
-    Its operations are fused as in training, so that it says what it said there.
+    Its operations are fused as in training, so that it gives the same answers as then.
     """
     from . import fused
 
@@ -122,29 +131,30 @@ def apply(base: weights.Base, adapter: Adapter) -> Any:
     return model
 
 
-def _applied(base: weights.Base, adapter: Adapter) -> Any:
-    model = weights.share(base.model)
-    file = adapter.folder / TENSORS
+def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
+    """The adapter on a private copy of the base, with peft's own operations. A PeftModel passes on what it lacks."""
+    copy, file = weights.share(base.model), adapter.folder / TENSORS
+    model: Module
     try:
-        if not file.exists():  # peft would read a pickle, or ask the Hub
+        if not file.exists():  # then peft would read a pickle, or ask the Hub
             raise ValueError(f"it has no {TENSORS}")
-        if adapter.spec.model != base.entry.key:  # one of the same shapes would take it without a word
+        if adapter.spec.model != base.entry.key:  # another base of the same shapes would take it without a word
             raise ValueError(f"its base is {adapter.spec.model}")
-        if (adapter.folder / "adapter_config.json").exists():
-            model = through_peft.load(model, adapter.folder)
+        if (adapter.folder / CONFIG).exists():
+            model = through_peft.load(copy, adapter.folder)
             _check_complete(model, file)
         else:
-            model = _attached(model, resolve(adapter.spec), file)
+            model = _attached(copy, resolve(adapter.spec), file)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise AdapterError(
             f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base"
         ) from None
-    return model.requires_grad_(False).eval()
+    return cast("PreTrainedModel", model.requires_grad_(False).eval())
 
 
-def _check_complete(model: Any, file: Path) -> None:
-    """peft leaves out, with no more than a warning, what only the file or only the model has."""
+def _check_complete(model: Module, file: Path) -> None:
+    """Raises ValueError for a tensor that only the file or only the model has; peft leaves it out with a mere warning."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -152,20 +162,24 @@ def _check_complete(model: Any, file: Path) -> None:
         names = set(saved.keys())
     odd = (names ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))) - set(model.state_dict())
     if odd:
-        raise ValueError(f"{min(odd)} is in the {'adapter' if min(odd) in names else 'model'} only")
+        raise ValueError(_only_in(min(odd), names))
 
 
-def _attached(model: Any, spec: Resolved, file: Path) -> Any:
-    """The spec's method on `model`, with the file's numbers in it."""
+def _only_in(name: str, saved: Container[str]) -> str:
+    return f"{name} is in the {'adapter' if name in saved else 'model'} only"
+
+
+def _attached(base: PreTrainedModel, spec: Resolved, file: Path) -> Module:
+    """The spec's method on `base`, with the file's numbers in it. Raises ValueError where the tensors do not fit."""
     import torch
     from safetensors.torch import load_file
 
     targets = methods.targets(architectures.of(spec.model), spec)
-    model = methods.find(spec.method).attach(model, targets, spec)
+    model = methods.find(spec.method).attach(base, targets, spec)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = load_file(file)
-    for name in sorted(set(saved) ^ set(trained)):
-        raise ValueError(f"{name} is in the {'adapter' if name in saved else 'model'} only")
+    if odd := saved.keys() ^ trained.keys():
+        raise ValueError(_only_in(min(odd), saved))
     with torch.no_grad():
         for name, tensor in saved.items():
             if trained[name].shape != tensor.shape:
@@ -174,11 +188,11 @@ def _attached(model: Any, spec: Resolved, file: Path) -> Any:
     return model
 
 
-def merge(base: weights.Base, adapter: Adapter) -> Any:
+def merge(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     """A model of the base's own modules with the adapter in its weights; the base stays as it was.
 
-    Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where it does not fit or
-    where a merged weight would not be finite.
+    Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where the adapter does not
+    fit or where a merged weight would not be finite.
     """
     from . import fused
 
@@ -194,7 +208,7 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
     try:
         merged = work(_applied(base, adapter))
         finite = all(p.isfinite().all() for p in merged.parameters())
-    except ValueError as error:  # peft looks for itself where it adds to a weight
+    except ValueError as error:  # raised by peft, which checks the sum where it adds to a weight
         if "NaNs detected" not in str(error):
             raise
         finite = False
@@ -204,10 +218,11 @@ def merge(base: weights.Base, adapter: Adapter) -> Any:
     if not finite:
         raise AdapterError(_not_finite(adapter))
     fused.adjoin(merged)
-    return merged.requires_grad_(False).eval()
+    return cast("PreTrainedModel", merged.requires_grad_(False).eval())
 
 
 def _not_finite(adapter: Adapter) -> str:
+    """Says how many of the adapter's own numbers are not finite, and what to do."""
     from safetensors.torch import load_file
 
     tensors = load_file(adapter.folder / TENSORS).values()
@@ -219,7 +234,7 @@ def _not_finite(adapter: Adapter) -> str:
 
 
 def bundled() -> list[Adapter]:
-    """Those in the repository that have their numbers: of a full fine-tune only its manifest and study are kept."""
+    """The adapters in the repository, except full fine-tunes, whose tensors are too large to keep there."""
     return [read(f.parent) for f in sorted(BUNDLED.glob(f"*/{TENSORS}"))]
 
 

@@ -12,24 +12,20 @@ class PeftlabError(Exception):
     """Base of every error that is meant to be read by a person."""
 
 
-class SpecError(PeftlabError, ValueError):
-    pass
+class SpecError(PeftlabError, ValueError): ...
 
 
-class WeightsError(PeftlabError):
-    pass
+class WeightsError(PeftlabError): ...
 
 
-class AdapterError(PeftlabError):
-    pass
+class AdapterError(PeftlabError): ...
 
 
-class RunError(PeftlabError):
-    pass
+class RunError(PeftlabError): ...
 
 
 def plain(error: Exception) -> str:
-    """Any other error in a line, for a page."""
+    """Any other error as one line for a page."""
     text = str(error).splitlines()[0][:300] if str(error) else ""
     if "out of memory" in text.lower():
         return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"

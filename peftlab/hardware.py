@@ -16,32 +16,33 @@ from .catalog.gpus import GPUS
 @dataclass(frozen=True)
 class Machine:
     device: str
-    """cuda or cpu."""
+    """`cuda` or `cpu`."""
     name: str
     gpu: str | None
-    """Catalogue key; None without a GPU or for one the catalogue lacks."""
+    """The GPU's key in the catalogue; None without a GPU, and for one that the catalogue lacks."""
     cores: int
     memory_bytes: int | None
-    """Main memory; None where the system does not say."""
+    """Size of the main memory; None where the system does not say."""
     bf16: bool = False
-    """Whether a CPU has instructions that multiply bf16 numbers."""
+    """True for a CPU with instructions that multiply bf16 numbers."""
 
 
 @lru_cache(maxsize=1)
 def here() -> Machine:
+    """This machine; asked once for each process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = _main_memory()
     if os.environ.get("SPACES_ZERO_GPU"):
         return Machine("cuda", "NVIDIA RTX PRO 6000 (ZeroGPU)", "rtx-pro-6000", cores, memory)
-    found = _nvidia()
-    if found:
+    if found := _nvidia():
         name, total = found
         return Machine("cuda", name, _catalogue_key(name, total), cores, memory)
-    return Machine("cpu", f"{cores} cores of {_processor()}", None, cores, memory, _multiplies_bf16())
+    processor = _cpuinfo("model name") or platform.processor() or platform.machine()
+    return Machine("cpu", f"{cores} cores of {processor}", None, cores, memory, _multiplies_bf16())
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries a measurement depends on, for its provenance."""
+    """Versions of Python and of the installed libraries that a measurement depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     out = {"python": platform.python_version()}
@@ -54,6 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def _nvidia() -> tuple[str, int] | None:
+    """Name and bytes of memory of the first NVIDIA GPU."""
     if not shutil.which("nvidia-smi"):
         return None
     try:
@@ -66,27 +68,23 @@ def _nvidia() -> tuple[str, int] | None:
 
 
 def _catalogue_key(name: str, total: int) -> str | None:
-    """The GPU whose model words are in `name` and whose memory is nearest."""
+    """The longest key of the catalogue whose words are all in `name` and whose memory differs by less than 15%."""
     words = set(name.lower().replace("-", " ").split())
-
-    def fits(key: str) -> bool:
-        parts = [p for p in key.split("-") if not p.endswith("gb")]
-        return all(p in words for p in parts)
-
-    near = [k for k in GPUS if fits(k) and abs(GPUS[k].memory_bytes - total) < 0.15 * total]
+    near = [
+        key
+        for key, gpu in GPUS.items()
+        if words.issuperset(part for part in key.split("-") if not part.endswith("gb"))
+        and abs(gpu.memory_bytes - total) < 0.15 * total
+    ]
     return max(near, key=len, default=None)
 
 
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
 def _multiplies_bf16() -> bool:
-    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpuinfo("flags").split())
 
 
 def _cpuinfo(name: str) -> str:
-    """What Linux says of the first processor; empty elsewhere."""
+    """What /proc/cpuinfo says of the first processor under that name; empty where there is no such file or name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

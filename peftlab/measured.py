@@ -6,16 +6,16 @@ import json
 import shlex
 import sys
 import time
-from typing import Any
 
 from . import hardware
 from .places import ASSETS
+from .spec import Json
 
 MEASURED = ASSETS / "measured"
 
 
-def provenance() -> dict[str, Any]:
-    """The command, hardware, library versions and date, which begin every recording."""
+def provenance() -> Json:
+    """The command, hardware, library versions and date, with which every recording begins."""
     machine = hardware.here()
     return {
         "command": "python -m peftlab " + shlex.join(sys.argv[1:]),
@@ -26,12 +26,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def documents(kind: str) -> list[dict[str, Any]]:
+def documents(kind: str) -> list[Json]:
     """The recordings `KIND-*.json`, each with the name of its `file`, in the order of the names."""
     files = sorted(MEASURED.glob(f"{kind}-*.json"))
     return [json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for file in files]
 
 
-def runs() -> list[dict[str, Any]]:
+def runs() -> list[Json]:
     """Every recorded training run, the fastest first."""
     return sorted(documents("train"), key=lambda run: run["events"][-1]["seconds"])

@@ -6,5 +6,5 @@ from pathlib import Path
 
 _BUNDLE = Path(__file__).parent / "bundle"
 ROOT = _BUNDLE if _BUNDLE.is_dir() else _BUNDLE.parent.parent
-"""Holds app.py, demos/ and assets/; pyproject.toml says how they get into the package."""
+"""The folder that holds app.py, demos/ and assets/; pyproject.toml says how they get into the package."""
 ASSETS = ROOT / "assets"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from . import hardware, methods
 from .base import models
 from .catalog import gpus
 from .catalog.presets import Preset
 from .data import tasks
-from .spec import SETTINGS, Resolved, RunSpec
+from .spec import SETTINGS, Json, Resolved, RunSpec
 
 METHOD_SETTINGS = (
     "rank", "alpha", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size", "lr_ratio",
@@ -20,7 +19,10 @@ METHOD_SETTINGS = (
 
 
 def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
-    """Every setting filled, as it is on `machine`, or here. Raises SpecError for names that no registry knows."""
+    """`spec` with every setting filled for a run on `machine`, or on this one. A Resolved spec comes back as it is.
+
+    Raises SpecError for names that no registry knows.
+    """
     if isinstance(spec, Resolved) and machine is None:
         return spec
     machine = machine or hardware.here()
@@ -33,42 +35,20 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
     on_gpu = gpu is not None or machine.device == "cuda"
     whole = (spec.quantization or method.defaults.get("quantization", "none")) == "none"
     rank = spec.rank or method.defaults.get("rank", methods.USUAL_RANK)
-    automatic: dict[str, Any] = {
-        "model": model.key,
-        "method": method.key,
-        "rank": rank,
-        "alpha": 2.0 * rank,
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-        "layers": "all",
-        "virtual_tokens": 20,
-        "bottleneck": 16,
-        "block_size": 16,
-        "lr_ratio": 16.0,
-        "train_norms": False,
-        "precision": _precision(method, on_gpu, machine.bf16 and whole),
-        "adapter_precision": "fp32",
-        "quantization": "none",
-        "double_quantization": True,
-        "optimizer": "adamw",
-        "optimizer_precision": "parameters",
-        "batch_size": task.batch_size,
-        "accumulation": 1,
-        "sequence_length": task.sequence_length,
-        "gradient_checkpointing": False,
-        "attention": "sdpa",
-        "hold_outputs": False,
-        "steps": task.steps,
-        "task": task.key,
-        "seed": 0,
-        "gpu": gpu,
-        "n_gpus": 1,
-        "sharding": "none",
-        "offload": "none",
-    } | {**method.defaults, "rank": rank}
+    automatic: Json = {
+        "model": model.key, "method": method.key, "task": task.key, "steps": task.steps, "seed": 0,
+        "rank": rank, "alpha": 2.0 * rank, "dropout": 0.0, "target_modules": "all-linear", "layers": "all",
+        "virtual_tokens": 20, "bottleneck": 16, "block_size": 16, "lr_ratio": 16.0, "train_norms": False,
+        "precision": _precision(method, on_gpu, machine.bf16 and whole), "adapter_precision": "fp32",
+        "quantization": "none", "double_quantization": True, "optimizer": "adamw", "optimizer_precision": "parameters",
+        "batch_size": task.batch_size, "accumulation": 1, "sequence_length": task.sequence_length,
+        "gradient_checkpointing": False, "attention": "sdpa", "hold_outputs": False,
+        "gpu": gpu, "n_gpus": 1, "sharding": "none", "offload": "none",
+    }  # fmt: skip
+    automatic |= {**method.defaults, "rank": rank}
     automatic = {name: value(automatic) if callable(value) else value for name, value in automatic.items()}
     given = spec.to_dict() | {"model": model.key}
-    filled: dict[str, Any] = {name: given.get(name, automatic.get(name)) for name in SETTINGS}
+    filled: Json = {name: given.get(name, automatic.get(name)) for name in SETTINGS}
     unread = {name for name in METHOD_SETTINGS if name not in method.settings}
     unread |= {"double_quantization"} if filled["quantization"] != "nf4" else set()
     unread |= {name for name in ("gpu", "training_rows") if not filled[name]}
@@ -76,15 +56,15 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
 
 
 def resolve_here(spec: RunSpec) -> Resolved:
-    """Resolved for a run on this machine, whatever GPU the calculator compared it with."""
+    """`spec` resolved for a run on this machine, whatever GPU the calculator compared it with."""
     return resolve(spec.but(gpu=None))
 
 
 def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
-    """A run's own spec, to use on this machine what it learned: in the run's precision where this machine can run that.
+    """The spec of an earlier run, resolved so that its adapter can be used on this machine.
 
-    Then base and adapter say what they said in the run. Elsewhere the precision is automatic: a CPU has no amp, and would
-    be slow with a GPU's 16-bit numbers where it has no instructions for them.
+    It keeps the run's precision where this machine can run that, so that base and adapter answer as they did then. Elsewhere
+    the precision is automatic: a CPU has no amp, and is slow with 16-bit numbers for which it has no instructions.
     """
     machine = machine or hardware.here()
     whole = (spec.quantization or "none") == "none"
@@ -98,7 +78,7 @@ def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Res
 
 
 def _precision(method: methods.Method, on_gpu: bool, bf16: bool) -> str:
-    """bf16 weights lose small updates to rounding, so whatever trains the weights themselves keeps them in fp32.
+    """The automatic precision: bf16 weights lose small updates to rounding, so a method that trains them keeps fp32.
 
     Full fine-tuning of the ticket task on an H100, exact records: 15% in bf16, 85% in fp32, 78% in amp
     (assets/measured/precision-full-*-h100.json).
@@ -109,7 +89,7 @@ def _precision(method: methods.Method, on_gpu: bool, bf16: bool) -> str:
 
 
 def with_preset(spec: RunSpec, preset: Preset) -> RunSpec:
-    """`spec` with a preset's settings in place of its own; a new method leaves behind what the old one alone read."""
+    """`spec` with a preset's settings in place of its own. If the method changes, the old one's settings are dropped."""
     if preset.settings.get("method", spec.method) != spec.method:
         spec = spec.but(**dict.fromkeys((*METHOD_SETTINGS, "quantization")))
     spec = spec.but(**preset.settings)

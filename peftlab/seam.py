@@ -1,17 +1,18 @@
 """The seam to transformers: everything that peftlab takes from it and that its documentation does not promise.
 
-When a release of transformers moves one of these, this file changes and no other. Relied on are:
+When a release of transformers moves one of these, this file changes and no other. We rely on the following:
 
 - attention modules take `position_embeddings`, which is (cos, sin), by name, and look up `apply_rotary_pos_emb` in their own
   file each time they run (`offer_rotation`);
 - buffers named `inv_freq` hold a frequency for each pair of numbers that is rotated (`rotary_sizes`);
 - RMS norms keep their epsilon as `variance_epsilon` or `eps` (`epsilon`);
-- a config says in `_attn_implementation` how its model attends, and looks it up there in two tables (`register_attention`);
+- a config names in `_attn_implementation` how its model attends, and the name is looked up in two tables
+  (`register_attention`);
 - a mask of four dimensions reaches attention as it is, and `position_ids` say where in its row each token stands
-  (`train/packing.py`); a config bounds in `sliding_window` or `attention_chunk_size` what a token attends to (`windows`);
-- keys and values that were read are called `cache` from 5.24 on, `past_key_values` before (`cache_name`), and are kept
-  layer by layer (`fixed_cache`);
-- a model that writes text calls its body by `base_model_prefix` and maps what that gives to logits (`writer`);
+  (`run/packing.py`); `sliding_window` or `attention_chunk_size` bounds what a token attends to (`windows`);
+- the keys and values of tokens that were read are called `cache` from 5.24 on, `past_key_values` before (`cache_name`), and
+  are kept layer by layer (`fixed_cache`);
+- a model that writes text has its body under the name `base_model_prefix` and maps its output to logits (`writer`);
 - the classes that write text are listed by the model_type of their config (`writers`).
 
 tests/test_seam.py tries them on the installed release.
@@ -25,43 +26,50 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+    from transformers.cache_utils import StaticLayer
+
+    Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 ROTARY = "apply_rotary_pos_emb"
 TURN = "peftlab_turn"
-"""The attribute of a `sin` that holds what is to be called instead of ROTARY."""
+"""The attribute of a `sin` that holds the function to call in place of ROTARY."""
 EPSILONS = ("variance_epsilon", "eps")
 SILENCE = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
-"""What keeps libraries from writing to the terminal, in this process and those that it starts."""
+"""Environment variables that keep libraries from writing to the terminal, in this process and those that it starts."""
 _importing = threading.Lock()
 building = threading.Lock()
-"""For whoever has transformers build a model: while it loads one, torch's default type and every model's `tie_weights` are
-changed for all threads, so that a model built meanwhile would be counted untied.
+"""The lock to hold while transformers builds a model. It changes torch's default type and every model's `tie_weights` for
+all threads meanwhile, so that another model built at the same time would be counted untied.
 """
 
 
 def quiet() -> None:
-    """For a process whose every line is to be its own: libraries' advice and warnings are left out, unless the environment
-    asks for them. Comes before they are imported.
+    """Silences libraries' advice and warnings in a process that writes to a terminal, unless the environment asks for them.
+
+    It has an effect only before the libraries are imported.
     """
     asked = "PYTHONWARNINGS" in os.environ
     for name, value in SILENCE.items():
         os.environ.setdefault(name, value)
     if not asked and not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.getLogger().addHandler(logging.NullHandler())  # or loggers that nobody has set up write there too
+    logging.getLogger().addHandler(logging.NullHandler())  # without it, loggers that nobody has set up write too
 
 
-def library() -> Any:
-    """transformers. Its import puts another module in its own place: a second thread meanwhile would get an empty one."""
+def library() -> ModuleType:
+    """transformers, imported by one thread at a time: it replaces its own module, and a second would get an empty one."""
     with _importing:
         import transformers
         from transformers.utils import logging
@@ -71,10 +79,10 @@ def library() -> Any:
 
 
 def offer_rotation(kind: type) -> bool:
-    """Lets a `sin` say how attention of this class rotates queries and keys; False where it calls no such function.
+    """Lets a `sin` name the function by which attention of this class rotates; False where the class calls none.
 
-    The function in the class's file is wrapped, once. It does as before for every `sin` without a TURN of its own, so that
-    other models of the process see no difference.
+    The function in the class's file is wrapped, once. It does as before for every `sin` without a TURN, so other models of
+    the process see no difference.
     """
     files = {sys.modules[base.__module__] for base in kind.__mro__ if base.__module__ in sys.modules}
     calling = [file for file in files if callable(getattr(file, ROTARY, None))]
@@ -85,55 +93,58 @@ def offer_rotation(kind: type) -> bool:
     return bool(calling)
 
 
-def _giving_way(own: Callable[..., Any]) -> Callable[..., Any]:
+def _giving_way(own: Rotation) -> Rotation:
     @functools.wraps(own)
-    def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def rotation(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         return getattr(sin, TURN, own)(q, k, cos, sin, *args, **kwargs)
 
     setattr(rotation, TURN, True)
     return rotation
 
 
-def rotary_sizes(model: Any) -> set[int]:
+def rotary_sizes(model: Module) -> set[int]:
     """How many numbers of a head are rotated: one size for most models, none where positions are not rotary."""
     return {2 * buffer.shape[-1] for name, buffer in model.named_buffers() if "inv_freq" in name}
 
 
-def epsilon(norm: Any) -> float:
+def epsilon(norm: Module) -> float:
     """What an RMS norm adds to the mean square. Raises AttributeError."""
     found = next((name for name in EPSILONS if isinstance(getattr(norm, name, None), float)), EPSILONS[-1])
     return getattr(norm, found)
 
 
-def configs_of(model: Any) -> list[Any]:
+def configs_of(model: Module) -> list[PreTrainedConfig]:
     """Every config that a module of the model reads, once."""
-    found = (getattr(module, "config", None) for module in model.modules())
+    found: Iterator[Any] = (getattr(module, "config", None) for module in model.modules())
     return list({id(c): c for c in found if hasattr(c, "_attn_implementation")}.values())
 
 
-def attention_of(config: Any) -> str:
+def attention_of(config: PreTrainedConfig) -> str:
     """sdpa, eager, or a name that was registered."""
     return config._attn_implementation
 
 
-def windows(config: Any) -> list[int]:
-    """How many tokens before it a token attends to, wherever the config bounds that."""
+def windows(config: PreTrainedConfig) -> list[int]:
+    """Each limit that the config sets to the number of tokens that a token attends to."""
     found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return [window for window in found if isinstance(window, int) and window > 0]
 
 
-def set_attention(config: Any, name: str) -> None:
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Has models of this config attend by the attention of that name."""
     config._attn_implementation = name
 
 
-def register_attention(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
+def register_attention(name: str, attend: Callable[..., object], mask: Callable[..., object]) -> None:
     """Has configs with this name attend by `attend`, through masks made by `mask`."""
     transformers = library()
     transformers.AttentionInterface.register(name, attend)
     transformers.AttentionMaskInterface.register(name, mask)
 
 
-def sdpa(*args: Any, **kwargs: Any) -> Any:
+def sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """transformers' attention by torch's scaled_dot_product_attention."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -149,41 +160,54 @@ def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 @cache
 def cache_name() -> str:
-    """What models call the keys and values that they have read, as an argument and in what they return."""
+    """The name of the keys and values of tokens that were read, as an argument and in what a model returns."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def read(model: Any, held: Any, **inputs: Any) -> tuple[Any, Any]:
-    """(the output of `model` for inputs that follow what `held` keeps, what is kept from then on)"""
+class Output(Protocol):
+    """What a model that writes text returns."""
+
+    logits: Tensor
+
+
+def read(model: Module, held: Cache | None, **inputs: object) -> tuple[Output, Cache]:
+    """(the output of `model` for inputs that follow the tokens in `held`, the cache of all these tokens)"""
     name = cache_name()
     out = model(**inputs, use_cache=True, **({} if held is None else {name: held}))
     return out, getattr(out, name)
 
 
-def fixed_cache(held: Any, room: int, at: Tensor) -> Any:
-    """An empty cache of `room` tokens for the layers of `held`. All layers go on at the same place, `at`, which is moved by
-    whoever reads: once a token, not once a layer.
+def kept_by(held: Cache) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of each layer, rows × heads × tokens × d."""
+    layers: list[Any] = held.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
+    """An empty cache of `room` tokens for the layers of `held`.
+
+    All layers write at the same place `at`, a tensor with one number that the caller moves once a token, not once a layer.
     """
     from transformers.cache_utils import Cache
 
-    return Cache(layers=[_fixed_layer()(layer.keys, layer.values, room, at) for layer in held.layers])
+    return Cache(layers=[_fixed_layer()(keys, values, room, at) for keys, values in kept_by(held)])
 
 
 @cache
-def _fixed_layer() -> Any:
+def _fixed_layer() -> Callable[..., StaticLayer]:
     from transformers.cache_utils import StaticLayer
 
     class Layer(StaticLayer):
-        cumulative_length: Any  # transformers gives it a number or a tensor, by its version
+        cumulative_length: Any  # a number or a tensor, by the version of transformers
 
         def __init__(self, keys: Tensor, values: Tensor, room: int, at: Tensor) -> None:
             super().__init__(max_cache_len=room)
             self.lazy_initialization(keys, values)
             self.cumulative_length = at
 
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
             at = self.cumulative_length.view(1)
             assert self.keys is not None and self.values is not None
             return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
@@ -191,14 +215,14 @@ def _fixed_layer() -> Any:
     return Layer
 
 
-def writer(model: Any) -> Any:
+def writer(model: Module) -> PreTrainedModel | None:
     """The transformers model inside an adapted one; None where there is none."""
     kind = library().PreTrainedModel
     return next((module for module in model.modules() if isinstance(module, kind)), None)
 
 
-def writers() -> tuple[Mapping[str, Any], ...]:
-    """model_type → name of the class that writes text: encoder and decoder, masked, causal."""
+def writers() -> tuple[Mapping[str, str], ...]:
+    """Three tables, model_type → name of a class that writes text: encoder and decoder, masked, causal."""
     library()
     from transformers.models.auto import modeling_auto as auto
 

@@ -11,7 +11,7 @@ _drawing = threading.Lock()
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed`, then on as before. Whoever draws in a thread of its own does it within."""
+    """Draws from `seed` within, and goes on as before afterwards. Every thread that draws in this process must use it."""
     import torch
 
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -1,15 +1,19 @@
-"""RunSpec: what a fine-tuning run is. Every setting exists once, here, with its meaning, unit, range and default."""
+"""RunSpec: what a fine-tuning run is. Every setting exists once, here, with its meaning, range and default."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from .errors import SpecError
+
+Json = dict[str, Any]
+"""A JSON object as Python reads and writes it."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,20 @@ class Setting:
     automatic: str
     """What `None` becomes, in words."""
     type: type = str
-    unit: str = ""
+    """Taken from the field's annotation."""
     low: float | None = None
     high: float | None = None
     above: float | None = None
     """An open lower limit: the value must be larger than this."""
     choices: tuple[str, ...] = ()
     example: str = ""
-    """A value that works, named when another one is refused."""
+    """A value that works, named when another one is refused; the automatic one where that is a number."""
 
 
 def setting(meaning: str, automatic: str, **rest: Any) -> Any:
-    return field(default=None, metadata={"setting": Setting(meaning, automatic, **rest)})
+    """A field of RunSpec; `rest` are fields of Setting."""
+    example = automatic if automatic.isdigit() else ""
+    return field(default=None, metadata={"setting": Setting(meaning, automatic, **{"example": example} | rest)})
 
 
 @dataclass(frozen=True)
@@ -47,26 +53,22 @@ class RunSpec:
         "smollm2-135m-instruct",
     )
     method: str | None = setting("fine-tuning method", "lora")
-    rank: int | None = setting("rank r of the update ΔW = BA", "8", type=int, low=1, high=65536, example="8")
+    rank: int | None = setting("rank r of the update ΔW = BA", "8", low=1, high=65536)
     alpha: float | None = setting(
-        "scale of the update: ΔW is multiplied by alpha / rank", "2 × rank", type=float, above=0, high=1e6, example="16"
+        "scale of the update: ΔW is multiplied by alpha / rank", "2 × rank", above=0, high=1e6, example="16"
     )
     dropout: float | None = setting(
-        "share of the adapter's inputs zeroed while training", "0", type=float, low=0, high=0.9, example="0.05"
+        "share of the adapter's inputs zeroed while training", "0", low=0, high=0.9, example="0.05"
     )
     target_modules: str | None = setting(
         "modules that get an adapter: all-linear, or names by comma", "the method's own, by role"
     )
     layers: str | None = setting("layers that are adapted: all, first:4, last:4 or 0-3,7", "all")
-    virtual_tokens: int | None = setting(
-        "learned vectors put before the prompt", "20", type=int, unit="tokens", low=1, high=4096, example="20"
-    )
-    bottleneck: int | None = setting("width of a bottleneck adapter", "16", type=int, low=1, high=65536, example="16")
-    block_size: int | None = setting("block size of OFT", "16", type=int, low=1, high=65536, example="16")
-    lr_ratio: float | None = setting(
-        "LoRA+: B's learning rate over A's", "16", type=float, above=0, high=1e4, example="16"
-    )
-    train_norms: bool | None = setting("BitFit: train the norms' parameters too", "no", type=bool)
+    virtual_tokens: int | None = setting("learned vectors put before the prompt", "20", low=1, high=4096)
+    bottleneck: int | None = setting("width of a bottleneck adapter", "16", low=1, high=65536)
+    block_size: int | None = setting("block size of OFT", "16", low=1, high=65536)
+    lr_ratio: float | None = setting("LoRA+: B's learning rate over A's", "16", above=0, high=1e4)
+    train_norms: bool | None = setting("BitFit: train the norms' parameters too", "no")
     precision: str | None = setting(
         "number format of the base model",
         "bf16 on CUDA and on CPUs that multiply it, else fp32; where its weights are trained, amp and fp32",
@@ -74,7 +76,7 @@ class RunSpec:
     )
     adapter_precision: str | None = setting("number format of the trained adapter", "fp32", choices=("bf16", "fp32"))
     quantization: str | None = setting("quantization of the frozen base", "none", choices=("none", "nf4", "int8"))
-    double_quantization: bool | None = setting("quantize NF4's scales too", "yes", type=bool)
+    double_quantization: bool | None = setting("quantize NF4's scales too", "yes")
     optimizer: str | None = setting(
         "optimizer",
         "adamw",
@@ -83,51 +85,37 @@ class RunSpec:
     optimizer_precision: str | None = setting(
         "number format of the optimizer's states", "the parameters'", choices=("parameters", "fp32")
     )
-    batch_size: int | None = setting(
-        "examples in one forward pass", "the task's", type=int, unit="examples", low=1, high=65536, example="4"
-    )
-    accumulation: int | None = setting(
-        "forward passes before one optimizer step", "1", type=int, low=1, high=65536, example="1"
-    )
+    batch_size: int | None = setting("examples in one forward pass", "the task's", low=1, high=65536, example="4")
+    accumulation: int | None = setting("forward passes before one optimizer step", "1", low=1, high=65536)
     sequence_length: int | None = setting(
-        "longest example; longer ones are refused", "the task's", type=int, unit="tokens", low=8, high=10_000_000,
-        example="128",
-    )  # fmt: skip
-    gradient_checkpointing: bool | None = setting("recompute activations instead of keeping them", "no", type=bool)
+        "longest example; longer ones are refused", "the task's", low=8, high=10_000_000, example="128"
+    )
+    gradient_checkpointing: bool | None = setting("recompute activations instead of keeping them", "no")
     attention: str | None = setting("attention implementation", "sdpa", choices=("sdpa", "eager"))
-    hold_outputs: bool | None = setting("keep the logits alive through the backward pass", "no", type=bool)
-    learning_rate: float | None = setting(
-        "peak learning rate", "the method's own", type=float, above=0, high=10, example="0.002"
-    )
-    steps: int | None = setting(
-        "optimizer steps", "the task's", type=int, unit="steps", low=1, high=1_000_000, example="40"
-    )
+    hold_outputs: bool | None = setting("keep the logits alive through the backward pass", "no")
+    learning_rate: float | None = setting("peak learning rate", "the method's own", above=0, high=10, example="0.002")
+    steps: int | None = setting("optimizer steps", "the task's", low=1, high=1_000_000, example="40")
     task: str | None = setting("what is learned", "ticket")
     training_rows: int | None = setting(
-        "how many of the task's training rows are used, drawn by the seed", "all", type=int, unit="rows", low=1,
-        high=10_000_000, example="32",
-    )  # fmt: skip
-    seed: int | None = setting(
-        "seed of data order, initialization and dropout", "0", type=int, low=0, high=2**31 - 1, example="0"
+        "how many of the task's training rows are used, drawn by the seed", "all", low=1, high=10_000_000, example="32"
     )
+    seed: int | None = setting("seed of data order, initialization and dropout", "0", low=0, high=2**31 - 1)
     gpu: str | None = setting("GPU the memory is compared with", "what is there")
-    n_gpus: int | None = setting("number of GPUs", "1", type=int, unit="GPUs", low=1, high=65536, example="1")
+    n_gpus: int | None = setting("number of GPUs", "1", low=1, high=65536)
     sharding: str | None = setting(
         "how several GPUs share the states", "none", choices=("none", "ddp", "zero1", "zero2", "zero3", "fsdp")
     )
     offload: str | None = setting("what moves to CPU memory", "none", choices=("none", "optimizer", "parameters"))
 
     def __post_init__(self) -> None:
-        for name, about in SETTINGS.items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _checked(name, about, value))
-        if self.layers is not None:
+        for name, value in self.to_dict().items():
+            object.__setattr__(self, name, _checked(name, SETTINGS[name], value))
+        if self.layers:
             parse_layers(self.layers, None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
-        """From parsed JSON or strings. Unknown names are refused with the closest known one."""
+        """The run that parsed JSON or strings describe. Raises SpecError for an unknown name, with the closest known one."""
         for name in values:
             if name not in SETTINGS:
                 raise SpecError(f"{name}: no such setting; {closest(name, SETTINGS)}")
@@ -135,6 +123,7 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
+        """The run that a JSON object describes. Raises SpecError."""
         try:
             values = json.loads(text.lstrip("\ufeff"))
         except (ValueError, RecursionError) as error:
@@ -145,26 +134,24 @@ class RunSpec:
 
     @classmethod
     def from_query(cls, query: str) -> RunSpec:
-        """From the query part of a link, the inverse of `to_query`."""
+        """The run that the query part of a link describes: the inverse of `to_query`. Raises SpecError."""
         return cls.from_dict(dict(parse_qsl(query.lstrip("?"))))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Only what was set: automatic fields are left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    def to_dict(self) -> Json:
+        """The settings that were set; automatic fields are left out."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 
     def to_query(self) -> str:
-        return urlencode(
-            {
-                name: str(value).lower() if isinstance(value, bool) else _plain(value)
-                for name, value in self.to_dict().items()
-            }
-        )
+        """The settings that were set as the query part of a link."""
+        given = self.to_dict().items()
+        return urlencode({n: str(v).lower() if isinstance(v, bool) else str(v).removesuffix(".0") for n, v in given})
 
     def but(self, **changes: Any) -> RunSpec:
-        return replace(self, **changes)
+        """This run with other settings; None makes one automatic again. Raises SpecError for a value out of range."""
+        return RunSpec(**self.to_dict() | changes)
 
 
 @dataclass(frozen=True)
@@ -212,33 +199,24 @@ class Resolved(RunSpec):
     unread: frozenset[str] = frozenset()
     """Names of the settings that the run does not read."""
 
-    def __post_init__(self) -> None:
-        for name, about in SETTINGS.items():
-            if name not in self.unread:
-                object.__setattr__(self, name, _checked(name, about, getattr(self, name)))
-
     @property
     def trained_precision(self) -> str:
         """Number format of the trained parameters: the adapter's, or the base's where its own are trained."""
         return self.adapter_precision or self.precision
 
-    def to_dict(self) -> dict[str, Any]:
-        """Only what the run reads."""
+    def to_dict(self) -> Json:
+        """The settings that the run reads."""
         return {name: getattr(self, name) for name in SETTINGS if name not in self.unread}
 
-    def but(self, **changes: Any) -> RunSpec:
-        return RunSpec(**(self.to_dict() | changes))
+
+_TYPES = {f"{kind.__name__} | None": kind for kind in (str, int, float, bool)}
+SETTINGS: dict[str, Setting] = {
+    f.name: replace(f.metadata["setting"], type=_TYPES[str(f.type)]) for f in fields(RunSpec)
+}
 
 
-SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(RunSpec)}
-
-
-def _plain(value: Any) -> str:
-    return str(value).removesuffix(".0")
-
-
-def _checked(name: str, about: Setting, value: Any) -> Any:
-    """`value` as the field's type and within its range, or SpecError with value, limit and fix."""
+def _checked(name: str, about: Setting, value: object) -> object:
+    """`value` as the field's type. Raises SpecError, with the value, the limit and the fix, where it is out of range."""
     shown = f"{name.replace('_', '-')}={value}"
     fix = f"; try {about.example}" if about.example else ""
     if about.type is bool:
@@ -253,10 +231,10 @@ def _checked(name: str, about: Setting, value: Any) -> Any:
             raise SpecError(f"{shown}: {closest(value, about.choices)}")
         return value.strip()
     try:
-        number = float(value)
+        number = float(str(value))
         if isinstance(value, bool) or not math.isfinite(number) or (about.type is int and number != int(number)):
             raise ValueError
-    except (TypeError, ValueError):
+    except ValueError:
         kind = "a whole number" if about.type is int else "a number"
         raise SpecError(f"{shown}: {about.meaning} is {kind}{fix}") from None
     limit = None
@@ -271,27 +249,27 @@ def _checked(name: str, about: Setting, value: Any) -> Any:
     return int(number) if about.type is int else number
 
 
-def closest(value: str, known: Any) -> str:
-    """'did you mean …?' with the nearest names, else what would have worked, or as much of it as one reads."""
-    import difflib
-
-    near = difflib.get_close_matches(str(value), list(known), n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
+def closest(value: str, known: Iterable[str]) -> str:
+    """'did you mean …?' with the nearest names; else the first 30 that would have worked, or eight of more than that."""
     names = list(known)
+    if near := difflib.get_close_matches(value, names, n=3, cutoff=0.5):
+        return f"did you mean {' or '.join(near)}?"
     more = f" or {len(names) - 8} others." if len(names) > 30 else ""
     return f"choose one of {', '.join(names[:8] if more else names)}{more}"
 
 
 def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:
-    """Layer indices of `all`, `first:4`, `last:4` or `0-3,7`; with `n_layers` None only the form is checked."""
-    limit = n_layers if n_layers is not None else 10**6
-    chosen: set[int] = set()
+    """Layer indices of `all`, `first:4`, `last:4` or `0-3,7`. With `n_layers` None only the form is checked.
+
+    Raises SpecError for another form, and for layers that the model does not have.
+    """
     if text == "all":
-        return tuple(range(limit)) if n_layers is not None else ()
+        return tuple(range(n_layers or 0))
+    limit = 10**6 if n_layers is None else n_layers
+    side, _, number = text.partition(":")
+    chosen: set[int] = set()
     try:
-        if text.startswith(("first:", "last:")):
-            side, _, number = text.partition(":")
+        if side in ("first", "last"):
             count = int(number)
             if count < 1:
                 raise ValueError
@@ -306,8 +284,8 @@ def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:
             if high >= limit:  # before the range is made: a link may ask for any number
                 raise SpecError(f"layers={text}: the model has layers 0 to {limit - 1}; try 0-{limit - 1}")
             chosen.update(range(low, high + 1))
-    except ValueError as error:
-        if isinstance(error, SpecError):
-            raise
+    except SpecError:
+        raise
+    except ValueError:
         raise SpecError(f"layers={text}: not a selection of layers; write all, first:4, last:4 or 0-3,7") from None
     return tuple(sorted(chosen))

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+from math import floor, log10
+
+BYTES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+OPERATIONS = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+
 
 def significant(value: float, digits: int = 3) -> str:
-    """Three significant digits without an exponent: 3240 → 3,240; 0.2749 → 0.275."""
+    """`value` to that many significant digits, without an exponent: 3240 → 3,240; 0.2749 → 0.275."""
     if value == 0:
         return "0"
-    from math import floor, log10
-
-    places = max(0, digits - 1 - floor(log10(abs(value))))
-    text = f"{round(value, digits - 1 - floor(log10(abs(value)))):,.{places}f}"
+    places = digits - 1 - floor(log10(abs(value)))
+    text = f"{round(value, places):,.{max(0, places)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _scaled(n: float, scales: dict[str, float]) -> str:
+    """`n` in the largest unit that it reaches, or else in the smallest."""
+    unit = next((unit for unit, scale in scales.items() if abs(n) >= scale), [*scales][-1])
+    return f"{significant(n / scales[unit])} {unit}"
 
 
 def size(n: float | None) -> str:
     """Bytes in decimal units, as vendors and lectures use them; 'not known' for None."""
     if n is None:
         return "not known"
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(n) >= scale:
-            return f"{significant(n / scale)} {unit}"
-    return f"{n:.0f} B"
+    return f"{n:.0f} B" if abs(n) < BYTES["kB"] else _scaled(n, BYTES)
 
 
 def operations(n: float) -> str:
     """Floating-point operations: 16.1 GFLOP."""
-    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if n >= scale:
-            return f"{significant(n / scale)} {unit}"
-    return f"{significant(n / 1e6)} MFLOP"
+    return _scaled(n, OPERATIONS)
 
 
 def percent(share: float) -> str:
-    """Of a share between 0 and 1."""
+    """A share between 0 and 1 in percent, to three significant digits."""
     return f"{significant(100 * share)}%"
 
 
 def score(value: float) -> str:
+    """A score between 0 and 1 in whole percent."""
     return f"{100 * value:.0f}%"
 
 

@@ -112,7 +112,7 @@ def toy_spec(tiny_model, toy_task) -> RunSpec:
 def run(capsys):
     """(exit status, what stdout says, what stderr says)"""
 
-    from peftlab.__main__ import main
+    from peftlab.cli import main
 
     def call(*argv):
         status = main([str(a) for a in argv])

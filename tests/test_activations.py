@@ -71,16 +71,6 @@ def test_the_lines_are_the_numbers():
                 assert size.value(*at(spec)) == pytest.approx(sum(alive))
 
 
-def test_what_the_browser_evaluates():
-    for spec in SPECS:
-        b, s, r = at(spec)
-        for kinds in moments(spec).values():
-            for size in kinds.values():
-                assert sum(x * b**i * s**j * r**k for x, i, j, k in size.to_data()) == pytest.approx(
-                    size.value(b, s, r)
-                )
-
-
 def test_no_coefficient_is_negative_so_that_more_never_takes_less():
     for spec in SPECS:
         for part in derivation(spec):
@@ -134,10 +124,8 @@ def test_an_adapter_of_the_bases_format_copies_nothing():
 
 def test_nothing_is_kept_below_the_lowest_trained_layer():
     assert line(spec_of(layers="last:4"), "norms").numbers.startswith("4 × B × S")
-    assert (
-        line(spec_of(layers="last:4", gradient_checkpointing=True), "layers' inputs").numbers
-        == "2 × 32 × B × S × 4,096"
-    )
+    checkpointed = spec_of(layers="last:4", gradient_checkpointing=True)
+    assert line(checkpointed, "layers' inputs").numbers == "2 × 32 × B × S × 4,096"
 
 
 def test_logits_by_hand():
@@ -151,18 +139,11 @@ def test_weights_are_those_of_the_count():
 
     for settings in ({}, {"method": "full"}, {"method": "qlora"}, {"method": "head"}, {"quantization": "int8"}):
         spec, found = spec_of(**settings), {}
-        report = predict_states(resolve(spec))
+        report = predict_states(spec)
         for part in derivation(spec):
             found[part.kind] = found.get(part.kind, 0) + ("optimizer" in part.moments) * part.size.value(*at(spec))
         assert found["trainable_weights"] == report.trainable_weights
         assert found.get("frozen_weights", 0) == pytest.approx(report.frozen_weights, abs=1)
-
-
-def test_states_of_optimizers():
-    n = 8_030_261_248
-    for name, each in {"adamw": 4, "lion": 4, "sgd": 0, "sgd-momentum": 2, "adamw-8bit": 2 * (1 + 4 / 256)}.items():
-        found = [p for p in derivation(spec_of(method="full", optimizer=name)) if p.name == "optimizer states"]
-        assert sum(p.size.value(1, 1, 1) for p in found) == pytest.approx(n * each, rel=1e-3)
 
 
 def test_a_window_that_the_text_fills_takes_a_mask():
@@ -185,12 +166,6 @@ def test_it_is_quick():
     assert (time.perf_counter() - start) / 19 < 0.02
 
 
-def test_a_bare_count_and_an_encoder_are_refused():
-    for model in ("7B", "bert-base"):
-        with pytest.raises(SpecError, match=f"model={model}"):
-            moments(spec_of(model, "full"))
-
-
 AGAINST = [
     ("qwen3-0.6b", "full", {}),
     ("gpt2", "lora", {"batch_size": 4}),
@@ -208,4 +183,4 @@ def test_the_trace_agrees(model, method, settings):
     from peftlab.memory import exact
 
     spec = spec_of(model, method, **settings)
-    assert peak(spec) == pytest.approx(exact(resolve(spec)).allocated, rel=0.04)
+    assert peak(spec) == pytest.approx(exact(spec).allocated, rel=0.04)

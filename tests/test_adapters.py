@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tiny import LLAMA, digest, ids_on, make_model
 
-from peftlab import AdapterError, RunSpec, SpecError, __main__, adapters, compare, count, fused, methods, resolve, units
+from peftlab import AdapterError, RunSpec, SpecError, adapters, cli, compare, count, fused, methods, resolve, units
 from peftlab.adapters import MANIFEST
-from peftlab.base import architecture, models, weights
+from peftlab.base import architecture, models, sources, weights
 from peftlab.compare import study
 from peftlab.data import tasks
 from peftlab.methods import METHODS
@@ -30,9 +30,9 @@ def trained(folder, method, **settings):
     import torch
 
     spec = resolve(RunSpec(model=str(folder), method=method, **{"precision": "fp32", **settings}))
-    base = weights.load(resolve(spec))
-    targets = methods.targets(architecture.of(str(folder)), resolve(spec))
-    model = methods.find(method).attach(weights.share(base.model), targets, resolve(spec)).eval()
+    base = weights.load(spec)
+    targets = methods.targets(architecture.of(str(folder)), spec)
+    model = methods.find(method).attach(weights.share(base.model), targets, spec).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -48,7 +48,7 @@ def test_saved_read_and_applied_it_is_the_same_model(model, method, request, tmp
     before = digest(base.model)
     folder = adapters.save(made, spec, tmp_path / "adapter", {"type": "done"})
     again = adapters.read(folder)
-    assert again.spec == spec and again.result == {"type": "done"}
+    assert again.spec.to_dict() == spec.to_dict() and again.result == {"type": "done"}
     applied = adapters.apply(base, again)
     assert logits(applied).equal(logits(made)) and not logits(applied).equal(logits(base.model))
     assert digest(base.model) == before
@@ -115,8 +115,8 @@ def test_only_what_was_trained_is_saved_as_safetensors(model, method, request, t
     folder = adapters.save(made, spec, tmp_path / "adapter")
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file).values()
-    assert sum(t.numel() for t in tensors) == count(resolve(spec)).trainable_parameters
-    assert sum(t.nbytes for t in tensors) == count(resolve(spec)).adapter_bytes
+    assert sum(t.numel() for t in tensors) == count(spec).trainable_parameters
+    assert sum(t.nbytes for t in tensors) == count(spec).adapter_bytes
     assert {f.suffix for f in folder.iterdir()} == {".safetensors", ".json"}
 
 
@@ -136,7 +136,7 @@ def test_it_names_the_published_base_and_does_not_ask_for_it(tiny_model, tmp_pat
     import peft.utils.save_and_load
 
     monkeypatch.setitem(models.MODELS, "toy", models.BaseModel("toy", "Toy", 195_008, "nobody/toy", config=LLAMA))
-    shutil.copytree(tiny_model, weights.folder_of(models.find("toy")))
+    shutil.copytree(tiny_model, sources.folder_of(models.find("toy")))
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *args: pytest.fail("asked"))
     base, spec, made = trained("toy", "lora")
     folder = adapters.save(made, spec, tmp_path / "adapter")
@@ -157,12 +157,8 @@ def test_an_adapter_that_peft_saved_is_read(tiny_model, tmp_path):
 def others(tmp_path_factory):
     """Models that are not the tiny one: of other shapes, and of the same."""
     root = tmp_path_factory.mktemp("others")
-    changes = {
-        "thin": {"hidden_size": 32},
-        "shallow": {"num_hidden_layers": 2},
-        "deep": {"num_hidden_layers": 4},
-        "twin": {},
-    }
+    layers = {"shallow": {"num_hidden_layers": 2}, "deep": {"num_hidden_layers": 4}}
+    changes = {"thin": {"hidden_size": 32}, **layers, "twin": {}}
     return {name: str(make_model(root / name, LLAMA | change)) for name, change in changes.items()}
 
 
@@ -240,12 +236,9 @@ def test_a_pack_holds_the_folder(tiny_model, tmp_path):
     assert names == {f.name for f in folder.iterdir()}
 
 
+FOLDERS = sorted(f.parent for f in adapters.BUNDLED.glob("*/peftlab.json"))
 BUNDLED = pytest.mark.parametrize("adapter", adapters.bundled(), ids=lambda a: a.name)
-
-
-MANIFESTS = pytest.mark.parametrize(
-    "folder", sorted(f.parent for f in adapters.BUNDLED.glob("*/peftlab.json")), ids=str
-)
+MANIFESTS = pytest.mark.parametrize("folder", FOLDERS, ids=str)
 CARD = (adapters.BUNDLED / "README.md").read_text(encoding="utf-8")
 
 
@@ -270,7 +263,7 @@ def test_the_model_card_says_how_a_bundled_adapter_scores(folder):
 @MANIFESTS
 def test_the_model_cards_command_has_its_settings(folder):
     line = next(line for line in CARD.splitlines() if line.endswith(f"--out runs/{folder.name}"))
-    asked = __main__._spec(__main__._parser().parse_args(line.split()[4:]))
+    asked = cli.spec_of(cli.parser().parse_args(line.split()[4:]))
     assert resolve(asked).but(gpu=None) == adapters.read(folder).spec.but(gpu=None)
 
 
@@ -357,7 +350,7 @@ def test_what_is_not_finite_is_not_merged(method, tiny_model, tmp_path):
     with torch.no_grad():
         next(p for n, p in made.named_parameters() if p.requires_grad and "embed" not in n).view(-1)[:3] = torch.nan
     adapter = adapters.read(adapters.save(made, spec, tmp_path / "adapter"))
-    total = count(resolve(spec)).trainable_parameters
+    total = count(spec).trainable_parameters
     with pytest.raises(
         AdapterError, match=rf"not finite \(3 of its own {total:,} numbers .*; train again at a lower lear"
     ):

@@ -147,10 +147,9 @@ def test_any_sequence(seed):
     assert free == {pair for pool in allocator._free.values() for pair in pool}
     assert sum(b.size for b in blocks if not b.free) == sum(n for _, n in live)
     for block in blocks:
-        assert block.after is None or (
-            block.after.before is block and block.after.address == block.address + block.size
-        )
-        assert not (block.free and block.after is not None and block.after.free)
+        if after := block.after:
+            assert after.before is block and after.address == block.address + block.size
+            assert not (block.free and after.free)
     for block, _ in live:
         allocator.give(block)
     assert all(b.before is None and b.after is None for b in allocator._at.values())

@@ -1,30 +1,22 @@
 """Bottleneck adapters are our own, so each is held against its paper's formula, computed here by hand."""
 
 import pytest
-from tiny import CONFIGS, fresh
+from tiny import CONFIGS, fresh, moved
 
 from peftlab import RunSpec, methods, resolve
 from peftlab.base import architecture, weights
 from peftlab.methods import METHODS
-from peftlab.methods.layers import Bottleneck, Kronecker
+from peftlab.methods._layers import Bottleneck, Kronecker
 
 OURS = ["houlsby", "pfeiffer", "parallel", "post-attention", "io-adapter", "compacter"]
 
 
 def adapted(config_files, family, method, **settings):
     """(a base, the same with the method on it, its adapters no longer the identity)"""
-    import torch
-
     spec = resolve(RunSpec(model=config_files[family], method=method, bottleneck=8, **settings))
     base = fresh(family).requires_grad_(False).eval()
-    targets = methods.targets(architecture.of(spec.model), resolve(spec))
-    model = METHODS[method].attach(weights.share(base), targets, resolve(spec)).eval()
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.3 * torch.randn(p.shape, generator=draw).to(p))
-    return base, model
+    targets = methods.targets(architecture.of(spec.model), spec)
+    return base, moved(METHODS[method].attach(weights.share(base), targets, spec).eval(), 0.3)
 
 
 def kronecker(rules, s, t):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from peftlab import units
+from peftlab import adapters, cli, units
 from peftlab.base.models import MODELS
 from peftlab.catalog.gpus import GPUS
 from peftlab.catalog.presets import PRESETS
+from peftlab.compare import study
 from peftlab.data.tasks import TASKS
 from peftlab.methods import METHODS
+from peftlab.spec import SETTINGS
 
 
 @pytest.fixture
@@ -46,9 +48,8 @@ def test_params(document, run):
     assert {"total_parameters", "trainable_parameters", "trainable_percent", "adapter_bytes", "modules"} <= set(data)
     assert data["trainable_parameters"] == 4_194_304 and len(data["modules"]) == 64
     assert data["modules"][0] == {"name": "model.layers.0.self_attn.q_proj", "shape": [4096, 4096], "trainable": 65_536}
-    assert (
-        "4,194,304 of 6,738,415,616" in run("params", "--model", "llama-2-7b", "--target-modules", "q_proj,v_proj")[1]
-    )
+    said = run("params", "--model", "llama-2-7b", "--target-modules", "q_proj,v_proj")[1]
+    assert "4,194,304 of 6,738,415,616" in said
 
 
 def test_a_preset_and_flags_that_win(document):
@@ -64,28 +65,26 @@ KINDS = {"frozen_weights", "trainable_weights", "gradients", "optimizer", "activ
 
 
 def test_memory(document, run):
-    data = document(
-        "memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb"
-    )
+    asked = ("memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb")
+    data = document(*asked)
     assert set(data) >= KEYS and data["source"] == "closed-form" and set(data["components"]) >= KINDS
     assert sum(data["components"][kind] for kind in KINDS) == data["peak_allocated_bytes"]
     assert data["peak_allocated_bytes"] == max(moment["bytes"] for moment in data["timeline"])
     assert data["peak_allocated_bytes"] < data["peak_reserved_bytes"] < data["process_bytes"]
-    _, said, _ = run(
-        "memory", "--model", "gemma-3-270m", "--method", "full", "--precision", "bf16", "--gpu", "h100-80gb"
-    )
+    said = run(*asked)[1]
     assert f"{units.size(data['peak_allocated_bytes'])} allocated, {units.size(data['process_bytes'])} in all" in said
     assert "--exact traces it" in said and "smallest GPU that holds it" in said
 
 
 def test_memory_by_a_convention(document, run):
-    data = document("memory", "--model", "7B", "--method", "full", "--convention", "12n", "--tasks", 50)
+    asked = ("memory", "--model", "7B", "--method", "full", "--convention", "12n")
+    data = document(*asked, "--tasks", 50)
     assert set(data) >= KEYS and data["source"] == "closed-form" and data["states_bytes"] == 84_000_000_000
     assert {"weights", "gradients", "optimizer", "activations", "logits"} <= set(data["components"])
     for name in ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "timeline"):
         assert data[name] is None
     assert data["storage"]["full"] == 50 * 14 * 10**9
-    said = run("memory", "--model", "7B", "--method", "full", "--convention", "12n")[1]
+    said = run(*asked)[1]
     assert "84 GB" in said and "activations are not included" in said
 
 
@@ -96,9 +95,8 @@ def test_a_bare_count_takes_its_trained_share(document):
 
 def test_a_spec_file_and_flags_that_win(document, tmp_path):
     file = tmp_path / "spec.json"
-    file.write_text(
-        '{"model": "llama-2-7b", "rank": 64, "target_modules": "q_proj,v_proj", "gradient_checkpointing": true}'
-    )
+    saved = {"model": "llama-2-7b", "rank": 64, "target_modules": "q_proj,v_proj", "gradient_checkpointing": True}
+    file.write_text(json.dumps(saved))
     assert document("params", "--spec", file)["trainable_parameters"] == 33_554_432
     data = document("params", "--spec", file, "--rank", 8, "--no-gradient-checkpointing")
     assert data["trainable_parameters"] == 4_194_304 and data["spec"]["gradient_checkpointing"] is False
@@ -163,8 +161,8 @@ def test_fetch_of_what_is_there(document, tiny_model):
 
 @pytest.fixture
 def trained(run, tiny_model, toy_file, tmp_path):
-    status, out, err = run(
-        "train",
+    """(the exit status of a short run, its events, what it says on stderr)"""
+    asked = (
         "--model",
         tiny_model,
         "--task",
@@ -175,27 +173,19 @@ def trained(run, tiny_model, toy_file, tmp_path):
         0.01,
         "--out",
         tmp_path / "run",
-        "--json",
     )
+    status, out, err = run("train", *asked, "--json")
     return status, [json.loads(line) for line in out.splitlines()], err
+
+
+RESULT = "adapter steps seconds tokens_per_second train_loss eval forgetting predicted_peak_bytes measured_peak_bytes"
 
 
 def test_train_prints_an_event_a_line(trained, tmp_path):
     status, events, err = trained
     assert status == 0 and "step 3/3" in err
     assert sum(e["type"] == "step" for e in events) == 3 and events[-1]["type"] == "done"
-    keys = {
-        "adapter",
-        "steps",
-        "seconds",
-        "tokens_per_second",
-        "train_loss",
-        "eval",
-        "forgetting",
-        "predicted_peak_bytes",
-        "measured_peak_bytes",
-    }
-    assert keys <= set(events[-1]) and events[-1]["adapter"] == str(tmp_path / "run" / "adapter")
+    assert set(RESULT.split()) <= set(events[-1]) and events[-1]["adapter"] == str(tmp_path / "run" / "adapter")
 
 
 def test_train_without_json_leaves_stdout_alone(run, tiny_model, toy_file, tmp_path):
@@ -210,15 +200,14 @@ def test_compare_by_prompt(trained, document):
     assert all(isinstance(r["text"], str) and r["seconds"] > 0 and r["score"] is None for r in replies)
 
 
-def test_compare_by_the_adapters_own_task(trained, document, run):
-    data = document("compare", "--adapter", trained[1][-1]["adapter"])
+def test_compare_by_a_task(trained, document, run, toy_file):
+    """The adapter's own, or another one."""
+    asked = ("compare", "--adapter", trained[1][-1]["adapter"])
+    data = document(*asked)
     assert data["metric"] == "exact_match" and len(data["exchanges"]) == 3
     assert all(0 <= s["low"] <= s["mean"] <= s["high"] <= 1 and s["items"] == 3 for s in data["scores"])
-    assert "95% interval" in run("compare", "--adapter", trained[1][-1]["adapter"])[1]
-
-
-def test_compare_by_another_task(trained, document, toy_file):
-    assert document("compare", "--adapter", trained[1][-1]["adapter"], "--task", toy_file)["task"] == "toy"
+    assert "95% interval" in run(*asked)[1]
+    assert document(*asked, "--task", toy_file)["task"] == "toy"
 
 
 @pytest.fixture
@@ -260,9 +249,6 @@ def test_adapters_of_any_methods_are_compared_on_one_base(trained_by, document):
 
 
 def test_study_writes_what_an_adapter_did_to_each_matrix(trained_by, document, run):
-    from peftlab import adapters
-    from peftlab.compare import study
-
     folder = trained_by("lora")
     file = folder / study.FILE
     data = document("study", "--adapter", folder, "--targets", "query,v_proj", "--keep", 2, "--out", file)
@@ -303,22 +289,30 @@ def test_what_cannot_be_studied_is_refused(method, more, said, trained_by, run, 
 
 def test_bench_records_with_its_provenance(run, tiny_model, toy_file, tmp_path):
     file = tmp_path / "m" / "run.json"
-    status, out, _ = run(
-        "bench", "record", "--model", tiny_model, "--task", toy_file, "--steps", 2, "--out", file, "--json"
-    )
+    asked = ("--model", tiny_model, "--task", toy_file, "--steps", 2, "--out", file)
+    status, out, _ = run("bench", "record", *asked, "--json")
     data = json.loads(file.read_text())
     assert status == 0 and json.loads(out) == data
     assert {"command", "hardware", "device", "versions", "date", "kind", "spec", "events", "comparison"} <= set(data)
     assert data["events"][-1]["type"] == "done" and len(data["comparison"]) == 2
 
 
-def as_a_process(*argv):
+def test_a_verb_is_one_file(run, tmp_path, monkeypatch):
+    (tmp_path / "hello.py").write_text(
+        "from ._arguments import verb\n\ndef add(commands):\n    verb(commands, 'hello', lambda args: 3, 'greets')\n"
+    )
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    assert run("hello")[0] == 3 and "hello" in cli.parser().format_help()
+
+
+def as_a_process(*argv, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "peftlab", *argv],
+        [sys.executable, "-m", "peftlab", *map(str, argv)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
     )
 
 
@@ -327,7 +321,6 @@ def test_as_a_process():
     assert done.returncode == 0 and done.stderr == "" and "lora" in [m["key"] for m in json.loads(done.stdout)]
     done = as_a_process("params", "--rank", "-1")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert as_a_process("params", "--help").returncode == 0
 
 
 OWN = re.compile(
@@ -340,16 +333,13 @@ def test_an_output_that_cannot_be_written_is_one_line_and_status_1(gone, said):
     reader, writer = os.pipe()
     os.close(reader)  # nobody reads the pipe
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "peftlab", "models"]
-        done = subprocess.run(command, cwd=ROOT, stdout=writer if gone else full, stderr=-1, text=True)
+        done = as_a_process("models", stdout=writer if gone else full)
     os.close(writer)
     assert (done.returncode, done.stderr.count("\n")) == (1, bool(said)) and said in done.stderr
 
 
 def test_a_terminal_without_a_letter_gets_another():
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "peftlab", "params"]
-    done = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
+    done = as_a_process("params", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "") and "576?1536" in done.stdout
 
 
@@ -362,13 +352,11 @@ def test_every_line_of_a_process_is_its_own(tiny_model, toy_file, tmp_path):
         ("train", *spec, "--task", toy_file, "--steps", 2, "--out", run),
         ("compare", "--adapter", run / "adapter", "--prompt", "what colour", "--max-new-tokens", 3),
     ):
-        done = as_a_process(*map(str, argv))
+        done = as_a_process(*argv)
         assert done.returncode == 0, done.stderr
         assert [line for line in done.stderr.splitlines() if not OWN.match(line)] == []
 
 
 def test_help_names_every_setting():
-    from peftlab.spec import SETTINGS
-
     out = as_a_process("train", "--help").stdout
     assert [n for n in SETTINGS if "--" + n.replace("_", "-") not in out] == []

@@ -72,11 +72,8 @@ def test_every_product_is_counted_once(config_files, unmasked, family, settings)
     spec = tiny(config_files, family, **settings)
     found = compute(resolve(spec))
     forward, backward = measured(family, spec)
-    spared = 0
-    if (
-        settings["method"] == "ia3"
-    ):  # torch spares the one product whose gradient is that of the lowest layer's frozen query
-        spared = 2 * 4 * 16 * LENGTH
+    # torch spares the one product whose gradient is that of the lowest layer's frozen query
+    spared = 2 * 4 * 16 * LENGTH if settings["method"] == "ia3" else 0
     assert found.forward == pytest.approx(forward, rel=1e-12)
     assert found.input_gradients + found.weight_gradients - spared == pytest.approx(backward, rel=1e-12)
     assert found.recomputed == 0
@@ -85,17 +82,13 @@ def test_every_product_is_counted_once(config_files, unmasked, family, settings)
 @pytest.mark.parametrize(
     "settings",
     [
-        {
-            "method": "lora",
-            "target_modules": "q_proj,v_proj",
-        },  # nobody needs the gradient of the lowest layer's frozen keys
-        {"method": "prefix"},
-        {"method": "compacter"},
-        {"method": "p-tuning"},
+        {"method": "lora", "target_modules": "q_proj,v_proj"},
+        *({"method": m} for m in ("prefix", "compacter", "p-tuning")),
     ],
     ids=str,
 )
 def test_what_is_left_out_is_small(config_files, unmasked, settings):
+    """Among it the gradient of the lowest layer's frozen keys, which nobody needs."""
     spec = tiny(config_files, "llama", **settings)
     assert compute(resolve(spec)).per_token == pytest.approx(sum(measured("llama", spec)), rel=0.05)
 
@@ -124,10 +117,8 @@ def test_llama_3_8b_by_hand():
     assert found.weight_gradients == 2 * products
     assert found.tokens == 2 * 3 * 1024 * 10
     assert found.total == found.per_token * found.tokens == 10 * found.per_step
-    assert (
-        compute(resolve(spec.but(gradient_checkpointing=True))).recomputed
-        == 2 * (products - 128_256 * 4096) + attention
-    )
+    again = compute(resolve(spec.but(gradient_checkpointing=True))).recomputed
+    assert again == 2 * (products - 128_256 * 4096) + attention
 
 
 def test_of_a_mixture_only_the_chosen_experts_and_the_router():
@@ -193,12 +184,12 @@ def test_utilisation_is_what_was_achieved_over_the_peak():
         {"spec": row["spec"], "error": "no"},
     ]
     (found,) = utilisation([row, *others])
-    assert found.share == pytest.approx(0.5) and found.spec == spec
+    assert found == (spec, pytest.approx(0.5))
 
 
 def test_no_measured_step_beats_the_chip():
     rows = json.loads((ROOT / "assets/measured/memory-h100.json").read_text())["rows"]
-    assert all(0 < found.share < 1 for found in utilisation(rows))
+    assert all(0 < share < 1 for _, share in utilisation(rows))
 
 
 def test_refusals():

@@ -104,13 +104,9 @@ def test_null_is_kept_where_it_is_not_the_default():
 
 def test_a_config_that_names_no_class_gets_its_familys():
     nameless = {name: value for name, value in LLAMA.items() if name != "architectures"}
-    assert (
-        pasted(nameless)
-        == pasted(LLAMA)
-        == pasted(LLAMA, architectures=["pipeline"])
-        == pasted(LLAMA, architectures=[])
-    )
-    assert pasted(LLAMA).is_causal
+    named = pasted(LLAMA)
+    assert named.is_causal and named == pasted(nameless)
+    assert named == pasted(LLAMA, architectures=["pipeline"]) == pasted(LLAMA, architectures=[])
     bert = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     assert pasted(bert).config["architectures"] == ["BertForMaskedLM"]
 
@@ -204,13 +200,8 @@ def test_a_config_that_makes_no_model(changes, said, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind, missing",
-    [
-        ("mamba", "num_attention_heads"),
-        ("vit", "vocab_size"),
-        ("encoder-decoder", "hidden_size"),
-        ("gemma3", "text_config"),
-    ],
-)
+    [("mamba", "num_attention_heads"), ("vit", "vocab_size"), ("encoder-decoder", "hidden_size"), ("gemma3", "text_config")],
+)  # fmt: skip
 def test_a_kind_that_has_no_such_numbers(kind, missing):
     assert f"{missing} is missing" in refused(models.from_config, json.dumps({"model_type": kind}))
 
@@ -243,9 +234,8 @@ def test_a_bare_count_has_limits(count):
 
 
 def test_the_largest_counts_pass():
-    assert (
-        models.find("100T").total_parameters == configs.MOST_PARAMETERS and models.find("0.001K").total_parameters == 1
-    )
+    assert models.find("100T").total_parameters == configs.MOST_PARAMETERS
+    assert models.find("0.001K").total_parameters == 1
 
 
 def bomb() -> str:
@@ -276,9 +266,8 @@ def test_a_key_that_is_damaged_or_hostile(key):
 
 
 def test_a_key_that_somebody_made_runs_through_the_same_checks():
-    entry = models.find(
-        packed({**LLAMA, "attn_implementation": "a/b", "_name_or_path": "<script>", "pad_token_id": 10**9})
-    )
+    noise = {"attn_implementation": "a/b", "_name_or_path": "<script>", "pad_token_id": 10**9}
+    entry = models.find(packed({**LLAMA, **noise}))
     assert entry.config == configs.normal(LLAMA) and entry.name == "script"
 
 

@@ -197,11 +197,8 @@ def test_bitfit_is_the_sum_of_the_biases(model):
     spec = RunSpec(model=model, method="bitfit")
     assert count(resolve(spec.but(train_norms=True))).trainable_parameters == biases + norms
     if biases:
-        assert (
-            count(resolve(spec)).trainable_parameters
-            == count(resolve(spec.but(train_norms=False))).trainable_parameters
-            == biases
-        )
+        for alone in (spec, spec.but(train_norms=False)):
+            assert count(resolve(alone)).trainable_parameters == biases
     else:
         with pytest.raises(SpecError, match="has no bias to train"):
             count(resolve(spec))

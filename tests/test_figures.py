@@ -9,6 +9,9 @@ from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
 from peftlab.count import why_not
 from peftlab.measured import runs as recorded_runs
 from peftlab.show import figures
+from peftlab.show.lora_figures import percent_by_size
+from peftlab.show.memory_figures import COMPONENTS, memory_timeline
+from peftlab.show.run_figures import loss_curve, metric_curve, score_bars
 
 THEMES = pytest.mark.parametrize("theme", figures.THEMES)
 EVENTS = [
@@ -26,7 +29,7 @@ def drawn(figure):
 
 
 def timeline(report, theme):
-    figure = go.Figure(figures.memory_timeline(report, theme))  # plotly refuses what is no chart
+    figure = go.Figure(memory_timeline(report, theme))  # plotly refuses what is no chart
     return figure, {line.name: list(line.y) for line in figure.data}
 
 
@@ -34,8 +37,8 @@ def timeline(report, theme):
 def test_the_timeline_is_the_reports_moments(theme):
     report = predict(resolve(RunSpec(model="llama-3.1-8b", rank=16, precision="bf16")))
     figure, lines = timeline(report, theme)
-    names = {kind: name for kind, _, name in figures.COMPONENTS}
-    colours = {name: figures.PALETTE[theme][colour] for _, colour, name in figures.COMPONENTS}
+    names = {kind: name for kind, _, name in COMPONENTS}
+    colours = {name: figures.PALETTE[theme][colour] for _, colour, name in COMPONENTS}
     kinds = {kind for moment in report.moments for kind, n in moment.bytes.items() if n}
     assert set(lines) == {names[kind] for kind in kinds} and "communication" not in kinds
     moments = [*report.moments, report.moments[-1]]  # the optimizer's is drawn twice, to be seen
@@ -67,11 +70,7 @@ def test_the_timeline_of_a_trace_names_its_layers(tiny_model):
     places = list(figure.data[0].text)
     assert places[:2] == ["forward, embedding", "forward, layer 1"] and places[-1] == "optimizer"
     assert {"backward, layer 3", "forward, head and loss", "backward, embedding"} <= set(places)
-    assert len(places) == len(report.moments) + 1 and list(figure.layout.xaxis.ticktext) == [
-        "forward",
-        "backward",
-        "optimizer",
-    ]
+    assert len(places) == len(report.moments) + 1
 
 
 def test_the_timeline_has_the_buffers_between_gpus():
@@ -92,7 +91,7 @@ def counted(model, rank, targets):
 
 @THEMES
 def test_percents_by_size_are_counts(theme):
-    figure = figures.percent_by_size(16, "all-linear", "gemma-3-270m", theme)
+    figure = percent_by_size(16, "all-linear", "gemma-3-270m", theme)
     points, (others, mine) = scatter(figure)
     shapes = [key for key, entry in MODELS.items() if not entry.shape_of and not why_not("lora", key)]
     assert sorted(points) == sorted(counted(key, 16, "all-linear") for key in shapes)
@@ -106,20 +105,20 @@ def test_percents_by_size_are_counts(theme):
 
 
 def test_percents_by_size_follow_roles_into_other_families():
-    points, _ = scatter(figures.percent_by_size(8, "q_proj,v_proj", "llama-2-7b", "light"))
+    points, _ = scatter(percent_by_size(8, "q_proj,v_proj", "llama-2-7b", "light"))
     for model in ("gpt2", "bert-base", "t5-base", "phi-3-mini", "gemma-3-270m"):
         assert counted(model, 8, "query,value") in points
 
 
 def test_a_copy_of_a_shape_is_drawn_once():
-    points, (_, mine) = scatter(figures.percent_by_size(8, "all-linear", "smollm2-135m-instruct", "light"))
+    points, (_, mine) = scatter(percent_by_size(8, "all-linear", "smollm2-135m-instruct", "light"))
     assert len(points) == len(set(points)) and "SmolLM2 135M Instruct" in mine.customdata[0]
 
 
 @pytest.mark.parametrize(("rank", "percent"), [(8, 0.06), (16, 0.12), (64, 0.48)])
 def test_the_lectures_percent_is_a_line_at_its_own_ranks_and_modules(rank, percent):
     def lines(rank, targets):
-        figure = figures.percent_by_size(rank, targets, "llama-2-70b", "light")
+        figure = percent_by_size(rank, targets, "llama-2-70b", "light")
         return [list(line.y) for line in figure.data if line.line.dash == "dot"]
 
     assert lines(rank, "q_proj,v_proj") == lines(rank, "v_proj,q_proj") == [[percent] * 2]
@@ -127,14 +126,14 @@ def test_the_lectures_percent_is_a_line_at_its_own_ranks_and_modules(rank, perce
 
 
 def test_models_too_narrow_for_the_rank_and_a_bare_count_are_not_drawn():
-    assert scatter(figures.percent_by_size(256, "all-linear", "llama-2-7b", "light"))[0]
+    assert scatter(percent_by_size(256, "all-linear", "llama-2-7b", "light"))[0]
     with pytest.raises(SpecError, match="bare count"):
-        figures.percent_by_size(8, "all-linear", "7B", "light")
+        percent_by_size(8, "all-linear", "7B", "light")
 
 
 @THEMES
 def test_curves_have_a_point_an_event(theme):
-    loss, metric = figures.loss_curve(EVENTS, 4, theme), figures.metric_curve(EVENTS, 4, "Exact records", theme)
+    loss, metric = loss_curve(EVENTS, 4, theme), metric_curve(EVENTS, 4, "Exact records", theme)
     assert (list(loss.data[0].x), list(loss.data[0].y)) == ([1, 2], [4.0, 1.0])
     assert (list(metric.data[0].x), list(metric.data[0].y)) == ([0, 4], [10, 90])
     assert loss.layout.yaxis.range[0] == 0 and metric.layout.yaxis.range[0] == 0
@@ -142,8 +141,8 @@ def test_curves_have_a_point_an_event(theme):
 
 
 def test_curves_without_events_are_empty_not_wrong():
-    assert drawn(figures.loss_curve([], 4, "light"))["data"][0]["x"] == []
-    assert drawn(figures.metric_curve([], 4, "Score", "dark"))["data"][0]["x"] == []
+    assert drawn(loss_curve([], 4, "light"))["data"][0]["x"] == []
+    assert drawn(metric_curve([], 4, "Score", "dark"))["data"][0]["x"] == []
 
 
 @THEMES
@@ -152,13 +151,13 @@ def test_score_bars_have_their_intervals(theme):
     report = ComparisonReport(
         "t", "m", exchanges, (score_of(BASE, [0.0] * 10), score_of("<mine>", [1.0] * 5 + [0.0] * 5))
     )
-    (bars,) = figures.score_bars(report, "Exact", theme).data
+    (bars,) = score_bars(report, "Exact", theme).data
     assert list(bars.x) == [50, 0] and list(bars.y) == ["&lt;mine&gt;", "base model"]
     assert bars.error_x.array[0] == pytest.approx(26.34, abs=0.01) and bars.error_x.arrayminus[1] == 0
 
 
 def test_every_figure_comes_in_both_templates():
-    pictures = figures.themed(figures.loss_curve, EVENTS, 4)
+    pictures = figures.themed(loss_curve, EVENTS, 4)
     assert set(pictures) == {"light", "dark"}
     for theme, picture in pictures.items():
         colours = picture["layout"]["template"]["layout"]
@@ -168,11 +167,7 @@ def test_every_figure_comes_in_both_templates():
 def test_recorded_runs_say_where_they_come_from_and_can_be_drawn():
     assert recorded_runs()
     for run in recorded_runs():
-        assert (
-            run["hardware"]
-            and run["date"]
-            and run["command"]
-            and {"torch", "transformers", "peft"} <= set(run["versions"])
-        )
+        assert all(run[key] for key in ("hardware", "date", "command"))
+        assert {"torch", "transformers", "peft"} <= set(run["versions"])
         assert run["events"][-1]["type"] == "done"
-        assert drawn(figures.loss_curve(run["events"], run["spec"]["steps"], "light"))["data"][0]["x"]
+        assert drawn(loss_curve(run["events"], run["spec"]["steps"], "light"))["data"][0]["x"]

@@ -96,11 +96,7 @@ def test_biases_that_an_adapter_brings_are_its_own(bias, family, families, tmp_p
     _, trained = made(kind, family, families[family], tmp_path / "biased")
     assert any(name.endswith("bias") for name in trained)
     made("lora", family, families[family], tmp_path / "plain")
-    alone = (
-        compare.on_prompt([adapters.read(tmp_path / "plain")], "what colour", Decoding(8)).exchanges[0].replies[0].text
-    )
-    both = compare.on_prompt([adapters.read(tmp_path / "biased")], "what colour", Decoding(8)).exchanges[0].replies
-    after = (
-        compare.on_prompt([adapters.read(tmp_path / "plain")], "what colour", Decoding(8)).exchanges[0].replies[0].text
-    )
-    assert both[0].text == alone == after and both[1].text != alone
+    folders = [tmp_path / name for name in ("plain", "biased", "plain")]
+    reports = [compare.on_prompt([adapters.read(f)], "what colour", Decoding(8)) for f in folders]
+    alone, (base, biased), after = ([reply.text for reply in r.exchanges[0].replies] for r in reports)
+    assert base == alone[0] == after[0] and biased != base

@@ -23,9 +23,8 @@ def copies(family, method="lora", dtype=torch.float32, **settings):
     for _ in range(2):
         torch.manual_seed(0)
         spec = resolve(RunSpec(model=settings.pop("model", None) or FILES[family], method=method, **settings))
-        model = methods.find(method).attach(
-            weights.share(base), methods.targets(architecture.of(spec.model), resolve(spec)), resolve(spec)
-        )
+        targets = methods.targets(architecture.of(spec.model), spec)
+        model = methods.find(method).attach(weights.share(base), targets, spec)
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in model.parameters():
@@ -146,14 +145,8 @@ def test_what_was_found_is_what_runs(family, monkeypatch):
 def other(name, **values):
     import transformers
 
-    small = {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-    }
-    config = transformers.AutoConfig.for_model(name, **small | values)
+    small = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(name, vocab_size=512, **small, **values)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False)
 
 
@@ -314,9 +307,8 @@ def test_one_batch_for_a_base_and_its_adapters(family):
     """Of other ranks, on other modules: each row is what its own model says."""
     base, first, _ = copies(family)
     spec = resolve(RunSpec(model=FILES[family], method="lora", rank=3, target_modules="v_proj,down_proj"))
-    second = methods.find("lora").attach(
-        weights.share(base), methods.targets(architecture.of(spec.model), resolve(spec)), resolve(spec)
-    )
+    targets = methods.targets(architecture.of(spec.model), spec)
+    second = methods.find("lora").attach(weights.share(base), targets, spec)
     with torch.no_grad():
         for p in second.parameters():
             if p.requires_grad:
@@ -373,9 +365,8 @@ def test_a_head_that_is_trained_asked_for_or_not_the_last_keeps_its_logits():
     quicken(trained)
     assert fused.head(trained) is None
     for cap in (None, 30.0):
-        small = {
-            k: v for k, v in CONFIGS["gemma3"].items() if k not in ("architectures", "model_type", "sliding_window")
-        }
+        left = ("architectures", "model_type", "sliding_window")
+        small = {k: v for k, v in CONFIGS["gemma3"].items() if k not in left}
         model = Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=cap, **small)).requires_grad_(False)
         quicken(model)
         assert (fused.head(model) is None) == (cap is not None)

@@ -43,9 +43,8 @@ def test_the_start_says_the_gear(toy_spec, tmp_path):
 def test_words_follow_a_gear_that_changed():
     graph = {"type": "start", "gear": "graph", "why_eager": ""}
     assert sentences.gear([graph]) == "each step one CUDA graph"
-    assert sentences.gear([graph, {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}]).endswith(
-        "(a &lt;sync&gt;)"
-    )
+    changed = {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}
+    assert sentences.gear([graph, changed]).endswith("(a &lt;sync&gt;)")
 
 
 def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, tmp_path):
@@ -66,8 +65,8 @@ def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, t
     run.gear = Failing(run.gear.step, "")
     stream, told = iter(run.batches), []
     for _ in range(5):
-        told += run._launch(next(stream))
-    losses = [event["loss"] for event in run._fetch(0.0)]
+        told += run.launch(next(stream))
+    losses = [event["loss"] for event in run.fetch(0.0)]
     assert losses == pytest.approx(whole, rel=1e-5)
     assert [e["why_eager"] for e in told] == ["a number was asked for"]
     assert run.gear.name == "eager"
@@ -100,5 +99,5 @@ def test_queued_steps_keep_their_own_rates(tiny_model, toy_task, tmp_path):
     spec = small(tiny_model, "lora", precision="fp32", steps=40, batch_size=2)
     waited, queued = run_of(spec, tmp_path / "a"), run_of(spec, tmp_path / "b")
     for pieces, _ in zip(queued.batches, range(40), strict=False):
-        list(queued._launch(pieces))
-    assert [e["loss"] for e in queued._fetch(0.0)] == pytest.approx(steps(waited, 40), rel=1e-4)
+        list(queued.launch(pieces))
+    assert [e["loss"] for e in queued.fetch(0.0)] == pytest.approx(steps(waited, 40), rel=1e-4)

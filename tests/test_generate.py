@@ -4,8 +4,11 @@ from tiny import CONFIGS, attached, drain, fresh, ids_on, said
 
 from peftlab import RunSpec, SpecError, resolve
 from peftlab.base import weights
-from peftlab.run import generate
-from peftlab.run.generate import Decoding, answer, decode, nats_per_token, stream
+from peftlab.run import generate, scoring
+from peftlab.run.generate import Decoding, decode, stream
+from peftlab.run.reader import Reader, Replayed
+from peftlab.run.reader import _common as shared_tokens
+from peftlab.run.scoring import answer, nats_per_token
 
 PROMPTS = [[5, 9, 200, 31], [7], [42, 43, 44, 45, 46, 47, 48, 300, 301], [11, 12, 13]]
 
@@ -16,13 +19,11 @@ def base(request):
 
 
 def test_greedy_equals_transformers(base):
-
     width = max(map(len, PROMPTS))
     ids = ids_on(base.model, [[0] * (width - len(p)) + p for p in PROMPTS])
     mask = ids_on(base.model, [[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    out = base.model.generate(
-        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0
-    )
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+    out = base.model.generate(ids, attention_mask=mask, **how)
     theirs = [row[width:].tolist() for row in out]
     theirs = [row[: row.index(0)] if 0 in row else row for row in theirs]
     assert said(base.model, PROMPTS, Decoding(12)) == theirs
@@ -35,13 +36,12 @@ def test_a_batch_equals_each_alone(base):
 
 def continued(model, prompts, tokens, fixed):
     """The logits of each row's next tokens after `prompts` when `tokens` follow, read with a growing or a fixed cache."""
-
     seen = []
     with torch.inference_mode():
-        reader = generate._Reader(model, prompts, 0)
+        reader = Reader(model, prompts, 0)
         for i, token in enumerate(tokens):
             if fixed and i == 1:
-                reader = generate._Replayed.of(reader, len(tokens))
+                reader = Replayed.of(reader, len(tokens))
             seen.append(reader.logits().clone())
             reader.feed(torch.full((len(prompts),), token))
     return torch.stack(seen)
@@ -61,16 +61,15 @@ def test_a_fixed_cache_reads_as_a_growing_one(family, prompts):
 def test_a_window_that_has_slid_is_left_to_the_growing_cache():
     model = fresh("gemma3").eval()
     long = [[7] * (model.config.sliding_window + 3)]
-    reader = generate._Reader(model, long, 0)
+    reader = Reader(model, long, 0)
     reader.feed(reader.logits().argmax(-1))
-    assert generate._Replayed.of(reader, 4) is None
+    assert Replayed.of(reader, 4) is None
 
 
 @pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
 def test_after_virtual_tokens_too(method, tiny_model):
-    model = attached(
-        "llama", RunSpec(model=str(tiny_model), method=method, virtual_tokens=5, sequence_length=64)
-    ).eval()
+    spec = RunSpec(model=str(tiny_model), method=method, virtual_tokens=5, sequence_length=64)
+    model = attached("llama", spec).eval()
     tokens = [31, 7, 200, 8, 5]
     grown = continued(model, LIKE, tokens, False)
     assert continued(model, LIKE, tokens, True).allclose(grown, atol=1e-5)
@@ -84,7 +83,7 @@ def test_what_prompts_share_is_read_once(base):
     assert read[0] == (1, 10) and read[1] == (4, max(map(len, PROMPTS)))
     base.model.get_input_embeddings()._forward_hooks.clear()
     assert together == [said(base.model, [p], Decoding(10))[0] for p in LIKE]
-    assert generate._common([[1] * 20, [1] * 20]) == 19 and generate._common(PROMPTS) == 0
+    assert shared_tokens([[1] * 20, [1] * 20]) == 19 and shared_tokens(PROMPTS) == 0
 
 
 def test_decoding_stops_when_every_row_has_ended(base):
@@ -126,28 +125,20 @@ def test_answers_are_scored_and_progress_is_told(base, toy_task):
     assert shares == [pytest.approx((i + 1) / toy_task.max_new_tokens) for i in range(len(shares))]
     assert [a.prompt for a in answers] == [r.prompt for r in toy_task.heldout]
     assert [a.score for a in answers] == [float(a.text.strip() == a.reference) for a in answers]
-    assert generate.mean_score(answers) == sum(a.score for a in answers) / 3
+    assert scoring.mean_score(answers) == sum(a.score for a in answers) / 3
 
 
-def test_nats_per_token_is_cross_entropy(base):
-
-    text = "the cat sat on the mat and what colour is the sky"
-    ids = ids_on(base.model, [base.tokenizer(text, add_special_tokens=False)["input_ids"]])
-    with torch.no_grad():
-        direct = base.model(input_ids=ids, labels=ids).loss.item()
-    assert nats_per_token(base.model, base.tokenizer, text) == pytest.approx(direct, rel=1e-5)
-
-
-def test_nats_per_token_reads_every_token_once_in_windows(base):
-
+@pytest.mark.parametrize("window", [7, 512])
+def test_nats_per_token_is_cross_entropy_and_reads_every_token_once_in_windows(window, base):
     text = "the cat sat on the mat and what colour is the sky"
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     total = 0.0
-    for start in range(0, len(ids) - 1, 7):
-        piece = ids_on(base.model, [ids[start : start + 8]])
+    for start in range(0, len(ids) - 1, window):
+        piece = ids_on(base.model, [ids[start : start + window + 1]])
         with torch.no_grad():
             total += base.model(input_ids=piece, labels=piece).loss.item() * (piece.shape[1] - 1)
-    assert nats_per_token(base.model, base.tokenizer, text, window=7) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    found = nats_per_token(base.model, base.tokenizer, text, window)
+    assert found == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
 def test_nats_per_token_begins_every_window_as_the_tokenizer_would(base, begun):
@@ -166,7 +157,6 @@ def test_the_bundled_prose_is_read_by_models_of_any_context(base):
 
 def test_interleaved_streams_leave_gradients_on(base):
     """inference_mode must not outlive a token: streams that take turns would switch it on for the caller's thread."""
-
     streams = [stream(base.model, base.tokenizer, PROMPTS[0], Decoding(4)) for _ in range(2)]
     for _ in range(3):
         for each in streams:

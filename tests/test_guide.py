@@ -1,53 +1,19 @@
-"""What the lectures advise and compare, and what is found of it: every piece names what exists, every finding recomputes."""
-
-import json
-from dataclasses import asdict
+"""What the lectures advise, and what stands beside it: every piece names what exists, every sentence is computed."""
 
 import pytest
-from tiny import ROOT
 
 from peftlab import RunSpec, count, predict, resolve, units
 from peftlab.base.models import MODELS
 from peftlab.catalog.methods import FAMILIES
-from peftlab.lectures import checks, evidence
-from peftlab.lectures.guide import CASES, GROUPS, SIDES, SPECTRUM, TABLES, weighed
-from peftlab.lectures.lessons import LESSONS
+from peftlab.lectures import facts
+from peftlab.lectures.findings import finding
+from peftlab.lectures.guide import CASES, GROUPS, SIDES, SPECTRUM, weighed
+from peftlab.lectures.here import HERE, beside
+from peftlab.lectures.statements import STATEMENTS
 from peftlab.methods import METHODS
-from peftlab.race import Line
 from peftlab.show import guide
 
 LECTURES = ("lecture-11-2", "kiit-tutorial", "beginners-guide", "vanderbilt-slides")
-CELLS = [(table, cell) for table in TABLES for cell in table.cells]
-DIFFER = {
-    "LoRA: trainable, rank 64",
-    "Modularity: LoRA",
-    "Risk of forgetting",
-    "Post-attention: paper",
-    'Pfeiffer "vector"',
-    "Standard LoRA",
-    "Selective-layer: q and v",
-    "LoRA++ / Dropout-LoRA",
-    "Adapters: BitFit",
-    "IA³",
-    "Prefix tuning",
-}
-
-
-@pytest.fixture(params=["recorded", "not recorded"])
-def race(request, tmp_path, monkeypatch):
-    """Times of a token, or none."""
-    file = tmp_path / "race.json"
-    monkeypatch.setattr(evidence, "RACE", file)
-    if request.param == "recorded":
-        times = {"lora": (1.6, 1.0), "houlsby": (1.5, None), "prompt": (1.04, None), "prefix": (1.1, None)}
-        lines = [
-            asdict(Line(key, {"method": key, "model": "gpt2"}, 1, 1.0, 1, 1, apart=apart, merged=merged))
-            for key, (apart, merged) in times.items()
-        ]
-        failed = asdict(Line("x", {"method": "dora", "model": "gpt2"}, 0, 0.0, 0, 0, error="out of memory"))
-        head = {"hardware": "H", "date": "D", "versions": {"torch": "2"}, "command": "C"}
-        file.write_text(json.dumps({**head, "lines": [*lines, failed]}))
-    return file
 
 
 def test_the_families_are_the_registrys_in_the_lectures_order():
@@ -59,7 +25,7 @@ def test_the_families_are_the_registrys_in_the_lectures_order():
 def test_every_situation_names_what_exists(case):
     assert case.group in GROUPS and set(case.methods) <= set(METHODS) and case.source.startswith(LECTURES)
     assert case.when and case.advice and case.why and (not case.model or case.model in MODELS)
-    assert not case.here or evidence.here(case.here, case.model or "gemma-3-270m")
+    assert bool(case.here or case.raced) == bool(beside(case, case.model or "gemma-3-270m"))
     assert case.group != "none" or not case.methods  # to train nothing is the advice
 
 
@@ -84,67 +50,17 @@ def test_advice_is_weighed_by_how_many_ask_for_it():
     assert weighed([CASES["memory"], CASES["many"], CASES["default"]])[0] == ("lora", 3)
 
 
-@pytest.mark.parametrize(("table", "cell"), CELLS, ids=lambda part: getattr(part, "of", ""))
-def test_every_statement_is_found_to_hold_or_differ(table, cell, race):
-    found = checks.found(cell)
-    assert table.source.startswith(LECTURES) and found.text and found.holds is not None
-    assert found.holds != (cell.of in DIFFER and (cell.of, cell.check) != ("Prefix tuning", "virtual"))
-    assert found.holds or cell.why or cell.check == "claim"  # a difference has its reason
-
-
-def test_times_are_the_recorded_ones_or_the_registrys_words(race):
-    cell = next(c for _, c in CELLS if c.of == "LoRA: inference")
-    if race.exists():
-        assert checks.found(cell).text == "Measured on GPT-2, a token takes 1.60× the base's time apart, 1.00× merged."
-        assert set(evidence.race_lines(race)) == {"lora", "houlsby", "prompt", "prefix"}
-        assert evidence.race_source(race) == "H, D, torch 2. Command: C"
-    else:
-        assert checks.found(cell).text == METHODS["lora"].about.inference
-        assert evidence.race_lines(race) == {} and evidence.race_source(race) == ""
-
-
-def test_a_recorded_time_can_contradict_a_lecture(tmp_path, monkeypatch):
-    line = asdict(Line("l", {"method": "lora", "model": "gpt2"}, 1, 1.0, 1, 1, apart=1.6, merged=1.4))
-    (tmp_path / "slow.json").write_text(json.dumps({"lines": [line]}))
-    monkeypatch.setattr(evidence, "RACE", tmp_path / "slow.json")
-    assert checks.found(next(c for _, c in CELLS if c.of == "LoRA: inference")).holds is False
-
-
-def test_checks_can_say_no():
-    no = {
-        "family": {"method": "bitfit", "wanted": "additive"},
-        "paper": {"method": "lora", "authors": "Houlsby", "year": 2019},
-        "merges": {"method": "houlsby", "can": True},
-        "place": {"method": "lora", "wanted": "series"},
-        "file": {"method": "full", "model": "gemma-3-270m"},
-        "fewer": {"method": "houlsby", "than": ["pfeiffer"], "model": "gpt2"},
-        "same": {"method": "lora", "other": "dora", "model": "gpt2"},
-        "extra": {"method": "lora", "over": "dora", "model": "gpt2"},
-        "virtual": {"method": "prefix", "model": "gpt2", "per_layer": False},
-        "reduced": {
-            "spec": {"model": "1B", "method": "full"},
-            "than": {"model": "1B", "method": "full"},
-            "convention": "8n",
-        },
-        "gpus": {"spec": {"model": "1B", "method": "full"}, "convention": "8n", "least": 8, "most": 16},
-        "all-tasks": {"spec": {"model": "1B", "method": "full"}, "convention": "8n", "trainable": 1_000_000_000},
-        "cheaper": {"method": "full", "than": "lora", "model": "llama-3.1-8b"},
-    }
-    for check, given in no.items():
-        assert checks.CHECKS[check](**given).holds is False, check
-
-
 def test_sentences_follow_the_model():
-    small, large = (evidence.counted("lora", model) for model in ("gemma-3-270m", "llama-3.1-8b"))
+    small, large = (facts.counted("lora", model) for model in ("gemma-3-270m", "llama-3.1-8b"))
     assert "1,898,496 of 268,098,176 numbers (0.708%)" in small and small != large
-    assert evidence.counted("bitfit", "gemma-3-270m").startswith("Gemma 3 270M has no bias to train")
-    lora = predict(resolve(RunSpec(model="llama-3.1-8b", method="lora", gpu=evidence.GPU)))
-    assert f"LoRA about {units.size(lora.needed)}" in evidence.here("quantized", "llama-3.1-8b")
-    assert evidence.here("", "gpt2") == "" == evidence.here("storage", "no-such-model-at-all")
+    assert facts.counted("bitfit", "gemma-3-270m").startswith("Gemma 3 270M has no bias to train")
+    lora = predict(resolve(RunSpec(model="llama-3.1-8b", method="lora", gpu=facts.GPU)))
+    assert f"LoRA about {units.size(lora.needed)}" in beside(CASES["memory"], "llama-3.1-8b")
+    assert beside(CASES["many"], "no-such-model-at-all") == ""
 
 
 def test_the_map_has_every_method_with_its_count_or_its_reason():
-    on = evidence.places("smollm2-135m-instruct")
+    on = facts.places("smollm2-135m-instruct")
     assert [p.key for p in on] == list(METHODS)
     for place in on:
         if place.report:
@@ -159,25 +75,19 @@ def test_the_map_has_every_method_with_its_count_or_its_reason():
 
 
 def test_the_sentence_is_the_counts():
-    said = guide.map_sentence(evidence.places("smollm2-135m-instruct"))
+    said = guide.map_sentence(facts.places("smollm2-135m-instruct"))
     assert f"{len(METHODS)} methods</b>, three ideas: steer, select or add." in said
     assert "11,520 numbers (0.00856%)" in said and "134,515,008" in said
 
 
-def test_no_number_of_the_guide_is_ours_without_a_computation():
-    """Its `says` are the lectures'; what we say of a method beside it is computed."""
-    data = json.loads((ROOT / "peftlab" / "catalog" / "guide.json").read_text())
-    assert all(e["here"] in evidence.HERE for part in ("cases", "sides") for e in data[part] if "here" in e)
-    assert {c["check"] for t in data["tables"] for c in t["cells"]} == set(checks.CHECKS)
+def test_every_sentence_beside_the_advice_is_used():
+    assert {piece.here for piece in (*CASES.values(), *SIDES)} - {""} == set(HERE)
 
 
 def test_what_was_raced_here_stands_beside_what_others_published():
-    lesson = LESSONS["methods"]
-    figures = {claim.says: found.text for claim, found in lesson.findings(lesson.recordings()[0].lines)}
-    assert figures["PEFT forgets less"] in evidence.here("forgetting", "gpt2")
-    assert figures["PEFT trains faster"] in evidence.here("quick", "gpt2")
-    assert LESSONS["size"].findings(LESSONS["size"].recordings()[0].lines)[0][1].text in evidence.here(
-        "gemma-best", "gpt2"
-    )
-    with pytest.raises(LookupError, match="claim=nobody says so"):
-        evidence.raced("nobody says so")
+    pieces = [piece for piece in (*CASES.values(), *SIDES) if piece.raced]
+    assert {piece.raced for piece in pieces} >= {"near-full", "forgets-less", "trains-faster", "prompts-small"}
+    for piece in pieces:
+        assert STATEMENTS[piece.raced].lesson
+        end = f"In the race recorded here on NVIDIA H100 80GB HBM3: {finding(piece.raced).words}."
+        assert beside(piece, "gpt2").endswith(end)

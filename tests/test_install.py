@@ -17,7 +17,7 @@ from tiny import ROOT
 
 import peftlab
 
-SCRIPT = "import sys; sys.argv[0] = 'peftlab'; from peftlab.__main__ import main; sys.exit(main())"
+SCRIPT = "import sys; sys.argv[0] = 'peftlab'; from peftlab.cli import main; sys.exit(main())"
 """What the console command does."""
 
 
@@ -92,13 +92,10 @@ def test_the_installed_package_is_the_one_that_is_imported(said, python):
 def test_its_commands_find_their_data(said):
     counted = json.loads(said("-m", "peftlab", "params", "--model", "llama-2-7b", "--json"))
     assert counted["total_parameters"] == 6_738_415_616
-    assert {task["key"] for task in json.loads(said("-m", "peftlab", "tasks", "--json"))} == {
-        "intent",
-        "ticket",
-        "voice",
-    }
+    found = {task["key"] for task in json.loads(said("-m", "peftlab", "tasks", "--json"))}
+    assert found == {"intent", "ticket", "voice"}
     assert json.loads(said("-m", "peftlab", "memory", "--json"))["peak_allocated_bytes"] > 0
-    assert said("-c", "from peftlab import lessons; print(len(lessons.recordings.of('methods')))") == "2\n"
+    assert said("-c", "from peftlab.race import recordings; print(len(recordings.of('methods')))") == "2\n"
     bundled = "from peftlab.adapters import BUNDLED, read; print(read(BUNDLED / 'ticket-lora').spec.task)"
     assert said("-c", bundled) == "ticket\n"
 
@@ -110,10 +107,9 @@ def test_both_names_of_the_command_are_said(said):
 
 
 def test_a_wrong_argument_names_the_command_to_ask(python):
-    assert python("-c", SCRIPT, "params", "--rank").communicate()[1].endswith("; see peftlab params --help\n")
-    assert (
-        python("-m", "peftlab", "params", "--rank").communicate()[1].endswith("; see python -m peftlab params --help\n")
-    )
+    for name, start in (("peftlab", ("-c", SCRIPT)), ("python -m peftlab", ("-m", "peftlab"))):
+        said = python(*start, "params", "--rank").communicate()[1]
+        assert said.endswith(f"; see {name} params --help\n")
 
 
 @pytest.fixture
@@ -151,11 +147,8 @@ def test_the_page_answers_until_it_is_interrupted(python, port):
 
 def test_without_gradio_it_says_so_in_a_line(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, out, err = run("app")
-    assert (status, out) == (
-        2,
-        "",
-    ) and err == "peftlab: app: the page needs gradio and plotly; pip install gradio plotly\n"
+    needs = "peftlab: app: the page needs gradio and plotly; pip install gradio plotly\n"
+    assert run("app") == (2, "", needs)
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])

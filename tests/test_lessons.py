@@ -7,10 +7,10 @@ from statistics import fmean
 
 import pytest
 
-from peftlab import SpecError
 from peftlab.count import count, why_not
-from peftlab.lectures import lessons
+from peftlab.lectures import findings, lessons
 from peftlab.lectures.lessons import LESSONS
+from peftlab.lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS
 from peftlab.measured import MEASURED
 from peftlab.methods import METHODS
 from peftlab.race import Line
@@ -28,14 +28,18 @@ def line(method="lora", score=0.5, **more):
     spec = resolve(RunSpec(method=method)).to_dict() | more.pop("settings", {})
     usual = {"loss": [0.1], "forgetting": [0.1], "training_seconds": [1.0], "apart": 1.5, "merged": 1.0, "steps": 40}
     right = round(40 * score)
-    return Line(method, spec, 10, 1.0, 20, 30, scores=[[1.0] * right + [0.0] * (40 - right)], **usual | more)
+    scores = {"scores": [[1.0] * right + [0.0] * (40 - right)]}
+    return Line(method, spec, 10, 1.0, 20, 30, **usual | scores | more)
 
 
 @pytest.mark.parametrize("key", LESSONS)
-def test_every_claim_has_a_recorded_figure_and_every_question_an_answer(key):
+def test_every_statement_has_a_recorded_figure_and_every_question_an_answer(key):
     lesson, record = LESSONS[key], recorded(key)
-    assert all(found is not None and found.text for _, found in lesson.findings(record.lines))
-    assert lesson.options[lesson.answer(Board(record.lines))]
+    found = lesson.findings(record.lines)
+    assert [statement for statement, _ in found] == lesson.statements
+    for statement, each in found:
+        assert each.words and (each.interval is not None) == (statement.test in ("scores", "one_rate"))
+    assert lesson.answered(record.lines) in lesson.options
     assert "peftlab race" in record.commands[0] and record.hardware and record.versions["torch"]
 
 
@@ -77,27 +81,47 @@ def test_the_best_rate_is_where_the_score_is_highest_and_of_equals_the_loss_lowe
     assert Board(lines).best("learning_rate", "lora") == 1e-2
 
 
+def verdict(id, *lines):
+    return findings.raced(STATEMENTS[id], lines).verdict
+
+
 def test_verdicts_turn_with_the_figures():
-    def verdict(says, lines):
-        lesson = next(x for x in LESSONS.values() if any(c.says.startswith(says) for c in x.claims))
-        return next(found.holds for claim, found in lesson.findings(lines) if claim.says.startswith(says) if found)
-
-    assert verdict("LoRA comes near", [line("lora", 0.8), line("full", 0.825)])
-    assert not verdict("LoRA comes near", [line("lora", 0.75), line("full", 0.8)])
-    assert verdict("PEFT forgets less", [line("lora", forgetting=[0.1]), line("full", forgetting=[0.2])])
-    assert not verdict("PEFT forgets less", [line("lora", forgetting=[0.3]), line("full", forgetting=[0.2])])
-    ranks = [line(score=0.7, settings={"rank": rank}) for rank in (1, 2, 4, 8, 32, 64)]
-    assert verdict("Performance is insensitive", ranks)
-    assert not verdict("Performance is insensitive", [*ranks[:-1], replace(ranks[-1], scores=[[0.0] * 40])])
-
-
-def test_a_claim_without_its_racers_says_nothing():
-    assert all(found is None for _, found in LESSONS["methods"].findings([line("ia3")]))
+    assert verdict("near-full", line("lora", 0.8), line("full", 0.8)) == HOLDS
+    assert verdict("near-full", line("lora", 0.4), line("full", 0.8)) == FAILS
+    assert verdict("forgets-less", line("lora", forgetting=[0.1]), line("full", forgetting=[0.2])) == HOLDS
+    assert verdict("forgets-less", line("lora", forgetting=[0.3]), line("full", forgetting=[0.2])) == FAILS
+    ranks = [line(score=0.7, settings={"rank": rank}) for rank in (4, 8, 32, 64)]
+    assert verdict("ranks-alike", *ranks) == HOLDS
+    assert verdict("ranks-alike", *ranks[:-1], replace(ranks[-1], scores=[[0.0] * 40])) == FAILS
+    rates = [line(method, settings={"learning_rate": rate}) for method, rate in (("lora", 1e-3), ("full", 1e-4))]
+    assert verdict("lora-rate", *rates) == HOLDS
+    assert verdict("lora-rate", *[replace(each, spec={**each.spec, "learning_rate": 1e-3}) for each in rates]) == FAILS
 
 
-def test_an_unknown_lesson_is_refused():
-    with pytest.raises(SpecError, match="lesson=rnak.*rank"):
-        lessons.find("rnak")
+def test_a_difference_within_its_interval_is_not_decided():
+    """LoRA answers four rows of forty that full fine-tuning does not, and full fine-tuning five others."""
+    rows = [1.0] * 20 + [0.0] * 11
+    lora, full = (
+        line("lora", scores=[[*rows, *[1.0] * 4, *[0.0] * 5]]),
+        line("full", scores=[[*rows, *[0.0] * 4, *[1.0] * 5]]),
+    )
+    found = findings.raced(STATEMENTS["near-full"], [lora, full])
+    low, high = found.interval
+    assert found.verdict == OPEN and low < -0.03 < high
+    assert found.points == f"−{-100 * low:.0f} to +{100 * high:.0f} points"
+
+
+def test_scores_are_compared_row_by_row_with_the_mean_over_seeds_and_racers():
+    seeds = [[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+    few = [
+        line(method, settings={"training_rows": n}, scores=seeds) for method in ("lora", "full") for n in (8, 16, 32)
+    ]
+    found = findings.raced(STATEMENTS["few-rows"], few)
+    assert found.interval == (0, 0) and found.verdict == HOLDS and found.words == "LoRA 50%, Full fine-tuning 50%"
+
+
+def test_a_statement_without_its_racers_is_not_among_the_findings():
+    assert LESSONS["methods"].findings([line("ia3")]) == []
 
 
 @pytest.mark.parametrize("key", ["rows", "rate"])

@@ -11,7 +11,7 @@ from demos.page.store import blocks
 from peftlab import PeftlabError, SpecError, adapters
 from peftlab.compare import study
 from peftlab.room import worker
-from peftlab.show import shapes, studies, weight_pictures
+from peftlab.show import shapes, studies, weight_figures
 
 STORE = blocks(Lora()).store
 TAB = STORE.tabs["lora"]
@@ -38,7 +38,7 @@ def test_a_matrix_is_decomposed_in_the_other_process_and_only_where_its_picture_
     fold = TAB.folded["weight_pictures"]
     assert answer(MATHEMATICS)["slow"] is False and answer(fold)["slow"] is True
     assert "being decomposed" in answer(fold)["show"]["lora.weight_pictures"]["value"]
-    asked = (weight_pictures.images, "value", 3, 5)
+    asked = (weight_figures.images, "value", 3, 5)
     monkeypatch.setattr(worker, "known", lambda *work: "<img>" if work == asked else None)
     seen = answer(fold, matrix="value", layer="3", directions="5")
     assert seen["slow"] is False and seen["show"]["lora.weight_pictures"]["value"] == "<img>"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 
@@ -12,14 +13,16 @@ pytest.importorskip("gradio")
 from demos.lora_visualizer import Lora
 from demos.page import address, lora_widget
 from demos.page.store import CLEARS, blocks
-from peftlab import RunSpec, SpecError, count, resolve
+from peftlab import RunSpec, SpecError, count, resolve, units
 from peftlab.base import architecture
 from peftlab.base.models import MODELS
 from peftlab.catalog.presets import PRESETS
 from peftlab.count import BYTES
 from peftlab.methods import METHODS
+from peftlab.methods.where import where
 from peftlab.resolve import with_preset
-from peftlab.show import sentences, shapes
+from peftlab.show import shapes
+from peftlab.show.marks import bold
 from peftlab.spec import parse_layers
 
 DECODERS = [key for key, entry in MODELS.items() if entry.config is not None and entry.is_causal]
@@ -80,6 +83,11 @@ def page(cases):
     return json.loads(done.stdout)
 
 
+def answers(spec, *points):
+    """The page's answers at these points of one model."""
+    return page([(spec, points)])[0]
+
+
 def point(spec):
     """A spec's settings as the page has them; the modules in any order."""
     return shapes.value(spec)["at"]
@@ -92,6 +100,19 @@ def written(spec, patch):
         state.pop(name, None)
     return STORE.read(state | {n: v for n, v in patch.items() if v is not None}).spec.but(
         **{n: None for n, v in patch.items() if v is None}
+    )
+
+
+def sentence(report):
+    """What the page is to say of a report."""
+    rank, name = report.spec.rank, report.method_name
+    return shapes.WORDS["sentence"].format(
+        what=f"Rank {rank}" if name == "LoRA" else f"{name}, rank {rank},",
+        where=where(report.spec),
+        trained=bold(f"{report.trainable_parameters:,}", "trained"),
+        total=bold(f"{report.total_parameters:,}", "frozen"),
+        percent=bold(units.percent(report.trainable_percent / 100), "trained"),
+        size=units.size(report.adapter_bytes),
     )
 
 
@@ -152,7 +173,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
             assert answer["trained"] == report.trainable_parameters
             assert answer["saved"] * BYTES[report.spec.adapter_precision] == report.adapter_bytes
             said = asked.but(target_modules=answer["targets"])
-            assert answer["sentence"] == sentences.lora_sentence(count(resolve(said)))
+            assert answer["sentence"] == sentence(count(resolve(said)))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
             assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")
             settled = written(spec.but(method=at["method"]), answer["reported"])
@@ -161,11 +182,20 @@ def test_the_page_counts_says_and_reports_what_python_does():
 
 
 @needs_node
+def test_the_sentence_as_it_is_read():
+    spec = RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj")
+    (answer,) = answers(spec, point(spec))
+    said = re.sub(r"<[^>]+>", "", answer["sentence"])
+    assert said == "Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%. The adapter is 2.95 MB."
+
+
+@needs_node
 def test_automatic_alpha_is_each_methods_own():
     ranks = (1, 2, 3, 8, 64)
     points = [HERE | {"method": method, "rank": rank} for method in shapes.FAMILY for rank in ranks]
-    for at, answer in zip(points, page([(SPEC, points)])[0], strict=True):
-        assert answer["alpha"] == resolve(SPEC.but(method=at["method"], rank=at["rank"])).alpha
+    for at, answer in zip(points, answers(SPEC, *points), strict=True):
+        of = resolve(SPEC.but(method=at["method"], rank=at["rank"]))
+        assert answer["alpha"] == (None if "alpha" in of.unread else of.alpha)
 
 
 @needs_node
@@ -187,9 +217,9 @@ def test_automatic_alpha_is_each_methods_own():
 )
 def test_a_refused_number_is_written_as_typed_and_drawn_nowhere(typed, says):
     """So that the box, the link and the refusal say one number; an empty box is the middle of one."""
-    before, answer, cured = page(
-        [(SPEC, [HERE, HERE | {"then": typed}, HERE | {"then": typed | {"rank": "9", "alpha": "3"}}])]
-    )[0]
+    before, answer, cured = answers(
+        SPEC, HERE, HERE | {"then": typed}, HERE | {"then": typed | {"rank": "9", "alpha": "3"}}
+    )
     assert says in answer["refused"] and "null" not in answer["refused"]
     name, text = list(typed.items())[-1]
     assert answer["reported"][name] == (text or None)
@@ -203,10 +233,8 @@ def test_a_refused_number_is_written_as_typed_and_drawn_nowhere(typed, says):
 def test_a_refused_number_of_a_link_stands_beside_its_control_and_goes_on_being_refused(text):
     at = shapes.value(SPEC, {"rank": text, "model": "100B"})["at"]
     assert at["refused"] == {"rank": text} and at["rank"] == 8
-    answer, touched = page([(SPEC, [at, at | {"then": {"alpha": "3"}}])])[0]
-    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == sentences.lora_sentence(
-        count(resolve(SPEC))
-    )
+    answer, touched = answers(SPEC, at, at | {"then": {"alpha": "3"}})
+    assert answer["rank"].startswith(f"rank={text}: ") and answer["sentence"] == sentence(count(resolve(SPEC)))
     assert (touched["reported"]["rank"], touched["reported"]["alpha"]) == (text, 3)
 
 
@@ -219,26 +247,26 @@ def test_a_refused_number_of_a_link_stands_beside_its_control_and_goes_on_being_
     ],
 )
 def test_nothing_to_train_is_refused_and_not_written(changes, says):
-    answer, cured = page([(SPEC, [HERE | changes, HERE])])[0]
+    answer, cured = answers(SPEC, HERE | changes, HERE)
     assert says in answer["refused"] and answer["reported"] is None
     assert cured["refused"] == "" and cured["reported"]
 
 
 @needs_node
-@pytest.mark.parametrize("key", lora_widget.OF_ALPHA)
+@pytest.mark.parametrize("key", lora_widget.ALPHA)
 def test_a_preset_writes_its_settings_and_shows_while_they_are_set(key):
     for spec in (SPEC, SPEC.but(rank=32)):
-        (answer,) = page([(spec, [point(spec) | {"then": {"preset": key}}])])[0]
+        (answer,) = answers(spec, point(spec) | {"then": {"preset": key}})
         assert written(spec, answer["reported"]) == with_preset(spec, PRESETS[key])
         assert answer["preset"] == key
-        (answer,) = page([(spec, [point(with_preset(spec, PRESETS[key])) | {"then": {"preset": ""}}])])[0]
+        (answer,) = answers(spec, point(with_preset(spec, PRESETS[key])) | {"then": {"preset": ""}})
         assert answer["reported"]["alpha"] is None and answer["preset"] == ""
 
 
 @needs_node
 def test_modules_of_a_model_that_is_gone_are_not_written():
     spec = SPEC.but(target_modules="q_proj", layers="0-2")
-    (answer,) = page([(spec, [point(spec) | {"writes": {"model": "gpt2"}, "then": {"rank": "9"}}])])[0]
+    (answer,) = answers(spec, point(spec) | {"writes": {"model": "gpt2"}, "then": {"rank": "9"}})
     assert answer["reported"] == {"rank": 9, "alpha": None, "target_modules": None, "layers": None}
 
 
@@ -246,9 +274,9 @@ def test_modules_of_a_model_that_is_gone_are_not_written():
 def test_what_was_not_written_does_not_outlive_what_another_control_writes():
     """Reset after the last module was unticked: the settings are as they were, so that no answer redraws them."""
     spec = SPEC.but(target_modules="q_proj")
-    alone, reset = page(
-        [(spec, [point(spec) | {"untick": "q_proj"}, point(spec) | {"untick": "q_proj", "writes": {"rank": ""}}])]
-    )[0]
+    alone, reset = answers(
+        spec, point(spec) | {"untick": "q_proj"}, point(spec) | {"untick": "q_proj", "writes": {"rank": ""}}
+    )
     assert "no target module" in alone["refused"] and alone["reported"] is None
     assert reset["refused"] == "" and reset["reported"]["target_modules"] == "q_proj"
 
@@ -256,7 +284,7 @@ def test_what_was_not_written_does_not_outlive_what_another_control_writes():
 @needs_node
 def test_where_another_method_is_asked_for_a_change_is_loras():
     """The tab shows LoRA in place of a method that has no rank."""
-    (answer,) = page([(SPEC, [HERE | {"asked": "houlsby", "then": {"rank": "9"}}])])[0]
+    (answer,) = answers(SPEC, HERE | {"asked": "houlsby", "then": {"rank": "9"}})
     assert answer["reported"]["method"] == "lora"
 
 
@@ -266,7 +294,7 @@ def test_a_limit_is_that_of_the_modules_in_the_chosen_layers():
     spec = RunSpec(model="opt-350m", method="pissa", rank=600, layers="0-3")
     with pytest.raises(SpecError, match="the smallest adapted matrix has rank 512"):
         count(resolve(spec.but(layers=None)))
-    whole, some_layers = page([(spec, [point(spec) | {"layers": list(range(24))}, point(spec)])])[0]
+    whole, some_layers = answers(spec, point(spec) | {"layers": list(range(24))}, point(spec))
     assert "the smallest adapted matrix has rank 512" in whole["refused"]
     assert some_layers["trained"] == count(resolve(spec)).trainable_parameters and not some_layers["refused"]
 
@@ -277,7 +305,7 @@ def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
     at, names = point(spec), architecture.of(SPEC.model).target_names()
     assert at["targets"] == ["q_proj", "lm_head"]
     points = [at, at | {"targets": [*names, "lm_head"]}, at | {"targets": names}]
-    for at, answer in zip(points, page([(spec, points)])[0], strict=True):
+    for at, answer in zip(points, answers(spec, *points), strict=True):
         asked = spec.but(target_modules=",".join(at["targets"]))
         assert answer["trained"] == count(resolve(asked)).trainable_parameters
         assert count(resolve(written(spec, answer["reported"]))).names == count(resolve(asked)).names
@@ -288,14 +316,12 @@ def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
 def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
     spec = SPEC.but(rank=16, alpha=64, target_modules="q_proj", layers="0-2", adapter_precision="bf16", dropout=0.1)
     others = shapes.FAMILY[1:]
-    before, *after = page([(spec, [point(spec), *(point(spec) | {"then": {"method": method}} for method in others)])])[
-        0
-    ]
-    assert before["sentence"] == sentences.lora_sentence(count(resolve(spec)))
+    before, *after = answers(spec, point(spec), *(point(spec) | {"then": {"method": method}} for method in others))
+    assert before["sentence"] == sentence(count(resolve(spec)))
     for method, answer in zip(others, after, strict=True):
         settled = written(spec, answer["reported"])
         assert settled == SPEC.but(method=method, target_modules="q_proj", layers="0-2")
-        assert answer["sentence"] == sentences.lora_sentence(count(resolve(settled)))
+        assert answer["sentence"] == sentence(count(resolve(settled)))
 
 
 @needs_node
@@ -303,7 +329,7 @@ def test_another_method_starts_at_its_own_on_the_same_modules_and_layers():
 def test_layers_are_reported_in_the_words_they_came_in(layers):
     spec = SPEC.but(layers=layers)
     at = point(spec)
-    same, fewer = page([(spec, [at | {"rank": 3}, at])])[0]
+    same, fewer = answers(spec, at | {"rank": 3}, at)
     assert same["reported"]["layers"] == layers
     assert written(spec, same["reported"]) == spec.but(rank=3)
     assert fewer["reported"]["rank"] is None

@@ -187,11 +187,11 @@ def test_adalora_saves_what_it_did_not_prune(tiny_model, toy_task, tmp_path):
     folder = adapters.save(run.model, spec, tmp_path / "adapter")
     tensors = load_file(folder / adapters.TENSORS)
     stored = sum(t.numel() for t in tensors.values())
-    assert stored < count(resolve(spec)).trainable_parameters
+    assert stored < count(spec).trainable_parameters
     ranks = sum(len(t) for n, t in tensors.items() if "lora_E" in n)
     matrices = sum("lora_E" in n for n in tensors)
     assert matrices == 21 and ranks == round(12 * lora.SURVIVING) * matrices
-    again = adapters.apply(weights.load(resolve(spec)), adapters.read(folder))
+    again = adapters.apply(weights.load(spec), adapters.read(folder))
     assert (logits(again) - learned).abs().max() < 1e-5
 
 

@@ -68,8 +68,8 @@ def test_every_method_learns_the_same_or_says_why_not(method, tiny_model, toy_ta
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
         stream, events = iter(run.batches), []
         for _ in range(3):
-            list(run._launch(next(stream)))
-            events += [(e["loss"], e["gradient_norm"]) for e in run._fetch(0.0)]
+            list(run.launch(next(stream)))
+            events += [(e["loss"], e["gradient_norm"]) for e in run.fetch(0.0)]
         found.append([number for pair in events for number in pair])
         run.close()
     assert found[0] == pytest.approx(found[1], rel=2e-4)

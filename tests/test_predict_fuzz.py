@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peftlab import RunSpec, SpecError, predict, resolve
-from peftlab.__main__ import main
 from peftlab.base.models import MODELS
 from peftlab.catalog.gpus import GPUS
+from peftlab.cli import main
 from peftlab.memory import CONVENTIONS
 from peftlab.memory.report import KINDS
 from peftlab.methods import METHODS
@@ -65,17 +65,8 @@ found = Counter()
 
 def holds_together(report):
     assert report.states == report.weights + report.gradients + report.optimizer
-    assert (
-        min(
-            report.frozen_weights,
-            report.trainable_weights,
-            report.gradients,
-            report.optimizer,
-            report.outside,
-            report.cpu,
-        )
-        >= 0
-    )
+    parts = ("frozen_weights", "trainable_weights", "gradients", "optimizer", "outside", "cpu")
+    assert min(getattr(report, part) for part in parts) >= 0
     for moment in report.moments:
         assert set(moment.bytes) <= set(KINDS) and min(moment.bytes.values()) >= 0, moment
         assert moment.total == sum(moment.bytes.values()) <= report.allocated

@@ -6,8 +6,11 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from tiny import wait_for
+
 from demos import live_finetune, side_by_side
 from demos.live_finetune import Live
+from demos.page import address
 from demos.page.store import blocks
 from demos.side_by_side import Compare
 from peftlab import PeftlabError, SpecError, adapters
@@ -15,6 +18,7 @@ from peftlab.base.models import DEFAULT
 from peftlab.compare import ComparisonReport, Exchange, Reply, score_of
 from peftlab.measured import runs as recorded_runs
 from peftlab.race import scores
+from peftlab.resolve import resolve_here
 from peftlab.room import jobs
 from peftlab.run import STOP
 from peftlab.show import comparisons, runs
@@ -49,9 +53,7 @@ class Trainer:
         """Once it has gone on so often and so many events are known."""
         for _ in range(steps):
             self.go.release()
-        for seen in job.follow(patience=0.05):
-            if len(seen) >= events:
-                return
+        wait_for(lambda: job.over or len(job.events) >= events)
 
 
 class Visit:
@@ -132,7 +134,7 @@ def test_a_second_press_is_no_error_and_starts_no_second_run(trainer):
 
 
 def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):
-    jobs.start(live_finetune.here(live_finetune.page.OPENING), "ann", lambda spec, folder: trainer(spec, folder))
+    jobs.start(resolve_here(live_finetune.here(address.OPENING)), "ann", lambda spec, folder: trainer(spec, folder))
     ann = Visit(Live())
     with pytest.raises(SpecError, match="already under way"):
         ann.press(ann.tab.train)

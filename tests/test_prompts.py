@@ -1,12 +1,13 @@
 """Virtual tokens: the model steered by them computes what peft's own would, and decoding sees the distances of training."""
 
 import pytest
-from tiny import CONFIGS, ids_on, make_model, run_of, said, small, steps
+from tiny import CONFIGS, ids_on, make_model, moved, run_of, said, small, steps
 
-from peftlab import adapters, resolve
+from peftlab import adapters
 from peftlab.base import weights
 from peftlab.run import generate
-from peftlab.run.generate import Decoding, nats_per_token
+from peftlab.run.generate import Decoding
+from peftlab.run.scoring import nats_per_token
 
 METHODS = ["prompt", "p-tuning", "prefix"]
 FAMILIES = ["llama-tied", "gemma3", "gpt2", "opt"]
@@ -35,18 +36,7 @@ def lively(tmp_path_factory):
 def steered(lively, toy_task, tmp_path):
     """A model with virtual tokens moved from where they started."""
 
-    def make(method, family, **settings):
-        import torch
-
-        model = run_of(small(lively[family], method, **settings), tmp_path).model
-        draw = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.add_(0.3 * torch.randn(p.shape, generator=draw).to(p))
-        return model
-
-    return make
+    return lambda method, family: moved(run_of(small(lively[family], method), tmp_path).model, 0.3)
 
 
 @EVERY
@@ -157,5 +147,5 @@ def test_prompt_tuning_starts_as_the_embeddings_of_tokens(family, lively, toy_ta
 def test_the_prose_is_read_by_a_model_whose_context_virtual_tokens_fill(method, gpt2_model, toy_task, tmp_path):
     """GPT-2 has no position after its last: virtual tokens and text must share them."""
     model = run_of(small(gpt2_model, method, virtual_tokens=150), tmp_path).model.eval()
-    base = weights.load(resolve(small(gpt2_model, method)))
+    base = weights.load(small(gpt2_model, method))
     assert 5 < nats_per_token(model, base.tokenizer) < 8

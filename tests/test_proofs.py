@@ -4,33 +4,15 @@ import math
 from importlib.metadata import version
 
 import pytest
-from tiny import digest, drain, ids_on, make_tokenizer, said
+from tiny import digest, drain, ids_on, make_tokenizer, said, saved
 
 from peftlab import RunSpec, SpecError, adapters, methods, resolve
-from peftlab.base import architecture, weights
 from peftlab.compare import proofs
 from peftlab.data import tasks
 from peftlab.run.generate import Decoding
 
 PROMPT = "what colour is the sky"
 MERGEABLE = sorted(key for key, method in methods.METHODS.items() if method.merge)
-
-
-def saved(model, method, folder, noise=0.1, **settings):
-    """An adapter on disk whose trained parameters have all been moved, and the base it belongs to, in fp32."""
-    import torch
-
-    spec = resolve(RunSpec(model=str(model), method=method, quantization="none", precision="fp32", **settings))
-    base = weights.load(resolve(spec))
-    chosen = "lora" if method == "qlora" else method  # the same adapter on a base that is whole
-    torch.manual_seed(0)
-    targets = methods.targets(architecture.of(spec.model), resolve(spec.but(method=chosen)))
-    attached = methods.find(chosen).attach(weights.share(base.model), targets, resolve(spec))
-    with torch.no_grad():
-        for p in attached.parameters():
-            if p.requires_grad:
-                p.add_(noise * torch.randn(p.shape).to(p))
-    return base, adapters.read(adapters.save(attached, spec, folder / method))
 
 
 @pytest.fixture
@@ -97,15 +79,13 @@ def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_mo
     apart = adapters.apply(base, adapter)
     prompt = tasks.prompt_ids(base.tokenizer, instruction_of(adapter), PROMPT)
     (answer,) = said(apart, [prompt], Decoding(8), eos=base.tokenizer.eos_token_id)
-    assert report.prompt_tokens == len(prompt) and whole.positions == rounded.positions == len(prompt + answer)
-    assert report.answer == base.tokenizer.decode(answer, skip_special_tokens=True)
+    assert whole.positions == rounded.positions == len(prompt + answer)
     ids = ids_on(base.model, [prompt + answer])
     with torch.no_grad():
         outs = [m(ids).logits.double().cpu().numpy() for m in (base.model, apart, adapters.merge(base, adapter))]
     assert report.adapter_moves == pytest.approx(abs(outs[1] - outs[0]).max(), rel=1e-4)
     assert whole.largest_difference == pytest.approx(abs(outs[1] - outs[2]).max(), rel=1e-3)
     assert digest(base.model) == before
-    assert report.to_dict()["agreements"][1]["precision"] == "bf16"
 
 
 def test_bf16_rounds_parameters_and_no_buffers_of_a_private_copy(lora):
@@ -163,13 +143,13 @@ def test_latency_reports_all_four_with_what_they_add(lora):
         assert 0 < speed.lower <= speed.seconds <= speed.upper
         assert speed.ratio == speed.seconds / speeds["base"].seconds
     assert (report.tokens, report.rounds, report.precision) == (3, 3, resolve(RunSpec()).precision)
-    assert report.device and report.versions["torch"] == version("torch") and report.prompt_tokens > 5
+    assert report.device and report.versions["torch"] == version("torch")
     added = {name: (s.added_modules > 0, s.added_parameters) for name, s in speeds.items()}
     rank_4 = 4 * (26_880 // 8)
     assert added == {
         "base": (False, 0), "merged": (False, 0), "apart": (True, rank_4), "serial": (True, 12_768),
     }  # fmt: skip
-    assert digest(base.model) == before and math.isfinite(report.to_dict()["speeds"][0]["seconds"])
+    assert digest(base.model) == before
 
 
 def test_the_merged_model_has_the_bases_own_tree_and_the_others_have_an_adapter_in_theirs(lora):

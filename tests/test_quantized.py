@@ -4,12 +4,13 @@ import hashlib
 import math
 
 import pytest
-from tiny import digest, ids_on, logits, run_of, small, steps
+from tiny import digest, ids_on, logits, moved, run_of, small, steps
 
 from peftlab import RunSpec, SpecError, adapters, compare, resolve
 from peftlab.base import weights
 from peftlab.methods import METHODS
 from peftlab.run import train
+from peftlab.run.generate import Decoding
 
 pytestmark = pytest.mark.usefixtures("toy_task")
 KINDS = ["nf4", "int8"]
@@ -50,7 +51,7 @@ def whole_digest(model):
 def test_the_linear_maps_are_quantized_and_nothing_else(kind, tied_model):
     import torch
 
-    base = weights.load(resolve(small(tied_model, "qlora", quantization=kind))).model
+    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
     stored = {"nf4": torch.uint8, "int8": torch.int8}[kind]
     for name, parameter in base.named_parameters():
         linear = name.endswith("proj.weight")
@@ -62,12 +63,12 @@ def test_the_linear_maps_are_quantized_and_nothing_else(kind, tied_model):
 @pytest.mark.parametrize("method", WORKING)
 def test_it_trains_is_kept_and_comes_back(method, kind, tied_model, tmp_path):
     spec = small(tied_model, method, quantization=kind)
-    base = weights.load(resolve(spec))
+    base = weights.load(spec)
     before = whole_digest(base.model)
     at_base = logits(base.model)
     assert whole_digest(base.model) == before, "using the base changed it"
     run = run_of(spec, tmp_path)
-    if METHODS[method].starts_as_base:
+    if METHODS[method].about.family != "prompt-based":
         assert (logits(run.model) - at_base).abs().max() < 1e-2
     assert all(map(math.isfinite, steps(run, 2)))
     learned = logits(run.model)
@@ -104,7 +105,7 @@ def test_qlora_is_lora_on_nf4(tied_model, tmp_path):
 
 @EACH
 def test_a_share_copies_nothing(kind, tied_model):
-    base = weights.load(resolve(small(tied_model, "qlora", quantization=kind))).model
+    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
     twin = weights.share(base)
     for (name, a), (_, b) in zip(base.named_parameters(), twin.named_parameters(), strict=True):
         assert a is not b and type(a) is type(b) and a.data_ptr() == b.data_ptr(), name
@@ -117,7 +118,7 @@ def test_a_share_copies_nothing(kind, tied_model):
 
 @EACH
 def test_a_share_outlives_what_is_done_to_another(kind, tied_model):
-    base = weights.load(resolve(small(tied_model, "qlora", quantization=kind))).model
+    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
     before = logits(base)
     one, other = weights.share(base), weights.share(base)
     one.to("cpu")
@@ -130,7 +131,7 @@ def test_a_whole_run(kind, tied_model, tmp_path):
     spec = RunSpec(model=str(tied_model), method="lora", quantization=kind, task="toy", steps=3)
     (*_, done) = train(resolve(spec), tmp_path / "run")
     assert done["steps"] == 3 and isinstance(done["forgetting"], float)
-    report = compare.on_prompt([adapters.read(done["adapter"])], "the cat", compare.Decoding(3))
+    report = compare.on_prompt([adapters.read(done["adapter"])], "the cat", Decoding(3))
     assert len(report.exchanges[0].replies) == 2
 
 
@@ -169,31 +170,25 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     monkeypatch.setattr(weights, "_loaded", {})
     with pytest.raises(SpecError, match="quantization=nf4: .*pip install bitsandbytes, or set it to none"):
-        weights.load(resolve(small(tied_model, "qlora")))
+        weights.load(small(tied_model, "qlora"))
 
 
 def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
     import torch
 
-    from peftlab.run.engine import _attached, _quickened
+    from peftlab.run.model import attached, quickened
 
     spec = small(tied_model, "qlora", quantization="nf4")
-    base = weights.load(resolve(spec))
+    base = weights.load(spec)
     ids = ids_on(base.model, [[5, 6, 7, 8], [9, 3, 4, 2]])
     seen = []
     for plain in (True, False):
-        model = _attached(base, spec)
-        _quickened(model, spec, plain)
-        draw = torch.Generator().manual_seed(1)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for p in trained.values():
-                p.add_(0.05 * torch.randn(p.shape, generator=draw).to(p))
+        model = attached(base, spec)
+        assert quickened(model, spec, plain).lora == (0 if plain else 21)
+        trained = {n: p for n, p in moved(model, 0.05).named_parameters() if p.requires_grad}
         logits = model(input_ids=ids, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
         seen.append((logits.detach(), {n: p.grad for n, p in trained.items()}))
-        sites = {id(m.site) for m in model.modules() if hasattr(m, "site")}
-        assert len(sites) == (0 if plain else 21)
     (want, slopes), (got, fused) = seen
     assert got.allclose(want, atol=1e-4)
     for name, slope in slopes.items():

@@ -44,10 +44,8 @@ def test_all_see_the_same_rows_in_the_same_order(spec, tmp_path):
     events = list(race(racers, tmp_path, seeds=2))
     lines = lines_of(events)
     assert [len(line.scores) for line in lines] == [2, 2]
-    first = [
-        line.losses[0][0] for line in lines
-    ]  # LoRA starts as the base, so that the first loss is of the rows alone
-    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    first, other = (line.losses[0][0] for line in lines)
+    assert first == pytest.approx(other, rel=1e-4)  # LoRA starts as the base: the first loss is of the rows alone
     assert lines[0].base_scores == lines[1].base_scores and lines[0].base_loss == lines[1].base_loss
     assert lines[0].losses[0] != lines[0].losses[1]
     assert [e["racer"] for e in events if e["type"] == "line"] == [0, 1, 0, 1]  # all have a seed before one has two
@@ -56,9 +54,7 @@ def test_all_see_the_same_rows_in_the_same_order(spec, tmp_path):
 def test_the_line_is_what_the_adapter_says(spec, tmp_path):
     events = list(race(along(spec, {"method": ["lora", "full"]}), tmp_path))
     for i, line in enumerate(lines_of(events)):
-        done = next(
-            e["event"] for e in events if e["type"] == "run" and e["racer"] == i and e["event"]["type"] == "done"
-        )
+        (done,) = (e["event"] for e in events if e.get("racer") == i and e.get("event", {}).get("type") == "done")
         assert line.forgetting == [done["forgetting"]] and line.steps == done["steps"]
         assert line.score == pytest.approx(next(iter(done["eval"]["after"].values())))
     assert not list(tmp_path.iterdir())  # a full fine-tuning is as large as its base
@@ -150,12 +146,7 @@ def board():
     return [
         line("a", [[1, 0, 1, 1]], loss=[0.5], forgetting=[0.1], training_seconds=[2.0], apart=1.5, steps=4),
         line(
-            "b",
-            [[1, 1, 1, 1], [1, 1, 1, 0]],
-            loss=[0.2, 0.4],
-            forgetting=[0.0, 0.2],
-            training_seconds=[1, 2],
-            apart=1.1,
+            "b", [[1, 1, 1, 1], [1, 1, 1, 0]], loss=[0.2, 0.4], forgetting=[0, 0.2], training_seconds=[1, 2], apart=1.1
         ),
         line("c", [], error="it diverged"),
     ]
@@ -202,21 +193,15 @@ def test_the_command_line(run, tiny_model, toy_file, tmp_path):
     status, out, err = run("race", *args, "--out", tmp_path / "race.json", "--csv", tmp_path / "race.csv")
     assert status == 0 and "rank 1: 1 of 1 seeds" in err and "95% interval" in out
     document = json.loads((tmp_path / "race.json").read_text())
-    assert document["vary"] == {"rank": ["1", "2"]} and [line["name"] for line in document["lines"]] == [
-        "rank 1",
-        "rank 2",
-    ]
+    names = [line["name"] for line in document["lines"]]
+    assert document["vary"] == {"rank": ["1", "2"]} and names == ["rank 1", "rank 2"]
     assert (tmp_path / "race.csv").read_text() == to_csv([Line(**line) for line in document["lines"]])
     assert run("race", *args, "--sort", "speed")[0] == 2
     file = tmp_path / "again.json"
-    assert (
-        "rank 2, learning rate 1e-4: 1 of 1" in run("race", *args, "--vary", "learning-rate", "1e-4", "--out", file)[2]
-    )
+    _, _, err = run("race", *args, "--vary", "learning-rate", "1e-4", "--out", file)
+    assert "rank 2, learning rate 1e-4: 1 of 1" in err
     assert "of 1 seeds" not in run("race", *args, "--learning-rate", "1e-4", "--out", file)[2]  # nothing is left to run
-    assert [line["name"] for line in json.loads(file.read_text())["lines"]] == [
-        "rank 1",
-        "rank 2",
-    ]  # as this command says
+    assert [line["name"] for line in json.loads(file.read_text())["lines"]] == names  # as this command says
     before = file.read_text()
     status, _, err = run("race", *args[:-2], 2, 4, "--learning-rate", "1e-4", "--out", file)
     assert status == 2 and "it has rank 1, which is not in this race" in err and file.read_text() == before

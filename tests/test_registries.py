@@ -12,11 +12,11 @@ import pytest
 from tiny import LLAMA, ROOT, TOY
 
 from peftlab import RunSpec, predict, resolve
-from peftlab.__main__ import main
 from peftlab.base import architecture, models
 from peftlab.base.models import BaseModel
 from peftlab.catalog import gpus
 from peftlab.catalog.gpus import GPU
+from peftlab.cli import main
 from peftlab.data import tasks
 from peftlab.memory import fits
 
@@ -132,8 +132,8 @@ from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.method_race import Race
 from demos.page.store import blocks
-from peftlab import RunSpec, predict
-print(predict(RunSpec(model="llama-2-7b", method="boft")).gradients)
+from peftlab import RunSpec, predict, resolve
+print(predict(resolve(RunSpec(model="llama-2-7b", method="boft"))).gradients)
 for tab in (Live(), Memory(), Methods(), Race()):
     page = blocks(tab)
     answer = page.store.answer({"number": 1, "tab": tab.key, "state": {}, "open": list(tab.folds)})

@@ -1,9 +1,11 @@
+import re
+
 import pytest
 
 from peftlab import RunSpec, SpecError, count, predict, resolve
 from peftlab.memory import fits
 from peftlab.memory.polynomial import BATCH, LENGTH, RANK, Polynomial, constant
-from peftlab.memory.sharding import plan
+from peftlab.memory.sharding import plan as planned
 from peftlab.memory.strategies import PHASES, STATES, STRATEGIES
 
 BILLION = 10**9
@@ -20,8 +22,12 @@ def value(size, spec=LORA):
     return size.value(spec.batch_size, spec.sequence_length, spec.rank or 1)
 
 
-def shard(moments, spec, largest_layer, trainable):
-    return plan(moments, spec, largest_layer, trainable).moments
+def plan(moments, spec, largest_layer, trainable):
+    return planned(moments, resolve(spec), largest_layer, trainable)
+
+
+def shard(*args):
+    return plan(*args).moments
 
 
 def step(frozen, trainable, gradients, optimizer, activations=10 * BILLION):
@@ -91,15 +97,6 @@ def test_more_gpus_never_hold_more(sharding):
         assert (sums[0] > sums[-1]) == (sharding != "ddp")
 
 
-def test_each_stage_divides_more_than_the_one_before():
-    moments, trainable = of(FULL)
-    by_stage = [
-        states(shard(moments, FULL.but(n_gpus=4, sharding=s), LAYER, trainable)["optimizer"])
-        for s in ("ddp", "zero1", "zero2", "zero3")
-    ]
-    assert by_stage == sorted(by_stage, reverse=True) and len(set(by_stage)) == 4
-
-
 @pytest.mark.parametrize("sharding", SHARED)
 def test_every_gpu_has_its_own_batch(sharding):
     moments, trainable = of(LORA)
@@ -143,14 +140,14 @@ def test_zeros_bucket_is_there_while_gradients_are_reduced():
     moments, trainable = of(FULL)
     found = plan(moments, FULL.but(n_gpus=2, sharding="zero2"), LAYER, trainable)
     assert during(found, "forward") == during(found, "optimizer") == {}
-    assert during(found, "backward") == {"reduce_bucket_size = 500 million × 2 bytes = 1,000 MB": BILLION}
+    assert during(found, "backward") == {"reduce_bucket_size = 500 million × 2 bytes = 1 GB": BILLION}
     assert value(found.moments["backward 3"]["communication"]) == BILLION
 
 
 def test_stage_3_gathers_up_to_a_limit_and_small_models_whole():
     moments, trainable = of(FULL)
     large = plan(moments, FULL.but(n_gpus=8, sharding="zero3"), LAYER, trainable)
-    derivation = "stage3_max_live_parameters + largest layer = 1,000 million × 2 bytes + 436 MB = 2,436 MB"
+    derivation = "stage3_max_live_parameters + largest layer = 1,000 million × 2 bytes + 436 MB = 2.44 GB"
     assert during(large, "forward")[derivation] == 2 * BILLION + LAYER
     assert list(during(large, "optimizer").values()) == [BILLION]
     spec = RunSpec(model="smollm2-135m", method="full", precision="bf16", n_gpus=8, sharding="zero3")
@@ -167,7 +164,7 @@ def test_fsdp_gathers_layers():
     gradients = 4 * count(resolve(LORA)).trainable_parameters / 32
     assert during(found, "backward") == {
         "2 × largest layer = 2 × 436 MB: at work, and the next": 2 * LAYER,
-        "2 × a layer's gradients = 2 × 5 MB: made, and being sent": pytest.approx(2 * gradients),
+        "2 × a layer's gradients = 2 × 5.24 MB: made, and being sent": pytest.approx(2 * gradients),
     }
 
 
@@ -264,9 +261,8 @@ def test_offloading(sharding, offload, moved):
 def test_offloaded_gradients_pass_through_a_buffer():
     moments, trainable = of(FULL)
     found = plan(moments, FULL.but(n_gpus=4, sharding="zero2", offload="optimizer"), LAYER, trainable)
-    assert during(found, "backward")[
-        "a gradient on its way to CPU memory, at most a layer's = 1,051 MB"
-    ] == pytest.approx(2 * 128_256 * 4096)
+    passing = "a gradient on its way to CPU memory, at most a layer's = 1.05 GB"
+    assert during(found, "backward")[passing] == pytest.approx(2 * 128_256 * 4096)
 
 
 def test_nf4s_scales_stay_whole():
@@ -279,11 +275,8 @@ def test_nf4s_scales_stay_whole():
     plain = plan(moments, spec.but(n_gpus=4, sharding="fsdp", double_quantization=False), LAYER, trainable)
     (more,) = [value(b.size) for b in plain.buffers if "NF4" in b.derivation]
     assert more == pytest.approx(3 / 4 * linear * 4 / 64)
-    assert not [
-        b
-        for b in plan(moments, spec.but(n_gpus=4, sharding="zero2"), LAYER, trainable).buffers
-        if "NF4" in b.derivation
-    ]
+    divided = plan(moments, spec.but(n_gpus=4, sharding="zero2"), LAYER, trainable).buffers
+    assert not any("NF4" in b.derivation for b in divided)
 
 
 @pytest.mark.parametrize("sharding", SHARED)
@@ -292,7 +285,7 @@ def test_every_buffer_says_how_it_was_found_and_where(sharding):
     found = plan(moments, FULL.but(n_gpus=2, sharding=sharding), LAYER, trainable)
     assert found.note == STRATEGIES[sharding].note and "." in found.note
     for buffer in found.buffers:
-        assert " = " in buffer.derivation and "MB" in buffer.derivation and buffer.source
+        assert re.search(r" = .*[kMG]B", buffer.derivation) and buffer.source
         assert isinstance(buffer.size, Polynomial) and value(buffer.size) > 0
 
 

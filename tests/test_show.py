@@ -14,9 +14,10 @@ from peftlab.compare.proofs import Agreement, Flip, LatencyReport, MergeReport, 
 from peftlab.lectures import published
 from peftlab.lectures.guide import CASES
 from peftlab.lectures.lessons import LESSONS
-from peftlab.show import guide, lora, races, studies, weight_pictures
+from peftlab.show import guide, lora, races, studies, weight_figures
 from peftlab.show.proofs import merged_said, timed
-from peftlab.show.races import board, findings, so_far, status
+from peftlab.show.races import board, so_far, status
+from peftlab.show.statements import statements_table
 
 # --- races
 
@@ -31,20 +32,23 @@ def test_what_is_not_ours_is_text():
     assert "<script>" not in board([line], "score")["html"] and "<b>no" not in board([line], "score")["html"]
 
 
-def test_findings_say_whether_each_claim_holds():
+def test_findings_give_each_statement_its_verdict_and_its_interval():
     for lesson in LESSONS.values():
-        said = findings(lesson, lesson.recordings()[0].lines)
-        assert said.count("holds here") + said.count("does not hold here") == len(lesson.claims)
-        assert all(escape(claim.says) in said for claim in lesson.claims)
+        lines = lesson.recordings()[0].lines
+        said, found = statements_table(lesson.findings(lines)), lesson.findings(lines)
+        assert [statement for statement, _ in found] == lesson.statements
+        assert said.count("95% interval") == sum(each.interval is not None for _, each in found)
+        for statement, each in found:
+            assert escape(statement.says) in said and f">{each.verdict}</span>" in said
 
 
 @pytest.mark.parametrize("key", LESSONS)
 def test_findings_of_a_race_of_which_little_has_finished(key):
     """As they are asked for while a race runs here."""
     lines = races.recorded(key).lines
-    assert findings(LESSONS[key], []) == ""
+    assert statements_table(LESSONS[key].findings([])) == ""
     for n in range(min(8, len(lines))):
-        findings(LESSONS[key], lines[:n])
+        statements_table(LESSONS[key].findings(lines[:n]))
 
 
 def test_the_bar_counts_runs_and_names_who_runs():
@@ -71,7 +75,7 @@ def test_advice_is_of_what_is_ticked():
     assert text.count('<section class="case">') == len(ticked) > 1 and "First try without training" in text
     assert "<b>LoRA</b> in 2 of 3" in text
     extreme = guide.advice(["gemma-extreme"], "gpt2")
-    assert "Gemma 3 270M has no bias to train" in extreme and "differs" in extreme and "35,136" not in extreme
+    assert "Gemma 3 270M has no bias to train" in extreme and "does not hold" in extreme and "35,136" not in extreme
     assert "Tick" in guide.advice([], "gpt2")
 
 
@@ -94,17 +98,17 @@ def test_every_run_of_the_chart_is_in_its_table():
 def test_the_picture_of_a_matrix_is_of_the_base_as_it_is_stored(tiny_model, monkeypatch):
     tiny = resolve(RunSpec(model=str(tiny_model), precision="fp32", quantization="none"))
     entry = weights.load(resolve(tiny)).entry
-    monkeypatch.setattr(weight_pictures, "MODELS", {DEFAULT: entry})
-    monkeypatch.setattr(weight_pictures, "architecture", SimpleNamespace(of=lambda _: architecture.of(str(tiny_model))))
-    weight_pictures._decomposed.cache_clear()
-    weight, _ = weight_pictures._decomposed("query", 1)
+    monkeypatch.setattr(weight_figures, "MODELS", {DEFAULT: entry})
+    monkeypatch.setattr(weight_figures, "architecture", SimpleNamespace(of=lambda _: architecture.of(str(tiny_model))))
+    weight_figures._decomposed.cache_clear()
+    weight, _ = weight_figures._decomposed("query", 1)
     assert weight.equal(
         weights.load(resolve(tiny)).model.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().cpu()
     )
-    assert weight_pictures.images("query", 1, 4).count("<img") == 2
+    assert weight_figures.images("query", 1, 4).count("<img") == 2
     with pytest.raises(PeftlabError, match="no query of layer 9"):
-        weight_pictures._decomposed("query", 9)
-    weight_pictures._decomposed.cache_clear()
+        weight_figures._decomposed("query", 9)
+    weight_figures._decomposed.cache_clear()
 
 
 def test_the_sentence_and_the_table_are_of_the_bundled_studies():
@@ -131,7 +135,7 @@ def test_a_study_of_ones_own_comes_first_and_is_compared():
 def test_merging_is_told_with_its_numbers_and_texts_escaped():
     flip = Flip(7, "<b>", "&", 0.125)
     report = MergeReport(
-        20, "yes", 32.3, (Agreement("fp32", 9.8e-5, 40, (), 0, 9.8e-5), Agreement("bf16", 0.97, 40, (flip,), 1, 1))
+        32.3, (Agreement("fp32", 9.8e-5, 40, (), 0, 9.8e-5), Agreement("bf16", 0.97, 40, (flip,), 1, 1))
     )
     said = merged_said(report)
     assert "<b>32.3</b>" in said and "<b>0.000098</b>" in said and "1 of 40" in said
@@ -143,7 +147,7 @@ def test_times_are_told_as_ratios_with_their_hardware():
         Speed(what, ms / 1000, ms / 1100, ms / 900, ms / 50, n, 10 * n)
         for what, ms, n in (("base", 50, 0), ("apart", 60, 420), ("merged", 49, 0), ("serial", 55, 180))
     )
-    said = timed(LatencyReport("m", "2 cores of X", {"torch": "2"}, "fp32", 9, 16, 5, speeds))
+    said = timed(LatencyReport("2 cores of X", {"torch": "2"}, "fp32", 16, 5, speeds))
     assert "2 cores of X" in said and re.findall(r"<b>([\d.]+)×</b>", said) == ["1.00", "1.20", "0.98", "1.10"]
 
 

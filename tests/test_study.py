@@ -6,28 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import digest, drain, rand
+from tiny import digest, drain, rand, saved
 
-from peftlab import AdapterError, RunSpec, SpecError, adapters, methods, resolve
-from peftlab.base import architecture, weights
+from peftlab import AdapterError, SpecError, adapters
+from peftlab.base import architecture
 from peftlab.compare import lowrank, study
 from peftlab.methods import METHODS
 
 # updates
-
-
-def saved(folder, out, method, **settings):
-    """(base, adapter): every trained number moved, so that the update is large and of full rank where it can be."""
-    spec = resolve(RunSpec(model=str(folder), method=method, **{"precision": "fp32", **settings}))
-    base = weights.load(resolve(spec))
-    targets = methods.targets(architecture.of(str(folder)), resolve(spec))
-    model = methods.find(method).attach(weights.share(base.model), targets, resolve(spec))
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=draw).to(p))
-    return base, adapters.read(adapters.save(model, spec, out / method))
 
 
 def stored(base, name):
@@ -40,7 +26,7 @@ def stored(base, name):
 @pytest.mark.parametrize("model, precision", [("tiny_model", "fp32"), ("tiny_model", "bf16"), ("gpt2_model", "fp32")])
 def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, request, tmp_path):
     folder = request.getfixturevalue(model)
-    base, adapter = saved(folder, tmp_path, "lora", rank=4, alpha=12.0, precision=precision, adapter_precision="fp32")
+    base, adapter = saved(folder, "lora", tmp_path, rank=4, alpha=12.0, precision=precision, adapter_precision="fp32")
     before, found = digest(base.model), list(study.updates(base, adapter))
     kinds = architecture.of(str(folder)).linear()
     assert {u.name for u in found} == {name for kind in kinds for _, name in kind.names()}
@@ -57,7 +43,7 @@ def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, re
 
 def test_a_small_update_keeps_its_rank(tiny_model, tmp_path):
     """As after one step: an fp32 sum would leave only the sum's rounding."""
-    base, adapter = saved(tiny_model, tmp_path, "lora", rank=4, alpha=1e-4)
+    base, adapter = saved(tiny_model, "lora", tmp_path, rank=4, alpha=1e-4)
     assert {lowrank.spectrum(u.delta).rank for u in study.updates(base, adapter)} == {4}
 
 
@@ -66,7 +52,7 @@ def test_a_small_update_keeps_its_rank(tiny_model, tmp_path):
 )
 def test_of_weights_trained_in_place_it_is_the_difference(model, method, request, tmp_path):
     folder = request.getfixturevalue(model)
-    base, adapter = saved(folder, tmp_path, method)
+    base, adapter = saved(folder, method, tmp_path)
     before, found = digest(base.model), list(study.updates(base, adapter))
     tensors = load_file(adapter.folder / adapters.TENSORS)
     linear = {n for kind in architecture.of(str(folder)).linear() for _, n in kind.names() if f"{n}.weight" in tensors}
@@ -86,7 +72,7 @@ NO_LINEAR = {"ln"}
 
 @pytest.mark.parametrize("method", [m for m in FOLDED if m != "bitfit"])
 def test_whatever_merges_has_an_update_that_makes_the_merged_weight(method, tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, tmp_path, method, sequence_length=96)
+    base, adapter = saved(tiny_model, method, tmp_path, sequence_length=96)
     found, merged = list(study.updates(base, adapter)), adapters.merge(base, adapter)
     assert bool(found) == (method not in NO_LINEAR)
     for u in found:
@@ -98,13 +84,13 @@ def test_whatever_merges_has_an_update_that_makes_the_merged_weight(method, tiny
 
 
 def test_a_method_that_cannot_be_merged_says_so(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, tmp_path, "prompt", sequence_length=96)
+    base, adapter = saved(tiny_model, "prompt", tmp_path, sequence_length=96)
     with pytest.raises(SpecError, match="cannot be merged"):
         next(study.updates(base, adapter))
 
 
 def test_only_what_is_named(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, tmp_path, "lora", target_modules="query,value", layers="last:2")
+    base, adapter = saved(tiny_model, "lora", tmp_path, target_modules="query,value", layers="last:2")
     value = "model.layers.2.self_attn.v_proj"
     (only,) = study.updates(base, adapter, [value, "model.layers.0.self_attn.v_proj"])  # layer 0 has no adapter
     assert (only.name, only.layer, only.module.role) == (value, 2, "value")
@@ -116,7 +102,7 @@ def test_only_what_is_named(tiny_model, tmp_path):
 
 
 def test_a_study_says_of_each_matrix_what_the_functions_do(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, tmp_path, "lora", rank=4, target_modules="query,value")
+    base, adapter = saved(tiny_model, "lora", tmp_path, rank=4, target_modules="query,value")
     shares, found = drain(study.study(base, adapter, keep=3))
     assert shares == pytest.approx([n / 6 for n in range(7)])
     assert (found.adapter, found.model, found.method) == ("lora", str(tiny_model), "lora")
@@ -134,7 +120,7 @@ def test_a_study_says_of_each_matrix_what_the_functions_do(tiny_model, tmp_path)
 
 @pytest.mark.parametrize("keep", [0, 2])
 def test_a_study_survives_json(keep, gpt2_model, tmp_path):
-    base, adapter = saved(gpt2_model, tmp_path, "lora", target_modules="c_attn")
+    base, adapter = saved(gpt2_model, "lora", tmp_path, target_modules="c_attn")
     found = drain(study.study(base, adapter, ["transformer.h.1.attn.c_attn"], keep))[1]
     text = json.dumps(found.to_dict(), allow_nan=False)
     again = study.Study.from_dict(json.loads(text))
@@ -148,7 +134,7 @@ def test_a_study_survives_json(keep, gpt2_model, tmp_path):
 
 def test_a_full_fine_tune_keeps_enough_to_compare_with_and_is_small(tiny_model, tmp_path):
     """1.4 characters a number: 1.3 MB for 16 directions of the 60 query and value matrices of SmolLM2."""
-    base, adapter = saved(tiny_model, tmp_path, "full")
+    base, adapter = saved(tiny_model, "full", tmp_path)
     query = "model.layers.0.self_attn.q_proj"
     (m,) = drain(study.study(base, adapter, [query], keep=16))[1].matrices
     (u,) = study.updates(base, adapter, [query])
@@ -160,7 +146,7 @@ def test_a_full_fine_tune_keeps_enough_to_compare_with_and_is_small(tiny_model, 
 
 
 def test_a_files_lines_are_its_matrices_and_it_is_found_again(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, tmp_path, "lora", target_modules="query,value")
+    base, adapter = saved(tiny_model, "lora", tmp_path, target_modules="query,value")
     assert study.recorded(adapter) is None
     found = drain(study.study(base, adapter, keep=2))[1]
     text = found.to_json()
@@ -174,7 +160,7 @@ def test_a_files_lines_are_its_matrices_and_it_is_found_again(tiny_model, tmp_pa
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"adapter":"a","model":"m","method":null,"matrices":[{}]}'])
 def test_a_recorded_study_that_cannot_be_read_is_refused(text, tiny_model, tmp_path):
-    _, adapter = saved(tiny_model, tmp_path, "lora")
+    _, adapter = saved(tiny_model, "lora", tmp_path)
     (adapter.folder / study.FILE).write_text(text)
     with pytest.raises(
         AdapterError, match=r"study\.json: cannot be read .*write it again with python -m peftlab study"
@@ -198,13 +184,13 @@ def test_a_recorded_study_that_cannot_be_read_is_refused(text, tiny_model, tmp_p
     ],
 )
 def test_unasked_it_is_what_the_adapter_adapts(model, method, settings, short_names, layers, request, tmp_path):
-    _, adapter = saved(request.getfixturevalue(model), tmp_path, method, **settings)
+    _, adapter = saved(request.getfixturevalue(model), method, tmp_path, **settings)
     names = study.names(adapter)
     assert {name.rpartition(".")[2] for name in names} == short_names and len(names) == len(short_names) * layers
 
 
 def test_of_an_unknown_method_it_is_every_linear_map_and_only_what_changed_is_studied(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, tmp_path, "lora", target_modules="key")
+    base, adapter = saved(tiny_model, "lora", tmp_path, target_modules="key")
     (adapter.folder / adapters.MANIFEST).unlink()
     elsewhere = adapters.read(adapter.folder)
     names = study.names(elsewhere)
@@ -213,7 +199,7 @@ def test_of_an_unknown_method_it_is_every_linear_map_and_only_what_changed_is_st
 
 
 def test_asked_it_is_what_is_named(tiny_model, tmp_path):
-    _, adapter = saved(tiny_model, tmp_path, "lora", target_modules="query")
+    _, adapter = saved(tiny_model, "lora", tmp_path, target_modules="query")
     assert study.names(adapter, "lm_head") == ["lm_head"]
     assert study.names(adapter, "gate,v_proj")[::3] == [f"model.layers.0.{n}_proj" for n in ("mlp.gate", "self_attn.v")]
     with pytest.raises(SpecError, match="^targets=c_attn: .* it has q_proj, k_proj"):

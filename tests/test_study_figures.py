@@ -10,7 +10,7 @@ from tiny import rand
 from peftlab.compare import lowrank
 from peftlab.compare.lowrank import Spectrum
 from peftlab.compare.study import MatrixStudy, Study
-from peftlab.show import figures
+from peftlab.show import figures, weight_figures
 from peftlab.show import study_figures as draw
 
 W, DELTA = Spectrum(tuple(float(40 - i) for i in range(40))), Spectrum((3.0, 1.0))
@@ -55,7 +55,7 @@ def test_shared_shows_phi_beside_what_chance_gives():
 def test_a_picture_has_a_pixel_a_number():
     from PIL import Image
 
-    uri = draw.picture(torch.tensor([[0.0, -1.0, 0.5], [2.0, 0.1, 0.0]]), 1.0, "#0072B2")
+    uri = weight_figures.picture(torch.tensor([[0.0, -1.0, 0.5], [2.0, 0.1, 0.0]]), 1.0, "#0072B2")
     image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
     assert image.size == (3, 2) and image.getpixel((1, 0)) == (0, 0x72, 0xB2, 255)
     assert [image.getpixel((x, y))[3] for y in range(2) for x in range(3)] == [0, 255, 127, 255, 25, 0]

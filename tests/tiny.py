@@ -149,13 +149,9 @@ def attached(name: str, spec: RunSpec):
 
 def run_of(spec: RunSpec, out: Path, eager: bool = False):
     """A run of a resolved spec, as `train` starts it, but for the evaluations; `eager`, it takes no CUDA graph."""
-    from peftlab.base import weights
-    from peftlab.data import tasks
-    from peftlab.run import engine
-    from peftlab.run.batches import encode
+    from peftlab.run.loop import Run
 
-    base, task = weights.load(resolve(spec)), tasks.find(spec.task)
-    return engine._Run(spec, task, base, out, encode(base.tokenizer, task, task.train), eager)
+    return Run(resolve(spec), out, eager)
 
 
 def steps(run, n: int) -> list[float]:
@@ -165,8 +161,8 @@ def steps(run, n: int) -> list[float]:
     stream, seen = iter(run.batches), []
     for _ in range(n):
         began = time.perf_counter()
-        list(run._launch(next(stream)))
-        seen += [event["loss"] for event in run._fetch(began)]
+        list(run.launch(next(stream)))
+        seen += [event["loss"] for event in run.fetch(began)]
     return seen
 
 
@@ -199,6 +195,35 @@ def small(model, method: str, **rest) -> RunSpec:
     )
 
 
+def moved(model, noise: float = 0.1):
+    """`model` with every trained number moved at random, each time by as much."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(noise * torch.randn(p.shape, generator=draw).to(p))
+    return model
+
+
+def saved(model, method: str, folder: Path, noise: float = 0.1, **settings):
+    """(base, adapter): the whole base in fp32, and on disk an adapter of it whose trained numbers were all moved."""
+    import torch
+
+    from peftlab import adapters, methods
+    from peftlab.base import architecture, weights
+
+    given = {"quantization": "none", "precision": "fp32", **settings}
+    spec = resolve(RunSpec(model=str(model), method=method, **given))
+    base = weights.load(spec)
+    on_whole = resolve(spec.but(method="lora" if method == "qlora" else method))  # the same adapter on a whole base
+    targets = methods.targets(architecture.of(spec.model), on_whole)
+    torch.manual_seed(0)
+    attached = methods.find(on_whole.method).attach(weights.share(base.model), targets, on_whole)
+    return base, adapters.read(adapters.save(moved(attached, noise), spec, folder / method))
+
+
 def said(model, prompts, decoding, eos=-1):
     """The tokens that `model` answers each prompt with."""
     from peftlab.run.generate import decode
@@ -222,3 +247,13 @@ def basis(n, k, seed=0):
     import torch
 
     return torch.linalg.qr(rand(n, k, seed=seed))[0]
+
+
+def wait_for(condition, seconds=20):
+    """Returns once `condition()` holds; fails where it does not in so many seconds."""
+    import time
+
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)

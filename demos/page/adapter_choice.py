@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any
 
 import gradio as gr
 
+from demos.page.controls import Update
 from demos.page.tab import Asked
 from peftlab import PeftlabError, adapters
 from peftlab.adapters import Adapter
@@ -20,27 +20,30 @@ def bundled() -> dict[str, Adapter]:
     return {a.name: a for a in adapters.bundled()}
 
 
-def of(key: Any) -> Adapter:
-    """A bundled adapter by name, or one trained here by its run's id; nothing else on the disk can be named."""
+def of(key: object) -> Adapter:
+    """A bundled adapter by name, or one trained here by its run's id; nothing else on the disk can be named.
+
+    Raises PeftlabError for any other key.
+    """
     if isinstance(key, str) and key in bundled():
         return bundled()[key]
     if not _is_here(key):
         raise PeftlabError(f"The adapter {str(key)[:60]} is not here any more; choose another one")
-    return adapters.read(jobs.RUNS / key / "adapter")
+    return adapters.read(jobs.RUNS / str(key) / "adapter")
 
 
-def chooser(label: str = "Adapter", **rest: Any) -> gr.Dropdown:
+def chooser(value: str | None, label: str = "Adapter") -> gr.Dropdown:
     """A control that offers adapters, as `offered` says."""
-    return gr.Dropdown(choices([]), label=label, info="Trained here, or bundled with the app", **rest)
+    return gr.Dropdown(choices([]), value=value, label=label, info="Trained here, or bundled with the app")
 
 
-def offered(asked: Asked, chosen: Any) -> dict[str, Any]:
+def offered(asked: Asked, chosen: str | None) -> Update:
     """What a chooser shows to a visitor."""
     return gr.update(choices=choices(asked.kept.get("adapters")), value=chosen)
 
 
-def choices(mine: Any) -> list[tuple[str, str | int | float]]:
-    """Names and keys: the visitor's own, as `Asked.kept["adapters"]` lists them, the newest first; then the bundled ones."""
+def choices(mine: object) -> list[tuple[str, str | int | float]]:
+    """Names and keys: the visitor's own, `Asked.kept["adapters"]`, the newest first; then the bundled ones."""
     own = [key for key in reversed(mine if isinstance(mine, list) else []) if _is_here(key)]
     return [
         *((f"yours: {_label(of(key))}", key) for key in own),
@@ -48,7 +51,7 @@ def choices(mine: Any) -> list[tuple[str, str | int | float]]:
     ]
 
 
-def _is_here(key: Any) -> bool:
+def _is_here(key: object) -> bool:
     return isinstance(key, str) and bool(re.fullmatch(r"[\w-]+", key)) and (jobs.RUNS / key / "adapter").exists()
 
 

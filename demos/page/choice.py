@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from peftlab import SpecError
 from peftlab.spec import closest
 
 LETTERS = 2000
 """Longest text that a visitor may send to a model."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """`usual` is what it is at first; `read` makes a value of what a link or a control says, or raises SpecError."""
+class Choice(Generic[T]):
+    """`usual` is the value at first; `read` makes a value of what a link or a control says, or raises SpecError."""
 
-    usual: Any
-    read: Callable[[str], Any]
+    usual: T
+    read: Callable[[str], T]
 
 
-def number(name: str, usual: float | None, low: float, high: float, whole: bool = True) -> Choice:
+@dataclass(frozen=True)
+class Number(Choice[float | None]):
     """A number from `low` to `high`."""
 
+    low: float
+    high: float
+
+
+def number(name: str, usual: float | None, low: float, high: float, whole: bool = True) -> Number:
     def read(text: str) -> float:
         try:
             value = float(text)
@@ -35,22 +42,21 @@ def number(name: str, usual: float | None, low: float, high: float, whole: bool 
             raise SpecError(f"{name}={text[:40]}: {kind} from {said(low)} to {said(high)}; try {said(try_)}")
         return int(value) if whole else value
 
-    return Choice(usual, read)
+    return Number(usual, read, low, high)
 
 
-def one_of(name: str, usual: str | None, known: Callable[[], Collection[str]] | Collection[str]) -> Choice:
+def one_of(name: str, usual: str | None, known: Collection[str]) -> Choice[str | None]:
     """A key of a registry."""
 
     def read(text: str) -> str:
-        keys = known() if callable(known) else known
-        if text not in keys:
-            raise SpecError(f"{name}={text[:40]}: no such {name}; {closest(text, keys)}")
+        if text not in known:
+            raise SpecError(f"{name}={text[:40]}: no such {name}; {closest(text, known)}")
         return text
 
     return Choice(usual, read)
 
 
-def several(name: str, usual: tuple[str, ...], known: Collection[str]) -> Choice:
+def several(name: str, usual: tuple[str, ...], known: Collection[str]) -> Choice[tuple[str, ...]]:
     """Any of a registry's keys, by semicolon, in the registry's order; `none` for none of them."""
 
     def read(text: str) -> tuple[str, ...]:
@@ -60,7 +66,7 @@ def several(name: str, usual: tuple[str, ...], known: Collection[str]) -> Choice
     return Choice(usual, read)
 
 
-def words(name: str, usual: str | None = None, most: int = LETTERS) -> Choice:
+def words(name: str, usual: str | None = None, most: int = LETTERS) -> Choice[str | None]:
     """Free text."""
 
     def read(text: str) -> str:
@@ -71,13 +77,13 @@ def words(name: str, usual: str | None = None, most: int = LETTERS) -> Choice:
     return Choice(usual, read)
 
 
-def said(value: Any) -> str:
+def said(value: object) -> str:
     """A value as a link says it."""
     if isinstance(value, tuple):
         return ";".join(value) or "none"
     return str(value).removesuffix(".0")
 
 
-def unusual(values: Mapping[str, Any], choices: Mapping[str, Choice]) -> dict[str, str]:
+def unusual(values: Mapping[str, object], choices: Mapping[str, Choice]) -> dict[str, str]:
     """What a link says of the choices: those that are not as usual."""
     return {name: said(value) for name, value in values.items() if value != choices[name].usual}

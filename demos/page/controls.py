@@ -5,22 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
 import gradio as gr
 
+from demos.page.choice import Number
 from peftlab import RunSpec
 from peftlab.base.models import DEFAULT, MODELS, find
+from peftlab.show.figures import Chart
 from peftlab.show.settings import label, short
 from peftlab.spec import SETTINGS
 
 PLOT = "const begin = () => window.peftlab ? peftlab.plot(element, props, watch) : setTimeout(begin, 20); begin();"
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
+Update: TypeAlias = dict[str, Any]
+"""An update of a component, as `gr.update` makes it."""
+Choices: TypeAlias = Sequence[str | tuple[str, str]]
+"""What a chooser offers: values, or pairs of a name and a value."""
 
 
-def plot(value: dict[str, Any] | None, label: str) -> gr.HTML:
+class Named(Protocol):
+    """An entry of a registry, as a chooser shows it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Described(TypedDict):
+    """What stands above a control: the setting's name and its meaning."""
+
+    label: str
+    info: str
+
+
+def plot(value: dict[str, Chart] | None, label: str) -> gr.HTML:
     """A plotly figure made by `figures.themed`; `label` is read to those who cannot see it."""
-    layout = value["light"]["layout"] if value else {}
+    layout = cast("dict[str, Any]", value["light"]["layout"]) if value else {}
     height, title = layout.get("height", 300), layout.get("title", {}).get("text", "")
     return gr.HTML(
         value,
@@ -31,8 +51,8 @@ def plot(value: dict[str, Any] | None, label: str) -> gr.HTML:
     )
 
 
-def sentence(text: str) -> gr.HTML:
-    return gr.HTML(text, html_template='<h2 class="sentence" aria-live="polite">${value}</h2>', js_on_load=None)
+def sentence() -> gr.HTML:
+    return gr.HTML("", html_template='<h2 class="sentence" aria-live="polite">${value}</h2>', js_on_load=None)
 
 
 def note(text: str = "") -> gr.HTML:
@@ -40,50 +60,45 @@ def note(text: str = "") -> gr.HTML:
 
 
 def problem() -> gr.HTML:
-    """Where a refusal appears: beside the controls that caused it, and away again when it is cured."""
+    """Where a refusal appears that no control has a place for; it goes once it is cured."""
     return gr.HTML("", html_template='<div class="problem" role="alert">${value}</div>', js_on_load=None)
 
 
-def blank(value: Any) -> Any:
-    """What an empty control shows of a setting that is automatic."""
+def blank(value: object) -> str | bool:
+    """What a control shows of a setting: a switch its state, anything else its text, which is empty for automatic."""
     return "" if value is None else value if isinstance(value, (str, bool)) else short(value)
 
 
-def shown_model(spec: RunSpec) -> dict[str, Any]:
+def shown_model(spec: RunSpec) -> Update:
     """What a chooser of models shows. A config of the visitor's own is a choice with its name, while it is chosen."""
     key = spec.model or DEFAULT
     own = [(find(key).name, key)] if key.startswith("config:") else []
     return gr.update(value=key, choices=[*choices_of(MODELS), *own])
 
 
-def slid(value: float, top: float) -> dict[str, Any]:
+def slid(value: float, top: float) -> Update:
     """What a slider shows: one that usually ends at `top` reaches further where the value does."""
     return gr.update(value=value, maximum=max(top, value))
 
 
-def seen(value: Any) -> dict[str, Any]:
-    """What a panel shows that is there only where it has something to show."""
+def seen(value: object) -> Update:
+    """What a panel shows that is visible only where it has something to show."""
     return gr.update(value=value, visible=value is not None)
 
 
-def lessons(runs: Mapping[str, Mapping[str, str]]) -> gr.HTML:
-    """A button for each run, by name, that replaces the settings with it."""
-    return _replacing(runs, "lessons")
-
-
-def reset(*keeping: str) -> gr.HTML:
-    """A button that makes every setting of the run automatic, but those that it keeps."""
-    return _replacing({"Reset to automatic": {}}, "reset", keeping)
-
-
-def _replacing(runs: Mapping[str, Mapping[str, str]], kind: str, keeping: Sequence[str] = ()) -> gr.HTML:
-    """Buttons that store.js hears."""
+def lessons(runs: Mapping[str, Mapping[str, str]], kind: str = "lessons", keeping: Sequence[str] = ()) -> gr.HTML:
+    """A button for each run, by name. store.js then replaces the run's settings, but for those in `keeping`."""
     buttons = "".join(
         f'<button type="button" class="small-button" data-replace="{escape(json.dumps(run))}" '
         f'data-keeping="{escape(json.dumps(keeping))}">{escape(name)}</button>'
         for name, run in runs.items()
     )
     return gr.HTML(f'<div class="{kind}">{buttons}</div>', js_on_load=None)
+
+
+def reset(*keeping: str) -> gr.HTML:
+    """A button that makes every setting of the run automatic, but for those in `keeping`."""
+    return lessons({"Reset to automatic": {}}, "reset", keeping)
 
 
 def stage(settings: Callable[[], None], pictures: Callable[[], None]) -> None:
@@ -97,7 +112,7 @@ def stage(settings: Callable[[], None], pictures: Callable[[], None]) -> None:
             pictures()
 
 
-def described(name: str) -> dict[str, Any]:
+def described(name: str) -> Described:
     about = SETTINGS[name]
     return {"label": label(name), "info": about.meaning[0].upper() + about.meaning[1:]}
 
@@ -106,30 +121,35 @@ def slider(name: str, low: float, high: float, value: float, step: float = 1) ->
     return gr.Slider(low, high, value, step=step, **described(name))
 
 
+def slider_of(choice: Number, label: str, info: str | None = None, step: float = 1, visible: bool = True) -> gr.Slider:
+    """A slider over the whole range of a tab's own choice."""
+    return gr.Slider(choice.low, choice.high, choice.usual, step=step, label=label, info=info, visible=visible)
+
+
 def text(name: str) -> gr.Textbox:
-    """For a name or a number; empty means automatic, which gr.Number on a hidden tab would send as 0."""
+    """For a name or a number. Empty means automatic, which gr.Number on a hidden tab would send as 0."""
     return gr.Textbox(placeholder=SETTINGS[name].automatic, max_lines=1, **described(name))
 
 
-def choice(name: str, choices: Sequence[Any] | None = None, value: Any = None, **rest: Any) -> gr.Dropdown:
-    """Registry choices as given, or the setting's own with `automatic` first."""
+def choice(name: str, choices: Choices | None = None, value: str | None = None, own: bool = False) -> gr.Dropdown:
+    """A dropdown of `choices`, or of the setting's own with `automatic` first; where `own`, others may be typed in."""
     about = SETTINGS[name]
     if choices is None:
-        choices = [(f"automatic: {about.automatic}", ""), *about.choices]
-        value = value or ""
-    return gr.Dropdown(choices, value=value, **(described(name) | rest))
+        choices, value = [(f"automatic: {about.automatic}", ""), *about.choices], ""
+    return gr.Dropdown(choices, value=value, allow_custom_value=own, **described(name))
 
 
 def model_choice(value: str | None) -> gr.Dropdown:
-    """Any model that can be counted; what `public` lets through may be typed in."""
-    info = "From the catalogue, a Hub id, or a bare count such as 100B"
-    return choice("model", choices_of(MODELS), value, allow_custom_value=True, info=info)
+    """Any model that can be counted; what `address.public` lets through may be typed in."""
+    made = choice("model", choices_of(MODELS), value, own=True)
+    made.info = "From the catalogue, a Hub id, or a bare count such as 100B"
+    return made
 
 
-def choices_of(registry: Any) -> list[tuple[str, str]]:
+def choices_of(registry: Mapping[str, Named]) -> list[tuple[str, str]]:
     return [(entry.name, key) for key, entry in registry.items()]
 
 
-def as_update(value: Any) -> dict[str, Any]:
+def as_update(value: object) -> Update:
     """What the page takes as an update of a component."""
     return value if isinstance(value, dict) and "__type__" in value else gr.update(value=value)

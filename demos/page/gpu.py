@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 SECONDS = 120
 """Longest that one run may hold a shared GPU."""
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def on_gpu(work: Callable[..., Any]) -> Callable[..., Any]:
+def on_gpu(work: Callable[P, T]) -> Callable[P, T]:
+    """`work`, which a ZeroGPU Space runs where the GPU is. Call this at import, when a Space looks for it."""
     if not os.environ.get("SPACES_ZERO_GPU"):
         return work
     import spaces
@@ -18,14 +21,12 @@ def on_gpu(work: Callable[..., Any]) -> Callable[..., Any]:
     return spaces.GPU(work, duration=SECONDS)
 
 
-def with_result(work: Generator[float, None, Any]) -> Iterator[tuple[float, Any]]:
+def with_result(work: Generator[float, None, T]) -> Iterator[tuple[float, T | None]]:
     """The shares done of a work, each with None; at last 1, with what the work returns."""
-    result = None
-
-    def to_its_end() -> Iterator[float]:
-        nonlocal result
-        result = yield from work
-
-    for share in to_its_end():
+    while True:
+        try:
+            share = next(work)
+        except StopIteration as end:
+            yield 1.0, end.value
+            return
         yield share, None
-    yield 1.0, result

@@ -33,32 +33,22 @@ COLOURS = {
     "slider_color": ("#0072B2", "#56B4E9"),
     "panel_background_fill": ("transparent", "transparent"),
 }
-"""Of the theme: in light, and in dark."""
+"""The theme's colours: each in light, and in dark."""
 
 
 def script(*names: str) -> str:
-    """Files of this folder as a browser gets them: without comments of whole lines and without indentation."""
+    """Files of this folder as a browser gets them: without indentation, and without lines that are comments."""
     lines = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names).splitlines()
     return "\n".join(line for line in map(str.strip, lines) if line and not line.startswith(("//", "/**", "* ")))
 
 
 def theme() -> gr.themes.Base:
     light, dark = ({name + end: pair[i] for name, pair in COLOURS.items()} for i, end in enumerate(("", "_dark")))
-    return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue,
-        neutral_hue=gr.themes.colors.gray,
-        text_size=gr.themes.sizes.text_lg,
-        radius_size=gr.themes.sizes.radius_sm,
-        font=FONT,
-        font_mono=MONO,
-    ).set(
-        **light,
-        **dark,
-        block_border_width="0px",
-        block_shadow="none",
-        block_title_text_weight="600",
-        input_border_width="1px",
+    base = gr.themes.Base(
+        primary_hue="blue", neutral_hue="gray", text_size="lg", radius_size="sm", font=FONT, font_mono=MONO
     )
+    frames = {"block_border_width": "0px", "block_shadow": "none", "input_border_width": "1px"}
+    return base.set(**light, **dark, **frames, block_title_text_weight="600")
 
 
 def plotly_script() -> str:
@@ -71,7 +61,7 @@ def plotly_script() -> str:
 
 
 def launch_options() -> dict[str, Any]:
-    """For `Blocks.launch`: the look, and limits on what visitors can send."""
+    """Arguments of `Blocks.launch`: the look, and the limit on what visitors can send."""
     return {
         "theme": theme(),
         "css_paths": [ASSETS / "style.css"],

@@ -1,18 +1,18 @@
-// The LoRA tab's numbers and words: functions of what the server sent (`data`) and of what is set (`settings`), as the backend
-// counts and says them.
+// The LoRA tab's numbers and words: functions of what the server sent, `data`, and of what is set, `settings`. The backend
+// counts and says them alike.
 
 // --- counting: the registry's terms, as peftlab/methods evaluates them
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 const valueOf = (terms, sizes) => Math.round(sum(terms.map(([c, factors]) => c * product(factors.map((name) => sizes[name])))));
-/** In how many layers each kind of module is adapted. One outside the layers is where all of them are. */
+/** In how many layers each kind of module is adapted. A module outside the layers is adapted where all layers are. */
 const chosenOf = (data, {targets, layers}) =>
   data.modules.map((m) => !targets.has(m.name) ? 0
     : m.layers.length ? m.layers.filter((layer) => layers.has(layer)).length : +(layers.size === data.n_layers));
 const trainsNothing = (data, settings) => !chosenOf(data, settings).some(Boolean);
 
-/** Trained and saved parameters: {each: per module kind, rows: over its layers, trained, saved, chosen}. */
+/** Parameters: `each` of one module of a kind, `rows` of a kind in its `chosen` layers, all that are `trained` or `saved`. */
 const count = (data, settings) => {
   const method = data.methods[settings.method], chosen = chosenOf(data, settings);
   const each = data.modules.map((m) => valueOf(method.terms, {...m, rank: settings.rank}));
@@ -21,7 +21,7 @@ const count = (data, settings) => {
   return {each, chosen, rows: each.map((n, i) => n * chosen[i]), trained: total(each), saved: total(kept)};
 };
 
-/** Alpha as the run would have it: set, or by the method's own rule. */
+/** The alpha of the run: as it is set, or by the method's rule; null where the method has none. */
 const alphaOf = (data, {method, rank, alpha}) => {
   const rule = data.methods[method].alpha;
   return rule === null ? null : alpha ?? rule[0] + rule[1] * rank;
@@ -31,9 +31,9 @@ const scaleOf = (data, settings) => {
   return alpha === null ? 1 : alpha / (data.methods[settings.method].root ? Math.sqrt(settings.rank) : settings.rank);
 };
 
-// --- words: those of peftlab/words.py, and of words.js, which stands before this
+// --- words: WORDS has the backend's texts, and words.js, which stands before this, its formats
 
-/** A set of layers as `layers` takes it; empty for all. */
+/** A set of layers as the setting `layers` says it; empty for all. */
 const layersText = (layers, n) => {
   if (layers.size === n) return '';
   const runs = [];
@@ -77,5 +77,5 @@ const sentence = (data, settings, counted) => fill(WORDS.sentence, {
   size: size(counted.saved * settings.bytes),
 });
 
-/** The setting that a refusal begins with, where it has a place for its own. */
+/** The setting that a refusal begins with, where that setting has a place for its refusals; empty otherwise. */
 const blamed = (wrong) => /^(rank|alpha)=/.exec(wrong)?.[1] ?? '';

@@ -1,4 +1,4 @@
-"""The LoRA tab's own instrument: counted and drawn in the page from shapes and terms that Python sends once."""
+"""The LoRA tab's picture and knobs, which the page counts and draws from shapes and terms that Python sends once."""
 
 from __future__ import annotations
 
@@ -14,36 +14,31 @@ from peftlab.methods import METHODS
 from peftlab.show.methods import PUBLISHED, preset_says
 from peftlab.show.shapes import FAMILY, WORDS
 
-OF_ALPHA = tuple(key for key in PRESETS if key.startswith("alpha"))
+ALPHA = {key: preset for key, preset in PRESETS.items() if key.startswith("alpha")}
 """Published rules for alpha."""
-
 CONSTANTS = {
     "WORDS": WORDS,
-    "OPENING": {"method": address.OPENING.method},
+    "OPENING": {"method": address.METHOD},
     "PRESETS": {
-        key: {
-            **PRESETS[key].settings,
-            "over_rank": PRESETS[key].alpha_over_rank,
-            "says": escape(preset_says(key)),
-        }
-        for key in OF_ALPHA
+        key: {**preset.settings, "over_rank": preset.alpha_over_rank, "says": escape(preset_says(key))}
+        for key, preset in ALPHA.items()
     },
     "PUBLISHED": PUBLISHED,
 }
 SCRIPT = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in CONSTANTS.items()) + look.script(
-    "words.js", "lora_count.js", "lora_toy.js", "lora_widget.js"
+    "words.js", "lora_count.js", "lora_toy.js", "lora_picture.js", "lora_widget.js"
 )
 
 
 def knobs() -> gr.HTML:
-    """The controls, which the page's script reads: method, rank, alpha and what was published of it."""
+    """The controls that the page's script reads: method, rank, alpha and the published rules for alpha."""
     return gr.HTML(
         _chooser("method", "Method", "Of those that have a rank", {key: METHODS[key].name for key in FAMILY})
         + _slider("rank", "Rank", controls.described("rank")["info"], 'min="1"')
         + '<div class="alpha-knob">'
         + _slider("alpha", "Alpha", controls.described("alpha")["info"], 'min="0" step="any"')
         + '<button type="button" class="small-button" data-knob="automatic">Automatic alpha</button>'
-        + _chooser("preset", "Preset", PUBLISHED, {"": "none", **{key: PRESETS[key].name for key in OF_ALPHA}})
+        + _chooser("preset", "Preset", PUBLISHED, {"": "none", **{key: preset.name for key, preset in ALPHA.items()}})
         + "</div>",
         js_on_load=None,
         elem_classes="knobs",
@@ -59,7 +54,7 @@ def _chooser(name: str, label: str, info: str, options: Mapping[str, str]) -> st
 
 
 def _slider(name: str, label: str, info: str, of_number: str) -> str:
-    """A refusal of the setting stands below its slider: the page's own at once, the server's once it has answered."""
+    """A slider, a box for the same number, and the place where the page refuses it, until the server does."""
     return (
         f'<div class="knob" id="lora-{name}"><span>{label}</span><small>{escape(info)}</small><div>'
         f'<input type="range" data-knob="{name}" aria-label="{label}" min="0" max="64">'
@@ -69,12 +64,12 @@ def _slider(name: str, label: str, info: str, of_number: str) -> str:
 
 
 def picture() -> gr.HTML:
-    """Its script draws it, the knobs' state and the lower half, and writes method, rank, alpha, target modules and layers."""
+    """The upper half. Its script draws both halves and the knobs, and writes what the reader sets in them."""
     return gr.HTML(None, html_template=TOP, js_on_load=SCRIPT, elem_classes="drawn")
 
 
 def rest() -> gr.HTML:
-    """The picture's lower half, which the same script fills."""
+    """The lower half."""
     return gr.HTML(BELOW, js_on_load=None, elem_classes="drawn")
 
 

@@ -1,7 +1,6 @@
-"""What the page costs its server: processor time of its answers, and the size of what a browser loads first.
+"""Measures what the page costs its server: processor time of its answers, and the size of what a browser loads first.
 
-`python demos/page/measure.py`, which `peftlab bench page` runs, prints one JSON document. Each answer is to settings that
-nobody asked for before.
+`peftlab bench page` runs this file, which prints one JSON document. No two answers are to the same settings.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,7 +23,7 @@ ROUNDS = 200
 
 
 def settings(draw: random.Random) -> dict[str, str]:
-    """Settings of a run, as somebody who tries things out would choose them."""
+    """Settings of a run as a visitor might choose them."""
     return {
         "model": draw.choice([key for key, model in MODELS.items() if model.is_causal]),
         "method": draw.choice([key for key in METHODS if "rank" in METHODS[key].settings]),
@@ -36,7 +34,7 @@ def settings(draw: random.Random) -> dict[str, str]:
 
 
 def milliseconds(tab: str, states: list[dict[str, str]]) -> dict[str, float]:
-    """Processor time of an answer, of what is in sight when the folds are closed."""
+    """Processor time of an answer while the folds are closed."""
     took = []
     for number, state in enumerate(states):
         start = time.process_time()
@@ -49,20 +47,16 @@ def main() -> None:
     draw = random.Random(0)
     states = [settings(draw) for _ in range(ROUNDS)]
     tabs = list(app.demo.store.tabs)
-    for tab in tabs:  # what is made once is made before
+    for tab in tabs:  # makes what is made only once
         app.demo.store.answer({"number": 0, "tab": tab, "state": {"rank": "3"}, "open": []})
-    answers: dict[str, Any] = {tab: milliseconds(tab, states) for tab in tabs}
     config = json.dumps(app.demo.get_config_file(), default=str, separators=(",", ":")).encode()
-    print(
-        json.dumps(
-            {
-                "answers_milliseconds": answers,
-                "random_settings": ROUNDS,
-                "config_bytes": len(config),
-                "config_gzip_bytes": len(gzip.compress(config)),
-            }
-        )
-    )
+    found = {
+        "answers_milliseconds": {tab: milliseconds(tab, states) for tab in tabs},
+        "random_settings": ROUNDS,
+        "config_bytes": len(config),
+        "config_gzip_bytes": len(gzip.compress(config)),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The Memory tab's sentence and bars, drawn from polynomials in batch, length and rank. words.js stands before this.
+// Draws the Memory tab's sentence and bars from polynomials in batch, length and rank. words.js stands before this.
 
 let at = props.value.at;
 const evaluate = (terms) => terms.reduce((sum, [c, i, j, k]) => sum + c * at[0] ** i * at[1] ** j * at[2] ** k, 0);
@@ -30,20 +30,20 @@ const draw = () => {
     where: sure ? ', and ' + where : '',
   }) : sure ? ' ' + where[0].toUpperCase() + where.slice(1) + '.' : '');
   element.querySelector('.bars').innerHTML = runs.map((run, i) => {
-    const pieces = kinds.filter(([kind]) => each[i][kind] > 0).map(([kind, colour, label]) => {
+    const mine = kinds.filter(([kind]) => each[i][kind] > 0);
+    const pieces = mine.map(([kind, colour, label]) => {
       const share = 100 * each[i][kind] / most;
       return `<span class="piece ${colour}" style="width:${share}%" title="${label}: ${size(each[i][kind])}">` +
         (share * room / 100 > 9 * label.length + 14 ? `<i>${label}</i>` : '') + '</span>';
     }).join('');
-    const said = kinds.filter(([kind]) => each[i][kind] > 0).map(([kind, , label]) => `${label} ${size(each[i][kind])}`);
+    const said = mine.map(([kind, , label]) => `${label} ${size(each[i][kind])}`);
     return `<div class="bar"><div class="bar-name">${name(run)} <small>${run.note}</small><b>${size(totals[i])}</b></div>` +
       `<div class="pieces" role="img" aria-label="${name(run)}: ${said.join(', ')}">${pieces}</div></div>`;
   }).join('');
   const shown = new Map(kinds.filter(([kind]) => each.some((p) => p[kind] > 0)).map(([, colour, label]) => [colour, label]));
   element.querySelector('.legends').innerHTML = [...shown].map(([colour, label]) =>
     `<span class="legend"><span class="key ${colour}"></span>${colour === 'overhead' ? 'overhead' : label}</span>`).join('');
-  const source = element.querySelector('.source');
-  source.innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
+  element.querySelector('.source').innerHTML = runs.every(isExact) ? props.value.exact : props.value.closed;
 };
 draw();
 watch('value', () => {
@@ -52,10 +52,10 @@ watch('value', () => {
 });
 new ResizeObserver(draw).observe(element);
 window.addEventListener('peftlab-written', ({detail}) => {
-  if (!Object.keys(detail).every((name) => SLIDERS.includes(name))) return; // of another run the answer tells
+  if (!Object.keys(detail).every((name) => SLIDERS.includes(name))) return; // the answer draws any other change
   at = SLIDERS.map((name, i) => +detail[name] || at[i]);
   if (!props.value.moved) {
-    props.value = {...props.value, moved: true}; // or an answer that is the last one again would be no news
+    props.value = {...props.value, moved: true}; // so that Gradio shows an answer that equals the last one: it is a change
     peftlab.redrawn('memory.bars');
   }
   draw();

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from demos.page import address, choice, controls
 from peftlab import RunSpec, resolve
-from peftlab.base.models import DEFAULT, find
+from peftlab.base.models import find
 from peftlab.catalog.presets import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, with_preset
@@ -19,7 +20,8 @@ from peftlab.spec import SETTINGS
 CHOOSER = """
 const box = () => element.querySelector('select');
 element.addEventListener('change', () => {
-  props.value = {...props.value, method: box().value};  // or the old value, put back by Back, would be no news
+  // Without this, an answer that puts the old method back, as Back does, would be no change, and would not be shown.
+  props.value = {...props.value, method: box().value};
   peftlab.heard('TAB.method', box().value);
 });
 watch('value', () => { if (box()) box().value = props.value.method; });
@@ -27,7 +29,7 @@ watch('value', () => { if (box()) box().value = props.value.method; });
 
 
 def method_choice(tab: str, method: str, model: str) -> gr.HTML:
-    """The registry by family. A method that does not suit the model is there, disabled; `unsuited` says why."""
+    """The registry by family. A method that does not suit the model stands there disabled; `unsuited` says why."""
     return gr.HTML(
         method_value(method, model),
         html_template=f'<label class="chooser"><span>Method</span><small>{controls.described("method")["info"]}</small>'
@@ -38,47 +40,7 @@ def method_choice(tab: str, method: str, model: str) -> gr.HTML:
 
 SLIDERS = {"rank": (1, 256, 8), "virtual_tokens": (1, 100, 20), "bottleneck": (1, 256, 16), "block_size": (2, 64, 16)}
 BY_METHOD = (*SLIDERS, "train_norms", "target_modules")
-"""Settings whose controls show the method's own default when the method changes; the others are empty when automatic."""
-
-
-def method_settings(spec: RunSpec, *names: str) -> dict[str, Any]:
-    """A control for each of `names`, settings that only some methods read, shown where `spec`'s method reads it."""
-    made: dict[str, Any] = {}
-    for name in names:
-        if name in SLIDERS:
-            control: Any = controls.slider(name, *SLIDERS[name])
-        elif name == "train_norms":
-            control = gr.Checkbox(False, **controls.described(name))
-        elif name == "target_modules":
-            control = controls.choice(name, TARGETS, "all-linear", allow_custom_value=True)
-        else:
-            control = controls.text(name)
-        control.visible = name in METHODS[spec.method or "lora"].settings
-        made[name] = control
-    return made
-
-
-def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, Any]:
-    """What the controls `names` show: those that the spec's method reads, and their values."""
-    of, countable = resolve(spec), find(spec.model or DEFAULT).config is not None
-    uses = METHODS[of.method or ""].settings if countable else ()
-    updates = {}
-    for name in names:
-        value = _blank(None if name in of.unread else getattr(of if name in BY_METHOD else spec, name), name)
-        update = controls.slid(value, SLIDERS[name][1]) if name in SLIDERS else gr.update(value=value)
-        updates[name] = update | {"visible": name in uses or name not in METHOD_SETTINGS}
-    return updates
-
-
-def _blank(value: Any, name: str) -> Any:
-    """What an empty control shows; a slider has no empty state."""
-    if name in SLIDERS:
-        return SLIDERS[name][2] if value is None else value
-    if value is None and name == "target_modules":
-        return "all-linear"
-    return bool(value) if name == "train_norms" else controls.blank(value)
-
-
+"""Settings whose controls show the value that the method gives them; the others are empty when automatic."""
 TARGETS = (
     ("every linear layer", "all-linear"),
     ("query and value", "query,value"),
@@ -86,13 +48,50 @@ TARGETS = (
 )
 
 
+def method_settings(method: str, names: Sequence[str]) -> dict[str, Component]:
+    """A control for each of `names`, settings that only some methods read, visible where `method` reads it."""
+    made = {name: _control(name) for name in names}
+    for name, control in made.items():
+        control.visible = name in METHODS[method].settings
+    return made
+
+
+def _control(name: str) -> Component:
+    if name in SLIDERS:
+        return controls.slider(name, *SLIDERS[name])
+    if name == "train_norms":
+        return gr.Checkbox(False, **controls.described(name))
+    if name == "target_modules":
+        return controls.choice(name, TARGETS, "all-linear", own=True)
+    return controls.text(name)
+
+
+def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, controls.Update]:
+    """What the controls `names` show: the values of those that the spec's method reads; the others are not visible."""
+    run = resolve(spec)
+    uses = METHODS[run.method].settings if find(run.model).config else ()
+    updates = {}
+    for name in names:
+        value = _blank(None if name in run.unread else getattr(run if name in BY_METHOD else spec, name), name)
+        update = controls.slid(value, SLIDERS[name][1]) if name in SLIDERS else gr.update(value=value)
+        updates[name] = update | {"visible": name in uses or name not in METHOD_SETTINGS}
+    return updates
+
+
+def _blank(value: Any, name: str) -> Any:
+    """What a control shows of `value`. A slider, a switch and the target modules have no empty state."""
+    if value is None and name in BY_METHOD:
+        return SLIDERS[name][2] if name in SLIDERS else "all-linear" if name == "target_modules" else False
+    return value if name in SLIDERS else controls.blank(value)
+
+
 def preset_choice(keys: Sequence[str]) -> gr.Dropdown:
     choices = [("none", ""), *((PRESETS[key].name, key) for key in keys)]
     return gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED)
 
 
-def of_preset(key: str, run: Mapping[str, Any]) -> tuple[RunSpec, str]:
-    """The settings of a preset, those of `run` in their place where it has some; and the key, while all are the preset's."""
+def of_preset(key: str, run: Mapping[str, str]) -> tuple[RunSpec, str]:
+    """The settings of a preset, with those of `run` in their place; and the key, or "" once one is not the preset's."""
     about = {name: run[name] for name in KEPT_BY_PRESETS if name in run}
     preset = with_preset(address.public(address.OPENING.to_dict() | about), PRESETS[key])
     spec = address.public(preset.to_dict() | dict(run))

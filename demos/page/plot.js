@@ -1,5 +1,5 @@
-// Charts. The title moves into the page, where it can wrap; Plotly.react keeps zoom and does not flicker, and the reader's own
-// theme picks the template; gr.Plot does none of it.
+// Charts. Unlike gr.Plot, this puts the title into the page, where it can wrap, keeps the zoom, does not flicker, and follows
+// the reader's theme.
 
 const plot = (element, props, watch) => {
   const draw = () => {

@@ -1,17 +1,20 @@
-// The settings of the page, which owns them. Controls, links, Back, presets and lessons write here and nowhere else; the
-// address shows what is here; the server is asked what it looks like, and an answer to any but the newest question is dropped.
+// The page owns its settings, and this file holds them. Controls, links, Back, presets and lessons write here and nowhere
+// else. The address shows what is held here. The server says what the settings look like; only an answer to the newest
+// question counts.
 
-const GIVEN = /*given*/{};  // {tabs: the first is the usual one, nats: the word explained, run: names of a run's settings, clears: {name: names}, outputs: names in order}
-const DRAWN = 150; // milliseconds until Gradio has drawn an update
-const REST = 400; // milliseconds without a move after which a slider or a text box counts as at rest
-const PATIENCE = 30_000, LONG = 300_000; // milliseconds after which an answer is taken for lost: a quick one, an exact one
-const LONGEST = 10_000; // letters of a value that an address still carries
+// store.py fills this in: tabs, of which the first is the usual one; nats, that word with its meaning; run, the names of a
+// run's settings; clears, the names that become automatic when another one is written; folds, their names by element;
+// outputs, the names of all components in order.
+const GIVEN = /*given*/{};
+const DRAWN = 150; // milliseconds that Gradio needs to draw an update
+const REST = 400; // milliseconds after which a slider or a text box that is not moved counts as at rest
+const PATIENCE = 30_000, LONG = 300_000; // milliseconds after which a quick or an exact answer counts as lost
+const LONGEST = 10_000; // letters of the longest value that an address carries
 
 let tab = GIVEN.tabs[0], state = {}, open = new Set();
-let number = 0; // of the newest question
+let number = 0, failures = 0; // the newest question's number; answers that failed in a row
 let resting = 0, looking = 0, refusing = 0; // timers
-let pending = {}, shown = {}; // updates that wait for Gradio to take them; what each output shows, as JSON
-let failures = 0;
+let pending = {}, shown = {}, held = {}; // updates that Gradio is to take; what each output shows, as JSON; updates of a box in use
 
 // --- what the browser keeps for itself: ids of runs and adapters, which no link carries
 
@@ -20,12 +23,12 @@ const remembered = () => { try { return JSON.parse(localStorage.getItem(STORAGE)
 const memory = Object.assign({visitor: crypto.randomUUID?.() ?? String(Math.random()).slice(2), adapters: []}, remembered());
 const keep = (more) => {
   Object.assign(memory, remembered(), more); // another window may have kept something since
-  try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame may have no storage: then this visit's are kept */ }
+  try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame without storage keeps it for this visit */ }
 };
 
 // --- the address
 
-/** Long texts and ids of runs are no part of a link: the browser's history holds them. */
+/** The address leaves out long texts and ids of runs; the browser's history holds those. */
 const isPublic = (value) => value.length <= LONGEST && !/-\d{6}-[0-9a-f]{6}$/.test(value);
 const read = () => {
   state = {...history.state?.peftlab};
@@ -43,16 +46,17 @@ const record = (how) => {
   url.search = search;
   const isHere = JSON.stringify(hidden) === JSON.stringify(history.state?.peftlab ?? {});
   if (isHere && url.href === location.href) return;
-  if (isHere && sorted(url.search) === sorted(location.search)) how = 'replaceState'; // no change that Back could undo
+  if (isHere && sorted(url.search) === sorted(location.search)) how = 'replaceState'; // nothing that Back could undo
   history[how]({peftlab: hidden}, '', url);
   tell();
 };
-/** The page around a frame, which shows the address that people see. */
+/** Tells the page around a frame the query: people see that page's address, not this one's. */
 const tell = () => {
-  if (window.parent !== window) window.parent.postMessage({queryString: location.search.slice(1), hash: location.hash.slice(1)}, '*');
+  const message = {queryString: location.search.slice(1), hash: location.hash.slice(1)};
+  if (window.parent !== window) window.parent.postMessage(message, '*');
 };
 
-// --- lanes: one question under way in each, the last one wins, a lost answer is asked again
+// --- lanes: each has one question under way; the newest one that waits is next; a lost answer is asked for again
 
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 const lane = (ask, take, patience) => {
@@ -69,7 +73,7 @@ const lane = (ask, take, patience) => {
         if (question.number === number) take(answer);
       } catch {
         failures += 1;
-        await pause(Math.min(1000, 50 * 2 ** failures)); // twice as long each time, up to a second
+        await pause(Math.min(1000, 50 * 2 ** failures));
         if (question.number === number) next ??= question;
       }
       document.body.classList.toggle('unanswered', failures > 3);
@@ -93,52 +97,49 @@ const look = () => quick(question());
 
 // --- writing
 
-const settled = (how = 'pushState') => {
-  clearTimeout(resting);
-  resting = 0;
-  record(how);
-  look();
-};
+const stopResting = () => { clearTimeout(resting); resting = 0; };
+const settled = () => { stopResting(); record('pushState'); look(); };
+/** Changes settings. An empty value makes one automatic. With `atRest` the server is asked only once nothing moves. */
 const write = (patch, atRest = false) => {
   if (resting && !atRest) settled();
-  const next = {...state}, cleared = Object.keys(patch).flatMap((name) => patch[name] === '' ? [] : GIVEN.clears[name] ?? []);
-  for (const name of cleared) delete next[name];
+  const next = {...state};
+  for (const name in patch) if (patch[name] !== '') for (const cleared of GIVEN.clears[name] ?? []) delete next[cleared];
   for (const [name, value] of Object.entries(patch)) {
-    const text = Array.isArray(value) ? value.join(';') || 'none' : value === null || value === undefined ? '' : String(value);
+    const text = Array.isArray(value) ? value.join(';') || 'none' : String(value ?? '');
     if (text === '') delete next[name]; else next[name] = text;
   }
   state = next;
-  for (const name in shown) if (name.endsWith('problem')) shown[name] = null; // what a press said of the settings before
+  for (const name in shown) if (name.endsWith('problem')) shown[name] = null; // a press has said it of the old settings
   window.dispatchEvent(new CustomEvent('peftlab-written', {detail: patch}));
   number += 1;
-  clearTimeout(resting);
-  resting = 0;
+  stopResting();
   if (atRest) resting = setTimeout(settled, REST); else settled();
 };
-/** Another run: a lesson's settings, or with none, of the present ones those that are `keeping`. */
+/** Writes another run: each setting is as in `run`, or else automatic, but for those in `keeping`, which stay. */
 const replace = (run, keeping = []) => {
   const gone = GIVEN.run.filter((name) => !keeping.includes(name));
   write({...Object.fromEntries(gone.map((name) => [name, ''])), ...run});
 };
-/** What the page itself has drawn is to be drawn anew by the next answer. */
+/** The page has drawn this output itself; the next answer is to draw it in any case. */
 const redrawn = (name) => {
   shown[name] = null;
   delete held[name];
 };
-/** A control was moved. What it says now need not be shown to it again, unless it is another number than was typed. */
+/** A control was moved, and the settings follow it. */
 const heard = (control, value, atRest = false, also = {}) => {
   redrawn(control);
   write({[control.split('.')[1]]: value, ...also}, atRest);
 };
-/** A list of several was changed by a key, of which Gradio tells only together with the changes that an answer makes. */
+const blockOf = (control) => document.getElementById(control.replace('.', '-'));
+/** A list of several choices changed. Gradio tells so of a key press and of an answer alike; only the former is written. */
 const picked = (control, value) => {
-  const filled = JSON.parse(shown[control] ?? 'null')?.value, isHere = document.getElementById(control.replace('.', '-')).contains(document.activeElement);
+  const filled = JSON.parse(shown[control] ?? 'null')?.value, isHere = blockOf(control).contains(document.activeElement);
   const isNews = JSON.stringify(value) !== JSON.stringify(filled) && value.join(';') !== state[control.split('.')[1]];
   if (isHere && isNews) heard(control, value);
 };
 const go = (to) => {
   if (to === tab || !GIVEN.tabs.includes(to)) return;
-  if (!navigator.userActivation.hasBeenActive) return; // Gradio selects its first tab as the page loads
+  if (!navigator.userActivation.hasBeenActive) return; // Gradio itself selects its first tab as the page loads
   if (resting) settled();
   tab = to;
   number += 1;
@@ -161,19 +162,18 @@ const show = (updates) => {
   }
   if (Object.keys(pending).length) trigger('submit');
 };
-/** What somebody types stays as they type it, for they may be in the middle of a number, until they leave the box. */
-let held = {};
+/** Nothing is shown in a box that somebody types in, until they leave it: they may be in the middle of a number. */
 const isBeingTyped = (name) => {
-  const block = document.getElementById(name.replace('.', '-'));
+  const block = blockOf(name);
   return block?.matches('.typed') && block.contains(document.activeElement);
 };
-/** The updates for Gradio, in the order of its outputs. */
+/** Gives Gradio the pending updates, in the order of its outputs. */
 const take = () => {
   const taken = pending;
   pending = {};
   return GIVEN.outputs.map((name) => taken[name] ?? {__type__: 'update'});
 };
-/** A refusal stands beside its control, once Gradio has drawn that; where the tab has none for it, at the top. */
+/** Places refusals beside their controls, once Gradio has drawn these; those without a control in sight go to the top. */
 const refuse = (problems) => {
   clearTimeout(refusing);
   refusing = setTimeout(() => placed(problems), Object.keys(problems).length ? DRAWN : 0);
@@ -183,8 +183,8 @@ const placed = (problems) => {
   const rest = [];
   for (const [name, text] of Object.entries(problems)) {
     const place = document.getElementById(`${tab}-${name}`);
-    if (!place?.offsetParent) { rest.push(text); continue; }
-    place.append(Object.assign(document.createElement('div'), {className: 'problem refusal', role: 'alert', textContent: text}));
+    const refusal = {className: 'problem refusal', role: 'alert', textContent: text};
+    if (place?.offsetParent) place.append(Object.assign(document.createElement('div'), refusal)); else rest.push(text);
   }
   show({[`${tab}.problem`]: rest.join(' ')});
 };
@@ -196,25 +196,23 @@ const showTab = () => {
 // --- beginning
 
 keep({});
-window.peftlab = {write, replace, heard, picked, redrawn, go, look, plot, take, question, keep: (more) => { keep(more); look(); },
+window.peftlab = {write, heard, picked, redrawn, go, plot, take, question, keep: (more) => { keep(more); look(); },
   get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
 document.addEventListener('input', ({target}) => {
   const block = target.closest('.typed');
   if (block) heard(block.id.replace('-', '.'), target.value, true);
 });
 document.addEventListener('click', ({target}) => {
-  const writes = target.closest('[data-write]'), replaces = target.closest('[data-replace]'), folds = target.closest('.fold .label-wrap');
-  if (writes) write(JSON.parse(writes.dataset.write));
+  const replaces = target.closest('[data-replace]'), folds = target.closest('.fold .label-wrap');
   if (replaces) replace(JSON.parse(replaces.dataset.replace), JSON.parse(replaces.dataset.keeping));
   if (folds) setTimeout(() => fold(GIVEN.folds[folds.closest('.fold').id], folds.classList.contains('open')));
 });
 document.addEventListener('focusout', () => setTimeout(() => { const late = held; held = {}; show(late); }));
-window.addEventListener('storage', () => Object.assign(memory, remembered())); // another window has kept something
+window.addEventListener('storage', () => Object.assign(memory, remembered()));
 window.addEventListener('pagehide', () => { if (resting) record('replaceState'); });
 window.addEventListener('popstate', () => {
-  clearTimeout(resting);
-  resting = 0;
-  document.activeElement?.blur(); // what was being typed is undone
+  stopResting();
+  document.activeElement?.blur(); // so that the box shows what Back brings, instead of what was typed
   read();
   tell();
   number += 1;

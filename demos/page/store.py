@@ -1,7 +1,6 @@
-"""The settings of the page as the server sees them: it keeps none, reads what a page asks and answers with what to show.
+"""The server's half of the page's settings: it keeps none, and answers each question of a page with what to show.
 
-The page's half is store.js. A question is a dict of `number`, `tab`, `state` (what the address says, name by name),
-`kept` (see `Asked`) and `open` (folds that are open).
+The page's half is store.js.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import gradio as gr
+from gradio.components import Component
 
 from demos.page import address, choice, controls, look, methods
 from demos.page.tab import QUIET, Asked, Slow, Tab, failed
-from peftlab import PeftlabError, SpecError, resolve
-from peftlab.methods import METHODS
+from peftlab import PeftlabError, SpecError
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.room import worker
 from peftlab.show.marks import term
@@ -32,11 +31,28 @@ CLEARS = {
     "method": (*METHOD_SETTINGS, "learning_rate", "quantization", "preset"),
     "model": ("target_modules", "layers"),
 }
-"""A new method starts at its own settings; modules and layers are a model's."""
+"""Settings that become automatic again when another method or model is chosen."""
 REST = (gr.Slider, gr.Number)
-"""Controls that are moved or typed in bit by bit: nobody asks until they rest."""
+"""Controls that are moved or typed in bit by bit: the page asks nothing until they rest."""
 
 log = logging.getLogger(__name__)
+Shown: TypeAlias = dict[str, controls.Update]
+"""Updates of components, by tab and name."""
+Answer: TypeAlias = dict[str, Any]
+"""What a page gets as JSON; `Store.answer` says what is in it."""
+
+
+class Question(TypedDict):
+    """What a page asks."""
+
+    number: int | None
+    tab: str
+    state: dict[str, Any]
+    """What the address says, name by name."""
+    kept: dict[str, Any]
+    """See `Asked`."""
+    open: list[str]
+    """Names of the folds that are open."""
 
 
 class Store:
@@ -48,8 +64,8 @@ class Store:
 
     # --- reading
 
-    def read(self, state: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> Asked:
-        """What a link or a page says. Raises SpecError."""
+    def read(self, state: Mapping[str, object], kept: Mapping[str, object] | None = None) -> Asked:
+        """What a link or a page says; a setting that its method does not read is left out. Raises SpecError."""
         plain = {str(n): str(v) for n, v in state.items() if v not in (None, "")}
         if long := [n for n, v in plain.items() if len(v) > LONGEST]:
             raise SpecError(f"{long[0]}={plain[long[0]][:20]}…: longer than {LONGEST:,} letters; shorten it")
@@ -59,25 +75,20 @@ class Store:
         spec = address.public(address.OPENING.to_dict() | run)
         if key := chosen.get("preset"):
             spec, chosen["preset"] = methods.of_preset(key, run)
-        unread = {n for n in METHOD_SETTINGS if n not in METHODS[resolve(spec).method or ""].settings}
-        spec = spec.but(**dict.fromkeys(unread)) if unread else spec
-        given = frozenset(n for n in plain if n not in unread)
-        return Asked(spec, chosen, dict(kept or {}), given)
+        asked = Asked(spec, chosen, dict(kept or {}))
+        unread = [name for name in METHOD_SETTINGS if name in asked.run.unread]
+        return replace(asked, spec=spec.but(**dict.fromkeys(unread)))
 
     def link(self, asked: Asked) -> dict[str, str]:
         """The settings as the address says them: nothing for what the page opens with."""
         return address.link(asked.spec) | choice.unusual(asked.choices, self.choices)
 
-    def understood(self, tab: Tab, question: Mapping[str, Any]) -> tuple[Asked, dict[str, str]]:
-        """What a question asks, without what is refused; and the refusals, by setting.
-
-        A setting is refused where the rest would do without it; the names of a refusal come first in it.
-        """
-        state, kept = dict(question["state"]), question.get("kept") or {}
-        problems: dict[str, str] = {}
+    def understood(self, tab: Tab, question: Question) -> tuple[Asked, dict[str, str]]:
+        """What a question asks, without what is refused; and the refusals, by setting."""
+        state, problems = dict(question["state"]), dict[str, str]()
         while True:
             try:
-                asked = self.read(state, kept)
+                asked = self.read(state, question["kept"])
                 tab.check(asked)
                 return replace(asked, refused={name: str(question["state"][name]) for name in problems}), problems
             except PeftlabError as error:
@@ -87,7 +98,8 @@ class Store:
                 problems[name] = str(error)
                 del state[name]
 
-    def _blamed(self, tab: Tab, state: Mapping[str, Any], error: str) -> str:
+    def _blamed(self, tab: Tab, state: Mapping[str, object], error: str) -> str:
+        """The setting that an error is about: the one it begins with, or one without which the others are accepted."""
         named = re.match(r"([\w-]+)[=:]", error)
         if named and (name := named[1].replace("-", "_")) in state:
             return name
@@ -101,10 +113,14 @@ class Store:
 
     # --- answering
 
-    def answer(self, question: Any) -> dict[str, Any]:
-        """What the tab on screen shows of the settings."""
-        question = sound(question)
-        number, tab = question.get("number"), self.tabs.get(question.get("tab", "")) or next(iter(self.tabs.values()))
+    def answer(self, asks: object) -> Answer:
+        """What the tab on screen shows of the settings.
+
+        The answer has the question's `number`, the `state` for the address, the `problems` by setting, what to `show` by
+        component, and the seconds until the page asks `again`; where it is `slow`, an `exact` answer will show more.
+        """
+        question = sound(asks)
+        number, tab = question["number"], self.tabs.get(question["tab"]) or next(iter(self.tabs.values()))
         try:
             asked, problems = self.understood(tab, question)
             again = tab.again(asked)  # before it is drawn: what ends meanwhile is looked at once more
@@ -119,10 +135,10 @@ class Store:
             }
         except Exception as error:
             said = str(error) if isinstance(error, PeftlabError) else failed(error)
-            state = question.get("state") or {}
-            return {"number": number, "state": state, "problems": {"": said}, "show": {}, "again": None, "slow": False}
+            unshown: Answer = {"show": {}, "again": None, "slow": False}
+            return {"number": number, "state": question["state"], "problems": {"": said}} | unshown
 
-    def shown(self, tab: Tab, asked: Asked, problems: Mapping[str, str], opened: Sequence[str]) -> dict[str, Any]:
+    def shown(self, tab: Tab, asked: Asked, problems: Mapping[str, str], opened: Sequence[str]) -> Shown:
         """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows."""
         panels = {
             name: draw()
@@ -133,31 +149,28 @@ class Store:
         named = {f"{tab.key}.{name}": controls.as_update(value) for name, value in shown.items()}
         return named | self.kept_as_typed(tab, problems, asked)
 
-    def wanted(self, tab: Tab, asked: Asked, question: Mapping[str, Any]) -> list[Slow]:
+    def wanted(self, tab: Tab, asked: Asked, question: Question) -> list[Slow]:
         """Slow work whose result is in sight."""
-        seen = {None, *(question.get("open") or ())}
+        seen = {None, *question["open"]}
         return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in seen]
 
-    def kept_as_typed(self, tab: Tab, problems: Mapping[str, str], asked: Asked) -> dict[str, Any]:
-        """What is refused stays in its control, which would else end where its scale does."""
-        shown = {}
-        for name in problems:
-            control, filled = (
-                tab.controls.get(name),
-                controls.as_update(tab.fill(asked).get(name, {"__type__": "update"})),
-            )
-            if control is None:
+    def kept_as_typed(self, tab: Tab, problems: Mapping[str, str], asked: Asked) -> Shown:
+        """Updates that leave what is refused in its control; a slider's scale is stretched to hold it."""
+        shown, filled = {}, tab.fill(asked) if problems else {}
+        for name, control in tab.controls.items():
+            if name not in problems:
                 continue
-            shown[f"{tab.key}.{name}"] = {key: value for key, value in filled.items() if key != "value"}
+            update = {k: v for k, v in controls.as_update(filled.get(name, gr.skip())).items() if k != "value"}
             number = plain_number(asked.refused[name])
             if isinstance(control, gr.Slider) and number is not None:
                 low, high = min(control.minimum, number), max(control.maximum, number)
-                shown[f"{tab.key}.{name}"] |= {"value": number, "minimum": low, "maximum": high}
+                update |= {"value": number, "minimum": low, "maximum": high}
+            shown[f"{tab.key}.{name}"] = update
         return shown
 
-    async def exact(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The same once the slow work is done, in a process of its own: those who wait hold no thread."""
-        question = sound(question)
+    async def exact(self, asks: object) -> Answer:
+        """What `answer` shows, once the slow work is done in its own process. Those who wait for it hold no thread."""
+        question = sound(asks)
         number, tab = question["number"], self.tabs.get(question["tab"])
         if tab is None:
             return {"number": number, "show": {}}
@@ -175,14 +188,13 @@ class Store:
     # --- building
 
     def build(self, tabs: gr.Tabs) -> None:
-        """The component that carries it all, and what the controls and folds of every tab do. Call it once they are built."""
-        outputs = {"store.tabs": tabs}
+        """Makes the component that runs store.js, and wires every tab's controls and folds, once these are built."""
+        outputs: dict[str, gr.blocks.Block] = {"store.tabs": tabs}
         for tab in self.tabs.values():
             for name, fold in tab.folds.items():
                 fold.elem_id = fold.elem_id or f"fold-{name}"
         for tab in self.tabs.values():
-            named = {**tab.controls, **tab.panels}
-            outputs |= {f"{tab.key}.{name}": component for name, component in named.items()}
+            outputs |= {f"{tab.key}.{name}": component for name, component in {**tab.controls, **tab.panels}.items()}
             for name, component in tab.controls.items():
                 self._hear(f"{tab.key}.{name}", component, tab.also[name])
         given = {
@@ -194,31 +206,31 @@ class Store:
             "outputs": list(outputs),
         }
 
-        def answer(question: dict[str, Any]) -> dict[str, Any]:
+        def answer(question: object) -> Answer:  # a function, because Gradio marks it and cannot mark a method
             return self.answer(question)
 
-        async def exact(question: dict[str, Any]) -> dict[str, Any]:
+        async def exact(question: object) -> Answer:
             return await self.exact(question)
 
-        self.carrier = gr.HTML(
+        carrier = gr.HTML(
             "", js_on_load=SCRIPT.replace("/*given*/{}", json.dumps(given)), server_functions=[answer, exact],
             visible="hidden",
         )  # fmt: skip
-        self.carrier.submit(
-            None, None, list(outputs.values()), js="() => peftlab.take()", trigger_mode="multiple", **QUIET
-        )
+        every = list(outputs.values())
+        carrier.submit(None, None, every, js="() => peftlab.take()", trigger_mode="multiple", **QUIET)
 
-    def _hear(self, name: str, component: Any, also: Mapping[str, str]) -> None:
-        """HTML and text boxes are heard by scripts of the page: Gradio tells of letters, not of what is pasted or deleted."""
+    def _hear(self, name: str, component: Component, also: Mapping[str, str]) -> None:
+        """Writes what a control says. The page's scripts hear HTML and text boxes, as Gradio does not tell of a paste."""
         if not isinstance(component, (gr.HTML, gr.Textbox)):
             more = ", ".join(["v", str(isinstance(component, REST)).lower(), *([json.dumps(also)] if also else [])])
-            component.input(None, component, None, js=f"(v) => {{ peftlab.heard('{name}', {more}); }}", **QUIET)
-        if getattr(component, "multiselect", False):
+            heard = f"(v) => {{ peftlab.heard('{name}', {more}); }}"
+            component.input(None, component, None, js=heard, **QUIET)  # type: ignore[attr-defined]
+        if isinstance(component, gr.Dropdown) and component.multiselect:
             component.change(None, component, None, js=f"(v) => {{ peftlab.picked('{name}', v); }}", **QUIET)
 
 
 def plain_number(text: str) -> int | float | None:
-    """What a box for numbers can hold."""
+    """The number that a box can hold; None for any other text."""
     try:
         number = float(text)
     except ValueError:
@@ -226,16 +238,25 @@ def plain_number(text: str) -> int | float | None:
     return (int(number) if number == int(number) else number) if abs(number) < 1e15 else None
 
 
-def sound(question: Any) -> dict[str, Any]:
-    """A question in its form, whatever somebody sent: a part that has another is left out."""
-    given = question if isinstance(question, dict) else {}
-    forms = {"tab": str, "state": dict, "kept": dict, "open": list}
-    parts = {name: given[name] if isinstance(given.get(name), form) else form() for name, form in forms.items()}
-    return parts | {"number": given.get("number"), "open": [name for name in parts["open"] if isinstance(name, str)]}
+def sound(asks: object) -> Question:
+    """A question out of whatever somebody sent: a part that has another type is left empty."""
+    given: dict[str, Any] = asks if isinstance(asks, dict) else {}
+
+    def part(name: str, form: type) -> Any:
+        return given[name] if isinstance(given.get(name), form) else form()
+
+    opened = [name for name in part("open", list) if isinstance(name, str)]
+    return Question(
+        number=given.get("number"),
+        tab=part("tab", str),
+        state=part("state", dict),
+        kept=part("kept", dict),
+        open=opened,
+    )
 
 
 class Page(gr.Blocks):
-    """What `blocks` makes, with its store."""
+    """A page of tabs, with its store."""
 
     store: Store
 
@@ -260,6 +281,6 @@ def blocks(*tabs: Tab, head: Callable[[], None] | None = None, foot: Callable[[]
     return demo
 
 
-def run_alone(*tabs: Any) -> None:
-    """`python demos/this_one.py`"""
-    blocks(*tabs).launch(**look.launch_options(), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+def run_alone(tab: Tab) -> None:
+    """Serves one tab, as `python demos/memory_calculator.py` does. A port may be given as an argument."""
+    blocks(tab).launch(**look.launch_options(), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)

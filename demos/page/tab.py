@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import gradio as gr
+from gradio.blocks import Block
+from gradio.components import Component
 
 from demos.page.choice import Choice
-from peftlab import PeftlabError, RunSpec
+from peftlab import PeftlabError, RunSpec, resolve
+from peftlab.spec import Resolved
+
+if TYPE_CHECKING:
+    from gradio.events import Trigger
 
 log = logging.getLogger(__name__)
-Draw = Callable[[], Any]
-"""Gives what a panel holds, or an update of it. Raises PeftlabError."""
+Values: TypeAlias = Mapping[str, object]
+"""What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
+Draw: TypeAlias = Callable[[], Any]
+"""Gives what one panel shows. Raises PeftlabError."""
+On: TypeAlias = "gr.Button | list[Trigger]"
+"""What starts a press: a button, or several events."""
+AnyControl = TypeVar("AnyControl", bound=Component)
+AnyPanel = TypeVar("AnyPanel", bound=Block)
 
 
 @dataclass(frozen=True)
@@ -26,67 +39,77 @@ class Asked:
 
     spec: RunSpec
     choices: Mapping[str, Any]
-    """By name, the usual ones included."""
+    """The tabs' own choices by name, the usual ones included."""
     kept: Mapping[str, Any]
     """`visitor`, a name that the browser made up; `adapters`, `run` and `race`, ids of what was started from it."""
-    given: frozenset[str] = frozenset()
-    """Names of the settings and choices that are not left as usual."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """What was given of settings that the tab refuses, and that are left out of the above."""
+    """Settings that the tab refuses, as they were given; the fields above leave them out."""
 
     def __getitem__(self, name: str) -> Any:
         return self.choices[name]
 
+    @cached_property
+    def run(self) -> Resolved:
+        """The run with every automatic setting filled."""
+        return resolve(self.spec)
+
     @property
     def visitor(self) -> str:
-        """Whose runs and races these are."""
+        """The browser whose runs and races these are."""
         return str(self.kept.get("visitor") or "")
 
 
 @dataclass(frozen=True)
 class Slow:
-    """Work of the process that takes long work: `work(*arguments)`, and what its result draws, by panel."""
+    """`work(*arguments)` that takes long, and so is done in a process of its own."""
 
-    work: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    work: Callable[..., object]
+    arguments: tuple[Hashable, ...]
     panel: str = ""
-    """Where one panel alone shows it: nothing is begun while that is folded."""
+    """The one panel that shows the result; while that is folded, the work is not begun."""
 
 
 def failed(error: Exception) -> str:
-    """What is said of an error that nobody foresaw; its traceback goes to the log."""
+    """What the page says of an error that nobody foresaw. The traceback goes to the log."""
     log.exception("the page: %s", error)
     return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
 
 
+Work: TypeAlias = Callable[[Asked], Iterator[Values]]
+"""What a press does: it yields what controls and panels show."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 ONE_AT_A_TIME: dict[str, Any] = QUIET | {"concurrency_id": "generate", "concurrency_limit": 1}
-"""For what computes with a model: two at once would only be slower."""
+"""Options for presses that compute with a model: two at once would only be slower."""
 
 
 class Tab:
     """One tab. A subclass gives `key`, `title` and its `choices`, builds its components and says what they show.
 
-    A control is named after the setting or choice that it writes; a panel has any other name. A panel inside a `fold` is
-    drawn when that is opened.
+    A control is named after the setting or choice that it writes; a panel has any other name. What is inside a `fold` is
+    drawn once that is opened.
     """
 
     key = ""
     title = ""
     choices: Mapping[str, Choice] = {}
     clears: Mapping[str, tuple[str, ...]] = {}
-    """Which choices start anew when another one is written."""
+    """The choices that become usual again when another one is written, by that one's name."""
+    question: Component
+    keeper: Component
+    """These carry the settings to a press, and what the press gives the browser to keep. The store sets both."""
+    read: Callable[..., Asked]
+    """`Store.read`."""
 
     def __init__(self) -> None:
-        self.controls: dict[str, Any] = {}
+        self.controls: dict[str, Component] = {}
         self.also: dict[str, dict[str, str]] = {}
         """What a control writes besides its own setting."""
-        self.panels: dict[str, Any] = {}
+        self.panels: dict[str, Block] = {}
         self.folds: dict[str, gr.Accordion] = {}
         self.folded: dict[str, str] = {}
-        """Panels that are inside a fold, and which."""
+        """The name of the fold that a panel is inside, by the panel's name."""
 
-    def control(self, name: str, component: Any, **also: str) -> Any:
+    def control(self, name: str, component: AnyControl, **also: str) -> AnyControl:
         """`component` writes the setting `name`, and `also` with it. The page hears a text box letter by letter."""
         self.also[name] = also
         component.elem_id = f"{self.key}-{name}"
@@ -96,26 +119,34 @@ class Tab:
         self.controls[name] = component
         return component
 
-    def control_all(self, made: Mapping[str, Any]) -> None:
+    def control_all(self, made: Mapping[str, Component]) -> None:
         """Controls by the settings that they write."""
         for name, component in made.items():
             self.control(name, component)
 
-    def panel(self, name: str, component: Any) -> Any:
+    def panel(self, name: str, component: AnyPanel) -> AnyPanel:
         component.elem_id = f"{self.key}-{name}"
         self.panels[name] = component
         return component
 
     @contextmanager
     def fold(self, title: str) -> Iterator[gr.Accordion]:
+        """A closed accordion around the panels that are made inside it. It is named after the first of them."""
         before = set(self.panels)
         with gr.Accordion(title, open=False, elem_classes="fold") as accordion:
             yield accordion
         inside = [name for name in self.panels if name not in before]
-        name = f"{self.key}.{inside[0]}" if inside else ""
         if inside:
+            name = f"{self.key}.{inside[0]}"
             self.folds[name] = accordion
-            self.folded.update(dict.fromkeys((n for n in inside if n not in self.folded), name))
+            self.folded = dict.fromkeys(inside, name) | self.folded  # a fold within this one keeps its own panels
+
+    def fold_of(self, title: str, *names: str) -> gr.Accordion:
+        """A fold that holds nothing but panels of HTML."""
+        with self.fold(title) as accordion:
+            for name in names:
+                self.panel(name, gr.HTML())
+        return accordion
 
     def build(self) -> None:
         """Makes the components, inside a Blocks that is open."""
@@ -124,7 +155,7 @@ class Tab:
     def check(self, asked: Asked) -> None:
         """Raises SpecError for what this tab cannot show."""
 
-    def fill(self, asked: Asked) -> dict[str, Any]:
+    def fill(self, asked: Asked) -> Values:
         """What each control shows, by name."""
         return {}
 
@@ -137,45 +168,37 @@ class Tab:
         return None
 
     def slow(self, asked: Asked) -> list[Slow]:
-        """Work whose result `draw` would show, where it knew it."""
+        """Work whose result `draw` shows once it is known."""
         return []
 
     def press(
-        self, on: Any, work: Callable[[Asked], Iterator[Mapping[str, Any]]], shows: Sequence[str],
-        busy: Mapping[str, Any] | None = None, free: Mapping[str, Any] | None = None, problem: str = "problem",
-        **options: Any,
+        self, on: On, work: Work, shows: Sequence[str],
+        busy: Values | None = None, free: Values | None = None, problem: str = "problem", **options: Any,
     ) -> None:  # fmt: skip
-        """`on`, a button or several events, starts `work(asked)`, which yields values of controls and panels by name.
+        """`on` starts `work`.
 
-        `shows` names those that it may yield. `busy` is shown before it begins and `free` once it is over, however it ends;
-        what goes wrong is said in the panel that `problem` names. A value named `kept` is a dict for the browser to keep.
+        `shows` names what it may yield. `busy` is shown before it begins and `free` once it is over, however it ends; what
+        goes wrong is said in the panel `problem`. A value named `kept` is a dict for the browser to keep.
         """
         before, after = {problem: "", **(busy or {})}, dict(free or {})
-        named = {**self.controls, **self.panels, "kept": self.keeper}
-        names = list(dict.fromkeys([*before, *after, *shows]))
+        named: dict[str, Block] = {**self.controls, **self.panels, "kept": self.keeper}
+        names = dict.fromkeys([*before, *after, *shows])
 
-        def shown(values: Mapping[str, Any]) -> dict[Any, Any]:
+        def shown(values: Values) -> dict[Block, object]:
             return {named[n]: json.dumps(v) if n == "kept" else v for n, v in values.items()}
 
-        def pressed(question: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+        def pressed(question: Mapping[str, Any]) -> Iterator[dict[Block, object]]:
             yield shown(before)
             try:
                 for values in work(self.read(question["state"], question["kept"])):
                     yield shown(values)
                 if after:
                     yield shown(after)
-            except PeftlabError as error:
-                yield shown({**after, problem: escape(str(error))})
             except Exception as error:
-                yield shown({**after, problem: failed(error)})
+                said = escape(str(error)) if isinstance(error, PeftlabError) else failed(error)
+                yield shown({**after, problem: said})
 
         gr.on(
             on if isinstance(on, list) else [on.click], pressed, self.question, [named[n] for n in names],
             js="() => [peftlab.question()]", **(QUIET | {"trigger_mode": "multiple"} | options),
         ).then(None, self.keeper, None, js="(text) => { if (text) peftlab.keep(JSON.parse(text)); }", **QUIET)  # fmt: skip
-
-    question: Any = None
-    keeper: Any = None
-    """Components that carry the settings to a press, and what it gives the browser to keep. The store sets both."""
-    read: Callable[..., Asked]
-    """`Store.read`."""

@@ -1,8 +1,11 @@
-// Numbers and findings in the page's words, as peftlab/words.py says them. The scripts that count in the page begin with this.
+// Numbers in the page's words, as peftlab/units.py formats them. The scripts that count in the page begin with this.
 
 const fill = (text, values) => text.replace(/{(\w+)}/g, (_, name) => values[name]);
-const formats = {}; // made once: one costs more than a hundred uses
-const formatted = (n, digits = 0) => (formats[digits] ??= new Intl.NumberFormat('en-US', {maximumFractionDigits: digits})).format(n);
+const formats = {}; // kept, because to make one costs more than a hundred uses
+const formatted = (n, digits = 0) => {
+  formats[digits] ??= new Intl.NumberFormat('en-US', {maximumFractionDigits: digits});
+  return formats[digits].format(n);
+};
 const whole = (n) => formatted(n);
 const significant = (n) => {
   if (!n) return '0';

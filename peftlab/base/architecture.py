@@ -1,7 +1,7 @@
 """Architecture: the shapes of a base model, exact to the parameter and without its weights.
 
-Built once from transformers' own code on the meta device. The catalogue's are kept in `catalog/architectures.json`, so
-that the first page needs no model library; a test holds that file against a fresh build of every entry.
+It is built once, from transformers' own code on the meta device. Those of the catalogue are kept in
+`catalog/architectures.json`, so that the first page needs no model library; a test compares that file with fresh builds.
 Run `python -m peftlab.base.architecture` to write it again.
 """
 
@@ -12,14 +12,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError
-from . import configs
-from .configs import get
+from ..spec import Json
+from . import configs, models
+from .configs import Config, get
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 KEPT = Path(__file__).parents[1] / "catalog" / "architectures.json"
 
@@ -34,27 +39,25 @@ ROLES: dict[str, tuple[str, ...]] = {
     "gate+up": ("gate_up_proj",),
     "down": ("down_proj", "fc2", "mlp.c_proj", "wo", "layer.*.output.dense"),
 }
-"""What a linear layer does, by the names families give it. A fused projection has several roles, joined by +."""
+"""Role of a linear map → the names that families give it. A fused projection has several roles, joined by +."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """One kind of module, with every layer that repeats it.
-
-    `name` has `*` for the layer's number. `parameters` maps a parameter's own name to its shape; `d_in` and `d_out` are
-    the features of a linear map, whichever way round its weight is stored (GPT-2's Conv1D stores in × out, and so does
-    an embedding, which maps a vocabulary to features).
-    """
+    """One kind of module, with every layer that repeats it."""
 
     name: str
+    """The dotted name, with `*` for the layer's number."""
     kind: str
     """linear, conv1d, embedding (of the tokens), norm or other."""
     parameters: Mapping[str, tuple[int, ...]]
+    """Name of each of its own parameters → shape."""
     layers: tuple[int, ...] = ()
     """Numbers of the layers that have this module; empty for one that stands alone."""
     tied: bool = False
-    """Its weight is another module's too (a head tied to the embedding) and is counted there."""
+    """Whether its weight is another module's too (a head tied to the embedding) and is counted there."""
     head: bool = False
+    """Whether it maps the last hidden states to the vocabulary."""
 
     @property
     def is_linear(self) -> bool:
@@ -62,6 +65,7 @@ class Module:
 
     @property
     def d_in(self) -> int:
+        """Features of the input. GPT-2's Conv1D stores its weight as in × out; an embedding's input is the vocabulary."""
         return self.parameters["weight"][0 if self.kind in ("conv1d", "embedding") else 1]
 
     @property
@@ -70,6 +74,7 @@ class Module:
 
     @property
     def count(self) -> int:
+        """How many modules of this kind the model has."""
         return len(self.layers) or 1
 
     @property
@@ -83,7 +88,7 @@ class Module:
 
     @cached_property
     def role(self) -> str:
-        """Query, down, head, embedding, norm, …; empty where the name is none of ROLES'."""
+        """query, down, head, embedding, norm, …; empty for a linear map whose name is not in ROLES."""
         if self.head:
             return "head"
         if self.kind in ("embedding", "norm"):
@@ -92,6 +97,7 @@ class Module:
 
     @property
     def short_name(self) -> str:
+        """The last part of the name."""
         return self.name.rsplit(".", 1)[-1]
 
     def names(self) -> Iterator[tuple[int | None, str]]:
@@ -108,7 +114,7 @@ def _dotted(name: str) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a config says and no parameter's shape shows."""
+    """What the config of a model says and the shapes of its parameters do not show."""
 
     heads: int = 0
     kv_heads: int = 0
@@ -119,10 +125,11 @@ class Facts:
     windowed: int = 0
     """Layers with that window; the others see everything."""
     activation: str = ""
-    """Of the feed-forward, by transformers' name."""
+    """transformers' name for the activation function of the feed-forward."""
     dropout: float = 0.0
-    """Share of the hidden state that a training step zeroes."""
+    """Share of the hidden states that a training step zeroes."""
     attention_dropout: float = 0.0
+    """Share of the attention weights that a training step zeroes."""
     experts: int = 0
     experts_per_token: int = 0
 
@@ -141,19 +148,19 @@ class Architecture:
         return sum((m.weight + m.bias) * m.count for m in self.modules)
 
     def linear(self) -> list[Module]:
-        """Every linear map but the vocabulary head: what peft calls `all-linear`."""
+        """Every linear map except the head: what peft calls `all-linear`."""
         return [m for m in self.modules if m.is_linear and not m.head]
 
     def with_role(self, *roles: str) -> list[Module]:
-        """Modules that play one of `roles`, a fused projection for each of its own."""
+        """Modules that have one of `roles`; a fused projection has several."""
         return [m for m in self.modules if set(m.role.split("+")) & set(roles)]
 
     def target_names(self) -> list[str]:
-        """Names that `target_modules` takes, one a kind of linear map: as short as tells them apart."""
+        """For each kind of linear map, the shortest name by which `target_modules` can ask for it alone."""
         return told_apart([m.name for m in self.linear()])
 
     def targets(self, wanted: str) -> list[Module]:
-        """Modules named by `all-linear`, by role, or by the ends of their names, as peft matches them.
+        """The linear maps that `wanted` names: `all-linear`, or roles and ends of names by comma, as peft matches them.
 
         Raises SpecError that lists what the model has.
         """
@@ -172,7 +179,7 @@ class Architecture:
 
 
 def told_apart(paths: list[str]) -> list[str]:
-    """The shortest end of each dotted path that is no other's."""
+    """For each dotted path, its shortest end that no other path has; the whole path where there is none."""
     ends = [[".".join(path.split(".")[-n:]) for n in range(1, path.count(".") + 2)] for path in paths]
     every = Counter(end for of_one in ends for end in of_one)
     return [next((end for end in of_one if every[end] == 1), of_one[-1]) for of_one in ends]
@@ -182,8 +189,8 @@ def _answers_to(module: Module, token: str) -> bool:
     return token in module.role.split("+") or ("." + module.name).endswith("." + token)
 
 
-def build(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a Hugging Face config, built on the meta device: no weights, no memory.
+def build(config: Config) -> Architecture:
+    """The architecture of a Hugging Face config, built on the meta device, which takes no memory for weights.
 
     Raises SpecError for a config that `build_meta` refuses.
     """
@@ -191,43 +198,35 @@ def build(config: Mapping[str, Any]) -> Architecture:
         return describe(configs.build_meta(config))
 
 
-def describe(model: Any) -> Architecture:
-    """The architecture of a transformers model."""
-    owner: dict[int, str] = {}
+def describe(model: PreTrainedModel) -> Architecture:
+    """The architecture of a transformers model, on whatever device."""
+    counted: set[int] = set()
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
-    groups: dict[tuple, dict[str, Any]] = {}
+    groups: dict[tuple[object, ...], tuple[Module, list[int]]] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own:
             continue
         layer = re.search(r"\.(\d+)\.", name)
         pattern = name.replace(f".{layer[1]}.", ".*.", 1) if layer else name
-        fresh = {n: p for n, p in own.items() if n != "bias" or id(p) not in owner}  # BERT ties its head's bias too
-        shapes = {n: tuple(p.shape) for n, p in fresh.items()}
-        tied = any(id(p) in owner for p in fresh.values())
-        owner.update({id(p): name for p in own.values()})
-        group = groups.setdefault(
-            (pattern, tuple(shapes.items()), tied),
-            {
-                "kind": "embedding" if module is tokens else _kind(module),
-                "shapes": shapes,
-                "head": module is head,
-                "layers": [],
-            },
-        )
+        # BERT ties the bias of its head too
+        shapes = {n: tuple(p.shape) for n, p in own.items() if n != "bias" or id(p) not in counted}
+        tied = any(id(own[n]) in counted for n in shapes)
+        counted.update(map(id, own.values()))
+        kind = "embedding" if module is tokens else _kind(module)
+        made = Module(pattern, kind, shapes, (), tied, module is head)
+        _, layers = groups.setdefault((pattern, tuple(shapes.items()), tied), (made, []))
         if layer:
-            group["layers"].append(int(layer[1]))
-    modules = tuple(
-        Module(pattern, g["kind"], g["shapes"], tuple(g["layers"]), tied, g["head"])
-        for (pattern, _, tied), g in groups.items()
-    )
+            layers.append(int(layer[1]))
+    modules = tuple(replace(module, layers=tuple(layers)) for module, layers in groups.values())
     c = model.config
     context = get(c, "max_position_embeddings") or get(c, "n_positions") or 0
     return Architecture(c.num_hidden_layers, modules, c.hidden_size, context, _facts(c))
 
 
-def _facts(config: Any) -> Facts:
+def _facts(config: PreTrainedConfig) -> Facts:
     def first(*names: str) -> Any:
+        """The value of the first of `names` that the config has; 0 where it has none."""
         return next((v for v in (get(config, name) for name in names) if v), 0)
 
     heads, kinds = get(config, "num_attention_heads"), get(config, "layer_types") or []
@@ -247,19 +246,19 @@ def _facts(config: Any) -> Facts:
     )
 
 
-def _kind(module: Any) -> str:
-    import torch
+def _kind(module: nn.Module) -> str:
+    from torch.nn import Linear
 
     name = type(module).__name__
-    if isinstance(module, torch.nn.Linear):
+    if isinstance(module, Linear):
         return "linear"
     if name == "Conv1D":
         return "conv1d"
     return "norm" if "Norm" in name else "other"
 
 
-def to_data(a: Architecture) -> dict[str, Any]:
-    """As JSON: layers as [first, last] runs, because nearly every model repeats one layer throughout."""
+def to_data(a: Architecture) -> Json:
+    """An architecture as JSON. Layers are [first, last] runs, because nearly every model repeats one layer throughout."""
     return {
         "n_layers": a.n_layers,
         "hidden_size": a.hidden_size,
@@ -273,32 +272,35 @@ def to_data(a: Architecture) -> dict[str, Any]:
     }
 
 
-def from_data(data: Mapping[str, Any]) -> Architecture:
+def from_data(data: Json) -> Architecture:
+    """The inverse of `to_data`."""
     modules = []
     for name, kind, shapes, runs, *flags in data["modules"]:
         layers = tuple(n for first, last in runs for n in range(first, last + 1))
-        tied, head = flags or (0, 0)
-        modules.append(Module(name, kind, {n: tuple(s) for n, s in shapes.items()}, layers, bool(tied), bool(head)))
+        modules.append(Module(name, kind, {n: tuple(s) for n, s in shapes.items()}, layers, *map(bool, flags)))
     return Architecture(data["n_layers"], tuple(modules), data["hidden_size"], data["context"], Facts(**data["facts"]))
 
 
 def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return runs
+    """[first, last] of each run of consecutive numbers."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return [[start, end] for start, end in zip(starts, ends, strict=True)]
 
 
 @lru_cache(maxsize=1)
-def kept() -> dict[str, Any]:
-    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+def kept() -> dict[str, Json]:
+    """Key of a catalogue model → its architecture as JSON."""
+    return json.loads(KEPT.read_text())
 
 
 @lru_cache(maxsize=64)
-def _of_config(config_json: str) -> Architecture:
+def _from_kept(key: str) -> Architecture:
+    return from_data(kept()[key])
+
+
+@lru_cache(maxsize=64)
+def _from_config(config_json: str) -> Architecture:
     return build(json.loads(config_json))
 
 
@@ -307,27 +309,16 @@ def of(model: str) -> Architecture:
 
     Raises SpecError for a bare count, which has no layers, and for a name that cannot be found.
     """
-    from . import models
-
     entry = models.find(model)
     if entry.config is None:
         raise SpecError(
             f"model={model}: a bare count has no layers to look at; name a model such as llama-3.1-70b for exact counts"
         )
     key = entry.shape_of or entry.key
-    if key in kept():
-        return _from_kept(key)
-    return _of_config(json.dumps(entry.config, sort_keys=True))
-
-
-@lru_cache(maxsize=64)
-def _from_kept(key: str) -> Architecture:
-    return from_data(kept()[key])
+    return _from_kept(key) if key in kept() else _from_config(json.dumps(entry.config, sort_keys=True))
 
 
 def _write() -> None:
-    from . import models
-
     lines = [
         f"{json.dumps(key)}: {json.dumps(to_data(build(entry.config)), separators=(',', ':'))}"
         for key, entry in models.MODELS.items()

@@ -1,25 +1,35 @@
-"""Hugging Face configs: read, checked before anything is built, and built without weights."""
+"""Hugging Face configs: read, checked before anything is built, and built without weights.
+
+Errors are SpecErrors of one line, which say what is wrong in the config and what to write instead.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import seam
 from ..errors import SpecError
+from ..spec import Json
 
+if TYPE_CHECKING:
+    from torch.overrides import TorchFunctionMode
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Config = Mapping[str, Any]
+"""A config.json as parsed: of a whole model, or the part of it that `normal` leaves."""
 MOST_PARAMETERS = 10**14
 BUILD_SECONDS = 20.0
 """Far more than any known model takes."""
 MOST_ON_CPU = 10**7
-"""Elements of a tensor that is made on the CPU even so: XLNet's are."""
+"""Elements of a tensor that a model may make on the CPU while it is built on the meta device, as XLNet does."""
 LIMITS: tuple[tuple[str, float, int], ...] = (
     (r"layers?$|^depth$", 0, 1_000),
     (r"experts(_per_tok)?$", 0, 10_000),
@@ -29,28 +39,28 @@ LIMITS: tuple[tuple[str, float, int], ...] = (
     (r"theta", -math.inf, 10**12),
     (r"", -math.inf, 100_000_000),
 )
-"""Names in a config, and the least and the most that a whole number of that name may be; the first that fits counts."""
+"""Pattern of a field's name, the least and the most that it may be as a whole number; the first match counts."""
 IGNORED = {
     "transformers_version", "dtype", "torch_dtype", "name_or_path", "auto_map", "quantization_config",
     "compression_config", "attn_implementation", "experts_implementation", "use_kernels", "id2label", "label2id",
     "task_specific_params", "problem_type", "finetuning_task", "tokenizer_class", "model_max_length",
     "initializer_range", "torchscript", "sinusoidal_embeddings",
 }  # fmt: skip
-"""Says nothing about shapes, or names code to run. What transformers counts as a setting of generation is ignored too."""
+"""Fields that say nothing about shapes, or name code to run. Settings of generation are ignored too."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""0 where a family has its own, which may lie outside the config's vocabulary; left out where it has none."""
+"""Fields that are set to 0 where a family has a default, because that may lie outside the config's vocabulary."""
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Without these there is no text model with attention; transformers knows how each family calls them."""
+"""Fields that every text model with attention has; transformers knows what each family calls them."""
 SIZES = ("hidden_size", "num_hidden_layers")
-"""Of these, what every published config.json says itself."""
+"""The needed fields that every published config.json states itself."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
-def build_meta(config: Mapping[str, Any]) -> Any:
+def build_meta(config: Config) -> PreTrainedModel:
     """The transformers model of `config` on the meta device, with its weights tied.
 
-    Raises SpecError for a config that is out of all proportion, before anything is built, and for one that transformers
-    does not know or cannot build.
+    Raises SpecError for a config that transformers does not know or cannot build; for one whose numbers are out of all
+    proportion, before anything is built.
     """
     import torch
 
@@ -68,8 +78,8 @@ def build_meta(config: Mapping[str, Any]) -> Any:
     return model
 
 
-def normal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the shapes in a config.json: of its text model, with the class to build named in `architectures`.
+def normal(config: Config) -> Json:
+    """The fields of a config.json's text model that decide its shapes, and in `architectures` the class to build.
 
     Raises SpecError as `build_meta` does, but builds nothing.
     """
@@ -77,8 +87,8 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
         return _parse(config)[0]
 
 
-def check_whole(config: Mapping[str, Any]) -> None:
-    """Raises SpecError where a config.json leaves out its SIZES: transformers would take some model's of the family."""
+def check_whole(config: Config) -> None:
+    """Raises SpecError where a config.json leaves out its SIZES, which transformers would fill with its own defaults."""
     kind, values, _ = _text_model(config)
     names = seam.library().CONFIG_MAPPING[kind].attribute_map
     for name in SIZES:
@@ -88,16 +98,16 @@ def check_whole(config: Mapping[str, Any]) -> None:
             )
 
 
-def layer_types(config: Mapping[str, Any]) -> list[str] | None:
-    """What tells the layers apart, such as how far each sees; None for a family whose layers are all alike."""
+def layer_types(config: Config) -> list[str] | None:
+    """The kind of attention of each layer; None for a family whose layers are all alike."""
     with in_words(config):
         return getattr(_parse(config)[1], "layer_types", None)
 
 
-def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """(`normal`, transformers' config, class to build)"""
+def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel]]:
+    """(`normal`, transformers' config, the class to build)"""
     kind, values, whole = _text_model(config)
-    config_class: Any = seam.library().CONFIG_MAPPING[kind]
+    config_class = seam.library().CONFIG_MAPPING[kind]
     if isinstance(labels := values.get("id2label"), dict) and len(labels) != 2:
         values["num_labels"] = len(labels)
     defaults = {f.name: f.default for f in fields(config_class)}
@@ -105,7 +115,7 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
         name: value
         for name, value in _clean(values).items()
         if (name in defaults or not hasattr(config_class, name) or isinstance(getattr(config_class, name), property))
-        and (value is not None or defaults.get(name) is not None)  # null is no window, where the default is one
+        and (value is not None or defaults.get(name) is not None)  # a null says that there is no window
     }
     for name in NEEDED:
         for own in {name, config_class.attribute_map.get(name, name)} & set(values):
@@ -126,8 +136,8 @@ def _parse(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     return {**values, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
 
 
-def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
-    """(model_type, fields, model_type of the whole) of the text model in `config`, which is nearly always all of it."""
+def _text_model(config: Config) -> tuple[str, Json, str]:
+    """(model_type and fields of the text model in `config`, model_type of the whole, which is nearly always the same)"""
     known = seam.library().CONFIG_MAPPING
     whole, text = config.get("model_type"), config.get("text_config")
     if not isinstance(whole, str) or not whole:
@@ -154,18 +164,23 @@ def _text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     return kind, values, whole
 
 
-def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
-    """`value` of a config without what says nothing about shapes. Raises SpecError for a number beyond LIMITS."""
+def _clean(values: Config, depth: int = 0) -> Json:
+    """The fields that say something about shapes, here and in nested objects."""
+    return {
+        name: _checked(name, value, depth + 1)
+        for name, value in values.items()
+        if name not in _ignored() and (not name.startswith("_") or name == "_sliding_window_pattern")
+    }
+
+
+def _checked(name: str, value: object, depth: int) -> object:
+    """A field's value. Raises SpecError for a number beyond LIMITS and for deep nesting."""
     if depth > 8:
         raise SpecError("config.json is nested more than 8 deep, and no model's is; paste a model's own config.json")
     if isinstance(value, dict):
-        return {
-            key: _clean(inner, key, depth + 1)
-            for key, inner in value.items()
-            if key not in _ignored() and (not key.startswith("_") or key == "_sliding_window_pattern")
-        }
+        return _clean(value, depth)
     if isinstance(value, list):
-        return [_clean(inner, name, depth + 1) for inner in value]
+        return [_checked(name, inner, depth + 1) for inner in value]
     if isinstance(value, int):
         low, high = next((low, high) for pattern, low, high in LIMITS if re.search(pattern, name))
         if not low <= value <= high:
@@ -181,15 +196,15 @@ def _ignored() -> frozenset[str]:
     return frozenset(seam.library().GenerationConfig().to_dict()) | IGNORED
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise SpecError(
             f"{name}={shown(repr(value))}: this is a whole number of at least 1; use that of the model's own config.json"
         )
 
 
-def _check_heads(values: Mapping[str, Any], parsed: Any) -> None:
-    """Raises SpecError where heads do not divide what they share."""
+def _check_heads(values: Config, parsed: PreTrainedConfig) -> None:
+    """Raises SpecError where the hidden size cannot be split among the heads, or the heads among the key-value heads."""
     hidden, heads = parsed.hidden_size, get(parsed, "num_attention_heads")
     kv_heads = heads if (given := get(parsed, "num_key_value_heads")) is None else given
     sizes = {get(parsed, name) for name in HEAD_SIZES} - {None, hidden // heads}
@@ -203,10 +218,11 @@ def _check_heads(values: Mapping[str, Any], parsed: Any) -> None:
         )
 
 
-def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
+def _model_class(kind: str, named: object, parsed: PreTrainedConfig, whole: str) -> type[PreTrainedModel]:
     """The class to build: the one that the config names, if it is a model of that config, else one that writes text."""
     transformers, tables = seam.library(), seam.writers()
-    for name in [*(named if isinstance(named, list) else [])[:1], *(t.get(k) for k in (kind, whole) for t in tables)]:
+    first = named[:1] if isinstance(named, list) else []
+    for name in (*first, *(table.get(k) for k in (kind, whole) for table in tables)):
         cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
         if is_model and cls.config_class and isinstance(parsed, cls.config_class):
@@ -218,8 +234,8 @@ def _model_class(kind: str, named: Any, parsed: Any, whole: str) -> Any:
 
 
 @contextmanager
-def in_words(config: Mapping[str, Any]) -> Iterator[None]:
-    """Whatever transformers raises, as a SpecError of one line."""
+def in_words(config: Config) -> Iterator[None]:
+    """Turns whatever transformers raises into a SpecError of one line."""
     try:
         yield
     except SpecError:
@@ -233,23 +249,26 @@ def in_words(config: Mapping[str, Any]) -> Iterator[None]:
         ) from None
 
 
-def shown(value: Any, most: int = 40) -> str:
-    """A value from a config as one short line that can be printed."""
+def shown(value: object, most: int = 40) -> str:
+    """A value from a config as one printable line of at most `most` characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _bounded() -> Any:
-    """Stops a build where a config asks for far more modules than any model, or for a large table on the CPU."""
+def _bounded() -> TorchFunctionMode:
+    """A context that stops a build which takes far longer than any known model's, or makes a large table on the CPU."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     deadline = time.monotonic() + BUILD_SECONDS
 
     class Bounded(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            on_cpu = args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu"
-            if time.monotonic() > deadline or (on_cpu and args[0].numel() > MOST_ON_CPU):
+        def __torch_function__(
+            self, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: Json | None = None
+        ) -> object:
+            first = args[0] if args else None
+            on_cpu = first.numel() if isinstance(first, torch.Tensor) and first.device.type == "cpu" else 0
+            if time.monotonic() > deadline or on_cpu > MOST_ON_CPU:
                 raise SpecError(
                     f"this config takes more than {BUILD_SECONDS:g} s to build, or much memory, and known models take neither; "
                     "check its layers, experts and positions"
@@ -259,7 +278,7 @@ def _bounded() -> Any:
     return Bounded()
 
 
-def get(config: Any, name: str) -> Any:
-    """A transformers config's attribute; of one that varies between layers (Gemma 4's head_dim), the usual layer's."""
+def get(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a transformers config, or None; the usual layer's where layers differ, as in Gemma 4's head_dim."""
     name = config.attribute_map.get(name, name)
     return vars(config)[name] if name in vars(config) else getattr(config, name, None)

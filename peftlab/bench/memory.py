@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import hardware
 from ..base import models
@@ -18,66 +20,77 @@ from ..errors import PeftlabError, RunError, SpecError
 from ..measured import provenance
 from ..memory import exact
 from ..resolve import resolve
-from ..spec import Resolved, RunSpec
+from ..spec import Json, Resolved, RunSpec
+from . import Say, write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STEPS = 3
 """The first makes the optimizer's states; the last is measured."""
+PREDICTING = 6
+"""Processes that trace at once."""
+ALONE = 4
+"""Rows that have the GPU to themselves where others share it."""
 
 
 def grid() -> Iterator[RunSpec]:
     """Architectures, methods, precisions, optimizers and quantizations, each varied where it matters."""
-    small: dict[str, Any] = {"batch_size": 4, "sequence_length": 512, "precision": "bf16"}
+    small: Json = {"batch_size": 4, "sequence_length": 512, "precision": "bf16"}
     every = """full head last-block ln lora dora lora-plus adalora vera ia3 oft prompt p-tuning prefix houlsby pfeiffer parallel
                io-adapter compacter"""
-    for method in every.split():
-        yield RunSpec(model="qwen3-0.6b", method=method, **small)
+    yield from _by("qwen3-0.6b", every, small)
     for model in ("smollm2-135m", "gemma-3-270m", "gpt2", "opt-350m", "llama-3.2-1b"):
-        for method in ("full", "lora", "bitfit" if model in ("gpt2", "opt-350m") else "ia3"):
-            yield RunSpec(model=model, method=method, **small)
-        yield RunSpec(model=model, method="lora", **small | {"precision": "fp32"})
-        yield RunSpec(model=model, method="lora", gradient_checkpointing=True, **small)
-    for method in ("full", "lora", "houlsby"):
-        yield RunSpec(model="smollm2-360m", method=method, **small | {"precision": "amp"})
-    yield RunSpec(  # so short that the optimizer's step is the peak
-        model="llama-3.2-1b", method="full", batch_size=1, sequence_length=128, precision="amp"
-    )
+        yield from _by(model, "full lora bitfit" if model in ("gpt2", "opt-350m") else "full lora ia3", small)
+        yield from _by(model, "lora", small | {"precision": "fp32"})
+        yield from _by(model, "lora", small | {"gradient_checkpointing": True})
+    yield from _by("smollm2-360m", "full lora houlsby", small | {"precision": "amp"})
+    short = {"batch_size": 1, "sequence_length": 128, "precision": "amp"}  # the optimizer's step is the peak
+    yield from _by("llama-3.2-1b", "full", short)
     for optimizer in ("sgd", "sgd-momentum", "adafactor", "lion", "adamw-8bit", "paged-adamw-8bit"):
-        yield RunSpec(model="smollm2-360m", method="full", optimizer=optimizer, **small)
-    yield RunSpec(model="smollm2-360m", method="full", optimizer_precision="fp32", **small)
-    lora = RunSpec(model="smollm2-360m", method="lora", **small)
+        yield from _by("smollm2-360m", "full", small | {"optimizer": optimizer})
+    yield from _by("smollm2-360m", "full", small | {"optimizer_precision": "fp32"})
+    settings: Json
     for settings in ({"dropout": 0.05}, {"layers": "last:4"}, {"adapter_precision": "bf16"}, {"hold_outputs": True},
                      {"accumulation": 4}, {"attention": "eager"}, {"precision": "fp16"}, {"optimizer": "adamw-8bit"},
                      {"target_modules": "query,value"}, {"batch_size": 3, "sequence_length": 700}):  # fmt: skip
-        yield lora.but(**settings)
-    long: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "precision": "bf16"}
-    yield RunSpec(model="gemma-3-270m", method="lora", **long)
-    yield RunSpec(model="gemma-3-270m", method="full", gradient_checkpointing=True, **long)
-    for method in ("lora", "ln"):
-        yield RunSpec(model="olmoe-1b-7b", method=method, **small)
-    yield RunSpec(model="smollm2-1.7b", method="qlora", rank=16, gradient_checkpointing=True, **long)
-    yield RunSpec(model="smollm2-1.7b", method="qlora", rank=16, double_quantization=False, **long)
-    yield RunSpec(model="smollm2-1.7b", method="lora", quantization="int8", rank=16, **long)
-    for method in ("lora", "qlora"):
-        yield RunSpec(model="llama-3.1-8b", method=method, rank=16, **long | {"sequence_length": 1024})
-    yield RunSpec(model="llama-3.1-8b", method="qlora", rank=16, gradient_checkpointing=True, **long)
+        yield from _by("smollm2-360m", "lora", small | settings)
+    long: Json = {"batch_size": 1, "sequence_length": 2048, "precision": "bf16"}
+    yield from _by("gemma-3-270m", "lora", long)
+    yield from _by("gemma-3-270m", "full", long | {"gradient_checkpointing": True})
+    yield from _by("olmoe-1b-7b", "lora ln", small)
+    long["rank"] = 16
+    yield from _by("smollm2-1.7b", "qlora", long | {"gradient_checkpointing": True})
+    yield from _by("smollm2-1.7b", "qlora", long | {"double_quantization": False})
+    yield from _by("smollm2-1.7b", "lora", long | {"quantization": "int8"})
+    yield from _by("llama-3.1-8b", "lora qlora", long | {"sequence_length": 1024})
+    yield from _by("llama-3.1-8b", "qlora", long | {"gradient_checkpointing": True})
 
 
-def measure(spec: Resolved) -> dict[str, Any]:
-    """Bytes at the peak of a steady step on this machine's GPU, and its seconds. Weights are random: memory does not mind."""
+def _by(model: str, methods: str, settings: Json) -> Iterator[RunSpec]:
+    for method in methods.split():
+        yield RunSpec(model=model, method=method, **settings)
+
+
+def measure(spec: Resolved) -> Json:
+    """Bytes at the peak of a steady step on this machine's GPU, and its seconds. The weights are random, which memory does
+    not depend on.
+    """
     import torch
 
-    from .. import methods
+    from .. import methods, seam
     from ..base import architecture as architectures
     from ..base import configs
     from ..memory import step
+    from .random_weights import drawn
 
     entry, shape = models.find(spec.model), architectures.of(spec.model)
     assert entry.config is not None
-    model = configs.build_meta(entry.config).to(step.DTYPES[spec.precision]).requires_grad_(False)
-    model.config._attn_implementation = spec.attention
+    model = torch.nn.Module.to(configs.build_meta(entry.config), step.DTYPES[spec.precision]).requires_grad_(False)
+    seam.set_attention(model.config, spec.attention)
     if spec.quantization != "none":
         _quantize(model, {name for m in shape.linear() for _, name in m.names()}, spec)
-    step.materialize(model, _random)
+    step.materialize(model, lambda _, tensor: drawn(tensor, "cuda"))
     chosen = methods.targets(shape, spec, entry.name)
     model = step.prepare(methods.find(spec.method).attach(model, chosen, spec), spec)
     optimizer = step.optimizer([p for p in model.parameters() if p.requires_grad], spec)
@@ -99,52 +112,44 @@ def measure(spec: Resolved) -> dict[str, Any]:
     }
 
 
-def _random(name: str, tensor: Any) -> Any:
-    import torch
-
-    if not tensor.is_meta:  # a quantized weight
-        return tensor
-    made = torch.empty_like(tensor, device="cuda")
-    return made.normal_(0, 0.02) if made.is_floating_point() else made.zero_()
-
-
-def _quantize(model: Any, names: set[str], spec: Resolved) -> None:
-    """As weights.load does for a model on disk."""
+def _quantize(model: PreTrainedModel, names: set[str], spec: Resolved) -> None:
+    """Quantizes the linear maps of these names as weights.load does for a model on disk."""
     import bitsandbytes as bnb
     import torch
 
     library: Any = bnb.nn
-    double = spec.double_quantization
-    drawn = functools.cache(torch.randn)  # drawing 8 billion numbers takes minutes
+    four, double = spec.quantization == "nf4", spec.double_quantization
+    draw = functools.cache(torch.randn)  # drawing 8 billion numbers takes minutes
     for name, module in list(model.named_modules()):
         if name not in names:
             continue
+        assert isinstance(module, torch.nn.Linear)
         sizes = (module.in_features, module.out_features, module.bias is not None)
-        weight = drawn(module.weight.shape, dtype=module.weight.dtype)
-        if spec.quantization == "nf4":
+        weight = draw(module.weight.shape, dtype=module.weight.dtype)
+        if four:
             new = library.Linear4bit(*sizes, weight.dtype, double, "nf4", device="meta")
             new.weight = library.Params4bit(weight, False, compress_statistics=double, quant_type="nf4", module=new)
         else:
             new = library.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
             new.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         new.weight = new.weight.to("cuda")
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], new.requires_grad_(False))
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = spec.quantization == "nf4", spec.quantization == "int8"
+        model.set_submodule(name, new.requires_grad_(False))
+    vars(model).update(is_loaded_in_4bit=four, is_loaded_in_8bit=not four)
     torch.cuda.empty_cache()
 
 
-def _predict(spec: Resolved) -> dict[str, Any]:
+def _predict(spec: Resolved) -> Json:
     report = exact(spec).to_dict()
     kept = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
     return {name: report[name] for name in kept}
 
 
-def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs the grid and writes every row to `out`, measured and predicted. A row that fails says so, and the others go on.
+def record_memory(out: Path, say: Say, at_once: int = 1) -> Json:
+    """Runs the grid and writes every row to `out`, measured and predicted; rows that it has from this hardware stay.
 
-    Each step is measured in a fresh process; rows that `out` has from this hardware are not measured again. Its seconds and
-    what the whole process takes can be told only while the GPU has no other: with several `at_once`, of the first rows alone.
+    A row's seconds and what its whole process takes can be told only while no other uses the GPU: with several `at_once`,
+    for the first rows. A row that fails says so, and the others go on. Raises SpecError without a GPU, and RunError where
+    every row fails.
     """
     if hardware.here().device != "cuda":
         raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
@@ -152,7 +157,7 @@ def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = prin
     fresh = multiprocessing.get_context("forkserver")  # its children share the imports, and no CUDA context
     fresh.set_forkserver_preload(["torch", "transformers", "accelerate"])
     specs = [resolve(spec) for spec in grid()]
-    rows: list[dict[str, Any]] = [{"spec": spec.to_dict()} for spec in specs]
+    rows: list[Json] = [{"spec": spec.to_dict()} for spec in specs]
     document = provenance() | {"kind": "memory", "rows": rows}
     known = _measured_before(out, document["hardware"])
 
@@ -160,7 +165,7 @@ def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = prin
         row = rows[i]
         try:
             before = next((k["measured"] for k in known if k["spec"] == row["spec"]), None)
-            row["measured"] = before or _alone(fresh, measure, specs[i])
+            row["measured"] = before or measure_apart(specs[i], fresh)
             if not before:
                 used = row["measured"].pop("device_used_bytes") - idle
                 row["measured"] |= {"process_bytes": used} if alone else {"process_bytes": None, "step_seconds": None}
@@ -168,9 +173,8 @@ def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = prin
         except PeftlabError as error:
             row["error"] = str(error)
         say(_said(row))
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        write(document, out)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     first = len(specs) if at_once == 1 else ALONE
     with ProcessPoolExecutor(PREDICTING, fresh) as several, ThreadPoolExecutor(at_once) as pool:
         predicted = [several.submit(_predict, spec) for spec in specs]
@@ -178,55 +182,38 @@ def record_memory(out: Path, at_once: int = 1, say: Callable[[str], None] = prin
         for i in range(first):
             run(i, alone=True)
         list(pool.map(lambda i: run(i, alone=False), range(first, len(specs))))
-    if all("error" in r for r in rows):
+    if all("error" in row for row in rows):
         raise RunError(f"no configuration could be measured; the first said: {rows[0]['error']}")
     return document
 
 
-def _measured_before(out: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of an earlier run on this hardware."""
-    if not out.exists():
+def _measured_before(out: Path, name: str) -> list[Json]:
+    """The measured rows of an earlier run on the hardware of this name."""
+    if not out.exists() or not out.stat().st_size:  # the command line makes an empty one, to know that it can
         return []
-    before = json.loads(out.read_text())
+    before: Json = json.loads(out.read_text(encoding="utf-8"))
     return [row for row in before["rows"] if "measured" in row] if before["hardware"] == name else []
 
 
-PREDICTING = 6
-"""Processes that trace at once."""
-ALONE = 4
-"""Rows that have the GPU to themselves."""
-
-
-def _alone(fresh: Any, work: Callable[[Resolved], dict[str, Any]], spec: Resolved) -> dict[str, Any]:
-    """`work(spec)` in a process of its own. Raises RunError with its error, also when it dies."""
-    ours, its = fresh.Pipe(duplex=False)
-    process = fresh.Process(target=_answer, args=(its, work, spec))
-    process.start()
-    its.close()
+def measure_apart(spec: Resolved, context: BaseContext) -> Json:
+    """`measure` in a process of its own. Raises RunError with its error, also where the process dies."""
     try:
-        answer = ours.recv()
-    except EOFError:
-        answer = "the process died"
-    process.join()
-    if isinstance(answer, str):
-        raise RunError(answer)
-    return answer
-
-
-def _answer(connection: Any, work: Callable[[Resolved], dict[str, Any]], spec: Resolved) -> None:
-    try:
-        connection.send(work(spec))
+        with ProcessPoolExecutor(1, context) as process:
+            return process.submit(measure, spec).result()
+    except BrokenProcessPool:
+        raise RunError("the process died") from None
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no word'}")
+        said = str(error).splitlines() or ["no word"]
+        raise RunError(f"{type(error).__name__}: {said[0]}") from None
 
 
 def _device_used() -> int:
-    """Bytes of the GPU that others have in use, asked for without a context of our own."""
+    """Bytes of the GPU that others use, asked for without a CUDA context of our own."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
-def _said(row: dict[str, Any]) -> str:
+def _said(row: Json) -> str:
     name = f"{row['spec']['model']} {row['spec']['method']}"
     if "error" in row:
         return f"{name}: {row['error']}"

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import hardware, seam
-from ..base import configs, models, weights
+from ..base import configs, fetching, models, sources
 from ..data import tasks
 from ..errors import SpecError
-from ..run.generate import PUBLIC_DOMAIN
+from ..run.scoring import PUBLIC_DOMAIN
 from ..spec import RunSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 ROWS = 16
 STEPS = 20
 PROMPT = 16
-"""Tokens of a row that are read only: nearly all are learned, as in pre-training."""
+"""Tokens of a row that are only read. The model learns nearly all tokens, as in pre-training."""
 SPREAD = 0.02
 """Standard deviation of the weights, as most models start."""
 
 
 def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
-    """`spec` on a model and a task in `folder`: its model's shapes with the default model's tokenizer, its sequence length
-    filled with public-domain prose. Raises SpecError for a model without a config, and WeightsError.
+    """`spec` on a model and a task that are made in `folder`: the shapes of its model with the default model's tokenizer,
+    and rows of public-domain prose as long as its sequence length.
+
+    Raises SpecError for a model without a config and for an automatic sequence length, and WeightsError.
     """
     import torch
 
@@ -36,22 +42,17 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
         raise SpecError(
             "sequence-length is not set: rows of random weights have one length; set it, for instance to 256"
         )
-    for _ in weights.fetch(models.DEFAULT):
+    for _ in fetching.fetch(models.DEFAULT):
         pass
-    tokenizer = seam.library().AutoTokenizer.from_pretrained(weights.folder_of(models.find(models.DEFAULT)))
+    tokenizer = seam.library().AutoTokenizer.from_pretrained(sources.folder_of(models.find(models.DEFAULT)))
     device = hardware.here().device
-
-    def draw(_: str, tensor: Any) -> Any:
-        drawn = torch.empty_like(tensor, device=device)
-        return drawn.normal_(0, SPREAD) if drawn.is_floating_point() else drawn.zero_()
-
-    model = configs.build_meta(entry.config).to(torch.bfloat16)
-    step.materialize(model, draw)
+    model = torch.nn.Module.to(configs.build_meta(entry.config), torch.bfloat16)
+    step.materialize(model, lambda _, tensor: drawn(tensor, device))
     made = folder / Path(entry.key).name
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     task = folder / "prose.json"
-    rows = [{"prompt": p, "answer": a} for p, a in _rows(tokenizer, spec.sequence_length)]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in _rows(tokenizer, spec.sequence_length)]
     task.write_text(
         json.dumps({
             "name": "Prose", "teaches": "Nothing: its rows have one length.", "instruction": "", "metric": "exact_match",
@@ -61,18 +62,28 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
     return spec.but(model=str(made), task=str(task))
 
 
-def _rows(tokenizer: Any, length: int) -> list[tuple[str, str]]:
-    """Prompts and answers which make `length` tokens together, or a few less."""
+def drawn(tensor: Tensor, device: str) -> Tensor:
+    """In place of a tensor without numbers, one of its shape and type with random ones, or zeros where they are whole."""
+    import torch
+
+    if not tensor.is_meta:  # a quantized weight
+        return tensor
+    made = torch.empty_like(tensor, device=device)
+    return made.normal_(0, SPREAD) if made.is_floating_point() else made.zero_()
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, length: int) -> list[tuple[str, str]]:
+    """Prompts and answers that have `length` tokens together, or a few less."""
     ids = tokenizer(PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     ids = ids * (1 + ROWS * length // len(ids))
     rows = []
     for start in range(0, ROWS * length, length):
-        prompt, kept = tokenizer.decode(ids[start : start + PROMPT]), length
+        prompt, kept = str(tokenizer.decode(ids[start : start + PROMPT])), length
         while True:
-            row = tasks.Row(prompt, tokenizer.decode(ids[start + PROMPT : start + kept]))
-            over = len(tasks.prompt_ids(tokenizer, "", prompt) + tasks.answer_ids(tokenizer, row.answer)) - length
+            answer = str(tokenizer.decode(ids[start + PROMPT : start + kept]))
+            over = len(tasks.prompt_ids(tokenizer, "", prompt) + tasks.answer_ids(tokenizer, answer)) - length
             if over <= 0:
                 break
             kept -= over
-        rows.append((row.prompt, row.answer))
+        rows.append((prompt, answer))
     return rows

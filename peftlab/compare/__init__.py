@@ -1,211 +1,23 @@
-"""Base and adapted model side by side: the same prompt, decoding and seed; the same held-out rows and metric."""
+"""Base and adapted model side by side, what an adapter did to the weights, and proofs of what is said of LoRA."""
 
-from __future__ import annotations
+from .answers import (
+    BASE,
+    ComparisonReport,
+    Exchange,
+    Reply,
+    Score,
+    instruction_of,
+    models_of,
+    on_prompt,
+    on_task,
+    prompt_tokens,
+    recorded,
+    score_of,
+    side_by_side,
+    wilson,
+)
 
-import math
-import time
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from .. import adapters
-from ..adapters import Adapter
-from ..base import weights
-from ..count import BYTES
-from ..data import tasks
-from ..data.tasks import Task
-from ..errors import SpecError
-from ..resolve import resolve_again
-from ..run.generate import Decoding, answer, nats_per_token, stream
-
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Reply:
-    model: str
-    """`base`, or the adapter's name."""
-    text: str
-    seconds: float
-    score: float | None = None
-    """0 or 1 by the task's metric; None for a prompt without a reference."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    prompt: str
-    reference: str | None
-    replies: tuple[Reply, ...]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A mean of 0/1 scores and its 95% Wilson interval."""
-
-    model: str
-    mean: float
-    low: float
-    high: float
-    items: int
-    forgetting: float | None
-    """Nats per token on public-domain prose, adapted minus base; None for the base and where it was not measured."""
-
-
-@dataclass(frozen=True)
-class ComparisonReport:
-    task: str | None
-    metric: str | None
-    exchanges: tuple[Exchange, ...]
-    scores: tuple[Score, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def wilson(successes: float, items: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a proportion, sound for small samples and for 0 and 1. Wilson 1927."""
-    if not items:
-        return 0.0, 1.0
-    p = successes / items
-    middle = (p + z * z / (2 * items)) / (1 + z * z / items)
-    half = z / (1 + z * z / items) * math.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
-    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # rounding must not put p outside
-
-
-def score_of(model: str, scores: list[float], forgetting: float | None = None) -> Score:
-    low, high = wilson(sum(scores), len(scores))
-    return Score(model, sum(scores) / len(scores), low, high, len(scores), forgetting)
-
-
-def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base, dict[str, Any]]:
-    """The base that `chosen` share, in the widest precision of their runs, and name → model ready to generate, the base first.
-
-    Raises AdapterError for one that does not fit, SpecError when they were trained on different bases or, `merged`, for
-    one that cannot be folded into the base's weights.
-    """
-    bases = {f"{a.spec.model} {a.spec.quantization or 'none'}".removesuffix(" none") for a in chosen}
-    if len(bases) != 1:
-        raise SpecError(f"these adapters have different bases ({', '.join(sorted(bases))}); compare one base's")
-    put = adapters.merge if merged else adapters.apply
-    whole = {"quantization": "none"} if merged else {}
-    specs = [resolve_again(a.spec.but(**whole)) for a in chosen]
-    base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision]))  # no adapter is rounded
-    models = {BASE: base.quick}
-    for a in chosen:
-        name = a.label
-        models[str(a.folder) if name in models else name] = put(base, a)
-    return base, models
-
-
-def prompt_tokens(
-    base: weights.Base, instruction: str, prompt: str, decoding: Decoding, virtual_tokens: int = 0
-) -> list[int]:
-    """Raises SpecError for a prompt that is empty or leaves no room for an answer after an adapter's virtual tokens."""
-    if not prompt.strip():
-        raise SpecError("the prompt is empty: write a sentence, or take one of the held-out examples")
-    ids = tasks.prompt_ids(base.tokenizer, instruction, prompt)
-    context = (getattr(base.model.config, "max_position_embeddings", None) or 1024) - virtual_tokens
-    room = context - decoding.max_new_tokens
-    if room < 1:
-        raise SpecError(
-            f"max-new-tokens={decoding.max_new_tokens}: {base.entry.name} reads {context:,} tokens, prompt and answer "
-            f"together; set it to {context // 2:,} or less"
-        )
-    if len(ids) > room:
-        raise SpecError(
-            f"the prompt has {len(ids):,} tokens; {base.entry.name} reads {context:,} and the answer takes up to "
-            f"{decoding.max_new_tokens}: shorten it to {room:,} tokens"
-        )
-    return ids
-
-
-def side_by_side(
-    base: weights.Base, models: dict[str, Any], prompt: list[int], decoding: Decoding
-) -> Iterator[dict[str, Reply]]:
-    """What each model has said so far, after a token of all: in one batch where they are a base and plain LoRA over it,
-    else in turn.
-    """
-    from .. import fused
-
-    joint = fused.together(weights.share(base.model), list(models.values())[1:])
-    said = {name: Reply(name, "", 0.0) for name in models}
-    if joint is not None:
-        begun = time.perf_counter()
-        for all_texts in stream(joint, base.tokenizer, prompt, decoding, len(models)):
-            seconds = time.perf_counter() - begun
-            for name, text in zip(models, all_texts, strict=True):
-                if text != said[name].text or not said[name].seconds:
-                    said[name] = Reply(name, text, seconds)
-            yield dict(said)
-        return
-    streams = {name: stream(model, base.tokenizer, prompt, decoding) for name, model in models.items()}
-    while streams:
-        for name in list(streams):
-            begun = time.perf_counter()
-            texts: list[str] | None = next(streams[name], None)
-            seconds = said[name].seconds + time.perf_counter() - begun
-            if texts is None:
-                del streams[name]
-            said[name] = Reply(name, texts[0] if texts else said[name].text, seconds)
-        yield dict(said)
-
-
-def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding, merged: bool = False) -> ComparisonReport:
-    base, models = models_of(chosen, merged)
-    task = tasks.TASKS.get(chosen[0].spec.task or "")
-    virtual = max(a.spec.virtual_tokens or 0 for a in chosen)
-    ids = prompt_tokens(base, task.instruction if task else "", prompt, decoding, virtual)
-    *_, said = side_by_side(base, models, ids, decoding)
-    return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
-
-
-def on_task(chosen: list[Adapter], task: Task, merged: bool = False) -> Generator[float, None, ComparisonReport]:
-    """Every held-out row to every model. Yields the share done; returns the report."""
-    base, models = models_of(chosen, merged)
-    answers, seconds, prose = {}, {}, {}
-    for number, (name, model) in enumerate(models.items()):
-        begun = time.perf_counter()
-        work = answer(model, base.tokenizer, task, task.heldout)
-        while True:
-            try:
-                yield (number + next(work)) / len(models)
-            except StopIteration as finished:
-                answers[name] = finished.value
-                break
-        seconds[name] = (time.perf_counter() - begun) / len(task.heldout)
-        prose[name] = nats_per_token(model, base.tokenizer)
-    exchanges = tuple(
-        Exchange(
-            row.prompt,
-            row.answer,
-            tuple(Reply(name, answers[name][i].text, seconds[name], answers[name][i].score) for name in models),
-        )
-        for i, row in enumerate(task.heldout)
-    )
-    scores = tuple(
-        score_of(name, [a.score for a in answers[name]], None if name == BASE else prose[name] - prose[BASE])
-        for name in models
-    )
-    return ComparisonReport(task.key, task.metric, exchanges, scores)
-
-
-def recorded(adapter: Adapter) -> ComparisonReport | None:
-    """The comparison that the adapter's own run measured on all held-out rows; None where its manifest has none."""
-    rows = adapter.result.get("heldout")
-    if not rows:
-        return None
-    name = adapter.label
-    exchanges = tuple(
-        Exchange(
-            r["prompt"],
-            r["reference"],
-            (Reply(BASE, r["base"], 0.0, r["base_score"]), Reply(name, r["adapted"], 0.0, r["adapted_score"])),
-        )
-        for r in rows
-    )
-    scores = (
-        score_of(BASE, [r["base_score"] for r in rows]),
-        score_of(name, [r["adapted_score"] for r in rows], adapter.result.get("forgetting")),
-    )
-    task = tasks.find(adapter.spec.task or "")
-    return ComparisonReport(task.key, task.metric, exchanges, scores)
+__all__ = [
+    "BASE", "ComparisonReport", "Exchange", "Reply", "Score", "instruction_of", "models_of", "on_prompt", "on_task",
+    "prompt_tokens", "recorded", "score_of", "side_by_side", "wilson",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """The mathematics of low-rank updates: spectra, subspaces, amplification and intruders.
 
 W is a linear map's weight, d_out × d_in; ΔW is what an adapter adds to it. The functions on matrices take 2-D tensors of
-any type, compute in fp32 (in fp64 for fp64), and take `Factors` instead, so that nothing is decomposed twice. They raise
+any type and compute in fp32 (fp64 stays fp64). They also take `Factors`, so that nothing is decomposed twice. They raise
 SpecError for a rank or a size that the matrix does not have, and for numbers that are not finite.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDINGS = 100
-"""A singular value below this many roundings of the largest (1.2e-5 of it in fp32) is one of a matrix without it."""
+"""A singular value below this many roundings of the largest (1.2e-5 of it in fp32) counts as zero."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,14 @@ class Amplification:
     on_update: float
     """‖UᵀWV‖_F with U, V the top directions of ΔW: what W does there."""
     on_weight: float
-    """The same with W's own top directions: the most that there can be."""
+    """‖UᵀWV‖_F with U, V the top directions of W itself, where it is largest."""
     on_random: float
-    """The same with random directions, its root mean square."""
+    """Root mean square of ‖UᵀWV‖_F over random U, V."""
 
     @property
     def factor(self) -> float | None:
         """The paper's amplification factor, ‖ΔW‖_F / ‖UᵀWV‖_F; None where W does nothing there."""
         return _ratio(self.update, self.on_update)
-
-    @property
-    def factor_of_weight(self) -> float | None:
-        return _ratio(self.update, self.on_weight)
 
     @property
     def factor_of_random(self) -> float | None:
@@ -106,7 +102,7 @@ class Intruders:
     cosines: tuple[float, ...]
     """For each top left singular vector of W + ΔW, its largest |cosine| with any left singular vector of W, 0–1."""
     threshold: float
-    """An intruder's is below this."""
+    """A direction whose cosine is below this is an intruder."""
 
     @property
     def directions(self) -> tuple[int, ...]:
@@ -146,12 +142,17 @@ class Overlap:
     """Dimensions of the space that both are in."""
 
     def random(self, i: int, j: int) -> float:
-        """What subspaces that have nothing to do with each other would show, to draw beside φ(i, j)."""
-        return random_similarity(i, j, self.n)
+        """The expectation of φ(i, j) for two independent uniformly random subspaces of ℝⁿ: max(i, j) / n.
+
+        ‖A_iᵀ B_j‖²_F = tr(A_i A_iᵀ B_j B_jᵀ), and the mean of B_j B_jᵀ over all rotations is j/n times the identity: i·j/n.
+        """
+        if not (1 <= i <= self.n and 1 <= j <= self.n):
+            raise SpecError(f"i={i}, j={j}: subspaces of {self.n} dimensions have from 1 to {self.n}")
+        return max(i, j) / self.n
 
 
 def factors(matrix: Tensor | Factors) -> Factors:
-    """The singular value decomposition; itself for one that is made already."""
+    """The singular value decomposition of a matrix. Factors are returned as they are."""
     import torch
 
     if isinstance(matrix, Factors):
@@ -169,7 +170,7 @@ def spectrum(matrix: Tensor | Factors) -> Spectrum:
 
 
 def best(matrix: Tensor | Factors, rank: int) -> tuple[Tensor, float]:
-    """The matrix of `rank` that is nearest to `matrix`, and how far it is, over ‖matrix‖_F. Eckart & Young 1936."""
+    """The nearest matrix of `rank`, d_out × d_in, and its distance over ‖matrix‖_F. Eckart & Young 1936."""
     f = factors(matrix)
     if not 0 <= rank <= len(f.s):
         raise SpecError(f"rank={rank}: {len(f.u)} × {len(f.v)} has ranks from 0 to {len(f.s)}; try {len(f.s)}")
@@ -178,9 +179,9 @@ def best(matrix: Tensor | Factors, rank: int) -> tuple[Tensor, float]:
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """φ(i, j) = ‖A_iᵀ B_j‖²_F / min(i, j) of the first i columns of `a` and the first j of `b`, for all i and j at once.
+    """φ(i, j) = ‖A_iᵀ B_j‖²_F / min(i, j), where A_i is the first i columns of `a` and B_j the first j of `b`.
 
-    `a` is n × p and `b` n × q, each with orthonormal columns; the result is p × q, and φ(i, j) at [i − 1, j − 1]. It is 1
+    `a` is n × p and `b` n × q, each with orthonormal columns; the result is p × q with φ(i, j) at [i − 1, j − 1]. φ is 1
     where the smaller subspace lies in the larger, 0 where they are orthogonal. Hu et al. 2021, section 7.2, appendix G.
     """
     import torch
@@ -194,20 +195,10 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     return sums / torch.minimum(ranks[0][:, None], ranks[1])
 
 
-def random_similarity(i: int, j: int, n: int) -> float:
-    """The expectation of φ(i, j) for two independent uniformly random subspaces of ℝⁿ: max(i, j) / n.
-
-    ‖A_iᵀ B_j‖²_F = tr(A_i A_iᵀ B_j B_jᵀ), and the mean of B_j B_jᵀ over all rotations is j/n times the identity: i·j/n.
-    """
-    if not (1 <= i <= n and 1 <= j <= n):
-        raise SpecError(f"i={i}, j={j}: subspaces of {n} dimensions have from 1 to {n}")
-    return max(i, j) / n
-
-
 def amplification(weight: Tensor | Factors, delta: Tensor | Factors, directions: int) -> Amplification:
-    """‖ΔW‖_F against what W does in the top `directions` of ΔW, of W, and at random.
+    """Compares ‖ΔW‖_F with what W does in the top `directions` of ΔW, in its own, and in random ones.
 
-    At random ‖UᵀWV‖²_F is r²‖W‖²_F/(d_out·d_in) on average, by the argument of `random_similarity` on each side. With
+    At random ‖UᵀWV‖²_F is r²‖W‖²_F/(d_out·d_in) on average, by the argument of `Overlap.random` on each side. With
     the paper's ‖W‖_F = 61.95 and 12,288 that is 0.02 at r = 4 and 0.33 at r = 64, as table 7 has from samples.
     """
     w, d = factors(weight), factors(delta)
@@ -224,9 +215,9 @@ def amplification(weight: Tensor | Factors, delta: Tensor | Factors, directions:
 
 
 def intruders(weight: Tensor | Factors, tuned: Tensor | Factors, k: int = 10, threshold: float = 0.5) -> Intruders:
-    """Compares the top `k` left singular vectors of `tuned`, W + ΔW, with all of W's.
+    """Compares the top `k` left singular vectors of `tuned`, which is W + ΔW, with all left singular vectors of W.
 
-    k and the threshold ε are a choice that the count depends on: Shuttleworth et al. 2024 vary both.
+    How many intruders there are depends on k and on the threshold: Shuttleworth et al. 2024 vary both.
     """
     w, t = factors(weight), factors(tuned)
     cosines = (w.u.T @ t.u[:, :k]).abs().amax(0).clamp(max=1)
@@ -234,7 +225,7 @@ def intruders(weight: Tensor | Factors, tuned: Tensor | Factors, k: int = 10, th
 
 
 def directions(delta: Tensor | Factors, k: int = 16) -> Directions:
-    """The top `k` ≥ 1 singular vectors of an update on both sides, or as many as it has."""
+    """The top `k` ≥ 1 singular vectors of an update on both sides; all of them where it has fewer."""
     import torch
 
     if k < 1:

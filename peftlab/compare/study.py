@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import adapters, methods
 from ..adapters import Adapter
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AMPLIFIED = 8
-"""Directions of ΔW that a study looks for in W, or fewer where ΔW has fewer: adapters compare only over as many."""
+"""Directions of ΔW that a study looks for in W, or fewer where ΔW has fewer. Adapters compare only over as many of them."""
 FILE = "study.json"
 """Its name in an adapter's folder."""
 IN_PLACE = "query,value"
-"""What is studied unasked where a method trains the base's own weights: all of them would take minutes and gigabytes."""
+"""What is studied by default where a method trains the base's own weights: all of them would take minutes and gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Update:
     layer: int | None
     """None for a module outside the layers."""
     module: Module
-    """The kind that it is one of."""
+    """The kind of module that it is."""
     weight: Tensor
     """W in fp32, d_out × d_in, however the model stores it."""
     delta: Tensor
-    """ΔW, the same."""
+    """ΔW in fp32, d_out × d_in."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def names(adapter: Adapter, targets: str | None = None) -> list[str]:
 
 
 def recorded(adapter: Adapter) -> Study | None:
-    """The study kept in the adapter's folder, None where there is none. Raises AdapterError for one that cannot be read."""
+    """The study kept in the adapter's folder; None where there is none. Raises AdapterError for one that cannot be read."""
     file = adapter.folder / FILE
     if not file.exists():
         return None
@@ -140,11 +140,11 @@ def recorded(adapter: Adapter) -> Study | None:
 
 
 def updates(base: weights.Base, adapter: Adapter, names: Collection[str] | None = None) -> Iterator[Update]:
-    """Each linear map that the adapter changes, or those of them with these full names.
+    """Each linear map that the adapter changes; with `names`, only those of these full names.
 
-    By difference, so that any method that merges will do: ΔW is the merged weight minus the base's, and both are fp64,
-    because an fp32 sum would round a ΔW of rank 8 to full rank. It takes 16 bytes a number of the named maps, in main
-    memory. Raises what `adapters.merge` does, and SpecError for a name that is no linear map.
+    ΔW is the merged weight minus the base's, so that any method that merges will do. Both are in fp64, because an fp32 sum
+    would round a ΔW of rank 8 to full rank. This takes 16 bytes of main memory for each number of the named maps. Raises
+    what `adapters.merge` does, and SpecError for a name that is no linear map.
     """
     found = _changed(base, adapter, names)
     while found:
@@ -154,7 +154,10 @@ def updates(base: weights.Base, adapter: Adapter, names: Collection[str] | None 
 def study(
     base: weights.Base, adapter: Adapter, names: Collection[str] | None = None, keep: int = 0
 ) -> Generator[float, None, Study]:
-    """All that there is to see in what `updates` gives, with the top `keep` directions of each. Yields the share done."""
+    """Studies what `updates` gives and keeps the top `keep` directions of each. Yields the share done, from 0 to 1.
+
+    Returns the study. Raises what `updates` does.
+    """
     yield 0.0
     found, done = _changed(base, adapter, names), []
     total = len(found)
@@ -164,11 +167,11 @@ def study(
     return Study(adapter.label, adapter.spec.model or "", adapter.spec.method, tuple(done))
 
 
-Place = tuple[str, "int | None", Module, "Tensor", "Tensor"]
+Changed: TypeAlias = "tuple[str, int | None, Module, Tensor, Tensor]"
+"""A linear map's name, layer and kind, and its weight before and after, in fp64 and as the model stores it."""
 
 
-def _changed(base: weights.Base, adapter: Adapter, names: Collection[str] | None) -> list[Place]:
-    """(name, layer, kind, weight before, weight after) of each linear map that differs, in fp64 and as stored."""
+def _changed(base: weights.Base, adapter: Adapter, names: Collection[str] | None) -> list[Changed]:
     import torch
 
     kinds = [m for m in architecture.describe(base.model).modules if m.is_linear]
@@ -177,13 +180,13 @@ def _changed(base: weights.Base, adapter: Adapter, names: Collection[str] | None
         raise SpecError(f"{name} is no linear map of {base.entry.name}; its first is {next(iter(places))}")
     wanted = [name for name in places if names is None or name in names]
     model = weights.share(base.model)
-    wide = {id(model.get_submodule(name).weight) for name in wanted}
+    wide = {id(model.get_parameter(f"{name}.weight")) for name in wanted}
     for parameter in model.parameters():  # the rest in fp32: peft would round BA to a base in bf16
         if parameter.is_floating_point():
             parameter.data = parameter.data.to("cpu", torch.float64 if id(parameter) in wide else torch.float32)
     merged = adapters.merge(replace(base, model=model, device="cpu"), adapter)
-    pairs = {name: (model.get_submodule(name).weight.data, merged.get_submodule(name).weight.data) for name in wanted}
-    return [(name, *places[name], *pair) for name, pair in pairs.items() if not torch.equal(*pair)]
+    pairs = {name: tuple(m.get_parameter(f"{name}.weight").data for m in (model, merged)) for name in wanted}
+    return [(name, *places[name], before, after) for name, (before, after) in pairs.items() if not before.equal(after)]
 
 
 def _update(name: str, layer: int | None, kind: Module, before: Tensor, after: Tensor) -> Update:
@@ -209,11 +212,12 @@ def _studied(update: Update, keep: int) -> MatrixStudy:
     )
 
 
-def _compact(value: Any) -> str:
+def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
 def _rounded(value: Any) -> Any:
+    """JSON with every float to four digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):

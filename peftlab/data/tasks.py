@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import SpecError
 from ..places import ASSETS
 from ..spec import closest
 
-FOLDER = ASSETS / "tasks"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DEFAULT = "ticket"
 
 
@@ -29,7 +31,7 @@ class Task:
     key: str
     name: str
     teaches: str
-    """What watching it learn shows."""
+    """What one sees when one watches a model learn it."""
     instruction: str
     """The system prompt, the same for the base and the adapted model."""
     metric: str
@@ -42,19 +44,11 @@ class Task:
     sequence_length: int = 256
     max_new_tokens: int = 48
     markers: tuple[str, ...] = ()
+    """Words and phrases, in lower case, of which a `voice` answer holds at least `markers_needed`."""
     markers_needed: int = 0
     labels: tuple[str, ...] = ()
-    source: str = ""
+    """The answers that an `accuracy` task chooses from."""
     licence: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Metric:
-    key: str
-    name: str
-    """As in 'Exact records: 0% → 88%'."""
-    meaning: str
 
 
 def exact_match(text: str, row: Row, task: Task) -> float:
@@ -72,49 +66,54 @@ def voice(text: str, row: Row, task: Task) -> float:
     return float(len(heard) >= task.markers_needed)
 
 
-SCORES = {"exact_match": exact_match, "accuracy": accuracy, "voice": voice}
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    """As in 'Exact records: 0% → 88%'."""
+    meaning: str
+    score: Callable[[str, Row, Task], float]
+    """0 or 1 for a model's text."""
+
+
 METRICS = {
-    m.key: m
-    for m in (
-        Metric("exact_match", "Exact records", "the whole answer equals the reference, character by character"),
-        Metric("accuracy", "Accuracy", "the first label that the answer names is the right one"),
-        Metric("voice", "Answers in the voice", "the answer holds at least the task's number of marker words"),
-    )
+    "exact_match": Metric(
+        "Exact records", "the whole answer equals the reference, character by character", exact_match
+    ),
+    "accuracy": Metric("Accuracy", "the first label that the answer names is the right one", accuracy),
+    "voice": Metric("Answers in the voice", "the answer holds at least the task's number of marker words", voice),
 }
 
 
 def score(text: str, row: Row, task: Task) -> float:
-    """0 or 1."""
-    return SCORES[task.metric](text, row, task)
+    """0 or 1 for a model's text, by the task's metric."""
+    return METRICS[task.metric].score(text, row, task)
 
 
 def read(file: Path) -> Task:
-    """Raises SpecError for a file that is not a task."""
+    """The task of a JSON file; keys that no task has are left out. Raises SpecError for a file that is not a task."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        known = {k: v for k, v in data.items() if k in Task.__dataclass_fields__}
-        extra = {k: v for k, v in data.items() if k not in known}
-        for split in ("train", "heldout"):
-            known[split] = tuple(Row(**row) for row in data[split])
-        for name in ("markers", "labels"):
-            known[name] = tuple(known.get(name, ()))
-        task = Task(key=file.stem, extra=extra, **known)
+        known = {name: value for name, value in data.items() if name in Task.__dataclass_fields__}
+        known |= {split: tuple(Row(**row) for row in data[split]) for split in ("train", "heldout")}
+        known |= {name: tuple(data.get(name, ())) for name in ("markers", "labels")}
+        task = Task(key=file.stem, **known)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(f"task={file}: not a task file ({error}); see assets/tasks/ticket.json for the form") from None
     if not task.train or not task.heldout:
         raise SpecError(f"task={file}: it has no rows to train on or none held out; give at least one of each")
-    if task.metric not in SCORES:
-        raise SpecError(f"task={file}: metric {task.metric} is unknown; {closest(task.metric, SCORES)}")
+    if task.metric not in METRICS:
+        raise SpecError(f"task={file}: metric {task.metric} is unknown; {closest(task.metric, METRICS)}")
     return task
 
 
 TASKS: dict[str, Task] = {
-    file.stem: read(file) for file in sorted(FOLDER.glob("*.json"), key=lambda f: (f.stem != DEFAULT, f.stem))
+    file.stem: read(file)
+    for file in sorted((ASSETS / "tasks").glob("*.json"), key=lambda file: (file.stem != DEFAULT, file.stem))
 }
 
 
 def find(key: str) -> Task:
-    """A bundled task, or one read from a file of the same form."""
+    """A bundled task, or one read from a file of the same form. Raises SpecError for an unknown key."""
     if key in TASKS:
         return TASKS[key]
     if key.endswith(".json") and Path(key).exists():
@@ -123,7 +122,10 @@ def find(key: str) -> Task:
 
 
 def drawn(task: Task, rows: int | None, seed: int = 0) -> tuple[Row, ...]:
-    """So many of the training rows; more of one seed hold all of fewer. Raises SpecError for more than there are."""
+    """As many training rows as `rows` says, drawn by the seed; None for all of them.
+
+    With the same seed, a larger draw holds all rows of a smaller one. Raises SpecError for more rows than there are.
+    """
     if rows is None or rows == len(task.train):
         return task.train
     if rows > len(task.train):
@@ -133,10 +135,10 @@ def drawn(task: Task, rows: int | None, seed: int = 0) -> tuple[Row, ...]:
     return tuple(random.Random(seed).sample(task.train, len(task.train))[:rows])
 
 
-def prompt_ids(tokenizer: Any, task_instruction: str, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, task_instruction: str, prompt: str) -> list[int]:
     """Tokens of a prompt as the model reads it, up to where its answer begins."""
     begin: list[int] = []
-    if tokenizer.chat_template:  # which says itself how a text begins
+    if tokenizer.chat_template:  # the template says itself how a text begins
         turns = [{"role": "user", "content": prompt}]
         if task_instruction:
             turns.insert(0, {"role": "system", "content": task_instruction})
@@ -147,7 +149,7 @@ def prompt_ids(tokenizer: Any, task_instruction: str, prompt: str) -> list[int]:
     return [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What every text begins with: the beginning-of-sequence token, where the tokenizer adds one.
 
     Without it Gemma 3 270M reads the bundled prose at 4.5 nats a token instead of 3.0.
@@ -156,6 +158,6 @@ def opening(tokenizer: Any) -> list[int]:
     return added if added == [tokenizer.bos_token_id] else []
 
 
-def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """Tokens of an answer and the end-of-turn token."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -2,22 +2,26 @@
 the loss.
 
 A model of 30 layers launches thousands of small kernels a step, and each takes longer than its arithmetic. Everything here
-is torch's own operations, so nothing is compiled. Results differ from the model's own by rounding alone. What a module does
-is found out by trying it, and what is not known to be the same stays as it was and is told (`Fused.kept`).
+is made of torch's own operations, so nothing is compiled. Results differ from the model's own by rounding alone. Each
+module is tried out; one that is not known to do the same keeps its own operations, and `Fused.kept` says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from . import attention, functions, maps
 from .loss import Head, cross_entropy, head, last_map
 from .maps import adjoin
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from ..spec import Resolved
+
+SomeModel = TypeVar("SomeModel", bound="Module")
 
 __all__ = ["Fused", "Head", "adjoin", "cross_entropy", "head", "quicken", "together", "try_out", "why_not"]
 
@@ -32,53 +36,57 @@ class Fused:
     attention: int = 0
     """Configs whose attention takes its mask as the kernels want it."""
     lora: int = 0
+    """Linear maps that are computed with their LoRA in place."""
     joined: int = 0
     """Groups of linear maps of one input that are one product."""
     kept: tuple[str, ...] = ()
-    """What goes on by the model's or peft's own operations, in words."""
+    """What keeps the model's or peft's own operations, in words."""
 
     def counts(self) -> dict[str, int]:
+        """The numbers, by name."""
         return {name: getattr(self, name) for name in ("norms", "rotary", "attention", "lora", "joined")}
 
 
-def quicken(model: Any, logits: bool = False) -> Fused:
-    """Fuses what it knows in a private copy of a model. The copy's modules stay themselves.
+def quicken(model: Module, logits: bool = False) -> Fused:
+    """Fuses what it knows in a private copy of a model. The copy's modules stay the same objects.
 
-    Unless it is asked for its `logits`, the copy may have a `head` from then on: in training it gives hidden states then, for
-    `cross_entropy`.
+    Unless `logits` are asked for, the copy may have a `head` from then on. In training it then gives hidden states, which
+    `cross_entropy` takes.
     """
     found = functions.Found(model)
-    masks = attention.take(model)
+    attending, other_attention = attention.take(model)
     for module, forward in found.forwards.items():
-        module.__class__ = maps.with_forward(module.__class__, forward)
+        maps.give_forward(module, forward)
     apart = list(maps.kept(model))
-    sites = maps.take(model)
+    groups = maps.take(model)
     last, why = (None, "") if logits else last_map(model)
     if last:
         last.__class__ = Head
     return Fused(
         norms=found.norms,
         rotary=found.rotary,
-        attention=masks.taken,
-        lora=sum(len(site.adapted) for site in sites),
-        joined=sum(len(site.members) > 1 for site in sites),
-        kept=(*found.kept(), *masks.kept(), *apart, *([f"the loss ({why})"] if why else ())),
+        attention=attending,
+        lora=sum(len(group.updates) for group in groups),
+        joined=sum(len(group.members) > 1 for group in groups),
+        kept=(*found.kept(), *other_attention, *apart, *([f"the loss ({why})"] if why else ())),
     )
 
 
 def why_not(spec: Resolved) -> str:
-    """Why nothing is fused in runs of a resolved spec; empty where something is."""
+    """Why nothing is fused in runs of a spec; empty where something is."""
     return "in mixed precision types differ from one operation to the next" if spec.precision == "amp" else ""
 
 
-def try_out(model: Any) -> None:
-    """Tries on numbers what `quicken` takes, so that it can be done to a model that has none."""
+def try_out(model: Module) -> None:
+    """Tries on numbers what `quicken` takes, so that a later copy of the model that has none can be quickened too."""
     functions.Found(model)
 
 
-def together(base: Any, adapted: Sequence[Any]) -> Any:
-    """`base`, a private copy, for batches of a row of its own and one for each of `adapted`: the base's maps once for all,
-    and to each row its own LoRA. To generate with. None where an adapted model is more than plain LoRA over this base.
+def together(base: SomeModel, adapted: Sequence[Module]) -> SomeModel | None:
+    """`base`, a private copy, made to generate for several models at once: a batch has a row for the base itself, and then
+    one for each of `adapted`. The base's maps are computed once for all rows, and each row gets its own LoRA.
+
+    None where an adapted model is more than plain LoRA over this base.
     """
     updates = maps.updates(base, adapted)
     if updates is None:

@@ -1,10 +1,7 @@
-"""Attention that takes its mask as the kernels want it: not at all, or ready to be added."""
+"""Attention that takes its mask as the kernels are fastest with: none at all, or one that is ready to be added."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,34 +12,25 @@ from .. import seam
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 NAME = "peftlab"
-"""Our name among transformers' ways to attend."""
+"""The name under which transformers knows our attention."""
 ROWS = "peftlab_rows"
-"""The attribute of a mask that says which tokens of a packed sequence make which row: (rows × width, place of each token among
-all those)."""
+"""The attribute of the mask of a packed sequence that says how its tokens make rows: (rows × width, the token at each place;
+for each token, its place among all those).
+"""
 
 
-@dataclass(frozen=True)
-class Masks:
-    taken: int
-    others: Counter[str]
-    """How the other configs attend."""
-
-    def kept(self) -> Iterator[str]:
-        for name in sorted(self.others):
-            yield f"masks of {name} attention"
-
-
-def take(model: Any) -> Masks:
-    """Has the configs of a private copy that attend by sdpa attend by `attend`."""
-    ways = Counter[str]()
-    for config in seam.configs_of(model):
-        ways[way := seam.attention_of(config)] += 1
-        if way == "sdpa":
+def take(model: Module) -> tuple[int, list[str]]:
+    """Puts `attend` in place of sdpa in the configs of a private copy: (how many attend so, how the others do, in words)."""
+    configs = seam.configs_of(model)
+    for config in configs:
+        if seam.attention_of(config) == "sdpa":
             _register()
             seam.set_attention(config, NAME)
-    return Masks(ways.pop("sdpa", 0) + ways.pop(NAME, 0), ways)
+    ways = [seam.attention_of(config) for config in configs]
+    return ways.count(NAME), [f"masks of {way} attention" for way in sorted({*ways} - {NAME})]
 
 
 @cache
@@ -50,15 +38,21 @@ def _register() -> None:
     seam.register_attention(NAME, attend, _mask)
 
 
-def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
-    """transformers' own, but that the heads of a single token which share keys are read as that many tokens of one head."""
+def attend(
+    module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, with two exceptions: the rows of a packed sequence are read side by side, and the heads of a
+    single token that share keys are read as that many tokens of one head.
+
+    Queries are rows × heads × length × d; the output is rows × length × heads × d.
+    """
     rows, heads, length, _ = query.shape
     if (packed := getattr(mask, ROWS, None)) is not None:
         side, back = packed
-        apart = (
+        query, key, value = (
             x[0].index_select(1, side.flatten()).unflatten(1, side.shape).transpose(0, 1) for x in (query, key, value)
         )
-        out, _ = seam.sdpa(module, *apart, None, **more)
+        out, _ = seam.sdpa(module, query, key, value, None, **more)
         return out.flatten(0, 1).index_select(0, back)[None], None
     if mask is None or length > 1 or any(more.get(name) is not None for name in ("softcap", "position_bias")):
         return seam.sdpa(module, query, key, value, mask, **more)
@@ -68,7 +62,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
 
 def _mask(**asked: Any) -> Tensor | None:
-    """Of scaled_dot_product_attention: None where it is causal and no more, as transformers has it outside of recordings."""
+    """The mask for scaled_dot_product_attention; None where it would only be causal, while a graph is recorded too."""
     length, window = asked["q_length"], asked.get("local_size")
     whole = asked.get("attention_mask") is None and asked["kv_length"] == length and (not window or length < window)
     if whole and not asked.get("use_vmap") and recording():
@@ -80,5 +74,5 @@ def _mask(**asked: Any) -> Tensor | None:
 
 
 def recording() -> bool:
-    """Whether a CUDA graph is being recorded here, in which transformers always makes a mask."""
+    """Whether a CUDA graph is being recorded; transformers would always make a mask then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

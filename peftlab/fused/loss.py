@@ -1,31 +1,34 @@
-"""The loss with its logits made a piece at a time, where the map to logits is frozen and the last that a model does."""
+"""The loss with its logits made a piece at a time, where the map to logits is frozen and is the last step of a model."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import Linear, Module
 from torch.nn.functional import linear
 
 from .. import seam
+from .context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOGITS = 32_000_000
-"""Logits that a loss makes at a time."""
+"""How many logits a loss makes at a time."""
 
 
-def head(model: Any) -> Head | None:
-    """The map to logits that a quickened model leaves to its loss."""
+def head(model: Module) -> Head | None:
+    """The map to logits that a quickened model leaves to its loss; None where it makes logits itself."""
     return next((module for module in model.modules() if isinstance(module, Head)), None)
 
 
 def cross_entropy(out: Tensor, labels: Tensor, head: Head | None) -> Tensor:
-    """Summed over the labels, rows × length, that are not negative. `out` is logits, or hidden states that `head` maps to them.
+    """The sum of the losses at those of the labels, rows × length, that are not negative.
 
-    With a head, LOGITS of them are there at a time, and none outlives this.
+    `out` is rows × length × vocabulary, or hidden states where a `head` in training is given. Then at most LOGITS logits
+    exist at a time, and none outlives this call.
     """
     out, labels = out.flatten(0, 1), labels.flatten()
     if head is None or not head.training:
@@ -33,31 +36,31 @@ def cross_entropy(out: Tensor, labels: Tensor, head: Head | None) -> Tensor:
     return _CrossEntropy.apply(out, head.weight, head.bias, labels)
 
 
-class Head(torch.nn.Linear):
+class Head(Linear):
     """The frozen map to logits, which a model in training skips."""
 
-    __module__ = torch.nn.Linear.__module__
+    __module__ = Linear.__module__
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.training else super().forward(x)
 
 
-class _Given(torch.nn.Module):
-    """Gives `out` whatever it is given, and so does each part of it that is asked for."""
+class _Given(Module):
+    """Gives `out` whatever its input is. Whatever part of it is asked for is this module again."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: Tensor | _States) -> None:
         super().__init__()
         self.out = out
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def forward(self, *_: object, **__: object) -> Tensor | _States:
         return self.out
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> _Given:
         return self
 
 
 class _States:
-    """What the body of a model returns: hidden states, and None for all else that a family has there."""
+    """The output of a model's body: hidden states, and None for whatever else a family has there."""
 
     def __init__(self, states: Tensor) -> None:
         self.last_hidden_state = states
@@ -69,11 +72,11 @@ class _States:
         return None
 
 
-def last_map(model: Any) -> tuple[Any, str]:
-    """(the map to logits, where it is linear, frozen and the last thing that the model does; why it is not the last)"""
+def last_map(model: Module) -> tuple[Linear | None, str]:
+    """(the map to logits where it is linear, frozen and the last step of the model, why it is not the last step)"""
     causal = seam.writer(model)
     last = causal and causal.get_output_embeddings()
-    if type(last) is not torch.nn.Linear or any(p.requires_grad for p in last.parameters()):
+    if causal is None or type(last) is not Linear or any(p.requires_grad for p in last.parameters()):
         return None, ""
     name = next((name for name, child in causal.named_children() if child is last), "")
     like, logits = copy.copy(causal), torch.empty(1, 1, 1)
@@ -86,12 +89,12 @@ def last_map(model: Any) -> tuple[Any, str]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of −log softmax(x Wᵀ + bias) at the labels, with frozen W. The gradient of x is made on the way, while the logits
-    are there. Hsu et al. 2024 (Liger).
+    """The sum of −log softmax(x Wᵀ + bias) at the labels, with frozen W. The gradient of x is made in forward, from the same
+    logits. Hsu et al. 2024 (Liger).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         grad, total = torch.empty_like(x), torch.zeros((), device=x.device)
         pieces = -(-x.shape[0] * weight.shape[0] // LOGITS)
         for rows, at, out in zip(x.chunk(pieces), labels.chunk(pieces), grad.chunk(pieces), strict=True):
@@ -105,6 +108,6 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, total: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, total: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * total, None, None, None

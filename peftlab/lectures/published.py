@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from .. import units
 from ..catalog.methods import FAMILIES
@@ -21,36 +20,34 @@ SOURCE = (
     "the PEFT project's own method comparison: Llama-3.2-3B on MetaMathQA and GSM8K, one run each on an NVIDIA L40S"
 )
 URL = "https://github.com/huggingface/peft/tree/main/method_comparison"
-PLAIN = "lora/llama-3.2-3B-rank32"
-"""The run that others are held against: LoRA as its paper has it."""
 
 
 @dataclass(frozen=True)
 class Run:
     experiment: str
     kind: str
-    """Its name for the method: LORA, PROMPT_TUNING, …"""
+    """The benchmark's name for the method: LORA, PROMPT_TUNING, …"""
     trainable_parameters: int
     accuracy: float
     """Share of GSM8K's test questions answered right."""
     seconds: float
-    """Of training."""
+    """How long the training took."""
     peak_bytes: int
-    """GPU memory that PyTorch reserved, at the peak."""
+    """The most GPU memory that PyTorch reserved."""
     file_bytes: int
-    """Of the saved adapter."""
+    """The size of the saved adapter."""
     forgetting: float
-    """Rise of the cross-entropy, in nats per token, on a sample of Wikipedia."""
+    """How much the cross-entropy on a sample of Wikipedia rose, in nats per token."""
     date: str
 
     @property
     def variant(self) -> str:
-        """What the experiment's name says beside the method and the model."""
+        """The part of the experiment's name after the method and the model."""
         return self.experiment.split("3B-", 1)[-1]
 
     @property
     def method(self) -> str | None:
-        """The registry's key for what was trained; None where it has no such method. A variant may be one of its own."""
+        """The registry's key of the method; None where it has no such method. The registry may list a variant as a method."""
         plain = self.kind.lower().replace("_", "-")
         names = (*reversed(self.variant.split("-")), plain, plain.removesuffix("-tuning"))
         return next((name for name in names if name in METHODS), None)
@@ -61,12 +58,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The method's, ours where it is ours."""
+        """The method's name: ours where the app has the method, else the benchmark's."""
         return METHODS[self.method].name if self.method else self.kind.replace("_", " ")
 
     @property
     def label(self) -> str:
-        """For people: `LoRA rank 32`."""
+        """The run's name for people: `LoRA rank 32`."""
         parts = [p for p in self.variant.split("-") if p not in ("default", self.method)]
         said = re.sub(r"-(?=[a-z])", " ", re.sub(r"\brank(\d+)", r"rank \1", "-".join(parts))).replace("_", " ")
         return f"{self.name} {said}" if said and self.family != FAMILIES[0] else self.name
@@ -79,7 +76,7 @@ class Metric:
     of: Callable[[Run], float]
     show: Callable[[float], str]
     scale: float = 1
-    """What one of the axis's units is worth; the title names the unit."""
+    """The size of the unit that `title` names."""
     high_is_good: bool = False
     log: bool = False
 
@@ -105,41 +102,37 @@ def metric(key: str) -> Metric:
 
 
 @lru_cache
-def runs(file: Path = FILE) -> tuple[Run, ...]:
+def runs() -> tuple[Run, ...]:
     """Every run that succeeded, in the file's order."""
-    with file.open(encoding="utf-8", newline="") as rows:
+    with FILE.open(encoding="utf-8", newline="") as rows:
         return tuple(
             Run(
-                row["experiment"],
-                row["peft_type"],
-                int(row["trainable"]),
-                float(row["test_accuracy"]),
-                float(row["train_seconds"]),
-                int(row["peak_reserved_bytes"]),
-                int(row["file_bytes"]),
-                float(row["forgetting"]),
-                row["date"],
+                row["experiment"], row["peft_type"], int(row["trainable"]), float(row["test_accuracy"]),
+                float(row["train_seconds"]), int(row["peak_reserved_bytes"]), int(row["file_bytes"]),
+                float(row["forgetting"]), row["date"],
             )
             for row in csv.DictReader(rows)
             if row["status"] == "success"
-        )
+        )  # fmt: skip
 
 
 def plain() -> Run:
-    return next(r for r in runs() if r.experiment == PLAIN)
+    """The run that the others are compared with: LoRA as its paper has it."""
+    return next(r for r in runs() if r.experiment == "lora/llama-3.2-3B-rank32")
 
 
 def full() -> Run:
-    """The yardstick: every parameter trained."""
+    """Full fine-tuning."""
     return next(r for r in runs() if r.family == FAMILIES[0])
 
 
 def adapted() -> tuple[Run, ...]:
-    """All the others."""
+    """Every run but full fine-tuning's."""
     return tuple(r for r in runs() if r.family != FAMILIES[0])
 
 
 def best(of: Sequence[Run]) -> Run:
+    """The most accurate run."""
     return max(of, key=lambda r: r.accuracy)
 
 
@@ -148,21 +141,21 @@ def of_method(key: str) -> list[Run]:
 
 
 def front(x: Metric, y: Metric) -> list[Run]:
-    """The runs that no other beats in both, by x: another is as good in each and better in one."""
+    """The runs in the order of x that no other beats: none is as good in both metrics and better in one."""
 
-    def costs(run: Run) -> tuple[float, float]:
+    def cost(metric: Metric, run: Run) -> float:
         """The smaller, the better."""
-        return tuple(-m.of(run) if m.high_is_good else m.of(run) for m in (x, y))  # type: ignore[return-value]
+        return -metric.of(run) if metric.high_is_good else metric.of(run)
 
     def beaten(run: Run) -> bool:
-        a, b = costs(run)
-        return any(p <= a and q <= b and (p, q) != (a, b) for p, q in map(costs, runs()))
+        a, b = cost(x, run), cost(y, run)
+        return any(p <= a and q <= b and (p, q) != (a, b) for p, q in ((cost(x, r), cost(y, r)) for r in runs()))
 
     return sorted((r for r in runs() if not beaten(r)), key=x.of)
 
 
 def notable() -> list[tuple[str, Run]]:
-    """The runs that a chart names: what each is called, and it."""
+    """The runs that a chart names, each with the name it has there."""
     top, prompt = best(runs()), best(of_method("prompt"))
     return [(f"best: {top.name}", top), (full().name, full()), (plain().label, plain()), (prompt.name, prompt)]
 
@@ -176,7 +169,7 @@ def front_said(x: Metric, y: Metric) -> str:
 
 
 def not_memory() -> str:
-    """Few parameters are not little memory, from the runs."""
+    """A sentence with two of the runs, in which fewer trained parameters take more memory."""
     few, many = min(of_method("prompt"), key=lambda r: r.peak_bytes), plain()
     relation = "more" if few.peak_bytes > many.peak_bytes else "less"
     return (

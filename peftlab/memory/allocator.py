@@ -16,27 +16,28 @@ SMALL = MIB
 SMALL_SEGMENT, LARGE_SEGMENT, LARGE, ROUND = 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
 
 
-class _Block:
+class Block:
+    """A stretch of a segment, with its neighbours there."""
+
     __slots__ = ("address", "after", "before", "free", "size", "small")
 
     def __init__(self, address: int, size: int, small: bool) -> None:
         self.address, self.size, self.small, self.free = address, size, small, False
-        self.before: _Block | None = None
-        self.after: _Block | None = None
+        self.before: Block | None = None
+        self.after: Block | None = None
 
 
 class Allocator:
     def __init__(self) -> None:
         self.reserved = 0
-        """Bytes taken from the driver so far; never given back."""
+        """Bytes taken from the driver so far. None are given back."""
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._at: dict[int, _Block] = {}
-        self._end = (
-            2**62
-        )  # the driver hands out falling addresses, as seen on an H100, and equal blocks go lowest first
+        self._at: dict[int, Block] = {}
+        self._end = 2**62
+        """The driver hands out falling addresses, as seen on an H100; of equal blocks the lowest is taken first."""
 
-    def take(self, size: int) -> tuple[_Block, int]:
-        """A block for `size` bytes, and the bytes it counts for: rounded, or whole where no remainder was split off."""
+    def take(self, size: int) -> tuple[Block, int]:
+        """A block for `size` bytes, and the bytes that it counts for: `size` rounded up, or all where nothing was split off."""
         size = max(BLOCK, -(-size // BLOCK) * BLOCK)
         small = size <= SMALL
         pool = self._free[small]
@@ -51,29 +52,30 @@ class Allocator:
             self._split(block, size)
         return block, block.size
 
-    def give(self, block: _Block) -> None:
+    def give(self, block: Block) -> None:
+        """Takes a block back and joins it with its free neighbours."""
         block.free = True
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
                 block = self._merged(block, neighbour)
         insort(self._free[block.small], (block.size, block.address))
 
-    def _segment(self, size: int, small: bool) -> _Block:
+    def _segment(self, size: int, small: bool) -> Block:
         whole = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
         self._end -= whole
-        block = self._at[self._end] = _Block(self._end, whole, small)
+        block = self._at[self._end] = Block(self._end, whole, small)
         self.reserved += whole
         return block
 
-    def _split(self, block: _Block, size: int) -> None:
-        rest = self._at[block.address + size] = _Block(block.address + size, block.size - size, block.small)
+    def _split(self, block: Block, size: int) -> None:
+        rest = self._at[block.address + size] = Block(block.address + size, block.size - size, block.small)
         rest.free, rest.before, rest.after = True, block, block.after
         if block.after is not None:
             block.after.before = rest
         block.after, block.size = rest, size
         insort(self._free[rest.small], (rest.size, rest.address))
 
-    def _merged(self, block: _Block, free: _Block) -> _Block:
+    def _merged(self, block: Block, free: Block) -> Block:
         pool = self._free[free.small]
         del pool[bisect_left(pool, (free.size, free.address))]
         first, second = (free, block) if free.address < block.address else (block, free)

@@ -1,16 +1,15 @@
 """The arithmetic that a fine-tuning run takes, and the time and money which that makes.
 
 Counted are the matrix products, at two operations for a multiplication and its addition, as in Kaplan et al. 2020 (arXiv
-2001.08361, section 2.1) and PaLM (arXiv 2204.02311, appendix B). Norms, activation functions, the optimizer and what a
-method computes once a pass from its weights alone (DoRA's norm, OFT's rotation) are left out.
+2001.08361, section 2.1) and PaLM (arXiv 2204.02311, appendix B). Left out are norms, activation functions, the optimizer and
+what a method computes once a pass from its weights alone (DoRA's norm, OFT's rotation).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .. import methods
 from ..base import architecture as architectures
@@ -18,14 +17,14 @@ from ..base import models
 from ..base.architecture import Architecture, Module
 from ..catalog import gpus
 from ..errors import SpecError
-from ..methods import Method, Target
 from ..resolve import resolve
-from ..spec import Resolved, RunSpec
+from ..spec import Json, Resolved, RunSpec
+from .case import follows_layers
 
 Place = tuple[float, int]
-"""Layer and stage in it: where a token meets a module. The embedding is before layer 0, the head after the last."""
+"""(layer, stage in it) at which a token meets a module. The embedding is in layer -1, the head after the last."""
 STAGES = {"query": 1, "key": 1, "value": 1, "attention output": 2, "gate": 3, "up": 3, "down": 4}
-"""Order within a layer, by role. Norms come first; experts and their router, which have no role, where a gate would."""
+"""Order within a layer, by role. Norms come first. Experts and their router have no role and stand where a gate would."""
 ATTENTION = 1
 """The stage after whose projections queries meet keys."""
 
@@ -35,20 +34,28 @@ class Compute:
     """Floating-point operations of a run. Those of one token are a mean over the tokens of an example."""
 
     spec: Resolved
-    """Resolved."""
+    length: int
+    """Tokens of an example, virtual ones too, if every example fills `sequence_length`: an upper bound."""
     forward: float
     """A token's forward pass, adapters included."""
     recomputed: float
-    """Its forward pass through the layers once more, with gradient checkpointing. An upper bound: PyTorch stops at the last
+    """Its second pass through the layers, with gradient checkpointing. An upper bound: PyTorch stops at the last
     tensor that it needs, which can spare each layer its last product."""
     input_gradients: float
-    """Backward through the products: as much as forward, in attention twice that; none below the lowest trained parameter."""
+    """The backward pass through the products: as much as forward, in attention twice that, and nothing below the lowest
+    trained parameter."""
     weight_gradients: float
-    """Backward to the weights that are trained."""
-    tokens: int
-    """That all GPUs process in the whole run, virtual ones too, if every example fills `sequence_length`: an upper bound."""
-    n_gpus: int
-    """GPUs that share the examples."""
+    """The backward pass to the weights that are trained."""
+
+    @property
+    def n_gpus(self) -> int:
+        """GPUs that share the examples."""
+        return 1 if self.spec.sharding == "none" else self.spec.n_gpus
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all GPUs process in the whole run: an upper bound, as `length` is."""
+        return self.spec.batch_size * self.spec.accumulation * self.spec.steps * self.n_gpus * self.length
 
     @property
     def per_token(self) -> float:
@@ -56,56 +63,49 @@ class Compute:
 
     @property
     def total(self) -> float:
-        """Of the whole run on all GPUs."""
+        """Operations of the whole run on all GPUs."""
         return self.per_token * self.tokens
 
     @property
     def per_step(self) -> float:
-        """Of one optimizer step on all GPUs."""
+        """Operations of one optimizer step on all GPUs."""
         return self.total / self.spec.steps
 
     def time(self, gpu: str, utilisation: float) -> float:
-        """Seconds at that share, above 0 and up to 1, of the bf16 peak of each GPU. Raises SpecError for one without bf16."""
+        """Seconds at that share, above 0 and up to 1, of each GPU's bf16 peak. Raises SpecError for a GPU without bf16."""
         if not 0 < utilisation <= 1:
             raise SpecError(f"utilisation={utilisation}: a share of the GPU's peak is above 0 and at most 1; try 0.4")
         return self.total / (self.n_gpus * peak(gpu) * utilisation)
 
     def money(self, gpu: str, utilisation: float, price_per_hour: float) -> float:
-        """In the currency of `price_per_hour`, which is that of one GPU."""
+        """The cost in the currency of `price_per_hour`, which is the price of one GPU."""
         return self.time(gpu, utilisation) / 3600 * self.n_gpus * price_per_hour
 
 
 def compute(spec: Resolved) -> Compute:
-    """Of a run. A bare count follows Kaplan et al.: 6N a token, or 4N where its weights are frozen, and no attention.
+    """The arithmetic of a run. A bare count follows Kaplan et al.: 6N a token, or 4N with frozen weights; no attention.
 
     Raises SpecError where the method has nothing to train, and for models that do not write text from left to right.
     """
-    spec = resolve(spec)
     entry, method = models.find(spec.model), methods.find(spec.method)
-    length = spec.sequence_length
     if entry.config is None:
         if method.in_place and method.key != "full":
             raise SpecError(f"model={spec.model}: a bare count has no layers for {method.key} to choose; name a model")
         once = 2.0 * (entry.total_parameters or 0)  # a third of 6N; gradients of frozen weights are never computed
-        parts = (once, once * spec.gradient_checkpointing, once, once * method.in_place)
-    elif not entry.is_causal:
+        recomputed, weights = once * spec.gradient_checkpointing, once * method.in_place
+        return Compute(spec, spec.sequence_length, once, recomputed, input_gradients=once, weight_gradients=weights)
+    if not entry.is_causal:
         raise SpecError(f"model={spec.model}: only models that write text are trained here; name one such as gpt2")
-    else:
-        shape = architectures.of(spec.model)
-        chosen = methods.targets(shape, spec, entry.name)
-        inserted = spec.virtual_tokens if any(t.module.kind == "embedding" for t in chosen) else 0
-        length += inserted
-        parts = _parts(shape, spec, method, chosen, length, spec.virtual_tokens - inserted)
-    n_gpus = 1 if spec.sharding == "none" else spec.n_gpus
-    examples = spec.batch_size * spec.accumulation * spec.steps * n_gpus
-    return Compute(spec, *parts, tokens=examples * length, n_gpus=n_gpus)
+    shape = architectures.of(spec.model)
+    return _of_layers(spec, shape, methods.targets(shape, spec, entry.name))
 
 
-def _parts(
-    shape: Architecture, spec: Resolved, method: Method, chosen: list[Target], length: int, prefix: int
-) -> tuple[float, float, float, float]:
-    """Forward, recomputed, input gradients and weight gradients of one token among `length`, all seeing `prefix` more."""
-    facts, n = shape.facts, shape.n_layers
+def _of_layers(spec: Resolved, shape: Architecture, chosen: list[methods.Target]) -> Compute:
+    """The arithmetic of a model whose layers are known, with the method's targets."""
+    method, facts, n = methods.find(spec.method), shape.facts, shape.n_layers
+    embedding = any(t.module.kind == "embedding" for t in chosen)
+    inserted = spec.virtual_tokens if embedding else 0
+    length, prefix = spec.sequence_length + inserted, spec.virtual_tokens - inserted  # every token sees the prefix
     places = [place for t in chosen if method.trained(t.module, spec) for place in _places(t.module, t.layers, shape)]
     # under checkpointing the engine makes the embedding's output require a gradient, and so all that follows
     lowest = (-math.inf, 0) if spec.gradient_checkpointing else min(places)
@@ -115,11 +115,10 @@ def _parts(
         forward += once * m.count
         recomputed += once * len(m.layers)
         inputs += once * sum(place > lowest for place in _places(m, m.layers, shape))
-    tied = any(t.module.kind == "embedding" for t in chosen)
     for t in chosen:
         if method.in_place:
             elements = _elements(t.module, shape)
-            trained = method.trained(t.module, spec) >= elements or (t.module.tied and tied)
+            trained = method.trained(t.module, spec) >= elements or (t.module.tied and embedding)
             weights += 2.0 * elements * t.count * trained
             continue
         reads, writes = _adapter(t.module, spec)
@@ -131,7 +130,9 @@ def _parts(
     seen = (n - facts.windowed) * _seen(length) + facts.windowed * _seen(length, facts.window) + n * prefix
     attention = 4.0 * facts.heads * facts.head_size * seen
     reached = sum((layer, ATTENTION) >= lowest for layer in range(n)) / n
-    return (
+    return Compute(
+        spec,
+        length,
         forward + attention,
         (recomputed + attention) * spec.gradient_checkpointing,
         inputs + 2 * attention * reached,
@@ -140,7 +141,7 @@ def _parts(
 
 
 def _elements(m: Module, shape: Architecture) -> float:
-    """Weights of one of `m` that a token is multiplied with: all of a linear map, the chosen ones of a layer's experts."""
+    """Weights of one `m` that a token is multiplied with: all of a linear map, the chosen ones of a layer's experts."""
     if m.is_linear:
         return m.d_in * m.d_out
     experts = shape.facts.experts
@@ -150,21 +151,23 @@ def _elements(m: Module, shape: Architecture) -> float:
 
 
 def _adapter(m: Module, spec: Resolved) -> tuple[int, int]:
-    """Weights of the adapter on one of `m`, of the matrix that reads and of the one that writes, by the setting that is its
-    width, if the method has one. VeRA's, which are frozen, are counted as if trained."""
+    """Weights of the adapter on one `m`: of the matrix that reads, and of the one that writes. VeRA's count as trained.
+
+    The method's width is the one of these settings that it reads.
+    """
     if spec.rank:
         return spec.rank * m.d_in, spec.rank * m.d_out
     if spec.bottleneck:
         return (spec.bottleneck * (m.d_in if m.head else m.d_out),) * 2
-    return (spec.block_size * m.d_in, 0) if spec.block_size else (0, 0)
+    return (spec.block_size * m.d_in if spec.block_size else 0), 0
 
 
 def _places(m: Module, layers: tuple[int, ...], shape: Architecture) -> Iterator[Place]:
+    """Where a token meets `m` in these layers, or outside them."""
     for layer in layers:
         yield layer, STAGES.get(m.role.split("+")[0], 0 if m.kind == "norm" else 3)
     if not m.layers:
-        after = m.head or m.kind == "norm" or (m.is_linear and m.d_in == shape.hidden_size)
-        yield shape.n_layers if after else -1, 2 * m.head + m.is_linear
+        yield shape.n_layers if follows_layers(m, shape) else -1, 2 * m.head + m.is_linear
 
 
 def _seen(length: int, window: int = 0) -> float:
@@ -181,21 +184,14 @@ def peak(gpu: str) -> float:
     return found.bf16_tflops * 1e12
 
 
-@dataclass(frozen=True)
-class Utilisation:
-    spec: Resolved
-    """What was measured; resolved."""
-    share: float
-    """Operations a second, recomputed ones too, over the bf16 peak of the GPU."""
+def utilisation(rows: Iterable[Json]) -> Iterator[tuple[Resolved, float]]:
+    """(run, operations a second, recomputed ones too, over the GPU's bf16 peak) of rows of assets/measured/memory-*.json.
 
-
-def utilisation(rows: Iterable[Mapping[str, Any]]) -> tuple[Utilisation, ...]:
-    """Of each row of assets/measured/memory-*.json that has `measured.step_seconds` and a GPU with bf16."""
-    found = []
+    Left out are rows without `measured.step_seconds`, and GPUs without bf16.
+    """
     for row in rows:
         seconds = (row.get("measured") or {}).get("step_seconds")
         gpu = gpus.GPUS.get(row["spec"].get("gpu") or "")
         if seconds and gpu and gpu.bf16_tflops:
             run = compute(resolve(RunSpec.from_dict(row["spec"])))
-            found.append(Utilisation(run.spec, run.per_step / (seconds * run.n_gpus * peak(gpu.key))))
-    return tuple(found)
+            yield run.spec, run.per_step / (seconds * run.n_gpus * peak(gpu.key))

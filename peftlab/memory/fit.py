@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from .. import methods
 from ..base import models
 from ..catalog.gpus import GPU, GPUS
 from ..errors import SpecError
@@ -24,12 +26,12 @@ CLUSTER = tuple(2**i for i in range(1, 11))
 class Fit:
     gpu: GPU
     share: float
-    """Of one GPU's memory that the run needs."""
+    """What the run needs over the memory of one GPU."""
     n_gpus: int
-    """GPUs needed: 1 where one holds it; otherwise with FSDP, or, for what has no layers, spread evenly. 0 where no number
-    of them is enough, for each keeps the activations of its own batch."""
+    """GPUs that the run needs: several share it with FSDP or, where it has no layers, evenly. 0 where no number of CLUSTER
+    is enough, since each GPU keeps the activations of its own batch."""
     checkpointed: bool = False
-    """Only with gradient checkpointing."""
+    """True where it fits only with gradient checkpointing."""
 
 
 def fits(required: int) -> list[Fit]:
@@ -43,24 +45,22 @@ def gpu_grid(report: MemoryReport) -> list[Fit]:
     if report.process is None:
         return fits(report.states)
     frugal = replace(spec, gradient_checkpointing=True)
-    alone = (False, 1, report.process), (True, 1, _process(frugal))
-    shared = [
+    needs = [(False, 1, report.process), (True, 1, _process(frugal))]
+    needs += [
         (less, n, _process(replace(one, n_gpus=n, sharding="fsdp", offload="none")))
         for less, one in ((False, spec), (True, frugal))
         for n in CLUSTER
     ]
     found = []
     for gpu in GPUS.values():
-        enough = [
-            (less, n) for less, n, needed in (*alone, *shared) if needed is not None and needed <= gpu.memory_bytes
-        ]
-        less, n = next(iter(enough), (False, 0))
+        enough = ((less, n) for less, n, needed in needs if needed is not None and needed <= gpu.memory_bytes)
+        less, n = next(enough, (False, 0))
         found.append(Fit(gpu, report.process / gpu.memory_bytes, n, less))
     return found
 
 
 def _process(spec: Resolved) -> int | None:
-    """None where the settings exclude each other."""
+    """Bytes of the run's process; None where its settings exclude each other."""
     try:
         return closed_form(spec).report().process
     except SpecError:
@@ -75,11 +75,9 @@ def largest(form: ClosedForm, setting: str, limit: int) -> int:
     def needs(value: int) -> float:
         return form.process(value, length, rank) if setting == "batch_size" else form.process(batch, value, rank)
 
-    low, high = int(about.low or 1) - 1, int(about.high or 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if needs(middle) <= limit else (low, middle - 1)
-    return low if low >= (about.low or 1) else 0
+    values = range(int(about.low or 1), int(about.high or 1) + 1)
+    n = bisect_right(values, float(limit), key=needs)
+    return values[n - 1] if n else 0
 
 
 def largest_model(spec: Resolved, limit: int) -> str | None:
@@ -100,6 +98,10 @@ class Change:
     """Settings to change; none where it would change nothing."""
 
 
+def _lora(spec: Resolved) -> dict[str, object]:
+    return {"method": "lora", "precision": "bf16"} if methods.find(spec.method).in_place else {}
+
+
 CHANGES = (
     Change(
         "one example at a time, gradients accumulated",
@@ -112,43 +114,29 @@ CHANGES = (
         lambda s: {} if s.gradient_checkpointing else {"gradient_checkpointing": True},
     ),
     Change(
-        "8-bit AdamW",
-        "hardly any accuracy",
-        lambda s: {"optimizer": "adamw-8bit"} if s.optimizer == "adamw" else {},
+        "8-bit AdamW", "hardly any accuracy", lambda s: {"optimizer": "adamw-8bit"} if s.optimizer == "adamw" else {}
     ),
-    Change("LoRA instead of training every weight", "less capacity", lambda s: _lora(s)),
+    Change("LoRA instead of training every weight", "less capacity", _lora),
     Change(
         "the frozen base in NF4 (QLoRA)",
         "slower, a little accuracy",
         lambda s: {"quantization": "nf4"} | _lora(s) if s.quantization == "none" else {},
     ),
 )
-"""Cheapest first."""
-
-
-def _lora(spec: Resolved) -> dict[str, object]:
-    from .. import methods
-
-    in_place = methods.find(spec.method).in_place
-    return {"method": "lora", "precision": "bf16"} if in_place else {}
+"""The cheapest comes first."""
 
 
 def cheapest_changes(spec: Resolved, limit: int) -> tuple[tuple[Change, ...], Resolved] | None:
-    """The fewest and cheapest changes after which a resolved run needs at most `limit` bytes; None where none do."""
-    for found, changed in _changed(spec):
-        needed = _process(changed)
-        if needed is not None and needed <= limit:
-            return found, changed
-    return None
-
-
-def _changed(spec: Resolved) -> Iterator[tuple[tuple[Change, ...], Resolved]]:
+    """The fewest and cheapest changes after which a run needs at most `limit` bytes, and that run; None where none do."""
     for n in range(1, len(CHANGES) + 1):
         for chosen in combinations(CHANGES, n):
-            changes = [change.apply(spec) for change in chosen]
-            if all(changes):
-                merged = {k: v for one in changes for k, v in one.items()}
-                yield chosen, resolve(spec.but(**merged))
+            settings = [change.apply(spec) for change in chosen]
+            if all(settings):
+                changed = resolve(spec.but(**{name: value for one in settings for name, value in one.items()}))
+                needed = _process(changed)
+                if needed is not None and needed <= limit:
+                    return chosen, changed
+    return None
 
 
 @dataclass(frozen=True)
@@ -164,5 +152,6 @@ class Storage:
 
 
 def storage(report: MemoryReport, tasks: int) -> Storage:
+    """What so many fine-tunings of one model take on disk."""
     copy = report.total_parameters * FROZEN_BYTES
     return Storage(tasks, copy * tasks, report.trainable_parameters * FROZEN_BYTES * tasks, copy)

@@ -22,34 +22,34 @@ class Line:
     size: Polynomial
     """Bytes."""
     moments: tuple[str, ...]
-    """When it is there."""
+    """High points of the step at which it is there."""
     note: str = ""
-    """Why, in a few words."""
+    """Why it is there, in a few words."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a symbol stands for."""
+    """What a symbol of a formula stands for."""
 
     value: Polynomial | float
     shown: str = ""
-    """How it reads among numbers; its value where empty."""
+    """How it reads among numbers. Empty for a number, which is then shown itself."""
 
 
 Sizes = Mapping[str, Size]
 Sum = Mapping[str, float]
-"""From a product of symbols, by spaces, to its coefficient: {"h": 8, "S n_q": 4, "": 16}."""
+"""A sum of products. Keys are symbols with spaces between them, values their coefficients: {"h": 8, "S n_q": 4, "": 16}."""
 
 
 def line(
     sizes: Sizes, name: str, kind: str, times: str, parts: Sum, moments: tuple[str, ...], note: str = ""
 ) -> list[Line]:
-    """The line of `times` × the sum of `parts`; none where nothing is left of it."""
+    """The line of `times` × the sum of `parts`, without the parts that are zero; an empty list where all are."""
     parts = {key: c for key, c in parts.items() if c and any(_product(sizes, key).terms.values())}
     size = _product(sizes, times) * total(c * _product(sizes, key) for key, c in parts.items())
     if not any(size.terms.values()):
         return []
-    return [Line(name, kind, _written(None, times, parts), _written(sizes, times, parts), size, moments, note)]
+    return [Line(name, kind, _formula(times, parts), _formula(times, parts, sizes), size, moments, note)]
 
 
 def _product(sizes: Sizes, symbols: str) -> Polynomial:
@@ -59,31 +59,29 @@ def _product(sizes: Sizes, symbols: str) -> Polynomial:
     return product
 
 
-def _written(sizes: Sizes | None, times: str, parts: Sum) -> str:
-    front = [_shown(sizes, s) for s in times.split()]
-    inside = [_term(sizes, c, key) for key, c in parts.items()]
-    if len(inside) == 1:
-        return " × ".join([_term(sizes, next(iter(parts.values())), ""), *front, *_factors(sizes, next(iter(parts)))])
-    together = " + ".join(inside)
+def _formula(times: str, parts: Sum, sizes: Sizes | None = None) -> str:
+    """`times` × the sum of `parts`, with numbers in place of the symbols where `sizes` are given."""
+    front = _factors(times, sizes)
+    if len(parts) == 1:
+        ((key, coefficient),) = parts.items()
+        return " × ".join([_number(coefficient), *front, *_factors(key, sizes)])
+    together = " + ".join(_term(coefficient, _factors(key, sizes), sizes is None) for key, coefficient in parts.items())
     return " × ".join([*front, f"({together})"]) if front else together
 
 
-def _term(sizes: Sizes | None, coefficient: float, key: str) -> str:
-    found = _factors(sizes, key)
-    number = _number(coefficient)
-    if sizes is None and found and found[0][0].isalpha():
-        return " × ".join([(number if coefficient != 1 else "") + found[0], *found[1:]])
-    return " × ".join([number, *found])
+def _term(coefficient: float, factors: list[str], symbols: bool) -> str:
+    """`8h × d` for symbols, `8 × 576 × 64` for numbers."""
+    if symbols and factors and factors[0][0].isalpha():
+        number = "" if coefficient == 1 else _number(coefficient)
+        return " × ".join([number + factors[0], *factors[1:]])
+    return " × ".join([_number(coefficient), *factors])
 
 
-def _factors(sizes: Sizes | None, key: str) -> list[str]:
-    return [_shown(sizes, s) for s in key.split()]
+def _factors(key: str, sizes: Sizes | None) -> list[str]:
+    return [symbol if sizes is None else _shown(sizes[symbol]) for symbol in key.split()]
 
 
-def _shown(sizes: Sizes | None, symbol: str) -> str:
-    if sizes is None:
-        return symbol
-    size = sizes[symbol]
+def _shown(size: Size) -> str:
     return size.shown or (str(size.value) if isinstance(size.value, Polynomial) else _number(size.value))
 
 

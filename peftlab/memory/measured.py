@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..base import models
 from ..measured import documents
 from ..resolve import resolve
-from ..spec import RunSpec
+from ..spec import Json, RunSpec
 from .compute import utilisation
 
 
-def summary(document: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured bytes allocated, row by row, with their `mean` absolute and `worst` error as shares."""
+def summary(document: Json) -> Json:
+    """Predicted and measured bytes allocated of each row, with the `mean` absolute and the `worst` error as shares."""
     rows = []
     for row in (r for r in document["rows"] if "error" not in r):
         spec, there, here = row["spec"], row["measured"], row["predicted"]
@@ -39,6 +37,6 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_utilisation() -> float:
-    """Share of its bf16 peak that a GPU of the recordings reached with the largest model that had it to itself."""
-    found = [u for document in documents("memory") for u in utilisation(document["rows"])]
-    return max(found, key=lambda u: models.find(u.spec.model).total_parameters or 0).share
+    """The share of its bf16 peak that a GPU reached in the recording of the largest model that had it to itself."""
+    found = (run for document in documents("memory") for run in utilisation(document["rows"]))
+    return max(found, key=lambda run: models.find(run[0].model).total_parameters or 0)[1]

@@ -6,23 +6,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Exponents = tuple[int, int, int]
-"""Of batch (examples), length (tokens) and rank."""
+"""Exponents of batch (examples), length (tokens) and rank."""
 
 
 @dataclass(frozen=True)
 class Polynomial:
     terms: Mapping[Exponents, float] = field(default_factory=dict)
+    """Coefficients of the products."""
 
     def __add__(self, other: Polynomial | float) -> Polynomial:
-        other = constant(other)
-        keys = {**self.terms, **other.terms}
-        return Polynomial({k: self.terms.get(k, 0) + other.terms.get(k, 0) for k in keys})
+        sums = dict(self.terms)
+        for powers, x in constant(other).terms.items():
+            sums[powers] = sums.get(powers, 0) + x
+        return Polynomial(sums)
 
     def __mul__(self, other: Polynomial | float) -> Polynomial:
-        other = constant(other)
         found: dict[Exponents, float] = {}
         for (a, b, c), x in self.terms.items():
-            for (d, e, f), y in other.terms.items():
+            for (d, e, f), y in constant(other).terms.items():
                 key = (a + d, b + e, c + f)
                 found[key] = found.get(key, 0) + x * y
         return Polynomial(found)
@@ -38,10 +39,12 @@ class Polynomial:
 
 
 def constant(value: Polynomial | float) -> Polynomial:
+    """A number as a polynomial; a polynomial as it is."""
     return value if isinstance(value, Polynomial) else Polynomial({(0, 0, 0): value} if value else {})
 
 
 def total(parts: Iterable[Polynomial | float]) -> Polynomial:
+    """The sum of `parts`, which may be none."""
     whole = Polynomial()
     for part in parts:
         whole = whole + part

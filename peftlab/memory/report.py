@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ..spec import Resolved
+from ..spec import Json, Resolved
 
 KINDS = (
     "frozen_weights", "trainable_weights", "gradients", "optimizer", "temporaries", "activations", "logits", "workspace",
     "communication",
 )  # fmt: skip
-"""Of bytes that PyTorch has allocated. `temporaries` are the optimizer step's; `logits` are those, their softmax and their
+"""Kinds of bytes that PyTorch has allocated. `temporaries` are the optimizer step's; `logits` include their softmax and their
 gradients; `workspace` is cuBLAS's; `communication` the buffers between GPUs."""
 
 
@@ -23,9 +22,9 @@ class Moment:
     phase: str
     """forward, backward or optimizer."""
     part: int
-    """-1 before the layers, then the layer's number, and their count after them."""
+    """-1 before the layers, a layer's number in it, and the number of layers after them."""
     bytes: Mapping[str, int]
-    """By kind."""
+    """Bytes of each of KINDS."""
 
     @property
     def total(self) -> int:
@@ -37,7 +36,6 @@ class MemoryReport:
     """Bytes of one training run on one GPU."""
 
     spec: Resolved
-    """Resolved."""
     convention: str
     model_name: str
     method_name: str
@@ -50,15 +48,15 @@ class MemoryReport:
     source: str = "closed-form"
     """`closed-form` or `trace`."""
     moments: tuple[Moment, ...] = ()
-    """A step, in order; none where a convention counts, which leaves out all that depends on the batch."""
+    """A step's high points, in order. A convention has none: it leaves out all that depends on the batch."""
     reserved: int | None = None
-    """What PyTorch takes from the driver."""
+    """Bytes that PyTorch takes from the driver."""
     context: int | None = None
-    """What CUDA and the libraries' code take beside it."""
+    """Bytes that CUDA and the libraries' code take beside it."""
     outside: int = 0
-    """Paged optimizer states: in memory that the GPU and the CPU share, and in none of PyTorch's figures."""
+    """Bytes of paged optimizer states, in memory that the GPU and the CPU share and that PyTorch does not count."""
     cpu: int = 0
-    """Offloaded to the CPU's memory."""
+    """Bytes that are offloaded to the CPU's memory."""
 
     @property
     def weights(self) -> int:
@@ -76,34 +74,28 @@ class MemoryReport:
 
     @property
     def allocated(self) -> int | None:
-        """At the peak."""
+        """Bytes allocated at the peak."""
         return self.peak.total if self.peak else None
 
     @property
     def process(self) -> int | None:
-        """What nvidia-smi shows: reserved, and the context."""
+        """Bytes that nvidia-smi shows: reserved, and the context."""
         return None if self.reserved is None or self.context is None else self.reserved + self.context
 
     @property
     def needed(self) -> int:
-        """What a GPU must have: the process where it is predicted, the states where a convention counts."""
+        """Bytes that a GPU must have: the process where it is predicted, the states where a convention counts."""
         return self.process or self.states
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
+        parts = ("weights", "frozen_weights", "trainable_weights", "gradients", "optimizer")
         peak = dict(self.peak.bytes) if self.peak else dict.fromkeys(("activations", "logits", "workspace"))
         return {
             "spec": self.spec.to_dict(),
             "convention": self.convention,
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
-            "components": {
-                "weights": self.weights,
-                "frozen_weights": self.frozen_weights,
-                "trainable_weights": self.trainable_weights,
-                "gradients": self.gradients,
-                "optimizer": self.optimizer,
-            }
-            | peak,
+            "components": {part: getattr(self, part) for part in parts} | peak,
             "states_bytes": self.states,
             "peak_allocated_bytes": self.allocated,
             "peak_reserved_bytes": self.reserved,

@@ -1,7 +1,7 @@
 """Serving many fine-tunings at once: their adapters on one base model, against a full copy for each.
 
-Weights, adapters and the cache of keys and values; the little that a forward pass holds besides is left out, as is what a
-server reserves ahead (vLLM pads every adapter to its largest rank).
+Weights, adapters and the cache of keys and values are counted. Left out are the little that a forward pass holds besides and
+what a server reserves ahead (vLLM pads every adapter to its largest rank).
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 from ..base import architecture as architectures
 from ..base import models
-from ..base.architecture import Facts
 from ..count import BYTES, count
 from ..errors import SpecError
-from ..resolve import resolve
 from ..spec import Resolved
 from .closed_form import predict
 
@@ -25,24 +23,18 @@ CACHED_BYTES = 2
 class Serving:
     """Bytes on the GPUs that serve."""
 
-    spec: Resolved
-    """Resolved."""
     adapters: int
     """Fine-tunings that are served."""
     streams: int
     """Answers that are written at once, whichever adapters they use."""
-    context: int
-    """Tokens that each stream keeps, prompt, answer and virtual tokens together."""
     copy: int
-    """The weights of one whole model, in the run's precision and quantization."""
+    """Weights of one whole model, in the run's precision and quantization."""
     base: int
-    """Those that all adapters share: `copy`, or nothing where the method changes every weight."""
+    """Weights that all adapters share: `copy`, or nothing where the method changes every weight."""
     adapter: int
-    """One adapter, as it is saved; where a method trains the model's own tensors, the ones it changed."""
-    cache_per_token: int
-    """Keys and values of one token in every layer."""
+    """One adapter as it is saved; for a method that trains the model's own tensors, the changed ones."""
     cache_per_stream: int
-    """Of `context` tokens. A layer with a window keeps no more of them than that."""
+    """Keys and values of one answer, in every layer."""
 
     @property
     def all_adapters(self) -> int:
@@ -50,7 +42,7 @@ class Serving:
 
     @property
     def cache(self) -> int:
-        """Of all streams."""
+        """Keys and values of all streams."""
         return self.streams * self.cache_per_stream
 
     @property
@@ -65,8 +57,10 @@ class Serving:
 
 
 def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
-    """Raises SpecError for a model that keeps no cache, for a bare count, and for tokens beyond what the model reads."""
-    spec = resolve(spec)
+    """What serving takes of so many fine-tunings, answers at once, and tokens for each answer: prompt, answer, virtual ones.
+
+    Raises SpecError for a model that keeps no cache, for a bare count, and for tokens beyond what the model reads.
+    """
     for name, value in (("adapters", adapters), ("streams", streams), ("context", context)):
         if value < 1:
             raise SpecError(f"{name}={value}: serving takes at least 1; try 1")
@@ -76,23 +70,11 @@ def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
     if shape.context and context > shape.context:
         raise SpecError(f"context={context}: {entry.name} reads {shape.context:,} tokens; try {shape.context}")
     report = count(spec)
-    borrowed = report.trainable_parameters - report.added_parameters  # trained, but the base model's own
-    copy = predict(spec).frozen_weights + borrowed * BYTES[spec.precision]
-    layer = 2 * shape.facts.kv_heads * shape.facts.head_size * CACHED_BYTES
-    return Serving(
-        spec,
-        adapters,
-        streams,
-        context,
-        copy=copy,
-        base=0 if borrowed == report.total_parameters else copy,
-        adapter=report.adapter_bytes,
-        cache_per_token=shape.n_layers * layer,
-        cache_per_stream=_kept(shape.n_layers, shape.facts, context) * layer,
-    )
-
-
-def _kept(n_layers: int, facts: Facts, context: int) -> int:
-    """Tokens in the cache, summed over the layers."""
-    near = min(facts.window or context, context)
-    return (n_layers - facts.windowed) * context + facts.windowed * near
+    changed = report.total_parameters - report.frozen_parameters
+    copy = predict(spec).frozen_weights + changed * BYTES[spec.precision]
+    facts = shape.facts
+    layer = 2 * facts.kv_heads * facts.head_size * CACHED_BYTES  # a key and a value
+    within = min(facts.window or context, context)  # tokens that a layer with a window keeps
+    kept = (shape.n_layers - facts.windowed) * context + facts.windowed * within
+    base = copy if report.frozen_parameters else 0
+    return Serving(adapters, streams, copy, base, adapter=report.adapter_bytes, cache_per_stream=kept * layer)

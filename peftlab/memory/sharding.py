@@ -1,7 +1,7 @@
 """What one of several GPUs holds, what moves to CPU memory, and how much the GPUs send.
 
-A moment of a step is a mapping from kind to the bytes that one GPU alone would hold. Every GPU has `batch_size` examples of
-its own, so activations, logits and workspace stay as they are. What is divided, and by whom, is in `strategies`.
+A moment of a step maps kinds to the bytes that one GPU alone would hold. Every GPU has `batch_size` examples of its own, so
+activations, logits and workspace stay as they are. `strategies` says what is divided, and by whom.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from ..base import models
 from ..base.architecture import Architecture
 from ..count import BYTES
 from ..errors import SpecError
-from ..resolve import resolve
 from ..spec import Resolved
 from .polynomial import Polynomial, constant, total
-from .strategies import PHASES, STATES, STRATEGIES, Buffer, Case, Strategy
+from .strategies import PHASES, STATES, STRATEGIES, Buffer, Strategy, Tensors
 
 Moments = Mapping[str, Mapping[str, Polynomial]]
 
@@ -41,50 +40,46 @@ class Sharded:
 
 
 def plan(moments: Moments, spec: Resolved, largest_layer: int, trainable: Polynomial) -> Sharded:
-    """A name in `moments` begins with forward, backward, optimizer or after; any other is taken for backward.
+    """What one of the run's GPUs holds, from what one alone would.
 
+    A name in `moments` begins with forward, backward, optimizer or after; any other is taken for backward.
     `largest_layer` is the bytes of the weights gathered at once: a layer's, or the embedding's or head's where that is
     larger. `trainable` is the number of trained parameters. Raises SpecError for settings that exclude each other.
     """
-    spec = resolve(spec)
     strategy = _strategy(spec)
     n, passes = spec.n_gpus, spec.accumulation
-    case = _case(moments, spec, largest_layer, trainable)
-    buffers = tuple(strategy.buffers(case))
+    run = _tensors(moments, spec, largest_layer, trainable)
+    buffers = tuple(strategy.buffers(run))
     divided = set(strategy.divided) - set(strategy.whole_between if passes > 1 else ())
-    share = {kind: 1 / n if kind in divided else 1 for kind in STATES}
     moved = strategy.offloads.get(spec.offload, ())
+    share = {kind: 1 / n if kind in divided else 1 for kind in STATES}
+    left = {**share, **dict.fromkeys(moved, 0)}
+    left["temporaries"] = left["optimizer"]
     found = {}
     for name, kinds in moments.items():
         phase = next((p for p in PHASES if name.startswith(p)), "backward")
-        held = {}
-        for kind, whole in kinds.items():
-            like = "optimizer" if kind == "temporaries" else kind
-            held[kind] = whole * (0 if like in moved else share.get(like, 1))
-        found[name] = held | {"communication": total(b.size for b in buffers if phase in b.phases)}
-    in_cpu = total(_largest(moments, kind, case) * share[kind] for kind in moved)
+        found[name] = {kind: whole * left.get(kind, 1) for kind, whole in kinds.items()}
+        found[name]["communication"] = total(b.size for b in buffers if phase in b.phases)
+    nothing = Polynomial()
+    largest = {kind: max((kinds.get(kind, nothing) for kinds in moments.values()), key=run.at) for kind in moved}
     weights_each_pass, gradients_each_pass, each_step = strategy.sent
-    sent = case.weights * (weights_each_pass * passes) + case.gradients * (gradients_each_pass * passes + each_step)
+    sent = run.weights * (weights_each_pass * passes) + run.gradients * (gradients_each_pass * passes + each_step)
+    in_cpu = total(size * share[kind] for kind, size in largest.items())
     return Sharded(found, buffers, in_cpu, sent * ((n - 1) / n), strategy.note)
 
 
-def _case(moments: Moments, spec: Resolved, largest_layer: int, trainable: Polynomial) -> Case:
+def _tensors(moments: Moments, spec: Resolved, largest_layer: int, trainable: Polynomial) -> Tensors:
     each = BYTES[spec.trained_precision]
     gradients = trainable * each
     first = next(iter(moments.values()))
     weights = total(first.get(kind, Polynomial()) for kind in STATES[:2])  # the same at every moment
-    entry = models.find(spec.model)
-    share = _layer_share(architectures.of(entry.key), spec) if entry.config else 0
-    by_layer = gradients * share if share else constant(largest_layer)  # a bare count has no layers to look at
-    return Case(spec, each, largest_layer, weights, gradients, by_layer)
-
-
-def _largest(moments: Moments, kind: str, case: Case) -> Polynomial:
-    return max((kinds.get(kind, Polynomial()) for kinds in moments.values()), key=case.at)
+    named = models.find(spec.model).config is not None  # a bare count has no layers to look at
+    by_layer = gradients * _layer_share(architectures.of(spec.model), spec) if named else constant(largest_layer)
+    return Tensors(spec, each, largest_layer, weights, gradients, by_layer)
 
 
 def _layer_share(shape: Architecture, spec: Resolved) -> float:
-    """Of the trained parameters, what the layer that has most of them has, or a module outside the layers."""
+    """The largest share of the trained parameters that one layer has, or one module outside the layers."""
     trained: Counter[str | int] = Counter()
     for t in methods.targets(shape, spec):
         for place in t.layers or (t.module.name,):
@@ -93,7 +88,7 @@ def _layer_share(shape: Architecture, spec: Resolved) -> float:
 
 
 def _strategy(spec: Resolved) -> Strategy:
-    """Raises SpecError where the settings exclude each other."""
+    """The run's strategy. Raises SpecError where the settings exclude each other."""
     sharding, offload = spec.sharding, spec.offload
     strategy = STRATEGIES[sharding]
     if sharding == "none" and spec.n_gpus > 1:

@@ -3,90 +3,87 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from .. import optimizers
+from ..count import count
+from ..optimizers import Optimizer
 from ..spec import Resolved
-from . import case as cases
+from .allocator import MIB
 from .case import Case
-from .conventions import NF4_BITS
-from .lines import Line, Size, Sum, line
+from .conventions import quantizable, quantized_bits
+from .lines import Line, Size, Sum
 
 FORWARD, PASS, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING, OPTIMIZER = MOMENTS = (
     "forward", "forward in a layer", "backward at the loss", "backward at the head", "backward in the last layer",
     "backward recomputing a layer", "backward in the first layer", "backward at the embedding", "optimizer",
 )  # fmt: skip
 """Where a step can be at its highest. Layers in between lie between the last and the first."""
-MIB = 2**20
 WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
-"""What cuBLAS keeps from its first product in each thread on. Hopper's is measured (assets/measured/memory-h100.json); the
-others' is PyTorch's default."""
+"""Bytes that cuBLAS keeps in each thread from its first product on. Hopper's are measured
+(assets/measured/memory-h100.json); the others' are PyTorch's default."""
 LT_WORKSPACE = MIB
-"""cuBLASLt's, which adds a bias."""
+"""Bytes that cuBLASLt, which adds a bias, keeps likewise."""
 
 
-def workspace(gpu: str | None) -> int:
-    """Bytes for one thread."""
-    return WORKSPACE.get((gpu or "").split("-")[0], WORKSPACE[""])
+def of_family(gpu: str, known: Mapping[str, int]) -> int:
+    """What is known of a GPU's family (`h100` for `h100-80gb`); the entry "" for the others and for no GPU."""
+    return known.get(gpu.split("-")[0], known[""])
+
+
+def workspace(gpu: str) -> int:
+    """Bytes of cuBLAS's workspace in one thread."""
+    return of_family(gpu, WORKSPACE)
 
 
 def lines(case: Case) -> list[Line]:
+    """Everything in a step's memory that the batch does not change."""
     return [*_weights(case), *_gradients(case), *_optimizer(case), *_workspace(case)]
 
 
 def _weights(case: Case) -> list[Line]:
-    spec, shape = case.spec, case.shape
-    borrowed = 0
-    if case.method.in_place:
-        borrowed = sum(case.method.trained(t.module, spec) * t.count for t in case.targets if not t.module.tied)
-    frozen = shape.total_parameters - borrowed
-    packed = min(frozen, sum(m.weight * m.count for m in shape.linear())) if case.quantized else 0
-    bits = NF4_BITS[spec.double_quantization] if spec.quantization == "nf4" else 8
+    spec = case.spec
+    frozen = count(spec).frozen_parameters
+    packed = min(frozen, quantizable(case.shape)) if spec.quantization != "none" else 0
+    shown = f"N ({case.n_trained:,})" if any(p[2] for p, x in case.trained.terms.items() if x) else ""
+    adapted = [t.module for t in case.targets if t.module.is_linear]
     sizes = {
-        **case.sizes,
         "N_frozen": Size(frozen - packed),
         "N_packed": Size(packed),
-        "N": Size(case.trained, f"N ({_at(case):,})" if _depends_on_rank(case) else f"{_at(case):,}"),
-        "d_max": Size(max((t.module.d_in if t.module.is_linear else 0 for t in case.targets), default=0)),
-        "d'_max": Size(max((t.module.d_out if t.module.is_linear else 0 for t in case.targets), default=0)),
+        "N": Size(case.trained, shown or f"{case.n_trained:,}"),
+        "d_max": Size(max((m.d_in for m in adapted), default=0)),
+        "d'_max": Size(max((m.d_out for m in adapted), default=0)),
     }
-    once = {
-        " ".join({"rank": "r", "d_in": "d_max", "d_out": "d'_max"}[f] for f in k.factors): case.adapter * k.coefficient
-        for k in case.kept("model")
-    }
+    symbols = {"rank": "r", "d_in": "d_max", "d_out": "d'_max"}
+    shared = {" ".join(symbols[f] for f in k.factors): case.trained_bytes * k.coefficient for k in case.kept("model")}
+
+    def weights(name: str, kind: str, parts: Sum, note: str = "") -> list[Line]:
+        return case.line(name, "", parts, MOMENTS, note, sizes, kind)
+
+    packing = f"{spec.quantization} packs the linear maps; embeddings, norms and the head stay as they are"
+    base = {"N_frozen": case.stream_bytes, "N_packed": quantized_bits(spec) / 8}
     return [
-        *line(
-            sizes, "frozen weights", "frozen_weights", "", {"N_frozen": case.wide, "N_packed": bits / 8}, MOMENTS,
-            f"{spec.quantization} packs the linear maps; embeddings, norms and the head stay as they are" if packed else "",
-        ),
-        *line(sizes, "trained weights", "trainable_weights", "", {"N": case.adapter}, MOMENTS),
-        *line(sizes, "matrices that all modules share", "frozen_weights", "", once, MOMENTS, "fixed, as the seed made them"),
-    ]  # fmt: skip
-
-
-def _depends_on_rank(case: Case) -> bool:
-    return any(powers[2] for powers, x in case.trained.terms.items() if x)
-
-
-def _at(case: Case) -> int:
-    return round(case.trained.value(1, 1, case.spec.rank))
+        *weights("frozen weights", "frozen_weights", base, packing if packed else ""),
+        *weights("trained weights", "trainable_weights", {"N": case.trained_bytes}),
+        *weights("matrices that all modules share", "frozen_weights", shared, "fixed, as the seed made them"),
+    ]
 
 
 def _gradients(case: Case) -> list[Line]:
-    """Those of the head and a tied embedding are summed before they are added to the last pass's."""
-    head = case.head if case.head and case.trains(case.head) else None
-    embedding = case.embedding if case.embedding and case.trains(case.embedding) else None
+    """Gradients stay from where the backward pass makes them to the optimizer's step.
+
+    Those of the head and of an embedding that is tied to it are one sum, made before it is added to the last pass's.
+    """
+    head = case.head if case.trains(case.head) else None
+    embedding = case.embedding if case.trains(case.embedding) else None
     held = case.spec.accumulation > 1
     tied = head is not None and head.tied and embedding is not None
     last = embedding.weight if embedding and not tied else 0
-    sizes = {
-        **case.sizes,
-        "N": Size(case.trained, f"{_at(case):,}"),
-        "N_above": Size(case.trained + -last, f"{_at(case) - last:,}"),
-    }
-    e = case.adapter
+    sizes = {"N_above": Size(case.trained + -last, f"{case.n_trained - last:,}")}
+    e = case.trained_bytes
 
     def gradients(name: str, parts: Sum, moments: tuple[str, ...], note: str = "") -> list[Line]:
-        return line(sizes, name, "gradients", "", parts, moments, note)
+        return case.line(name, "", parts, moments, note, sizes, "gradients")
 
     if held:
         found = gradients("gradients", {"N": e}, MOMENTS, "held from one pass to the next")
@@ -105,25 +102,25 @@ def _gradients(case: Case) -> list[Line]:
 
 
 def _optimizer(case: Case) -> list[Line]:
-    kind, each = optimizers.find(case.spec), case.adapter
-    name = case.spec.optimizer
-    sizes = {**case.sizes, "N": Size(case.trained, f"{_at(case):,}")}
-    if name == "adafactor":
-        sizes["N_rc"] = Size(sum(n * _rows_and_columns(shape) for n, shape in case.tensors))
-        sizes["N_max"] = Size(max(math.prod(shape) for _, shape in case.tensors))
-        found = line(sizes, "optimizer states", "optimizer", "", {"N_rc": each}, MOMENTS, "a row and a column a matrix")
+    kind, each = optimizers.find(case.spec), case.trained_bytes
+    temporary = "optimizer's temporaries", ""
+    if case.spec.optimizer == "adafactor":  # arXiv 1804.04235: second moments as one row and one column of each matrix
+        sizes = {
+            "N_rc": sum(n * _rows_and_columns(shape) for n, shape in case.tensors),
+            "N_max": max(math.prod(shape) for _, shape in case.tensors),
+        }
+        note = "a row and a column a matrix"
+        found = case.line("optimizer states", "", {"N_rc": each}, MOMENTS, note, sizes, "optimizer")
         note = "the update of the largest tensor"
-        found += line(sizes, "optimizer's temporaries", "temporaries", "", {"N_max": each}, (OPTIMIZER,), note)
+        found += case.line(*temporary, {"N_max": each}, (OPTIMIZER,), note, sizes, "temporaries")
     elif kind.bits == 8:
-        found = _blockwise(case, kind, sizes)
+        found = _blockwise(case, kind)
     else:
-        bytes_each = kind.states * (4 if kind.bits == 32 else each)
-        found = line(
-            sizes, "optimizer states", "optimizer", "", {"N": bytes_each}, MOMENTS, f"{kind.states} a parameter"
-        )
-    if name == "adamw" and kind.library == "torch":
+        parts, note = {"N": kind.states * (4 if kind.bits == 32 else each)}, f"{kind.states} a parameter"
+        found = case.line("optimizer states", "", parts, MOMENTS, note, kind="optimizer")
+    if case.spec.optimizer == "adamw" and kind.library == "torch":
         note = "the roots of the second moments, of all tensors at once"
-        found += line(sizes, "optimizer's temporaries", "temporaries", "", {"N": each}, (OPTIMIZER,), note)
+        found += case.line(*temporary, {"N": each}, (OPTIMIZER,), note, kind="temporaries")
     return found
 
 
@@ -132,33 +129,28 @@ def _rows_and_columns(shape: tuple[float, ...]) -> float:
     return n / shape[-1] + n / shape[-2] if len(shape) > 1 else n
 
 
-def paged(spec: Resolved) -> int:
-    """Bytes of optimizer states that live outside PyTorch's memory."""
-    kind = optimizers.find(spec)
-    large = sum(
-        n * math.prod(shape) for n, shape in cases.case(spec).tensors if math.prod(shape) >= optimizers.SMALLEST_PAGED
-    )
-    return round(large * kind.states * (kind.bits or 0) / 8) if kind.paged else 0
-
-
-def _blockwise(case: Case, kind: optimizers.Optimizer, sizes: dict[str, Size]) -> list[Line]:
-    """bitsandbytes: a byte and a 256th of a scale a number, and fp32 for small tensors."""
+def _blockwise(case: Case, kind: Optimizer) -> list[Line]:
+    """bitsandbytes keeps a byte and a 256th of a scale for each number, and fp32 for small tensors."""
     counted = [(n, math.prod(shape)) for n, shape in case.tensors]
     small = sum(n * size for n, size in counted if size < optimizers.SMALLEST_8BIT)
     paged = sum(n * size for n, size in counted if kind.paged and size >= optimizers.SMALLEST_PAGED)
-    whole = not small and not paged
-    sizes |= {
-        "N_8": Size(case.trained, f"{_at(case):,}") if whole else Size(sum(n * s for n, s in counted) - small - paged)
-    }
-    sizes |= {"N_small": Size(small), "N_paged": Size(paged)}
-    parts = {"N_8": kind.states * (1 + 4 / optimizers.BLOCK), "N_small": 4.0 * kind.states}
-    parts["N_paged"] = kind.states * 4 / optimizers.BLOCK
-    return line(sizes, "optimizer states", "optimizer", "", parts, MOMENTS, "8-bit blocks with a scale each")
+    rest = sum(n * size for n, size in counted) - small - paged
+    sizes = {"N_8": Size(rest) if small or paged else case.sizes["N"], "N_small": Size(small), "N_paged": Size(paged)}
+    scales = 4 / optimizers.BLOCK
+    parts = {"N_8": kind.states * (1 + scales), "N_small": 4.0 * kind.states, "N_paged": kind.states * scales}
+    return case.line("optimizer states", "", parts, MOMENTS, "8-bit blocks with a scale each", sizes, "optimizer")
+
+
+def paged(spec: Resolved) -> int:
+    """Bytes of optimizer states that live outside PyTorch's memory."""
+    kind = optimizers.find(spec)
+    sizes = [(n, math.prod(shape)) for n, shape in Case.of(spec).tensors] if kind.paged else []
+    numbers = sum(n * size for n, size in sizes if size >= optimizers.SMALLEST_PAGED)
+    return round(numbers * kind.states * (kind.bits or 0) / 8)
 
 
 def _workspace(case: Case) -> list[Line]:
-    size = workspace(case.spec.gpu)
     biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
-    size += LT_WORKSPACE if biased else 0
+    size = workspace(case.spec.gpu) + (LT_WORKSPACE if biased else 0)
     note = "for each of two threads: PyTorch runs the backward pass in one of its own"
-    return line(case.sizes, "cuBLAS", "workspace", "", {"": 2 * size}, MOMENTS, note)
+    return case.line("cuBLAS", "", {"": 2 * size}, MOMENTS, note, kind="workspace")

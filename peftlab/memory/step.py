@@ -6,18 +6,23 @@ Every token is predicted, as in pre-training and in most trainers. Importing thi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from .. import fused, optimizers
 from ..spec import Resolved
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "amp": torch.float32}
 
 
-def optimizer(parameters: list[Any], spec: Resolved, fused: bool = False) -> Any:
-    """As torch makes it, or `fused` as in a CUDA graph, where it can be."""
+def optimizer(parameters: list[torch.nn.Parameter], spec: Resolved, fused: bool = False) -> Optimizer:
+    """The run's optimizer as any trainer has it; or `fused`, where it can be, as the engine has it in a CUDA graph."""
     kind = optimizers.find(spec)
     if fused and optimizers.capturable(spec):
         return kind.make(parameters, 1e-4, fused=True)
@@ -28,9 +33,9 @@ def optimizer(parameters: list[Any], spec: Resolved, fused: bool = False) -> Any
     return made
 
 
-def materialize(model: Any, make: Callable[[str, Any], Any]) -> None:
+def materialize(model: torch.nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Puts `make(module's name, t)` in place of each parameter and buffer t, once for those that several modules share."""
-    made: dict[int, tuple[Any, Any]] = {}  # the old one too, or another would be given its id
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one too, or another would be given its id
     for module_name, module in model.named_modules():
         for held in (module._parameters, module._buffers):
             for name, old in held.items():
@@ -39,11 +44,13 @@ def materialize(model: Any, make: Callable[[str, Any], Any]) -> None:
                 if id(old) not in made:
                     new = make(module_name, old)
                     wrap = held is module._parameters and new is not old
-                    made[id(old)] = (old, torch.nn.Parameter(new, old.requires_grad) if wrap else new)
+                    made[id(old)] = old, torch.nn.Parameter(new, old.requires_grad) if wrap else new
                 held[name] = made[id(old)][1]
 
 
-def prepare(model: Any, spec: Resolved) -> Any:
+def prepare(adapted: torch.nn.Module, spec: Resolved) -> PreTrainedModel:
+    """The model in training, with checkpointing where the run has it."""
+    model = cast("PreTrainedModel", adapted)  # peft's wrapper answers as the model inside it does
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -51,7 +58,7 @@ def prepare(model: Any, spec: Resolved) -> Any:
     return model.train()
 
 
-def micro(model: Any, spec: Resolved, device: str, logits: int | None = None) -> Iterator[str]:
+def micro(model: PreTrainedModel, spec: Resolved, device: str, logits: int | None = None) -> Iterator[str]:
     """One forward and one backward pass, every token predicted or the last `logits`. Yields each one's name as it begins."""
     head = fused.head(model)
     yield "forward"
@@ -71,7 +78,8 @@ def micro(model: Any, spec: Resolved, device: str, logits: int | None = None) ->
     del held, loss
 
 
-def run(model: Any, optimizer: Any, spec: Resolved, device: str) -> None:
+def run(model: PreTrainedModel, optimizer: Optimizer, spec: Resolved, device: str) -> None:
+    """One optimizer step with all its passes."""
     for _ in range(spec.accumulation):
         for _ in micro(model, spec, device):
             pass

@@ -7,35 +7,34 @@ Importing this imports torch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .allocator import MIB, Allocator
+from .allocator import MIB, Allocator, Block
 from .report import KINDS, Moment
 
 BEFORE = -1
 GIVE, NAME = 0, -1
 """In place of a size: the storage is freed, or is of another kind from now on."""
 WORKSPACE, LT_WORKSPACE = 1, MIB
-"""What cuBLAS keeps from its first product in a thread on, in place of a size that depends on the GPU; and cuBLASLt, which adds
-the bias too. PyTorch runs the backward pass in a thread of its own."""
-WORKSPACES = {
-    torch.ops.aten.mm.default: WORKSPACE,
-    torch.ops.aten.bmm.default: WORKSPACE,
-    torch.ops.aten.addmm.default: LT_WORKSPACE,
-}
-
-
-COPIES = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default, torch.ops.aten.cat.default)
+"""In place of a size that depends on the GPU: what cuBLAS keeps from its first product in a thread on. cuBLASLt, which adds
+the bias too, keeps a size of its own. PyTorch runs the backward pass in a thread of its own."""
+aten = torch.ops.aten
+WORKSPACES = {aten.mm.default: WORKSPACE, aten.bmm.default: WORKSPACE, aten.addmm.default: LT_WORKSPACE}
+COPIES = (aten.new_empty.default, aten.empty_like.default, aten.cat.default)
+NEAR = 2
+"""How many layers away a storage may be freed and still be taken for the neighbour's."""
 
 
 class Entry(NamedTuple):
     key: Hashable
     size: int
+    """Bytes of a new storage, or one of WORKSPACE, GIVE and NAME."""
     kind: str
     part: int
 
@@ -49,57 +48,64 @@ class Recorder(TorchDispatchMode):
         self.phases: dict[str, list[Entry]] = {}
         self.part = BEFORE
         self._keys: dict[int, int] = {}
+        """Address of each living storage → its key."""
         self._parts: dict[int, int] = {}
+        """Key → the part that made the storage."""
         self._made: dict[int, tuple[list[Entry], int]] = {}
-        self._count = 0
+        """Key → the tape and the place in it where the storage was made."""
         self._multiplied: set[tuple[str, int]] = set()
         self._sum: tuple[int, int] | None = None
+        """The last gradient's sum: its address, and the key of what it was added to."""
         self.begin("weights")
 
     def begin(self, phase: str) -> None:
         self.phase, self.tape = phase, self.phases.setdefault(phase, [])
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # a number that nobody has computed
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        if func is aten._local_scalar_dense.default:  # a number that nobody has computed
             return False if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
         if self.phase.startswith("optimizer"):
-            owners = [self._part(t) for t in tree_iter(args) if isinstance(t, torch.Tensor)]
-            known = [p for p in owners if p is not None]
+            owners = self._owners(args)
             if isinstance(out, list | tuple) and len(out) > 1 and len(owners) >= len(out):
                 for tensor, owner in zip(out, owners, strict=False):  # a foreach operation: one of each parameter
                     self.part = self.part if owner is None else owner
-                    tree_map_only(torch.Tensor, self.see, tensor)
+                    tree_map_only(Tensor, self.see, tensor)
                 return out
-            self.part = known[0] if known else self.part
+            self.part = next((p for p in owners if p is not None), self.part)
         if func in COPIES and self.part == BEFORE:  # of all layers' parameters, one layer after the other
-            owner = self._part(next(t for t in tree_iter(args) if isinstance(t, torch.Tensor)))
+            owner = self._owners(args)[0]
             self.part = BEFORE if owner is None else owner
             self.see(out)
             self.part = BEFORE
-        tree_map_only(torch.Tensor, self.see, out)
+        tree_map_only(Tensor, self.see, out)
         self._sum = None
-        if func is torch.ops.aten.add.Tensor and self.phase.startswith("backward") and not args[0]._is_view():
-            self._sum = out.untyped_storage()._cdata, self._keys.get(args[0].untyped_storage()._cdata, -1)
+        if func is aten.add.Tensor and self.phase.startswith("backward") and not args[0]._is_view():
+            self._sum = _address(out), self._keys.get(_address(args[0]), -1)
         if func in WORKSPACES and self.phase in ("forward", "backward"):
             size = WORKSPACES[func]
             if (self.phase, size) not in self._multiplied:
                 self._multiplied.add((self.phase, size))
                 self.tape.append(Entry(f"workspace {size} {self.phase}", size, "workspace", self.part))
-        if func is torch.ops.aten.bernoulli_.float:  # a dropout mask: one byte an element on CUDA
-            self._shrink(out)
+        if func is aten.bernoulli_.float:  # a dropout mask: one byte an element on CUDA
+            tape, i = self._made[self._keys[_address(out)]]
+            tape[i] = tape[i]._replace(size=min(tape[i].size, out.numel()))
         return out
 
-    def _part(self, tensor: torch.Tensor) -> int | None:
-        return self._parts.get(self._keys.get(tensor.untyped_storage()._cdata, -1))
+    def _owners(self, args: tuple[Any, ...]) -> list[int | None]:
+        """The part that made each tensor among `args`, where it is known."""
+        tensors = (t for t in tree_iter(args) if isinstance(t, Tensor))
+        return [self._parts.get(self._keys.get(_address(t), -1)) for t in tensors]
 
-    def see(self, tensor: torch.Tensor) -> None:
+    def see(self, tensor: Tensor) -> None:
+        """Writes down the tensor's storage, if it is new."""
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
         if address in self._keys or not size or not tensor.dim():  # single numbers: most stay on the CPU
             return
-        self._count += 1
-        key, wide = self._count, tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+        key, wide = len(self._parts) + 1, tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
         self._keys[address], self._parts[key] = key, self.part
         self._made[key] = (self.tape, len(self.tape))
         kind = "temporaries" if self.phase.startswith("optimizer") else "logits" if wide else "activations"
@@ -113,8 +119,10 @@ class Recorder(TorchDispatchMode):
             self.tape.append(Entry(key, GIVE, "", part))
 
     def _in_place(self, key: int) -> bool:
-        """Whether a sum is where `key` was. Autograd adds a gradient to the one that came before, if nobody else holds that;
-        of fake tensors it makes a new one, and lets go of that one at once.
+        """Whether a sum of gradients takes the place of `key`, which is being freed.
+
+        Autograd adds a gradient to the one that came before, if nobody else holds that. With fake tensors it makes a new
+        one, and lets go of the old one at once.
         """
         address, first = self._sum or (0, 0)
         if key != first or self.tape[-1].key != self._keys.get(address):
@@ -126,26 +134,27 @@ class Recorder(TorchDispatchMode):
         self.tape.pop()
         return True
 
-    def _shrink(self, mask: torch.Tensor) -> None:
-        tape, i = self._made[self._keys[mask.untyped_storage()._cdata]]
-        tape[i] = tape[i]._replace(size=min(tape[i].size, mask.numel()))
-
-    def name(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+    def name(self, tensors: Iterable[Tensor], kind: str) -> None:
         """From now on these tensors are of that kind."""
         for tensor in tensors:
-            key = self._keys.get(tensor.untyped_storage()._cdata)
+            key = self._keys.get(_address(tensor))
             if key is not None:
                 self.tape.append(Entry(key, NAME, kind, self._parts[key]))
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 Homes = dict[Hashable, tuple[Hashable, int, int]]
+"""Where each storage was made: (stretch of a tape, part of the model, its number there)."""
 
 
 def unroll(name: str, tape: Sequence[Entry], copies: Sequence[int], depth: int, homes: Homes) -> list[Entry]:
-    """The tape for a model of `len(copies)` layers, of which layer i does what layer `copies[i]` of the `depth` recorded did.
+    """The tape of a model of `len(copies)` layers, of which layer i does what layer `copies[i]` of the `depth` recorded did.
 
-    A tape goes through the parts in order, up or down, as often as it likes; each such run is repeated on its own. `homes`
-    remembers where a storage came from: (run, part, number), for the tapes that follow.
+    A tape goes through the parts in order, up or down, as often as it likes; each such stretch is repeated on its own.
+    `homes` is added to, for the tapes that follow.
     """
     whole: list[Entry] = []
     full = len(copies)
@@ -154,7 +163,7 @@ def unroll(name: str, tape: Sequence[Entry], copies: Sequence[int], depth: int, 
         like.setdefault(layer, []).append(i)
 
     def places(home: int, at: int, part: int) -> list[int]:
-        """Where, from the copy at `part` of the entry at `at`, the storage that was made in `home` is."""
+        """The parts whose storage, made in the recorded part `home`, the copy at `part` of an entry in `at` speaks of."""
         if home in (BEFORE, depth):
             return like[home]
         if 0 <= at < depth and abs(home - at) <= NEAR:
@@ -188,10 +197,6 @@ def unroll(name: str, tape: Sequence[Entry], copies: Sequence[int], depth: int, 
     return whole
 
 
-NEAR = 2
-"""How many layers away a storage may be freed and still be taken for the neighbour's."""
-
-
 def _runs(tape: Sequence[Entry]) -> Iterator[list[Entry]]:
     """Stretches in which the part only rises, or only falls."""
     run: list[Entry] = []
@@ -214,37 +219,40 @@ class Player:
         self.allocator = Allocator()
         self.workspace = workspace
         self.live = dict.fromkeys(KINDS, 0)
-        self.total = 0
-        self._blocks: dict[Hashable, tuple[Any, int, str]] = {}
+        """Bytes allocated now, by kind."""
+        self._blocks: dict[Hashable, tuple[Block, int, str]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.live.values())
 
     def play(self, tape: Iterable[Entry], phase: str = "") -> list[Moment]:
         """The moments of this phase, in order; one for each part that it went through, or one alone in the optimizer."""
         moments: list[Moment] = []
-        highest, best, at, alone = -1, self.live, None, phase == "optimizer"
-        for key, size, kind, part in tape:
-            if part != at and not (alone and at is not None):
-                if at is not None:
-                    moments.append(Moment(phase, at, dict(best)))
-                highest, best, at = self.total, dict(self.live), part
-            if size > 0:
-                if key in self._blocks:  # made in the first step, and kept
-                    continue
-                block, taken = self.allocator.take(self.workspace if size == WORKSPACE else size)
-                self._blocks[key] = (block, taken, kind)
-                self.live[kind] += taken
-                self.total += taken
-                if self.total > highest:
-                    highest, best = self.total, dict(self.live)
-            elif key in self._blocks:
-                block, taken, old = self._blocks[key]
-                self.live[old] -= taken
-                if size == GIVE:
-                    del self._blocks[key]
-                    self.allocator.give(block)
-                    self.total -= taken
-                else:
-                    self._blocks[key] = (block, taken, kind)
-                    self.live[kind] += taken
-        if at is not None:
-            moments.append(Moment(phase, at, dict(best)))
+        highest, at = -1, None
+        for entry in tape:
+            if at is None or (entry.part != at and phase != "optimizer"):
+                at, highest = entry.part, self.total
+                moments.append(Moment(phase, at, dict(self.live)))
+            self._step(entry)
+            if entry.size > 0 and (now := self.total) > highest:
+                highest = now
+                moments[-1] = Moment(phase, at, dict(self.live))
         return moments
+
+    def _step(self, entry: Entry) -> None:
+        """Takes, gives or renames the storage of one entry."""
+        key, size, kind, _ = entry
+        if size > 0:
+            if key not in self._blocks:  # or it was made in the first step, and kept
+                block, taken = self.allocator.take(self.workspace if size == WORKSPACE else size)
+                self._blocks[key] = block, taken, kind
+                self.live[kind] += taken
+        elif key in self._blocks:
+            block, taken, old = self._blocks.pop(key)
+            self.live[old] -= taken
+            if size == GIVE:
+                self.allocator.give(block)
+            else:
+                self._blocks[key] = block, taken, kind
+                self.live[kind] += taken

@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import fused, methods, optimizers, seam
 from ..base import architecture as architectures
 from ..base import configs, models
+from ..base.configs import Config
 from ..errors import PeftlabError, SpecError
 from ..seeded import seeded
 from ..spec import SETTINGS, Resolved, parse_layers
 from . import kernels, step
+from .case import decoder
 from .report import Moment
 from .states import workspace
 from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 
-READ = (
-    "model", "method", "rank", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size",
-    "lr_ratio", "train_norms", "precision", "adapter_precision", "quantization", "double_quantization", "optimizer",
-    "optimizer_precision", "batch_size", "accumulation", "sequence_length", "gradient_checkpointing", "attention",
-    "hold_outputs",
-)  # fmt: skip
-"""The settings that a step's memory depends on."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IRRELEVANT = {
+    "alpha", "learning_rate", "steps", "task", "training_rows", "seed", "gpu", "n_gpus", "sharding", "offload"
+}  # fmt: skip
+"""Settings that the memory of a step on one GPU does not depend on. The GPU's cuBLAS workspace is asked for apart."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,7 @@ class Trace:
     after: Mapping[str, int]
     """Bytes by kind between steps."""
     reserved: int
-    """What the allocator has taken from the driver."""
-    depth: int
-    """Layers of the model."""
+    """Bytes that the allocator has taken from the driver."""
 
 
 _one_at_a_time = threading.Lock()
@@ -54,9 +55,10 @@ KNOWN = 512
 
 
 def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Trace:
-    """Of a resolved spec, with every token predicted, or the last `logits` of each example; `quick`, as the engine trains.
+    """The trace of a run's step. Every token is predicted, or the last `logits` of each example.
 
-    Raises SpecError for a model without a config and for what cannot be traced.
+    With `quick` the step is as the engine takes it. Raises SpecError for a model without a config and for what cannot be
+    traced.
     """
     key = _read(spec), workspace(spec.gpu), logits, quick
     if (known := _known.get(key)) is not None:  # in one look: another thread may forget it between two
@@ -80,20 +82,16 @@ def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Tra
 
 
 def _read(spec: Resolved) -> Resolved:
-    """The same for all runs whose step needs the same memory."""
-    others = set(SETTINGS) - set(READ)
-    blank = {name: SETTINGS[name].type() for name in others} | {"alpha": 1.0}
-    return replace(spec, **blank, unread=spec.unread | others)
+    """`spec` without what a step's memory does not depend on: runs that need the same memory share a trace."""
+    blank = {name: SETTINGS[name].type() for name in IRRELEVANT} | {"alpha": 1.0}
+    return replace(spec, **blank, unread=spec.unread | IRRELEVANT)
 
 
 def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool) -> Trace:
     entry = models.find(spec.model)
     if entry.config is None:
         raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
-    if not entry.is_causal:
-        raise SpecError(
-            f"model={spec.model}: only models that write text are trained here; name a decoder such as gpt2"
-        )
+    decoder(spec.model)
     shape = architectures.of(spec.model)
     chosen = {n for t in methods.targets(shape, spec, entry.name) for n in (t.layers if t.module.layers else ())}
     kept = copies = list(range(shape.n_layers))
@@ -103,10 +101,10 @@ def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool
     tapes = _record(spec, entry.config, kept, logits, quick)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
-    return _replay(full, workspace_bytes, shape.n_layers)
+    return _replay(full, workspace_bytes)
 
 
-def _shorten(kinds: Sequence[Any]) -> tuple[list[int], list[int]]:
+def _shorten(kinds: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     """The layers worth tracing, and for each layer the place among them of the one to copy.
 
     Of a block of layers that repeats, as many are kept as leave one of each kind with two neighbours on both sides: five of a
@@ -119,24 +117,20 @@ def _shorten(kinds: Sequence[Any]) -> tuple[list[int], list[int]]:
         period, repeats = max(
             ((p, _repeats(kinds, i, p)) for p in range(1, 9)), key=lambda found: (found[0] * (found[1] - 1), -found[0])
         )
-        fewest = 1 + -(-4 // period)
-        first, n = len(kept), period * repeats
-        short = period * min(repeats, fewest)
-        kept += range(i, i + short - 2) if n > short else range(i, i + n)
-        kept += range(i + n - 2, i + n) if n > short else ()
-        for j in range(n):
-            if n == short or j < 2:
-                place = j
-            elif j >= n - 2:
-                place = short - (n - j)
-            else:
-                place = next(q for q in range(2, short - 2) if q % period == j % period)
-            copies.append(first + place)
+        n, first = period * repeats, len(kept)
+        short = min(n, period * (1 + -(-4 // period)))
+        places = list(range(short))
+        if short < n:  # the first two and the last two stand for themselves, the others for one of their kind
+            inner = (next(q for q in range(2, short - 2) if q % period == j % period) for j in range(2, n - 2))
+            places = [0, 1, *inner, short - 2, short - 1]
+        kept += [*range(i, i + short - 2), *range(i + n - 2, i + n)] if n > 1 else [i]
+        copies += [first + place for place in places]
         i += n
     return kept, copies
 
 
-def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
+def _repeats(kinds: Sequence[Hashable], start: int, period: int) -> int:
+    """How often in a row the `period` layers from `start` on come."""
     n, block = 1, kinds[start : start + period]
     if len(block) < period:
         return 0
@@ -146,8 +140,9 @@ def _repeats(kinds: Sequence[Any], start: int, period: int) -> int:
 
 
 def _record(
-    spec: Resolved, config: Mapping[str, Any], kept: Sequence[int], logits: int | None, quick: bool
+    spec: Resolved, config: Config, kept: Sequence[int], logits: int | None, quick: bool
 ) -> dict[str, list[Entry]]:
+    """The tapes of a step's phases, by name, with the layers `kept` alone."""
     kernels.register()
     depth = len(kept)
     model = _meta(spec, config, kept)
@@ -186,7 +181,8 @@ def _record(
     return recorder.phases
 
 
-def _replay(tapes: Mapping[str, Sequence[Entry]], workspace_bytes: int, depth: int) -> Trace:
+def _replay(tapes: Mapping[str, Sequence[Entry]], workspace_bytes: int) -> Trace:
+    """The third of three steps: the first makes the optimizer's states, the second settles the allocator."""
     player = Player(workspace_bytes)
     player.play(tapes["weights"])
     for optimizer in ("optimizer", "optimizer again", "optimizer again"):
@@ -198,76 +194,65 @@ def _replay(tapes: Mapping[str, Sequence[Entry]], workspace_bytes: int, depth: i
         moments += player.play(tapes[optimizer], "optimizer")
         player.play(tapes[optimizer + " states"])
         player.play(tapes["end"])
-    return Trace(tuple(moments), dict(player.live), player.allocator.reserved, depth)
+    return Trace(tuple(moments), dict(player.live), player.allocator.reserved)
 
 
-def _layers(model: Any, depth: int) -> tuple[str, Any]:
+def _layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
     """The model's list of layers, with its name."""
-    return next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    return next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
-def _watch(model: Any, recorder: Recorder) -> None:
+def _watch(model: nn.Module, recorder: Recorder) -> None:
     """Tells the recorder which part of the model is at work: the layers in turn, and back again."""
     _, layers = _layers(model, recorder.depth)
 
-    def at(part: int) -> Callable[..., None]:
-        def mark(*_: Any) -> None:
-            recorder.part = part
-
-        return mark
-
-    def begin(module: Any, args: Any, kwargs: Any) -> None:
+    def reach(part: int, hidden: Tensor, before: int) -> None:
+        """The forward pass comes to `part` with these hidden states; the backward pass leaves them for `before`."""
         if recorder.phase.startswith("forward"):
-            recorder.part = 0
-            hidden = args[0] if args else kwargs["hidden_states"]
+            recorder.part = part
             if hidden.requires_grad:
-                hidden.register_hook(at(BEFORE))
+                hidden.register_hook(lambda _: setattr(recorder, "part", before))
+
+    def begin(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        reach(0, args[0] if args else kwargs["hidden_states"], BEFORE)
 
     def end(part: int) -> Callable[..., None]:
-        def leave(module: Any, args: Any, out: Any) -> None:
-            if recorder.phase.startswith("forward"):
-                recorder.part = part + 1
-                hidden = out[0] if isinstance(out, tuple) else out
-                if hidden.requires_grad:
-                    hidden.register_hook(at(part))
-
-        return leave
+        return lambda module, args, out: reach(part + 1, out[0] if isinstance(out, tuple) else out, part)
 
     layers[0].register_forward_pre_hook(begin, with_kwargs=True)
     for part, layer in enumerate(layers):
         layer.register_forward_hook(end(part))
 
 
-def _meta(spec: Resolved, config: Mapping[str, Any], kept: Sequence[int]) -> Any:
+def _meta(spec: Resolved, config: Config, kept: Sequence[int]) -> PreTrainedModel:
     """The model with those layers alone and the method attached, on the meta device, in the run's types."""
-    short = {**config, **{name: len(kept) for name in ("num_hidden_layers", "n_layer") if name in config}}
-    if "num_hidden_layers" not in short and "n_layer" not in short:
-        short["num_hidden_layers"] = len(kept)
+    depth = [name for name in ("num_hidden_layers", "n_layer") if name in config] or ["num_hidden_layers"]
+    short = {**config, **dict.fromkeys(depth, len(kept))}
     if types := configs.layer_types(config):
         short["layer_types"] = [types[i] for i in kept]
-    model = configs.build_meta(short).to(step.DTYPES[spec.precision]).requires_grad_(False)
+    model = nn.Module.to(configs.build_meta(short), step.DTYPES[spec.precision]).requires_grad_(False)
     shape = architectures.describe(model)
     if spec.layers:
         wanted = set(parse_layers(spec.layers, architectures.of(spec.model).n_layers))
         spec = replace(spec, layers=",".join(str(i) for i, layer in enumerate(kept) if layer in wanted))
-    method = methods.METHODS["lora" if spec.method == "pissa" else spec.method]  # its start needs W's numbers
+    method = methods.METHODS["lora" if spec.method == "pissa" else spec.method]  # PiSSA starts from the numbers of W
     seam.set_attention(model.config, kernels.NAME if spec.attention == "sdpa" else spec.attention)
     spec = replace(spec, method=method.key)
-    with seeded(0):  # the start of an adapter is drawn, which is nobody else's business
-        model = method.attach(model, methods.targets(shape, spec), spec)
+    with seeded(0):  # the start of an adapter is drawn, and no other thread's numbers may change by that
+        adapted = method.attach(model, methods.targets(shape, spec), spec)
     if spec.quantization != "none":
         names = {name for m in shape.linear() for _, name in m.names()}
-        kernels.quantize(model, names, spec.quantization, spec.double_quantization)
-    return step.prepare(model, spec)
+        kernels.quantize(adapted, names, spec.quantization, spec.double_quantization)
+    return step.prepare(adapted, spec)
 
 
-def _fake(model: Any, recorder: Recorder) -> None:
+def _fake(model: nn.Module, recorder: Recorder) -> None:
     """Fresh fake tensors in place of the meta ones, frozen ones first, as they are on a GPU before a method is attached."""
     layers = _layers(model, recorder.depth)[0] + "."
     for trained in (False, True):
         recorder.part = BEFORE
 
-        def make(name: str, old: Any, trained: bool = trained) -> Any:
+        def make(name: str, old: Tensor, trained: bool = trained) -> Tensor:
             if name.startswith(layers):
                 recorder.part = int(name.removeprefix(layers).split(".")[0])
             elif recorder.part != BEFORE:

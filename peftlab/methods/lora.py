@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
 from . import Drawing, Keep, Method, Target, Term, linear_targets, register, through_peft
 
-SETTINGS = ("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision")
-BA = (Term(("rank", "d_in")), Term(("rank", "d_out")))
-DROPPED = Keep(("d_in",), of="mask", dropout=True)
-INPUT = (Keep(("d_in",), of="input"), DROPPED, Keep(("rank",)))
-"""For A's gradient and for B's."""
-PARALLEL = Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1)
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.adalora import AdaLoraModel
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+SURVIVING = 2 / 3
+"""Share of AdaLoRA's initial ranks that its final budget pays for: peft's 8 of 12."""
+ORTHOGONALITY = 0.5
+"""Weight of AdaLoRA's penalty on A and B that are not orthogonal: peft's default."""
 
 
 def quantized(architecture: Architecture, spec: Resolved) -> list[Target]:
@@ -33,74 +40,48 @@ def unquantized(architecture: Architecture, spec: Resolved) -> list[Target]:
     return linear_targets(architecture, spec)
 
 
-def attach(model: Any, targets: list[Target], spec: Resolved, **variant: Any) -> Any:
+def _scaled(targets: list[Target], spec: Resolved) -> dict[str, Any]:
+    return {**through_peft.linear(targets), "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
+
+
+def attach(
+    model: PreTrainedModel, targets: list[Target], spec: Resolved, use_rslora: bool = False, use_dora: bool = False
+) -> PeftModel:
     from peft import LoraConfig
 
-    config = LoraConfig(**_config(targets), r=spec.rank, **_scale(spec), **variant)
+    config = LoraConfig(**_scaled(targets, spec), r=spec.rank, use_rslora=use_rslora, use_dora=use_dora)
     return through_peft.attach(model, config, spec)
 
 
-def _config(targets: list[Target]) -> dict[str, Any]:
-    return {
-        "task_type": "CAUSAL_LM",
-        "target_modules": through_peft.names(targets),
-        "fan_in_fan_out": targets[0].module.kind == "conv1d",
-    }
-
-
-def _scale(spec: Resolved) -> dict[str, Any]:
-    return {"lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
-
-
-def rank_stabilized(model: Any, targets: list[Target], spec: Resolved) -> Any:
-    return attach(model, targets, spec, use_rslora=True)
-
-
-def decomposed(model: Any, targets: list[Target], spec: Resolved) -> Any:
-    return attach(model, targets, spec, use_dora=True)
-
-
-def principal(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def principal(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     adapted = attach(model, targets, spec)
-    adapted.peft_config["default"].init_lora_weights = "pissa"
+    cast("LoraConfig", adapted.peft_config["default"]).init_lora_weights = "pissa"
     through_peft.leave_residual(adapted, start=True)
     return adapted
 
 
-def faster_b(name: str, spec: Resolved) -> float:
-    """LoRA+, section 4: B learns `lr_ratio` times as fast as A."""
-    return spec.lr_ratio if "lora_B" in name else 1.0
-
-
-def adaptive(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def adaptive(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """AdaLoRA over the run's steps: a tenth to warm up, three tenths at the final budget, the cuts in between."""
     from peft import AdaLoraConfig
 
-    rank, steps = spec.rank, max(spec.steps, 2)  # the last cut needs a step before it, to judge by
+    steps = max(spec.steps, 2)  # the last cut needs a step before it, to judge by
     config = AdaLoraConfig(
-        **_config(targets),
-        **_scale(spec),
-        init_r=rank,
-        target_r=max(1, round(rank * SURVIVING)),
+        **_scaled(targets, spec),
+        init_r=spec.rank,
+        target_r=max(1, round(spec.rank * SURVIVING)),
         total_step=steps,
         tinit=steps // 10,
         tfinal=3 * steps // 10,
     )
-    model = through_peft.attach(model, config, spec)
-    for name, parameter in model.named_parameters():
+    adapted = through_peft.attach(model, config, spec)
+    for name, parameter in adapted.named_parameters():
         if "ranknum" in name:  # a count of ranks, which peft moves to a GPU as a copy that would be trained
             parameter.requires_grad_(False)
-    return model
+    return adapted
 
 
-SURVIVING = 2 / 3
-"""Share of AdaLoRA's initial ranks that its final budget pays for: peft's 8 of 12."""
-ORTHOGONALITY = 0.5
-"""Weight of AdaLoRA's penalty on A and B that are not orthogonal: peft's default."""
-
-
-def orthogonality(model: Any) -> Any:
-    """AdaLoRA, equation 4: the mean of ‖PPᵀ − I‖ over all A and B."""
+def orthogonality(model: nn.Module) -> Tensor:
+    """AdaLoRA, equation 4: the mean of ‖PPᵀ − I‖ over all A and B, a scalar."""
     import torch
 
     off = []
@@ -111,15 +92,15 @@ def orthogonality(model: Any) -> Any:
     return ORTHOGONALITY * torch.stack(off).mean()
 
 
-def cut_ranks(model: Any, step: int) -> None:
-    model.base_model.update_and_allocate(step)
+def cut_ranks(model: nn.Module, step: int) -> None:
+    cast("AdaLoraModel", model.base_model).update_and_allocate(step)
 
 
-def vectors(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def vectors(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     from peft import VeraConfig
 
     config = VeraConfig(
-        **_config(targets),
+        **through_peft.linear(targets),
         r=spec.rank,
         vera_dropout=spec.dropout,
         projection_prng_key=spec.seed,
@@ -128,89 +109,103 @@ def vectors(model: Any, targets: list[Target], spec: Resolved) -> Any:
     return through_peft.attach(model, config, spec)
 
 
-def rate_of_rank(spec: dict[str, Any]) -> float:
-    """The best learning rate for LoRA's rank, α twice the rank: the more rank, the farther a step of each of its weights
-    moves what they multiply to. From the recorded races over both (assets/measured/race-rank-*.json).
+def rate_of_rank(spec: Mapping[str, Any]) -> float:
+    """The best learning rate for LoRA's rank, at an α of twice the rank.
+
+    The higher the rank, the farther a step of each weight moves the product of A and B. From the recorded races over rank
+    and rate (assets/measured/race-rank-*.json).
     """
     return next(rate for most, rate in ((16, 3e-3), (64, 1e-3), (math.inf, 3e-4)) if spec["rank"] <= most)
 
 
-def _register(key: str, **rest: Any) -> None:
-    usual: dict[str, Any] = {
-        "terms": BA,
-        "keeps": INPUT,
-        "select": linear_targets,
-        "attach": attach,
-        "merge": through_peft.merge,
-        "drawing": PARALLEL,
-        "settings": SETTINGS,
-        "rank_limit": "largest",
-    }
-    register(Method(key, **{**usual, **rest}))
-
-
-_register("lora", defaults={"learning_rate": rate_of_rank})
-_register(
-    "qlora",
-    select=quantized,
-    drawing=Drawing(("W in NF4",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": rate_of_rank, "quantization": "nf4"},
-)
-_register(
-    "rslora",
-    attach=rank_stabilized,
-    drawing=Drawing(("W",), ("*A", "*B", "~× α/√r"), leaves=0, joins=1),
-    defaults={"learning_rate": 2e-3, "alpha": 8.0},
-)
-_register(
-    "dora",
-    terms=(*BA, Term(("d_out",))),
-    keeps=(
-        *INPUT,
-        Keep(("d_out",)),  # BAx and, below, Wx: for the magnitude's gradient
-        Keep(("d_out",), of="base", dropout=False),
-        Keep(("d_out",), dropout=True),  # W times the input that dropout left, and W in the adapter's format
-        Keep(("d_in", "d_out"), of="weight", each="module", dropout=True),
-        Keep(("d_out",), 3, each="module"),
-        Keep(("d_in", "d_in"), each="pass"),  # an identity matrix, sent through A and B to see their product
-        Keep(("d_in", "d_out"), 4, each="pass"),  # W, BA, α/r BA and their sum, for the norm of each row
-    ),
-    attach=decomposed,
-    drawing=Drawing(("W", "~÷ norm", "*× m"), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
+DROPPED = Keep(("d_in",), of="mask", dropout=True)
+LORA = Method(
+    "lora",
+    terms=(Term(("rank", "d_in")), Term(("rank", "d_out"))),
+    keeps=(Keep(("d_in",), of="input"), DROPPED, Keep(("rank",))),  # for A's gradient and for B's
+    select=linear_targets,
+    attach=attach,
+    merge=through_peft.merge,
+    drawing=Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
+    settings=("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision"),
     defaults={"learning_rate": rate_of_rank},
+    rank_limit="largest",
 )
-_register("lora-plus", rate=faster_b, settings=(*SETTINGS, "lr_ratio"), defaults={"learning_rate": 3e-4})
-_register(
-    "pissa",
-    select=unquantized,
-    attach=principal,
-    rank_limit="smallest",
-    drawing=Drawing(("W − BA at the start",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 1e-3, "alpha": lambda spec: float(spec["rank"])},
-)
-_register(
-    "adalora",
-    terms=(*BA, Term(("rank",))),
-    keeps=(*INPUT, Keep(("rank", "d_in"), each="module")),  # ΛA
-    attach=adaptive,
-    drawing=Drawing(("W",), ("*A", "*Λ, pruned", "*B", "~× α/r"), leaves=0, joins=1),
-    defaults={"learning_rate": 1e-2, "rank": 12},
-    penalty=orthogonality,
-    after_step=cut_ranks,
-)
-_register(
-    "vera",
-    terms=(Term(("rank",)), Term(("d_out",))),
-    keeps=(
-        DROPPED,
-        Keep(("rank",)),
-        Keep(("d_out",)),
-        Keep(("rank", "d_in"), each="model"),  # the two random matrices
-        Keep(("rank", "d_out"), each="model"),
+register(
+    LORA,
+    replace(
+        LORA,
+        key="qlora",
+        select=quantized,
+        drawing=replace(LORA.drawing, main=("W in NF4",)),
+        defaults={"learning_rate": rate_of_rank, "quantization": "nf4"},
     ),
-    attach=vectors,
-    rank_limit="",
-    drawing=Drawing(("W",), ("A, random", "*× d", "B, random", "*× b"), leaves=0, joins=1),
-    settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
-    defaults={"learning_rate": 3e-2, "rank": 256},
+    replace(
+        LORA,
+        key="rslora",
+        attach=partial(attach, use_rslora=True),
+        drawing=replace(LORA.drawing, branch=("*A", "*B", "~× α/√r")),
+        defaults={"learning_rate": 2e-3, "alpha": 8.0},
+    ),
+    replace(
+        LORA,
+        key="dora",
+        terms=(*LORA.terms, Term(("d_out",))),
+        keeps=(
+            *LORA.keeps,
+            Keep(("d_out",)),  # BAx and, below, Wx: for the magnitude's gradient
+            Keep(("d_out",), of="base", dropout=False),
+            Keep(("d_out",), dropout=True),  # W times the input that dropout left, and W in the adapter's format
+            Keep(("d_in", "d_out"), of="weight", each="module", dropout=True),
+            Keep(("d_out",), 3, each="module"),
+            Keep(("d_in", "d_in"), each="pass"),  # an identity matrix, sent through A and B to see their product
+            Keep(("d_in", "d_out"), 4, each="pass"),  # W, BA, α/r BA and their sum, for the norm of each row
+        ),
+        attach=partial(attach, use_dora=True),
+        drawing=replace(LORA.drawing, main=("W", "~÷ norm", "*× m")),
+    ),
+    replace(
+        LORA,
+        key="lora-plus",
+        rate=lambda name, spec: spec.lr_ratio if "lora_B" in name else 1.0,  # section 4
+        settings=(*LORA.settings, "lr_ratio"),
+        defaults={"learning_rate": 3e-4},
+    ),
+    replace(
+        LORA,
+        key="pissa",
+        select=unquantized,
+        attach=principal,
+        rank_limit="smallest",
+        drawing=replace(LORA.drawing, main=("W − BA at the start",)),
+        defaults={"learning_rate": 1e-3, "alpha": lambda spec: float(spec["rank"])},
+    ),
+    replace(
+        LORA,
+        key="adalora",
+        terms=(*LORA.terms, Term(("rank",))),
+        keeps=(*LORA.keeps, Keep(("rank", "d_in"), each="module")),  # ΛA
+        attach=adaptive,
+        drawing=replace(LORA.drawing, branch=("*A", "*Λ, pruned", "*B", "~× α/r")),
+        defaults={"learning_rate": 1e-2, "rank": 12},
+        penalty=orthogonality,
+        after_step=cut_ranks,
+    ),
+    replace(
+        LORA,
+        key="vera",
+        terms=(Term(("rank",)), Term(("d_out",))),
+        keeps=(
+            DROPPED,
+            Keep(("rank",)),
+            Keep(("d_out",)),
+            Keep(("rank", "d_in"), each="model"),  # the two random matrices
+            Keep(("rank", "d_out"), each="model"),
+        ),
+        attach=vectors,
+        rank_limit="",
+        drawing=replace(LORA.drawing, branch=("A, random", "*× d", "B, random", "*× b")),
+        settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),
+        defaults={"learning_rate": 3e-2, "rank": 256},
+    ),
 )

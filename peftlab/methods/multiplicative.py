@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
-from . import (
-    Drawing,
-    Keep,
-    Method,
-    Target,
-    Term,
-    Unsuited,
-    in_layers,
-    linear_targets,
-    once_a_layer,
-    register,
-    through_peft,
-)
+from . import Drawing, Keep, Method, Target, Term, Unsuited, by_role, linear_targets, register, through_peft
+from .selection import FUSED
 
-FUSED = "query+key+value"
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
-def scaled(architecture: Architecture, spec: Resolved) -> list[Target]:
-    """Keys, values and the down projections' inputs. Raises Unsuited where a layer has not one of each."""
-    return in_layers(once_a_layer(architecture, "key", "value", "down"), architecture, spec.layers)
-
-
-def scale(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def scale(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     from peft import IA3Config
 
     down = [t for t in targets if t.module.role == "down"]
-    config = IA3Config(
-        task_type="CAUSAL_LM",
-        target_modules=through_peft.names(targets),
-        feedforward_modules=through_peft.names(down),
-        fan_in_fan_out=targets[0].module.kind == "conv1d",
-    )
+    config = IA3Config(**through_peft.linear(targets), feedforward_modules=through_peft.names(down))
     return through_peft.attach(model, config, spec)
 
 
@@ -58,7 +39,7 @@ def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
     return chosen
 
 
-def rotate(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def rotate(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     from peft import OFTConfig
 
     config = OFTConfig(
@@ -79,15 +60,13 @@ register(
             Keep(("d_out",), of="base", roles=("key", "value", FUSED)),
             Keep(("d_in",), of="factor", roles=("down",)),
         ),
-        select=scaled,
+        select=by_role("key", "value", "down"),
         attach=scale,
         merge=through_peft.merge,
         drawing=Drawing(("W of keys, values", "*× l")),
         settings=("layers", "adapter_precision"),
         defaults={"learning_rate": 3e-2},
-    )
-)
-register(
+    ),
     Method(
         "oft",
         terms=(Term(("d_in", "block_size"), 0.5), Term(("d_in",), -0.5)),  # b(b − 1)/2 for each of d_in/b blocks
@@ -98,5 +77,5 @@ register(
         drawing=Drawing(("*rotation", "W")),
         settings=("block_size", "dropout", "target_modules", "layers", "adapter_precision"),
         defaults={"learning_rate": 3e-4},
-    )
+    ),
 )

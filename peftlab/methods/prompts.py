@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from .. import seam
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
 from . import Drawing, Method, Target, Term, in_layers, once_a_layer, register, through_peft
+from .selection import FUSED
 
-SETTINGS = ("virtual_tokens", "adapter_precision")
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 VECTORS = Term(("virtual_tokens", "d_out"))
-FUSED = ("query+key+value",)
 
 
 def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
@@ -45,84 +49,76 @@ def _leave_room(architecture: Architecture, spec: Resolved) -> None:
     )
 
 
-def prompt(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def prompt(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     from peft import PromptTuningConfig
 
-    return through_peft.attach(
-        model, PromptTuningConfig(**_config(targets, spec), prompt_tuning_init="SAMPLE_VOCAB"), spec
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=spec.virtual_tokens,
+        token_dim=targets[0].module.d_out,  # a model that projects its embedding takes vectors before the projection
+        prompt_tuning_init="SAMPLE_VOCAB",
     )
+    return through_peft.attach(model, config, spec)
 
 
-def encoded(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def encoded(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     from peft import PromptEncoderConfig
 
     width = targets[0].module.d_out
-    return through_peft.attach(model, PromptEncoderConfig(**_config(targets, spec), encoder_hidden_size=width), spec)
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens, token_dim=width, encoder_hidden_size=width
+    )
+    return through_peft.attach(model, config, spec)
 
 
-def _config(targets: list[Target], spec: Resolved) -> dict[str, Any]:
-    """Width and number of the vectors; a model that projects its embedding takes them before the projection."""
-    return {
-        "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": spec.virtual_tokens,
-        "token_dim": targets[0].module.d_out,
-    }
-
-
-def prefix(model: Any, targets: list[Target], spec: Resolved) -> Any:
+def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
     import torch
     from peft import PrefixTuningConfig
 
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens)
     adapted = through_peft.attach(model, config, spec)
-    weight = adapted.prompt_encoder["default"].embedding.weight
-    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, spec.virtual_tokens))
+    weight = adapted.prompt_encoder["default"].get_parameter("embedding.weight")
+    vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
+    ids = torch.randint(0, vocabulary, (1, spec.virtual_tokens))
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
-        flat = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
+        flat = [t[0].transpose(0, 1).flatten(1) for layer in seam.kept_by(cache) for t in layer]
         weight.copy_(torch.cat(flat, 1))
     return adapted
 
 
-register(
-    Method(
-        "prompt",
-        terms=(VECTORS,),
-        select=embedding,
-        attach=prompt,
-        drawing=Drawing(("embedding", "all layers"), ("*vectors",), joins=1, how="before"),
-        settings=SETTINGS,
-        defaults={"learning_rate": 1e-1},
-        starts_as_base=False,
-    )
+PROMPT = Method(
+    "prompt",
+    terms=(VECTORS,),
+    select=embedding,
+    attach=prompt,
+    drawing=Drawing(("embedding", "all layers"), ("*vectors",), joins=1, how="before"),
+    settings=("virtual_tokens", "adapter_precision"),
+    defaults={"learning_rate": 1e-1},
 )
 register(
-    Method(
-        "p-tuning",
+    PROMPT,
+    replace(
+        PROMPT,
+        key="p-tuning",
         terms=(VECTORS, Term(("d_out", "d_out"), 3), Term(("d_out",), 3)),  # the encoder: three square linear maps
         saved=(VECTORS,),
-        select=embedding,
         attach=encoded,
-        drawing=Drawing(("embedding", "all layers"), ("*vectors", "*MLP"), joins=1, how="before"),
-        settings=SETTINGS,
+        drawing=replace(PROMPT.drawing, branch=("*vectors", "*MLP")),
         defaults={"learning_rate": 3e-2},
-        starts_as_base=False,
-    )
-)
-register(
-    Method(
-        "prefix",
+    ),
+    replace(
+        PROMPT,
+        key="prefix",
         terms=(
-            Term(("virtual_tokens", "d_out"), roles=("key", "value", *FUSED)),
-            Term(("virtual_tokens", "d_in"), -1, roles=FUSED),  # the query's share, as wide as the input
+            Term(("virtual_tokens", "d_out"), roles=("key", "value", FUSED)),
+            Term(("virtual_tokens", "d_in"), -1, roles=(FUSED,)),  # the query's share, as wide as the input
         ),
         select=keys_and_values,
         attach=prefix,
-        drawing=Drawing(("keys, values", "attention"), ("*prefix",), joins=1, how="before"),
-        settings=SETTINGS,
+        drawing=replace(PROMPT.drawing, main=("keys, values", "attention"), branch=("*prefix",)),
         defaults={"learning_rate": 3e-2},
-        starts_as_base=False,
         before_layers=True,
-    )
+    ),
 )

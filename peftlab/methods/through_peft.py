@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import seam
 from ..errors import SpecError
 from ..spec import Resolved
-from . import Target
+from .selection import Target
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor, dtype, nn
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
 
 
 def names(targets: list[Target]) -> list[str]:
@@ -18,30 +25,42 @@ def names(targets: list[Target]) -> list[str]:
     return [t.module.name.split(".*.")[-1] for t in whole] + [n for t in targets if t not in whole for n in t.names()]
 
 
-def attach(model: Any, config: Any, spec: Resolved) -> Any:
-    """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`."""
+def linear(targets: list[Target]) -> dict[str, Any]:
+    """What peft's configs of adapters on linear maps have in common."""
+    transposed = targets[0].module.kind == "conv1d"
+    return {"task_type": "CAUSAL_LM", "target_modules": names(targets), "fan_in_fan_out": transposed}
+
+
+def adapter_dtype(spec: Resolved) -> dtype:
     import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision]
+
+
+def attach(model: PreTrainedModel, config: PeftConfig, spec: Resolved) -> PeftModel:
+    """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`."""
     from peft import get_peft_model
 
     device, old = next(model.parameters()).device, _tensors(model)
-    adapted = get_peft_model(model, config)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision]
+    adapted = cast("PeftModel", get_peft_model(model, config))
     for number, tensor in _tensors(adapted).items():
         if number not in old:
-            tensor.data = tensor.data.to(device, dtype)
+            tensor.data = tensor.data.to(device, adapter_dtype(spec))
     return _settled(adapted)
 
 
-def _tensors(model: Any) -> dict[int, Any]:
+def _tensors(model: nn.Module) -> dict[int, Tensor]:
     """Floating-point parameters and buffers by id."""
     return {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
 
 
-def load(model: Any, folder: Path) -> Any:
+def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A PeftModel on `model`'s device with the adapter of `folder`, in the wider of the file's type and the base's.
 
-    peft loads some in the base's type: a norm in bf16 would lose what it has learned. What it loads into the model's own
-    tensors, such as the biases that were trained with LoRA, goes into copies of them, for their storage is shared.
+    peft loads some numbers in the base's type: a norm in bf16 would lose what it has learned. What it loads into the
+    model's own tensors, such as the biases that were trained with LoRA, goes into copies of them, because their storage
+    is shared. Raises what peft and safetensors raise for files that do not fit: OSError, ValueError, KeyError or
+    RuntimeError.
     """
     import torch
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -50,7 +69,7 @@ def load(model: Any, folder: Path) -> Any:
     device = next(model.parameters()).device
     config = PeftConfig.from_pretrained(str(folder))
     saved = load_file(folder / "adapter_model.safetensors")
-    _copy(model, {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in saved})
+    own_tensors(model, {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in saved})
     old = _tensors(model)
     relative = str(getattr(config, "init_lora_weights", "")) == "pissa"
     if relative:
@@ -62,41 +81,50 @@ def load(model: Any, folder: Path) -> Any:
     at = {t.data_ptr(): t for t in added if t.numel()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     places = {name: at.get(t.data_ptr()) for name, t in state.items() if t.numel()}
-    dtype = torch.promote_types(next(iter(saved.values())).dtype, model.dtype)
+    wider = torch.promote_types(next(iter(saved.values())).dtype, model.dtype)
     for tensor in added:
-        tensor.data = tensor.data.to(dtype)
+        tensor.data = tensor.data.to(wider)
     for name, tensor in saved.items():
         if (place := places.get(name)) is not None:
-            place.data = tensor.to(device, dtype)
+            place.data = tensor.to(device, wider)
     return _settled(adapted)
 
 
-def _copy(model: Any, names: set[str]) -> None:
-    """Gives `model` tensors of its own in place of those that are named; where several modules share one, they still do."""
+def own_tensors(
+    model: nn.Module, names: Collection[str], train: bool = False, only: Iterable[nn.Module] | None = None
+) -> None:
+    """Gives `model` clones of the named parameters and buffers, in a storage of their own.
+
+    Every module that holds one of them gets the same clone, so that tied modules stay tied; with `only`, just those modules
+    get it. Cloned parameters require gradients where they are to `train`.
+    """
     import torch
 
-    copies: dict[int, Any] = {}
+    clones: dict[int, Tensor] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if name in names and id(tensor) not in copies:
+        if name in names and id(tensor) not in clones:
             own = tensor.detach().clone()
-            copies[id(tensor)] = torch.nn.Parameter(own, False) if isinstance(tensor, torch.nn.Parameter) else own
-    for module in model.modules() if copies else ():
-        for held in (module._parameters, module._buffers):
-            held.update({name: copies[id(t)] for name, t in held.items() if id(t) in copies})
+            clones[id(tensor)] = torch.nn.Parameter(own, train) if isinstance(tensor, torch.nn.Parameter) else own
+    for module in (only or model.modules()) if clones else ():
+        for name, tensor in (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ):
+            if id(tensor) in clones:
+                setattr(module, name, clones[id(tensor)])
 
 
-def leave_residual(model: Any, start: bool = False) -> None:
-    """PiSSA: each adapted W keeps what its best rank-r approximation leaves, which is where A and B `start`.
+def leave_residual(model: nn.Module, start: bool = False) -> None:
+    """PiSSA: each adapted W keeps what its best approximation of rank r leaves. With `start`, A and B become that one.
 
-    W is d_out × d_in. The top singular vectors come from the smaller of WWᵀ and WᵀW, in fp64: less work than the whole
-    decomposition that peft makes.
+    W is d_out × d_in. The top singular vectors come from the smaller of WWᵀ and WᵀW, in fp64, which is less work than the
+    whole decomposition that peft makes.
     """
     import torch
     from peft.tuners.lora.layer import LoraLayer
 
-    adapted: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for module in adapted:
-        base, rank, scaling = module.get_base_layer(), module.r["default"], module.scaling["default"]
+    for module in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        base, rank, scaling = cast("nn.Linear", module.get_base_layer()), module.r["default"], module.scaling["default"]
         stored = base.weight.data
         w = (stored.T if module.fan_in_fan_out else stored).double()
         wide = w.shape[0] <= w.shape[1]
@@ -111,71 +139,73 @@ def leave_residual(model: Any, start: bool = False) -> None:
                 weight.data = (matrix / scaling**0.5).to(weight.dtype)
 
 
-def merge(model: Any) -> Any:
-    """The base with the adapter in its weights, in their type. Raises SpecError for virtual tokens.
+def merge(model: nn.Module) -> nn.Module:
+    """The base of a PeftModel with the adapter in its weights, in their type. Raises SpecError for virtual tokens.
 
-    `safe_merge` writes new weights, since the old ones' storage is shared; a head gets a weight of its own first, or the
+    `safe_merge` writes new weights, because the old ones' storage is shared. A head gets a weight of its own first, or the
     embedding tied to it would change too.
     """
-    if model.active_peft_config.is_prompt_learning:
-        raise SpecError("virtual tokens are no part of any weight, so this adapter cannot be merged; use it as it is")
     from peft.tuners.ln_tuning.layer import LNTuningLayer
 
-    base = model.get_base_model()
+    adapted = cast("PeftModel", model)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise SpecError("virtual tokens are no part of any weight, so this adapter cannot be merged; use it as it is")
+    base = cast("PreTrainedModel", adapted.get_base_model())
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if hasattr(head, "get_base_layer") and head.get_base_layer().weight is embedding.weight:
         layer = head.get_base_layer()
         layer.weight = type(layer.weight)(layer.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
-    norms: list[Any] = [m for m in model.modules() if isinstance(m, LNTuningLayer)]
-    for norm in norms:  # which peft would leave in the adapter's type
-        norm.ln_tuning_layers.to(norm.base_layer.weight.dtype)
-    return model.merge_and_unload(safe_merge=True)
+    for norm in (m for m in adapted.modules() if isinstance(m, LNTuningLayer)):
+        norm.ln_tuning_layers.to(
+            norm.get_base_layer().get_parameter("weight").dtype
+        )  # peft would leave it in the adapter's type
+    return adapted.merge_and_unload(safe_merge=True)
 
 
-def _settled(model: Any) -> Any:
-    """What peft leaves to the caller: norms that keep the data's type, and virtual tokens that decoding can step over."""
+def _settled(model: PeftModel) -> PeftModel:
+    """Does what peft leaves to the caller: norms keep the data's type, and decoding can step over virtual tokens."""
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from torch.nn import LayerNorm
 
     for module in model.modules():
         if isinstance(module, LNTuningLayer):
             module.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
-            if isinstance(module.base_layer, LayerNorm):  # whose CUDA kernel takes one type for all
+            if isinstance(module.base_layer, LayerNorm):  # its CUDA kernel takes one type for all tensors
                 for norm in module.ln_tuning_layers.values():
                     norm.register_forward_pre_hook(lambda norm, args: (args[0].to(norm.weight.dtype),))
         if hasattr(module, "init_8bit_state"):
             module.register_forward_pre_hook(_with_scales)
     if model.active_peft_config.is_prompt_learning:
-        model.forward = MethodType(_steered, model)
-        for name, tokens in model.prompt_tokens.items():  # else each pass copies them, and waits
+        model.forward = MethodType(_steered, model)  # type: ignore[method-assign]
+        for name, tokens in model.prompt_tokens.items():  # otherwise each pass copies them to the device, and waits
             model.prompt_tokens[name] = tokens.to(next(model.parameters()).device)
     return model
 
 
-def _with_scales(module: Any, args: Any) -> None:
+def _with_scales(module: Any, args: tuple[Tensor, ...]) -> None:
     """On a CPU peft's DoRA makes int8 weights anew whenever it reads them, and leaves out the scales."""
     if module.weight.SCB is None:
         module.weight.SCB = module.state.SCB
 
 
 def _steered(
-    self: Any,
-    input_ids: Any,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    logits_to_keep: Any = 0,
+    self: PeftModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
     **rest: Any,
-) -> Any:
-    """The forward pass after virtual tokens, which count as the first positions; logits for the real tokens only.
+) -> CausalLMOutput:
+    """The forward pass after virtual tokens, which take the first positions; it gives logits of the real tokens only.
 
-    peft's own prepends them at every call and drops position ids, so that a batch padded on the left, or decoded token by
-    token, would see other distances than in training.
+    peft's own forward prepends them at every call and drops position ids, so that a batch padded on the left, or decoded
+    token by token, would see other distances than in training.
     """
     import torch
 
-    config, base, batch = self.active_peft_config, self.get_base_model(), len(input_ids)
-    name = seam.cache_name()
+    config, base = self.active_peft_config, cast("PreTrainedModel", self.get_base_model())
+    batch, name = len(input_ids), seam.cache_name()
     virtual, first, device = config.num_virtual_tokens, rest.get(name) is None, input_ids.device
     in_cache = config.peft_type == "PREFIX_TUNING"
     if attention_mask is not None:
@@ -190,13 +220,8 @@ def _steered(
         inputs = {"inputs_embeds": torch.cat([self.get_prompt(batch).to(embedded.dtype), embedded], 1)}
         if position_ids is not None:
             position_ids = torch.cat([torch.arange(virtual, device=device).expand(batch, -1), position_ids], 1)
-    out = base(
-        **inputs,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        logits_to_keep=logits_to_keep,
-        **rest,
-    )
+    rest |= {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+    out = base(**inputs, **rest)
     if first and not in_cache and isinstance(logits_to_keep, int) and not logits_to_keep:
         out.logits = out.logits[:, virtual:]
     return out

@@ -1,18 +1,21 @@
-"""Recorded scores of one task and method. They differ from tab to tab: where each stands, and what it was trained with."""
+"""Recorded scores of one task and method: which tab shows which, and what differs between the runs they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
-from typing import Any
 
 from .. import adapters, measured, units
 from ..adapters import Adapter
 from ..compare import wilson
 from ..methods.where import WHERE
-from . import Line, recordings
+from ..spec import Json
+from . import recordings
+from .board import Line
+
+SAME = ("task", "method", "model")
+"""Scores are compared where these settings are the same."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,10 @@ class Recorded:
     """A held-out score that a tab shows, of one run or as the mean of several seeds."""
 
     tab: str
-    spec: Mapping[str, Any]
+    spec: Json
     """Every setting of the run, resolved."""
     scores: tuple[float, ...]
-    """Of each seed."""
+    """One for each seed."""
     items: int
     hardware: str
 
@@ -32,56 +35,52 @@ class Recorded:
         return fmean(self.scores)
 
     def settings(self) -> str:
-        """What most decides a score."""
+        """The settings that most decide a score, in words."""
         rank = f"rank {self.spec['rank']}, " if self.spec.get("rank") else ""
-        return f"{rank}{_steps(self.spec)}, learning rate {self.spec['learning_rate']:g}"
+        return f"{rank}{self._steps()}, learning rate {self.spec['learning_rate']:g}"
 
     def unlike(self, other: Recorded) -> list[str]:
         """What is different here, in words."""
-        said = []
-        if len(self.scores) != len(other.scores):
-            seeds = len(self.scores)
-            said.append(f"mean of {seeds} seeds" if seeds > 1 else f"seed {self.spec['seed']} alone")
-        if self.spec.get("rank") != other.spec.get("rank"):
-            said.append(f"rank {self.spec.get('rank')}")
-        if self.spec.get("target_modules") != other.spec.get("target_modules"):
-            modules = self.spec.get("target_modules") or ""
-            said.append(WHERE.get(modules, modules))
-        if _steps(self.spec) != _steps(other.spec):
-            said.append(_steps(self.spec))
-        if self.spec["learning_rate"] != other.spec["learning_rate"]:
-            said.append(f"learning rate {self.spec['learning_rate']:g}")
-        if self.hardware != other.hardware:
-            said.append(f"on {self.hardware}")
-        return said or ["another run"]
+        seeds, modules = len(self.scores), self.spec.get("target_modules") or ""
+        said = {
+            f"mean of {seeds} seeds" if seeds > 1 else f"seed {self.spec['seed']} alone": seeds == len(other.scores),
+            f"rank {self.spec.get('rank')}": self._same("rank", other),
+            WHERE.get(modules, modules): self._same("target_modules", other),
+            self._steps(): self._steps() == other._steps(),
+            f"learning rate {self.spec['learning_rate']:g}": self._same("learning_rate", other),
+            f"on {self.hardware}": self.hardware == other.hardware,
+        }
+        return [words for words, same in said.items() if not same] or ["another run"]
+
+    def _same(self, setting: str, other: Recorded) -> bool:
+        return self.spec.get(setting) == other.spec.get(setting)
+
+    def _steps(self) -> str:
+        return f"{self.spec['steps']} steps of {self.spec['batch_size']} examples"
 
 
-def _steps(spec: Mapping[str, Any]) -> str:
-    return f"{spec['steps']} steps of {spec['batch_size']} examples"
-
-
-def of_run(run: Mapping[str, Any]) -> Recorded:
-    """Of a training run that Live shows, from `measured.runs`."""
+def of_run(run: Json) -> Recorded:
+    """The score of a training run that Live shows, one of `measured.runs`."""
     done = run["events"][-1]["eval"]
     return Recorded("Live", run["spec"], tuple(done["after"].values()), done["items"], run["hardware"])
 
 
 def of_adapter(adapter: Adapter) -> Recorded:
-    """Of an adapter in Compare, that has its score in its manifest."""
-    done = adapter.result["eval"]
-    scores, device = tuple(done["after"].values()), adapter.result["device"]
-    spec = adapter.spec.to_dict() | {"steps": adapter.result["steps"]}  # fewer than were meant, where it was stopped
-    return Recorded("Compare", spec, scores, done["items"], device)
+    """The score of an adapter in Compare that has one in its manifest."""
+    result = adapter.result
+    done = result["eval"]
+    spec = adapter.spec.to_dict() | {"steps": result["steps"]}  # fewer than were meant, where it was stopped
+    return Recorded("Compare", spec, tuple(done["after"].values()), done["items"], result["device"])
 
 
 def of_line(line: Line, hardware: str) -> Recorded:
-    """Of a finished racer."""
+    """The score of a racer that finished."""
     return Recorded("Race", line.spec, tuple(map(fmean, line.scores)), len(line.scores[0]), hardware)
 
 
 @lru_cache
 def recorded() -> tuple[Recorded, ...]:
-    """What each tab shows first, where it is opened: of a task and method, the first is the one that is seen."""
+    """The scores that tabs show when they are opened; of one tab, task and method, the first is the one that is seen."""
     runs = [of_run(run) for run in measured.runs()]
     bundled = [of_adapter(adapter) for adapter in adapters.bundled() if adapter.result.get("heldout")]
     races = [of_line(line, race.hardware) for race in recordings.of("methods") for line in race.lines if line.scores]
@@ -90,10 +89,9 @@ def recorded() -> tuple[Recorded, ...]:
 
 def elsewhere(here: Recorded) -> str:
     """Why other tabs show other scores for the same task, method and model, as one sentence; empty where none does."""
-    same = ("task", "method", "model")
     seen: dict[str, Recorded] = {}
     for other in recorded():
-        if other.tab != here.tab and all(other.spec[name] == here.spec[name] for name in same):
+        if other.tab != here.tab and all(other.spec[name] == here.spec[name] for name in SAME):
             seen.setdefault(other.tab, other)
     if not seen:
         return ""
@@ -101,9 +99,8 @@ def elsewhere(here: Recorded) -> str:
     for other in seen.values():
         unlike = other.unlike(here)
         new = [part for part in unlike if part not in said]
-        others.append(
-            f"{units.score(other.score)} in {other.tab} ({', '.join(new if len(new) == len(unlike) else ['as there', *new])})"
-        )
+        why = ", ".join(new if len(new) == len(unlike) else ["as there", *new])
+        others.append(f"{units.score(other.score)} in {other.tab} ({why})")
         said.update(unlike)
     low, high = wilson(here.scores[0] * here.items, here.items)
     known = f"{units.score(here.score)} is known only to lie between {units.score(low)} and {units.score(high)}"

@@ -1,4 +1,4 @@
-"""Who is running what: one training at a time, in order of arrival, each with its log of events to attach to again."""
+"""Jobs: one training at a time, in order of arrival, each with a log of events that a page can come back to."""
 
 from __future__ import annotations
 
@@ -10,55 +10,41 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from ..base import weights
+from ..base import fetching, weights
 from ..errors import PeftlabError, SpecError, plain
 from ..resolve import resolve_here
-from ..run import STOP, train, warm_up
+from ..run import STOP, Event, train, warm_up
 from ..spec import Resolved, RunSpec
 
 RUNS = Path("runs")
-Trainer = Callable[[Resolved, Path], Iterator[dict[str, Any]]]
+Trainer = Callable[[Resolved, Path], Iterator[Event]]
 
 
 class Job:
-    """A run, queued or under way or over. Its events stay, so that a page that comes back sees all of them."""
+    """A run that is queued, under way or over. Its events stay, so that a page that comes back sees all of them."""
 
     def __init__(self, spec: Resolved, owner: str, trainer: Trainer) -> None:
         self.id = f"{spec.task}-{spec.method}-{time.strftime('%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        self.spec = spec
-        self.owner = owner
-        self.trainer = trainer
+        self.spec, self.owner, self.trainer = spec, owner, trainer
         self.folder = RUNS / self.id
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.begun = self.over = False
-        self._changed = threading.Condition()
+        self._changing = threading.RLock()
 
-    def add(self, event: dict[str, Any], over: bool = False) -> None:
-        with self._changed:
+    def add(self, event: Event, over: bool = False) -> None:
+        """Appends an event; it is the last one where the job is `over`."""
+        with self._changing:
             self.events.append(event)
+            if over:  # a run that was refused leaves the stop file, and the folder where it was made for that alone
+                (self.folder / STOP).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
             self.over = over
-            if over:
-                self._forget_stop()
-            self._changed.notify_all()
-
-    def follow(self, patience: float = 1.0) -> Iterator[list[dict[str, Any]]]:
-        """All events so far, again whenever there are more (or after `patience` seconds), until the job is over."""
-        while True:
-            with self._changed:
-                seen, over = len(self.events), self.over
-                events = list(self.events)
-            yield events
-            if over:
-                return
-            with self._changed:
-                if len(self.events) == seen:
-                    self._changed.wait(patience)
 
     def stop(self) -> None:
-        """Asks the run to end after the step in progress; what it learned is kept. One that waits is over at once."""
-        with self._changed:
+        """Asks the run to end after the step in progress; what it learned is kept. A job that waits is over at once."""
+        with self._changing:
             if not self.begun and not self.over:
                 self.add({"type": "error", "message": "Stopped while it waited: nothing was learned."}, over=True)
             elif not self.over:
@@ -67,26 +53,20 @@ class Job:
 
     @property
     def stopping(self) -> bool:
-        """Whether it was asked to stop and has not come to it."""
+        """Whether the run was asked to stop and has not ended yet."""
         return not self.over and (self.folder / STOP).exists()
 
     def begin(self) -> bool:
-        """Its turn has come. False where it was stopped before."""
-        with self._changed:
+        """Marks the job as under way; False where it was stopped before its turn came."""
+        with self._changing:
             self.begun = not self.over
         return self.begun
-
-    def _forget_stop(self) -> None:
-        """A run that was refused has not removed the file itself, nor the folder that was made for it alone."""
-        (self.folder / STOP).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
 
 _pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
 _jobs: dict[str, Job] = {}
 _lock = threading.RLock()
-"""Held while the table is read through or added to; `start` asks `running` while it holds it."""
+"""Held while the table of jobs is read through or added to. `start` holds it when it asks `running`, so it is re-entrant."""
 
 
 def find(job_id: str | None) -> Job | None:
@@ -99,13 +79,13 @@ def running(owner: str) -> Job | None:
 
 
 def ahead(job: Job) -> int:
-    """How many runs are before it, the one under way included."""
+    """How many runs come before this one, the one under way included."""
     with _lock:
         before = list(_jobs.values())
     return sum(not other.over for other in before[: before.index(job)])
 
 
-def finished() -> list[tuple[Resolved, dict[str, Any]]]:
+def finished() -> list[tuple[Resolved, Event]]:
     """The spec and last event of every run that came to its end, the newest first."""
     with _lock:
         over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
@@ -130,18 +110,20 @@ def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
 def _work(job: Job) -> None:
     if not job.begin():
         return
-    last: dict[str, Any] = {"type": "error", "message": "the run ended without a word"}
+    last: Event = {"type": "error", "message": "the run ended without a word"}
     try:
         for event in job.trainer(job.spec, job.folder):
             if event["type"] == "done":
                 last = event
             else:
                 job.add(event)
-        job.add(last, over=True)  # once it has cleaned up
-    except PeftlabError as error:
-        job.add({"type": "error", "message": str(error)}, over=True)
     except Exception as error:
-        job.add({"type": "error", "message": plain(error)}, over=True)
+        last = {"type": "error", "message": _told(error)}
+    job.add(last, over=True)  # once the trainer has cleaned up
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, PeftlabError) else plain(error)
 
 
 class Preparation:
@@ -149,7 +131,7 @@ class Preparation:
 
     def __init__(self, model: str) -> None:
         self.spec = resolve_here(RunSpec(model=model))
-        self.progress = weights.Progress("looking", "")
+        self.progress = fetching.Progress("looking", "")
         self.error: str | None = None
         self.ready = False
         self._thread: threading.Thread | None = None
@@ -171,17 +153,13 @@ class Preparation:
 
     def _work(self) -> None:
         try:
-            with contextlib.closing(weights.fetch(self.spec.model)) as fetching:
-                for progress in fetching:
-                    self.progress = (
-                        progress if progress.stage != "ready" else weights.Progress("loading", progress.detail)
-                    )
+            with contextlib.closing(fetching.fetch(self.spec.model)) as stages:
+                for told in stages:
+                    self.progress = told if told.stage != "ready" else fetching.Progress("loading", told.detail)
                     if self._stopped.is_set():
                         return
             weights.load(self.spec)
             warm_up(self.spec)
             self.ready = True
-        except PeftlabError as error:
-            self.error = str(error)
         except Exception as error:
-            self.error = plain(error)
+            self.error = _told(error)

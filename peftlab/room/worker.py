@@ -1,4 +1,4 @@
-"""Long work in one process beside the server's, which gives way to it: traces of training steps and decompositions.
+"""Long work (traces of training steps, decompositions) in one process beside the server's, which comes first.
 
 Equal work is done once, and its result kept. The process begins with the first work, ends with the server's, and is replaced
 when it is lost.
@@ -11,34 +11,36 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 from ..errors import PeftlabError
 
 MOST = 64
-"""Works that may wait. Another one is refused."""
+"""So many works may wait; another one is refused."""
 KEPT = 512
-"""Results that are kept, the newest."""
+"""So many results are kept, the newest."""
 NICE = 10
 """How far the process gives way to the server's."""
+Result = TypeVar("Result")
 
-_futures: OrderedDict[Any, Future] = OrderedDict()
+_futures: OrderedDict[Hashable, Future] = OrderedDict()
 _lock = threading.Lock()
 
 
-def known(work: Callable[..., Any], *arguments: Any) -> Any:
+def known(work: Callable[..., Result], *arguments: Hashable) -> Result | None:
     """The result of `work(*arguments)`, if it has been done here; else None."""
     future = _futures.get((work, arguments))
     return future.result() if future and future.done() and not future.exception() else None
 
 
-async def once(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `work(*arguments)`: a function of a module, of arguments that can be hashed and pickled.
+async def once(work: Callable[..., Result], *arguments: Hashable) -> Result:
+    """The result of `work(*arguments)`. The work is a function of a module; its arguments can be hashed and pickled.
 
-    Whoever waits holds no thread. Raises what the work raises, and PeftlabError when too many wait or the process is
-    lost twice.
+    Waiting for it takes no thread. Raises what the work raises, and PeftlabError when too many wait or the process is lost
+    twice.
     """
     for _ in range(2):
         future = _begun(work, arguments)
@@ -48,12 +50,12 @@ async def once(work: Callable[..., Any], *arguments: Any) -> Any:
             with _lock:
                 if _futures.get((work, arguments)) is future:
                     del _futures[work, arguments]
-            if not _is_lost(error):
+            if not isinstance(error, BrokenProcessPool):
                 raise
     raise PeftlabError("the process that does long work was lost twice; try again, or with a smaller model")
 
 
-def _begun(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Future:
+def _begun(work: Callable[..., Result], arguments: tuple[Hashable, ...]) -> Future[Result]:
     key = (work, arguments)
     with _lock:
         if key in _futures:
@@ -69,7 +71,7 @@ def _begun(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Future:
         return future
 
 
-def _process() -> Any:
+def _process() -> Executor:
     from loky import get_reusable_executor
 
     return get_reusable_executor(max_workers=1, timeout=None, initializer=_begin, initargs=(os.getpid(),))
@@ -87,10 +89,3 @@ def _end_with(server: int) -> None:
     while os.getppid() == server:
         time.sleep(1)
     os._exit(0)
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether the process ended under the work."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    return isinstance(error, BrokenProcessPool)

@@ -1,5 +1,7 @@
-"""The training engine: a generator of events."""
+"""Training, a generator of events; generation, token by token; and the scores of what a model says."""
 
-from .engine import STOP, pace, train, warm_up
+from .engine import pace, train, warm_up
+from .events import Event
+from .loop import STOP
 
-__all__ = ["STOP", "pace", "train", "warm_up"]
+__all__ = ["STOP", "Event", "pace", "train", "warm_up"]

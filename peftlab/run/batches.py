@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate, count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, device
 
 from ..data import tasks
 from ..data.tasks import Row, Task
 from . import graphs
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 PADDING = 0.1
-"""Most padding there may be, as a share of the real tokens: rows of other lengths go to batches of another width."""
+"""The most padding, as a share of the real tokens: rows of other lengths go to batches of another width."""
 IGNORED = -100
-"""The label of a token that nothing is learned from: torch's own."""
+"""The label of a token that nothing is learned from, as torch has it."""
 
 
 @dataclass(frozen=True)
@@ -37,41 +43,42 @@ class Batch:
     """Rows of one forward pass, padded on the right, where causal attention needs no mask."""
 
     data: Tensor
-    """2 × rows × width, int64: token ids, and labels that are IGNORED but for answers."""
+    """2 × rows × width, int64: token ids, and labels, which are IGNORED outside of answers."""
     start: int
     """The first position that predicts a token of an answer: logits are needed from here on."""
     answers: int
-    """Tokens to learn from."""
+    """How many tokens there are to learn from."""
     tokens: int
-    """That are not padding."""
+    """How many tokens are not padding."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Rows, width, start: batches of one shape take the same arithmetic."""
         return (self.data.shape[1], self.data.shape[2], self.start)
 
-    def inputs(self) -> dict[str, Any]:
-        """What the model is called with."""
-        import torch
+    def to(self, device: device) -> Batch:
+        return replace(self, data=self.data.to(device, non_blocking=True))
 
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
         ids = self.data[0]
         # As a slice, the head would copy its weight.
         last = torch.arange(self.start - ids.shape[1], 0, device=ids.device)
         return {"input_ids": ids, "logits_to_keep": last}
 
     def learned(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """(what came `out` where a token is predicted, those tokens; IGNORED where nothing is learned)"""
+        """(the model's output where a token is predicted, those tokens; IGNORED where nothing is learned)"""
         return out[:, :-1], self.data[1, :, self.start + 1 :]
 
     def trimmed(self) -> Batch:
-        """As narrow as its own longest row allows, for whoever has no use for equal shapes."""
+        """The same rows, as narrow as the longest allows, for whoever has no use for equal shapes."""
         learned = self.data[1] != IGNORED
         width = int(learned.any(0).nonzero().max()) + 1
         start = int(learned.int().argmax(1).min()) - 1
         return Batch(self.data[:, :, :width], start, self.answers, self.tokens)
 
 
-def encode(tokenizer: Any, task: Task, rows: Sequence[Row]) -> list[Pair]:
+def encode(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row]) -> list[Pair]:
     return [
         Pair(tasks.prompt_ids(tokenizer, task.instruction, row.prompt), tasks.answer_ids(tokenizer, row.answer))
         for row in rows
@@ -79,43 +86,38 @@ def encode(tokenizer: Any, task: Task, rows: Sequence[Row]) -> list[Pair]:
 
 
 def widths(lengths: Sequence[int], padding: float = PADDING) -> list[int]:
-    """The fewest widths, ascending, to which rows of `lengths` can be padded with no more `padding` than that."""
+    """The fewest widths, ascending, to which rows of `lengths` can be padded with at most that share of `padding`."""
     counted = sorted(Counter(lengths).items())
-    most = padding * sum(lengths)
-    costs: list[list[float]] = [[0.0] + [float("inf")] * len(counted)]  # of the first i lengths in k widths
-    cuts: list[list[int]] = []
-    while len(costs) == 1 or costs[-1][-1] > most:
-        before, cost, cut = costs[-1], [float("inf")], [0]
-        for end in range(1, len(counted) + 1):
-            wide = counted[end - 1][0]
-            best, padded = (float("inf"), 0), 0
-            for begin in range(end - 1, -1, -1):
-                padded += counted[begin][1] * (wide - counted[begin][0])
-                best = min(best, (before[begin] + padded, begin))
-            cost.append(best[0])
-            cut.append(best[1])
-        costs.append(cost)
-        cuts.append(cut)
-    found, end = [], len(counted)
-    for cut in reversed(cuts):
-        found.append(counted[end - 1][0])
-        end = cut[end]
-    return found[::-1]
+    rows = [0, *accumulate(n for _, n in counted)]
+    tokens = [0, *accumulate(length * n for length, n in counted)]
+
+    @cache
+    def cheapest(end: int, groups: int) -> tuple[float, tuple[int, ...]]:
+        """The least padding of the `end` shortest lengths in so many widths, and those widths."""
+        if not (end and groups):
+            return (0 if end == groups else math.inf), ()
+        wide, options = counted[end - 1][0], []
+        for begin in range(end):  # from this length on, rows are padded to `wide`
+            before, found = cheapest(begin, groups - 1)
+            own = wide * (rows[end] - rows[begin]) - (tokens[end] - tokens[begin])
+            options.append((before + own, (*found, wide)))
+        return min(options, key=lambda option: option[0])
+
+    tried = (cheapest(len(counted), groups) for groups in count(1))
+    return next(list(found) for padded, found in tried if padded <= padding * tokens[-1])
 
 
 class Batches:
-    """Steps without end, each of `pieces` batches of one width: every row once in a seeded order, then again in another."""
+    """The batches of each step, without end: every row once in a seeded order, then again in another.
+
+    A step has `pieces` batches (gradient accumulation) of `size` rows, all of one width. `pad` is the token that fills rows
+    up; `pinned` batches lie in memory that a GPU can read by itself.
+    """
 
     def __init__(
-        self,
-        pairs: Sequence[Pair],
-        size: int,
-        pieces: int,
-        seed: int,
-        pad: int,
-        pinned: bool = False,
+        self, pairs: Sequence[Pair], size: int, pieces: int, seed: int, pad: int, pinned: bool = False,
         padding: float = PADDING,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.pairs, self.size, self.pieces, self.pad, self.pinned = pairs, size, pieces, pad, pinned
         self.draw = random.Random(seed)
         self.widths = widths([len(pair) for pair in pairs], padding)
@@ -136,8 +138,6 @@ class Batches:
                     yield [self._batch(rows[i : i + self.size], width) for i in range(0, len(rows), self.size)]
 
     def _batch(self, rows: Sequence[Pair], width: int) -> Batch:
-        import torch
-
         blank = [width - len(row) for row in rows]
         ids = [row.prompt + row.answer + [self.pad] * n for row, n in zip(rows, blank, strict=True)]
         labels = [[IGNORED] * len(row.prompt) + row.answer + [IGNORED] * n for row, n in zip(rows, blank, strict=True)]

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.cuda import CUDAGraph
+from torch.optim import Optimizer
 
 from .. import fused, methods, optimizers
 from ..spec import Resolved
@@ -18,86 +23,92 @@ from .batches import Batch
 from .packing import Packed, pack
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import PreTrainedModel
 
 CLIP = 1.0
 """Largest norm that the gradient keeps."""
+WARMUP = 0.1
+"""Share of the steps over which the learning rate rises."""
 
 
 class CaptureError(RuntimeError):
     """A step that cannot be captured; it has not been taken."""
 
 
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate at `step` (from 0): a short linear rise, then a linear fall to zero."""
+    rise = max(1, round(WARMUP * steps))
+    return (step + 1) / rise if step < rise else (steps - step) / (steps - rise + 1)
+
+
 class Step:
     """Forward, backward, clipping and update, without asking the device for a number."""
 
-    def __init__(self, model: Any, spec: Resolved, capturable: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, spec: Resolved, capturable: bool = False) -> None:
         self.model, self.spec, self.method = model, spec, methods.find(spec.method)
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(model, spec, capturable)
         self.head = fused.head(model)
         self.done = 0
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate of the next step, of which a method may give some parameters a multiple."""
+        """Sets the learning rate of the next step; a method may give some parameters a multiple of it."""
         for group in self.optimizer.param_groups:
-            if hasattr(group["lr"], "fill_"):
+            if hasattr(group["lr"], "fill_"):  # a tensor, which the graph reads
                 group["lr"].fill_(rate * group["scale"])
             else:
                 group["lr"] = rate * group["scale"]
 
     def __call__(self, pieces: Sequence[Batch | Packed], answers: Tensor | int) -> Tensor:
-        """Loss in nats per answer token and norm of the gradient, on the device. `answers` are those of all `pieces`."""
-        import torch
+        """Takes a step over `pieces`, which hold so many `answers` (tokens to learn from).
 
-        total: Any = 0.0
+        Returns a tensor of two numbers on the device: the loss in nats per answer token, and the gradient's norm before
+        clipping.
+        """
+        losses: list[Tensor] = []
         for piece in pieces:
             loss, held = self.loss(piece)
             loss = loss / answers
             penalty = self.method.penalty(self.model) / len(pieces) if self.method.penalty else 0.0
             (loss + penalty).backward()
-            del held
-            total = total + loss.detach()
+            del held  # not before the backward pass
+            losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
         self.optimizer.step()
         self.done += 1
         if self.method.after_step:
             self.method.after_step(self.model, self.done)
         self.optimizer.zero_grad(set_to_none=True)
+        total = sum(losses[1:], losses[0])
         return torch.stack((total, norm.to(total)))
 
     def loss(self, piece: Batch | Packed) -> tuple[Tensor, Tensor | None]:
-        """Sum of the cross-entropy over the answers' tokens, and the logits where the spec holds them through backward."""
-        import torch
-
+        """Returns the sum of the cross-entropy over the answers' tokens, and the logits if the spec holds them."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
             out = self.model(**piece.inputs(), use_cache=False).logits
         loss = fused.cross_entropy(*piece.learned(out), self.head)
         return loss, out if self.spec.hold_outputs else None
 
 
-def _optimizer(model: Any, spec: Resolved, capturable: bool) -> Any:
-    """Over the model's trained parameters, a group for each learning rate that the method gives them."""
-    import torch
-
+def _optimizer(model: PreTrainedModel, spec: Resolved, capturable: bool) -> Optimizer:
+    """The optimizer of the trained parameters, with a group for each learning rate that the method gives them."""
     rate, method = spec.learning_rate, methods.find(spec.method)
-    groups: dict[float, list[Any]] = {}
+    groups: dict[float, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(method.rate(name, spec), []).append(parameter)
     parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
-    if not capturable:
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        return optimizers.find(spec).make(parameters, rate, **(optimizers.fused(spec) if on_cpu else {}))
-    made = optimizers.find(spec).make(parameters, rate, **(optimizers.capturable(spec) or {}))
-    for group in made.param_groups:
+    on_cpu = model.device.type == "cpu"
+    options = optimizers.capturable(spec) if capturable else optimizers.fused(spec) if on_cpu else {}
+    made = optimizers.find(spec).make(parameters, rate, **(options or {}))
+    for group in made.param_groups if capturable else ():
         group["lr"] = torch.tensor(rate, device=group["params"][0].device)
     return made
 
 
 class Eager:
-    """Each operation launched by Python: anything, anywhere."""
+    """Python launches each operation: this runs any step, anywhere."""
 
     name = "eager"
     packs = False
@@ -108,29 +119,27 @@ class Eager:
 
     @contextmanager
     def order(self) -> Iterator[None]:
-        """What is launched within comes after the steps launched before it, and before those launched after it."""
+        """Launches what is within after all steps launched before it, and before all later ones."""
         yield
 
     def close(self) -> None:
-        """Takes no further step; those under way are waited for."""
+        """Waits for the steps under way; none may follow."""
 
     def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
-        """Loss and norm of one step at a learning rate, on the device."""
+        """Takes one step at a learning rate; returns what Step does."""
         self.step.set_rate(rate)
-        moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in (p.trimmed() for p in pieces)]
+        moved = [piece.trimmed().to(self.step.device) for piece in pieces]
         return self.step([*map(pack, moved)] if self.packs else moved, sum(b.answers for b in pieces))
 
     def fetch(self, results: Sequence[Tensor]) -> list[list[float]]:
-        """The numbers of `results`, once every step that they come from is done."""
-        import torch
-
+        """Waits for the steps that `results` come from; returns (loss, norm) of each."""
         with self.order():
             return torch.stack(list(results)).tolist()
 
 
 @dataclass
 class _Captured:
-    graph: Any
+    graph: CUDAGraph
     pieces: list[Batch]
     answers: Tensor
     out: Tensor
@@ -145,15 +154,13 @@ class Graph(Eager):
     name = "graph"
 
     def __init__(self, step: Step) -> None:
-        import torch
-
         super().__init__(step, "")
         graphs.follow()
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, _Captured | None] = {}
         self.last: Sequence[Batch] = ()
-        """Kept until the next step. Memory that the GPU reads by itself is given up by a mark on its stream, which in the
-        midst of another thread's recording would be recorded."""
+        """The last step's batches, kept until the next one. Freeing memory that the GPU reads by itself marks its stream,
+        and in the midst of another thread's recording that mark would be recorded."""
 
     @contextmanager
     def order(self) -> Iterator[None]:
@@ -161,11 +168,11 @@ class Graph(Eager):
             yield
 
     def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
-        """As Eager's. Raises CaptureError."""
+        """As Eager's, by replaying the graph of this shape, which is captured first. Raises CaptureError."""
         shape = tuple(piece.shape for piece in pieces)
         with self.order():
             self.last = pieces
-            self.step.set_rate(rate)  # here, or a step still waiting would read it
+            self.step.set_rate(rate)  # in order, or a step still waiting would read it
             held = self.captured.get(shape)
             if not held and self.step.done:
                 try:
@@ -175,8 +182,7 @@ class Graph(Eager):
                         raise
             if not held:
                 self.captured[shape] = None
-                moved = [replace(b, data=b.data.to(self.step.device, non_blocking=True)) for b in pieces]
-                return self.step(moved, sum(b.answers for b in pieces))
+                return self.step([b.to(self.step.device) for b in pieces], sum(b.answers for b in pieces))
             for static, piece in zip(held.pieces, pieces, strict=True):
                 static.data.copy_(piece.data, non_blocking=True)
             held.answers.fill_(sum(b.answers for b in pieces))
@@ -184,17 +190,13 @@ class Graph(Eager):
             return held.out.clone()
 
     def close(self) -> None:
-        import torch
-
         with self.order():
             torch.cuda.synchronize()  # or a step under way would lose its graph
             self.last = ()
             self.captured.clear()
 
     def _capture(self, pieces: Sequence[Batch]) -> _Captured:
-        import torch
-
-        static = [replace(b, data=b.data.to(self.step.device)) for b in pieces]
+        static = [b.to(self.step.device) for b in pieces]
         answers = torch.ones((), device=self.step.device)
         graph = torch.cuda.CUDAGraph()
         why = ""
@@ -211,7 +213,7 @@ class Graph(Eager):
 
 
 def why_eager(spec: Resolved, device: str) -> str:
-    """Why a resolved spec's step cannot be one CUDA graph; empty where it can."""
+    """Why a spec's step cannot be one CUDA graph; empty where it can."""
     method = methods.find(spec.method)
     if device != "cuda":
         return "no CUDA GPU here"
@@ -224,7 +226,7 @@ def why_eager(spec: Resolved, device: str) -> str:
     return ""
 
 
-def choose(model: Any, spec: Resolved, device: str) -> Eager:
+def choose(model: PreTrainedModel, spec: Resolved, device: str) -> Eager:
     """The fastest gear that the run can use, with the reason where that is not the graph."""
     if why := why_eager(spec, device):
         return Eager(Step(model, spec), why)

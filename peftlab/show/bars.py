@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from .. import units
 from ..catalog.gpus import GPUS
 from ..memory import ClosedForm, MemoryReport
 from . import sentences
-from .figures import COMPONENTS
 from .marks import explained, how
+from .memory_figures import COMPONENTS
+from .settings import gpu_name, method_name
 
 OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
+"""What stands above the kinds of allocated memory in a bar, in the form of COMPONENTS."""
 CLOSED = how(
     "estimated",
     "A closed form: polynomials in batch, length and rank, worked out from what autograd keeps. The allocator's reserve is "
     "taken as usual. Once you pause, a trace of the whole step takes its place.",
 ) + explained(" at once, from the closed form. The exact figure follows when you pause.")
+
+NOT_COUNTED = "<b>Not in these bars:</b> activations, logits and the CUDA context. "
+BARE, LEFT_OUT = "A bare count has no layers to predict them from.", "The convention leaves them out."
 
 
 def bars_value(
@@ -25,10 +29,10 @@ def bars_value(
     forms: tuple[ClosedForm | None, ...],
     at: tuple[int, int, int],
     share: float | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What the page draws: full fine-tuning first, then the chosen method unless that is the same.
 
-    Of a model that is only a number, `share` percent is trained.
+    `at` is the batch, the length and the rank. Of a model that is only a number, `share` percent is trained.
     """
     if reports[-1].spec.method == "full":
         reports, forms = reports[:1], forms[:1]
@@ -38,48 +42,36 @@ def bars_value(
         "ranked": any(r.spec.rank for r in reports),
         "model": escape(chosen.model_name),
         "runs": [_run(r, f, share) for r, f in zip(reports, forms, strict=True)],
-        "gpus": [[sentences.gpu_name(g), g.memory_bytes] for g in GPUS.values()],
+        "gpus": [[gpu_name(g), g.memory_bytes] for g in GPUS.values()],
         "words": sentences.SENTENCES | sentences.it(chosen),
         "kinds": [*COMPONENTS, *OVERHEAD],
-        "closed": CLOSED if forms[-1] else _counted(chosen),
-        "exact": _compared(reports, forms),
+        "closed": CLOSED if forms[-1] else NOT_COUNTED + (BARE if chosen.convention == "exact" else LEFT_OUT),
+        "exact": _compared(chosen, forms[-1]),
     }
 
 
-def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> dict[str, Any]:
-    exact = None
+def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> dict[str, object]:
+    """One bar: its name, its polynomials, its bytes where a convention counts, and those of a trace where there is one."""
+    exact, spec = None, report.spec
     if report.source == "trace" and report.peak and report.reserved:
         exact = {**report.peak.bytes, "reserve": report.reserved - report.peak.total, "context": report.context}
-    spec = report.spec
-    name = sentences.method_name(report)
+    name = method_name(report)
     if share is not None and spec.method != "full":
         name += f", {share:g}% trained"
     elif spec.rank:
-        name = name.replace(f"rank {spec.rank}", "rank {rank}", 1)
+        name = name.replace(f"rank {spec.rank}", "rank {rank}", 1)  # the page fills it as the slider moves
+    base = f", base in {spec.quantization}" if spec.quantization != "none" else ""
     return {
-        "name": escape(name),
-        "note": explained(escape(", ".join(filter(None, (spec.precision, _base(report)))))) if form else "",
+        "name": name,
+        "note": explained(spec.precision + base) if form else "",
         "form": form.to_data() if form else None,
         "states": {k: getattr(report, k) for k in ("frozen_weights", "trainable_weights", "gradients", "optimizer")},
         "exact": exact,
     }
 
 
-def _base(report: MemoryReport) -> str:
-    quantization = report.spec.quantization
-    return f"base in {quantization}" if quantization not in (None, "none") else ""
-
-
-def _counted(report: MemoryReport) -> str:
-    return "<b>Not in these bars:</b> activations, logits and the CUDA context. " + (
-        "A bare count has no layers to predict them from."
-        if report.convention == "exact"
-        else "The convention leaves them out."
-    )
-
-
-def _compared(reports: tuple[MemoryReport, ...], forms: tuple[ClosedForm | None, ...]) -> str:
-    chosen, form = reports[-1], forms[-1]
+def _compared(chosen: MemoryReport, form: ClosedForm | None) -> str:
+    """A traced step beside what the closed form estimated; empty until there is one."""
     if chosen.source != "trace" or form is None:
         return ""
     mark = how(
@@ -87,10 +79,10 @@ def _compared(reports: tuple[MemoryReport, ...], forms: tuple[ClosedForm | None,
         "One training step traced on fake tensors, replayed through a model of PyTorch's allocator, every token predicted. "
         "Held against an H100 in assets/measured/memory-h100.json.",
     )
-    estimate, needed, allocated = form.report().process or 0, chosen.process or 1, chosen.allocated or 1
-    agrees = abs(estimate / needed - 1) < 5e-4
+    estimate, needed = form.report().needed, chosen.needed
+    guess = "said the same" if abs(estimate / needed - 1) < 5e-4 else f"estimated {units.size(estimate)}"
     said = explained(
-        f"a traced step: {units.size(allocated)} allocated at the peak, {units.size(needed)} with PyTorch's reserve and the "
-        f"CUDA context. The closed form had {'said the same' if agrees else f'estimated {units.size(estimate)}'}."
+        f"a traced step: {units.size(chosen.allocated)} allocated at the peak, {units.size(needed)} with PyTorch's reserve and "
+        f"the CUDA context. The closed form had {guess}."
     )
     return f"{mark} {said}"

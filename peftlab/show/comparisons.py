@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from ..adapters import Adapter
 from ..compare import ComparisonReport, Reply
 from ..data.tasks import METRICS, Task
 from ..race import scores
-from . import figures, sentences
-from .marks import explained, how, table, verdict
+from . import sentences
+from .figures import themed
+from .marks import explained, graded, how, table
+from .run_figures import score_bars
 
 
 def recorded_pair(report: ComparisonReport | None, prompt: str) -> tuple[str, str] | None:
-    """What base and adapter said to a held-out prompt when the adapter was made."""
+    """What base and adapter said to a held-out prompt when the adapter was made; None where that was not recorded."""
     for exchange in report.exchanges if report else ():
         if exchange.prompt == prompt:
             base, adapted = exchange.replies
@@ -37,20 +38,20 @@ def whence(adapter: Adapter) -> str:
     return f"{mark} Recorded on {escape(recorded.hardware)}: {recorded.settings()}. {more}"
 
 
-def scored_value(report: ComparisonReport, task: Task) -> dict[str, Any]:
+def scored_value(report: ComparisonReport, task: Task) -> dict[str, object]:
     """What the panels of a score show, by name."""
     return {
         "sentence": explained(sentences.compare_sentence(report)),
-        "chart": figures.themed(figures.score_bars, report, METRICS[task.metric].name),
-        "every": answers(report, task),
+        "chart": themed(score_bars, report, METRICS[task.metric].name),
+        "every": _answers(report, task),
     }
 
 
-def answers(report: ComparisonReport, task: Task) -> str:
+def _answers(report: ComparisonReport, task: Task) -> str:
     """Every held-out item: what both said, and whether it is right."""
 
     def said(reply: Reply) -> str:
-        return f'<td class="said">{escape(reply.text.strip())}<br>{verdict(reply.score, "right", "wrong")}</td>'
+        return f'<td class="said">{escape(reply.text.strip())}<br>{graded(reply.score)}</td>'
 
     rows = (f"<tr><td>{escape(e.prompt)}</td>{''.join(map(said, e.replies))}</tr>" for e in report.exchanges)
     tip = f"Right means: {METRICS[task.metric].meaning}. Greedy decoding, one batch."

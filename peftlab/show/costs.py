@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
-from typing import Any
 
-from .. import units
+from .. import memory, units
 from ..base.models import MODELS
-from ..catalog.gpus import GPUS
+from ..catalog.gpus import GPU, GPUS
 from ..errors import SpecError
 from ..measured import documents
-from ..memory import (
-    CONVENTIONS,
-    ClosedForm,
-    Fit,
-    MemoryReport,
-    cheapest_changes,
-    gpu_grid,
-    largest,
-    largest_model,
-    predict,
-    serve,
-    storage,
-)
+from ..memory import ClosedForm, Fit, MemoryReport
 from ..memory.case import SYMBOLS
 from ..memory.compute import compute
 from ..memory.measured import summary
 from ..resolve import resolve
 from ..room import jobs
-from ..spec import RunSpec
-from . import figures, sentences
-from .marks import explained, how, libraries, table
+from ..spec import Resolved, RunSpec
+from .marks import bold, explained, how, libraries, small, table
+from .memory_figures import COMPONENTS
+from .settings import gpu_name, method_name
+
+ROOM = ("t4", "l4", "rtx-4090", "a100-40gb", "h100-80gb", "h200")
+"""The GPUs for which `room` answers what they hold."""
+
+
+def _different(full: MemoryReport, chosen: MemoryReport) -> list[MemoryReport]:
+    """Both reports, or one where the chosen method is full fine-tuning itself."""
+    return [full] if chosen.spec.method == "full" else [full, chosen]
 
 
 def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -> str:
     """Every component in bytes; and how each comes about, in symbols and in this run's numbers."""
-    reports = [full] if chosen.spec.method == "full" else [full, chosen]
+    reports = _different(full, chosen)
     parts = [(r.peak.bytes if r.peak else vars(r)) for r in reports]
     rows = [
         (f'<span class="key {colour}"></span>{explained(name)}', *(units.size(part.get(kind, 0)) for part in parts))
-        for kind, colour, name in figures.COMPONENTS
+        for kind, colour, name in COMPONENTS
         if any(part.get(kind) for part in parts)
     ]
     sums = (
@@ -50,44 +46,44 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
         if full.peak
         else {"states": "sum"}
     )
-    rows += [(name, *(f"<b>{units.size(getattr(r, key))}</b>" for r in reports)) for key, name in sums.items()]
+    rows += [(name, *(bold(units.size(getattr(r, key))) for r in reports)) for key, name in sums.items()]
     rows.append(("trained parameters", *(f"{r.trainable_parameters:,}" for r in reports)))
-    heads = ("", *(escape(sentences.method_name(r)) for r in reports))
-    return table(heads, rows) + (derivation(form) if form else "")
+    return table(("", *map(method_name, reports)), rows) + (_derivation(form) if form else "")
 
 
-def derivation(form: ClosedForm) -> str:
+def _derivation(form: ClosedForm) -> str:
     """Every component at the closed form's peak: its formula in symbols, with this run's numbers, and in bytes."""
-    rows = []
-    for line in form.lines():
-        note = f"<br><small>{escape(line.note)}</small>" if line.note else ""
-        name = f'<span class="key {line.kind}"></span>{escape(line.name)}{note}'
-        formula = f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>"
-        rows.append((name, formula, units.size(form.value(line.size))))
-    spec = form.states.spec
-    run = f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}"
-    written = " ".join(line.symbols for line in form.lines())
+    lines, spec = form.lines(), form.states.spec
+    rows = [
+        (
+            f'<span class="key {line.kind}"></span>{escape(line.name)}{small(line.note) if line.note else ""}',
+            f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>",
+            units.size(form.value(line.size)),
+        )
+        for line in lines
+    ]
+    written = " ".join(line.symbols for line in lines)
     known = ", ".join(
         f"{symbol}: {meaning}"
         for symbol, meaning in SYMBOLS.items()
         if re.search(rf"(?<![^\W\d]){symbol}(?!\w)", written)
     )
+    run = f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}"
     legend = f'<p class="note">{run}; {escape(known)}. The bytes at the closed form’s peak, on one GPU.</p>'
     return legend + table(("component", "symbols, then numbers", "bytes"), rows, "derivation") + _between_gpus(form)
 
 
 def _between_gpus(form: ClosedForm) -> str:
-    """What several GPUs, or the CPU's memory, add."""
+    """What several GPUs, or the CPU's memory, add; empty on one GPU."""
     if form.several is None:
         return ""
-    spec, rows = form.states.spec, []
-    for buffer in form.several.buffers:
-        source = f"<br><small>{escape(buffer.source)}</small>"
-        formula = f"<code>{escape(buffer.derivation)}</code>"
-        rows.append((f"buffer{source}", formula, units.size(form.value(buffer.size))))
-    sent, cpu = form.value(form.several.sent), form.value(form.several.in_cpu)
-    rows.append(("sent by each GPU in a step", "", units.size(sent)))
-    if cpu:
+    spec = form.states.spec
+    rows = [
+        (f"buffer{small(b.source)}", f"<code>{escape(b.derivation)}</code>", units.size(form.value(b.size)))
+        for b in form.several.buffers
+    ]
+    rows.append(("sent by each GPU in a step", "", units.size(form.value(form.several.sent))))
+    if cpu := form.value(form.several.in_cpu):
         rows.append(("in the CPU's memory, for each GPU", "", units.size(cpu)))
     head = (f"each of {spec.n_gpus} GPUs, {spec.sharding}", "formula", "bytes")
     return table(head, rows, "derivation") + f'<p class="note">{escape(form.several.note)}</p>'
@@ -103,40 +99,28 @@ def gpus(full: MemoryReport, chosen: MemoryReport) -> str:
         said = f"needs {fit.n_gpus:,}" if fit.n_gpus else "too small, even shared"
         return f'<span class="bad">{said}{" with checkpointing" if fit.checkpointed else ""}</span>'
 
-    reports = [full] if chosen.spec.method == "full" else [full, chosen]
+    reports = _different(full, chosen)
     rows = [
-        (escape(sentences.gpu_name(fits[0].gpu)), f"{fits[0].gpu.memory_gb:g} GB", *(cell(f) for f in fits))
-        for fits in zip(*(gpu_grid(r) for r in reports), strict=True)
+        (gpu_name(fits[0].gpu), f"{fits[0].gpu.memory_gb:g} GB", *map(cell, fits))
+        for fits in zip(*map(memory.gpu_grid, reports), strict=True)
     ]
     shared = "<p class='note'>Several GPUs share weights and states by FSDP, each with its own batch.</p>"
-    heads = ("GPU", "memory", *(escape(sentences.method_name(r)) for r in reports))
-    return table(heads, rows) + ("" if chosen.process is None else shared)
+    return table(("GPU", "memory", *map(method_name, reports)), rows) + ("" if chosen.process is None else shared)
 
 
 def room(form: ClosedForm) -> str:
     """The largest run that each of some GPUs holds, and the cheapest change for those that do not hold this one."""
     spec, rows = form.states.spec, []
-    needed = form.report().process or 0
-    for key in ("t4", "l4", "rtx-4090", "a100-40gb", "h100-80gb", "h200"):
-        gpu = GPUS[key]
-        batch, length = (largest(form, name, gpu.memory_bytes) for name in ("batch_size", "sequence_length"))
-        model = largest_model(spec, gpu.memory_bytes)
-        if needed <= gpu.memory_bytes:
-            change = "fits as it is"
-        elif found := cheapest_changes(spec, gpu.memory_bytes):
-            changes, changed = found
-            after = predict(changed).process
-            cost = escape("; ".join(c.cost for c in changes))
-            change = f"{escape(', and '.join(c.words for c in changes))}: {units.size(after)}<br><small>{cost}</small>"
-        else:
-            change = "none of ours: a smaller model or several GPUs"
+    needed = form.report().needed
+    for gpu in map(GPUS.__getitem__, ROOM):
+        most = [memory.largest(form, name, gpu.memory_bytes) for name in ("batch_size", "sequence_length")]
+        model = memory.largest_model(spec, gpu.memory_bytes)
         rows.append(
             (
-                escape(sentences.gpu_name(gpu)),
-                f"{batch:,}" if batch else "none",
-                f"{length:,}" if length else "none",
+                gpu_name(gpu),
+                *(f"{n:,}" if n else "none" for n in most),
                 escape(MODELS[model].name) if model else "none",
-                change,
+                "fits as it is" if needed <= gpu.memory_bytes else _cheapest(spec, gpu),
             )
         )
     change = "cheapest change that makes this run fit"
@@ -148,68 +132,88 @@ def room(form: ClosedForm) -> str:
     )
 
 
+def _cheapest(spec: Resolved, gpu: GPU) -> str:
+    """The cheapest change that makes a run fit, with the memory it then needs and what the change costs."""
+    found = memory.cheapest_changes(spec, gpu.memory_bytes)
+    if not found:
+        return "none of ours: a smaller model or several GPUs"
+    changes, changed = found
+    words, cost = ", and ".join(c.words for c in changes), "; ".join(c.cost for c in changes)
+    return f"{escape(words)}: {units.size(memory.predict(changed).process)}{small(cost)}"
+
+
 def compute_and_disk(
-    chosen: MemoryReport, tasks: float, streams: float, context: float, price: float, utilisation: float
+    chosen: MemoryReport, tasks: int, streams: int, context: int, price: float, utilisation: float
 ) -> str:
-    """Time and money of one run, bytes on disk for all tasks, and what serving them takes: a sentence each."""
-    spec, said = chosen.spec, []
-    gpu = GPUS[spec.gpu or "h100-80gb"]
-    try:
-        run = compute(spec)
-        hours = run.time(gpu.key, (utilisation or 0) / 100) / 3600
-        money = run.money(gpu.key, (utilisation or 0) / 100, price or 0)
-        saved = compute(resolve(spec.but(method="full", quantization=None))).per_token / run.per_token - 1
-        said.append(
-            f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {units.operations(run.per_token)} each: "
-            f"{sentences.bold(units.seconds(3600 * hours))} and {sentences.bold(format(money, ',.2f'))} "
-            f"on {escape(sentences.gpu_name(gpu))} at {utilisation:g}% of its peak."
-            + (f" Full fine-tuning computes {units.percent(saved)} more: frozen weights need no gradient." if saved > 0 else "")
-        )  # fmt: skip
-    except SpecError as error:
-        said.append(escape(str(error)))
-    said.append(storage_line(chosen, int(tasks or 1)))
-    try:
-        served = serve(spec, int(tasks or 1), int(streams or 1), int(context or 1))
-        said.append(
-            f"Serving {int(tasks or 1)} of them at once, {int(streams or 1)} answers of {int(context or 1):,} tokens: "
-            f"{sentences.bold(units.size(served.as_copies), 'frozen')} as full copies, or "
-            f"{sentences.bold(units.size(served.on_one_base), 'trained')} with every adapter on one base. "
-            f"Keys and values take {units.size(served.cache)} of either."
-        )
-    except SpecError as error:
-        said.append(escape(str(error)))
+    """Time and money of one run, bytes on disk for all tasks, and what serving them takes: a sentence each.
+
+    `streams` answers are written at once, of `context` tokens each; `price` is that of an hour of the GPU, and
+    `utilisation` the share of its peak that it reaches, in percent.
+    """
+    said = (
+        _or_refusal(lambda: _time_and_money(chosen.spec, price, utilisation)),
+        storage_line(chosen, tasks),
+        _or_refusal(lambda: _serving(chosen.spec, tasks, streams, context)),
+    )
     return "".join(f"<p>{line}</p>" for line in said)
+
+
+def _or_refusal(say: Callable[[], str]) -> str:
+    """What `say` says, or why that cannot be said of this run."""
+    try:
+        return say()
+    except SpecError as error:
+        return escape(str(error))
+
+
+def _time_and_money(spec: Resolved, price: float, utilisation: float) -> str:
+    gpu = GPUS[spec.gpu or "h100-80gb"]
+    run = compute(spec)
+    seconds, money = run.time(gpu.key, utilisation / 100), run.money(gpu.key, utilisation / 100, price)
+    saved = compute(resolve(spec.but(method="full", quantization=None))).per_token / run.per_token - 1
+    more = (
+        f" Full fine-tuning computes {units.percent(saved)} more: frozen weights need no gradient." if saved > 0 else ""
+    )
+    return (
+        f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {units.operations(run.per_token)} each: "
+        f"{bold(units.seconds(seconds))} and {bold(f'{money:,.2f}')} on {gpu_name(gpu)} at {utilisation:g}% of its peak.{more}"
+    )
+
+
+def _serving(spec: Resolved, tasks: int, streams: int, context: int) -> str:
+    served = memory.serve(spec, tasks, streams, context)
+    return (
+        f"Serving {tasks} of them at once, {streams} answers of {context:,} tokens: "
+        f"{bold(units.size(served.as_copies), 'frozen')} as full copies, or {bold(units.size(served.on_one_base), 'trained')} "
+        f"with every adapter on one base. Keys and values take {units.size(served.cache)} of either."
+    )
 
 
 def storage_line(chosen: MemoryReport, tasks: int) -> str:
     """What an adapted model for each of so many tasks takes on disk."""
-    disk = storage(chosen, tasks)
-    many = f"{tasks} task{'s' if tasks != 1 else ''}"
+    disk = memory.storage(chosen, tasks)
+    copies = f"On disk, {tasks} task{'s' if tasks != 1 else ''}: {bold(units.size(disk.full), 'frozen')} as full copies"
     if chosen.spec.method == "full":
-        return f"On disk, {many}: {sentences.bold(units.size(disk.full), 'frozen')} as full copies."
-    return (
-        f"On disk, {many}: {sentences.bold(units.size(disk.full), 'frozen')} as full copies, "
-        f"or one base of {units.size(disk.base)} and "
-        f"{sentences.bold(units.size(disk.adapters), 'trained')} of adapters."
-    )
+        return f"{copies}."
+    return f"{copies}, or one base of {units.size(disk.base)} and {bold(units.size(disk.adapters), 'trained')} of adapters."
 
 
 def conventions(spec: RunSpec, reports: tuple[MemoryReport, MemoryReport]) -> str:
     """What each lecture's convention makes of the same run, beside the prediction."""
     full, chosen = reports
     given = None if chosen.spec.method == "full" or chosen.peak else chosen.trainable_parameters
-    rows: list[tuple[str, ...]] = [
+    rows: list[Sequence[str]] = [
         (
-            f"{escape(rule.name)}<br><small>{escape(rule.note)} {escape(rule.source)}</small>",
-            units.size(predict(full.spec, key).states),
-            units.size(predict(chosen.spec, key, given).states),
+            f"{escape(rule.name)}{small(f'{rule.note} {rule.source}')}",
+            units.size(memory.predict(full.spec, key).states),
+            units.size(memory.predict(chosen.spec, key, given).states),
         )
-        for key, rule in CONVENTIONS.items()
+        for key, rule in memory.CONVENTIONS.items()
     ]
     if chosen.process is not None:
-        predicted = (f"<b>{units.size(r.process)}</b>" for r in reports)
+        predicted = (bold(units.size(r.process)) for r in reports)
         rows.append(("<b>predicted</b>, activations and overhead included", *predicted))
-    return table(("convention", "full", escape(sentences.method_name(chosen))), rows)
+    return table(("convention", "full", method_name(chosen)), rows)
 
 
 def measured() -> str:
@@ -218,34 +222,32 @@ def measured() -> str:
     for spec, done in jobs.finished():
         seen, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
         if seen and said:
-            rows.append(
-                (_run(spec.to_dict(), done["device"]), units.size(said), units.size(seen), f"{said / seen - 1:+.2%}")
-            )
+            off = f"{said / seen - 1:+.2%}"
+            rows.append((_run(spec.to_dict(), done["device"]), units.size(said), units.size(seen), off))
     here = "<p>Trained here, the step that took most:</p>" + table(("run", "predicted", "measured", "off"), rows)
     return (here if rows else "") + _recorded()
 
 
-def _run(spec: Mapping[str, Any], more: str) -> str:
-    return f"{escape(MODELS[spec['model']].name)}, {escape(spec['method'])}<br><small>{escape(more)}</small>"
+def _run(spec: Mapping[str, str], more: str) -> str:
+    return f"{escape(MODELS[spec['model']].name)}, {escape(spec['method'])}{small(more)}"
 
 
 @lru_cache(maxsize=1)
 def _recorded() -> str:
+    """Every recorded step beside what is predicted for it, a table for each GPU."""
     parts = []
     for document in documents("memory"):
         found = summary(document)
         rows = [
             (
                 _run(row["spec"], row["settings"]),
-                units.size(row["predicted"]),
-                units.size(row["measured"]),
-                f"{row['error']:+.2%}",
-                f"{row['reserved_error']:+.2%}",
+                *(units.size(row[key]) for key in ("predicted", "measured")),
+                *(f"{row[key]:+.2%}" for key in ("error", "reserved_error")),
             )
             for row in found["rows"]
         ]
         tip = f"{document['date']}; {libraries(document['versions'])}; {document['command']}"
-        mean, worst = (sentences.bold(format(found[key], form)) for key, form in (("mean", ".2%"), ("worst", "+.2%")))
+        mean, worst = bold(f"{found['mean']:.2%}"), bold(f"{found['worst']:+.2%}")
         parts.append(
             f"<p>{len(rows)} real training steps on {escape(document['hardware'])}, each in a fresh process: predicted bytes "
             f"are {mean} off on average and {worst} at worst. "

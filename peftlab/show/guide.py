@@ -1,31 +1,31 @@
-"""The guide to methods in words: the map, advice for a project, pros and cons, the lectures' tables, published runs."""
+"""The guide to methods in words: the map, advice for a project, pros and cons, published runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from itertools import groupby
-from typing import Any
 
 from .. import units
 from ..base.models import find
 from ..catalog.methods import FAMILIES
-from ..count import ParameterReport, count
-from ..lectures import checks, evidence, published
-from ..lectures.evidence import Place
-from ..lectures.guide import CASES, SIDES, SPECTRUM, TABLES, Case, Family, weighed
+from ..count import count
+from ..lectures import facts, published
+from ..lectures.facts import Place
+from ..lectures.guide import CASES, SIDES, SPECTRUM, Case, Family, weighed
+from ..lectures.here import beside
+from ..lectures.statements import FAILS
 from ..methods import METHODS
 from ..resolve import resolve
 from ..spec import RunSpec
 from . import figures, published_figures
-from .marks import explained, heading, how, row, table, verdict
-from .sentences import bold, method_name
-from .settings import changed
+from .marks import bold, explained, heading, how, table
+from .races import recorded_how
+from .settings import changed, method_name
+from .statements import verdict_mark
 
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-READ = "Our reading: a sentence of the registry, held against the lecture's by a person."
 
 
 def map_sentence(on: Sequence[Place]) -> str:
@@ -41,30 +41,14 @@ def map_sentence(on: Sequence[Place]) -> str:
     )
 
 
-def chosen_said(report: ParameterReport) -> str:
-    """What the chosen method trains with the settings on screen."""
-    return (
-        f"{bold(method_name(report))} trains {bold(f'{report.trainable_parameters:,}', 'trained')} of "
-        f"{bold(f'{report.total_parameters:,}', 'frozen')} numbers: "
-        f"{bold(units.percent(report.trainable_percent / 100), 'trained')}. "
-        f"Its file has {units.size(report.adapter_bytes)}."
-    )
-
-
-@lru_cache(maxsize=64)
-def places(model: str) -> list[Place]:
-    """Every method on the map. Raises SpecError where the model has no shapes to count by."""
-    return evidence.places(model)
-
-
 def spectrum(model: str, chosen: str | None) -> dict[str, str]:
     """What the map holds: its HTML, and the method that is chosen on it."""
-    families = "".join(_family(family, places(model), chosen) for family in SPECTRUM)
+    families = "".join(_family(family, facts.places(model), chosen) for family in SPECTRUM)
     return {"method": chosen or "lora", "families": families}
 
 
 def _family(family: Family, on: Sequence[Place], chosen: str | None) -> str:
-    """A family's chips; of those with reparameterized methods, these under a heading of their own."""
+    """A family's chips; its reparameterized methods, if it has any, stand under a heading of their own."""
     mine = [p for p in on if METHODS[p.key].about.family == family.key]
     parts = [(deep, list(of)) for deep, of in groupby(sorted(mine, key=_deep), key=_deep)]
     chips = ""
@@ -87,7 +71,7 @@ def _chip(place: Place, chosen: str | None) -> str:
     pressed = f'data-method="{place.key}" aria-pressed="{str(place.key == chosen).lower()}"'
     if place.report is None:
         return (
-            f'<button type="button" {pressed} aria-disabled="true" title="{escape(evidence.told(place.reason))}">'
+            f'<button type="button" {pressed} aria-disabled="true" title="{escape(facts.told(place.reason))}">'
             f"<b>{name}</b><span>not for this model</span></button>"
         )
     share = units.percent(place.report.trainable_percent / 100)
@@ -98,7 +82,14 @@ def _chip(place: Place, chosen: str | None) -> str:
 
 
 def chosen_line(spec: RunSpec) -> str:
-    return f"<p>{chosen_said(count(resolve(spec)))} <small>{changed(spec)}</small></p>"
+    """What the chosen method trains with the settings on screen."""
+    report = count(resolve(spec))
+    return (
+        f"<p>{bold(method_name(report))} trains {bold(f'{report.trainable_parameters:,}', 'trained')} of "
+        f"{bold(f'{report.total_parameters:,}', 'frozen')} numbers: "
+        f"{bold(units.percent(report.trainable_percent / 100), 'trained')}. "
+        f"Its file has {units.size(report.adapter_bytes)}. <small>{changed(spec)}</small></p>"
+    )
 
 
 def advice(keys: Iterable[str], model: str) -> str:
@@ -115,10 +106,10 @@ def advice(keys: Iterable[str], model: str) -> str:
 
 def _case(case: Case, model: str) -> str:
     of = case.model or model
-    uses = "".join(f"<li>{escape(evidence.counted(key, of))}</li>" for key in case.methods)
+    uses = "".join(f"<li>{escape(facts.counted(key, of))}</li>" for key in case.methods)
     counts = f"<details><summary>What they train on {escape(find(of).name)}</summary><ul>{uses}</ul></details>"
-    here = evidence.here(case.here, of)
-    found = (f"<b>Here:</b> {escape(here)}" if here else "") + (f" {verdict(False)}" if case.differs else "")
+    said = beside(case, of)
+    found = (f"<b>Here:</b> {escape(said)}" if said else "") + (f" {verdict_mark(FAILS)}" if case.differs else "")
     return (
         f'<section class="case"><h4>{escape(case.when)}</h4><p><b>{escape(case.advice)}</b> {escape(case.why)}</p>'
         + (f'<p class="here">{found}</p>' if found else "")
@@ -129,50 +120,25 @@ def _case(case: Case, model: str) -> str:
 
 @lru_cache(maxsize=64)
 def pros_and_cons(model: str, traced: tuple[bool, ...] = ()) -> str:
-    """The lectures' pros and cons, each with what is found of it for this model."""
+    """The lectures' pros and cons, each with what is found of it for this model; `traced` as for `tab_table`."""
     rows: list[Sequence[str] | str] = []
     for source, sides in groupby(SIDES, key=lambda s: s.source):
         rows.append(heading(source))
         for s in sides:
-            found = [*(evidence.of_method(key, model) for key in s.methods), evidence.here(s.here, model)]
+            found = [*(facts.of_method(key, model) for key in s.methods), beside(s, model)]
             pros, cons = ("<br>".join(escape(text) for text in side) for side in (s.pros, s.cons))
             rows.append((f"<b>{escape(s.of)}</b>", pros, cons, escape(" ".join(filter(None, found)))))
     return explained(table(("", "pros", "cons", "here"), rows, "prose sides")) + measured()
 
 
 def measured() -> str:
-    """Where the times of a token come from; nothing while there are none."""
-    source = evidence.race_source()
-    return f'<p class="note">{how("measured", source)} Times of a token.</p>' if source else ""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The lectures' tables, statement by statement."""
-
-    holds: int
-    differ: int
-    html: str
-
-
-@lru_cache(maxsize=8)
-def tables(traced: tuple[bool, ...] = ()) -> Checked:
-    """How many statements hold, how many differ, and all of them."""
-    rows: list[Sequence[str] | str] = []
-    held = []
-    for of in TABLES:
-        rows += [heading(of.source), row(("", "the lecture", "here", ""), "th")]
-        for cell in of.cells:
-            found = checks.found(cell)
-            held.append(bool(found.holds))
-            reading = f" {how('read', READ)}" if found.read else ""
-            why = f"<br><small>{escape(cell.why)}</small>" if cell.why else ""
-            rows.append((escape(cell.of), escape(cell.says), escape(found.text) + why, verdict(found.holds) + reading))
-    return Checked(sum(held), len(held) - sum(held), explained(table((), rows, "prose checks")) + measured())
+    """Where the times of a token come from, as HTML; empty before they are recorded."""
+    race = facts.timed_race()
+    return f'<p class="note">{recorded_how(race)} Times of a token.</p>' if race else ""
 
 
 @lru_cache
-def benchmark(x: str, y: str) -> tuple[dict[str, Any], str]:
+def benchmark(x: str, y: str) -> tuple[dict[str, figures.Chart], str]:
     """The published runs by two metrics: the chart, and its front in words."""
     said = published.front_said(published.metric(x), published.metric(y))
     return figures.themed(published_figures.benchmark, x, y), f"<p>{escape(said)}</p>"

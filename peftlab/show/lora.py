@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from .. import units
 from ..base import architecture
@@ -13,7 +12,9 @@ from ..lectures import scratch
 from ..methods import METHODS
 from ..resolve import resolve
 from ..spec import RunSpec
-from . import figures
+from .figures import Chart, themed
+from .lora_figures import percent_by_size
+from .method_figures import data_path
 from .shapes import of_family
 
 FLOWS = {
@@ -45,37 +46,40 @@ NOTES = (
         "vanderbilt-slides, LoRA flavors",
     ),
 )
-"""What the lectures say of LoRA without a number, and how it is."""
+"""What the lectures say of LoRA without a number and how it is, each with its source."""
 
 
 def notes() -> str:
+    """NOTES as a list."""
     said = "".join(f"<li>{escape(text)} <small>{escape(source)}</small></li>" for text, source in NOTES)
     return f'<ul class="notes">{said}</ul>'
 
 
 def flows(model: str) -> str:
     """Each way to change the forward pass, drawn, with what it trains on this model."""
+    return f'<div class="flows">{"".join(_flow(model, key, says) for key, says in FLOWS.items())}</div>'
 
-    def card(key: str, says: str) -> str:
-        try:
-            report = count(resolve(RunSpec(model=model, method=key)))
-            trains = f"{report.trainable_parameters:,} parameters: {units.percent(report.trainable_percent / 100)}"
-        except SpecError as error:
-            trains = escape(str(error))
-        name = METHODS[key].name
-        return f"<section><h3>{name}</h3>{figures.data_path(METHODS[key].drawing, name)}<p>{says} <b>{trains}</b></p></section>"
 
-    return f'<div class="flows">{"".join(card(key, says) for key, says in FLOWS.items())}</div>'
+def _flow(model: str, key: str, says: str) -> str:
+    try:
+        report = count(resolve(RunSpec(model=model, method=key)))
+        trains = f"{report.trainable_parameters:,} parameters: {units.percent(report.trainable_percent / 100)}"
+    except SpecError as error:
+        trains = escape(str(error))
+    method = METHODS[key]
+    drawn = data_path(method.drawing, method.name)
+    return f"<section><h3>{method.name}</h3>{drawn}<p>{says} <b>{trains}</b></p></section>"
 
 
 def code(spec: RunSpec) -> str:
     """A LoRA layer from scratch with the settings on screen, for the first matrix that they adapt."""
     of = resolve(of_family(spec))
-    module = architecture.of(of.model or "").targets(of.target_modules or "all-linear")[0]
-    rank = min(of.rank or 1, module.d_in, module.d_out)
-    return scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)
+    module = architecture.of(of.model).targets(of.target_modules)[0]
+    rank = min(of.rank, module.d_in, module.d_out)
+    return scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
 
 
-def by_size(spec: RunSpec) -> dict[str, Any]:
+def by_size(spec: RunSpec) -> dict[str, Chart]:
+    """`percent_by_size` with the settings on screen, in both themes."""
     of = resolve(of_family(spec))
-    return figures.themed(figures.percent_by_size, of.rank, of.target_modules, of.model)
+    return themed(percent_by_size, of.rank, of.target_modules, of.model)

@@ -1,17 +1,33 @@
-"""Small pieces of HTML that every subject uses: marks of where a number comes from, words explained, tables, verdicts."""
+"""Small pieces of HTML that every subject uses: bold words, where a number comes from, words explained, tables, verdicts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+
+from ..run.events import Event
+
+
+def bold(text: str, meaning: str = "") -> str:
+    """Text that is not markup, in bold; a `meaning` of the palette, such as `trained`, gives it that colour."""
+    return f'<b class="{meaning}">{escape(text)}</b>' if meaning else f"<b>{escape(text)}</b>"
+
+
+def small(text: str) -> str:
+    """A second line in small letters, of text that is not markup."""
+    return f"<br><small>{escape(text)}</small>"
 
 
 def how(kind: str, tip: str) -> str:
-    """The small mark that answers 'how do you know?': exact, estimated or measured."""
-    words = f'aria-label="{kind}: {escape(tip)}"'
-    return f'<span class="how" tabindex="0" role="note" {words}>{kind}<span class="tip">{escape(tip)}</span></span>'
+    """The small mark that answers 'how do you know?': exact, estimated or measured, and `tip` says more."""
+    return _tipped("how", kind, escape(tip))
+
+
+def _tipped(look: str, word: str, tip: str) -> str:
+    """A word with a `tip` on hover, on focus or when it is tapped; both are markup, and are read aloud."""
+    spoken = f'tabindex="0" role="note" aria-label="{word}: {tip}"'
+    return f'<span class="{look}" {spoken}>{word}<span class="tip">{tip}</span></span>'
 
 
 TERMS = {
@@ -25,43 +41,41 @@ TERMS = {
     "Greedy": "Always the likeliest token, so the same prompt gives the same answer",
     "nats": "How surprised the model is per token, in natural logarithms; lower is better",
 }
-"""Words of the trade that stand on the page, each with what it means."""
+"""Words of the field that stand on the page, each with what it means."""
 
 
-def term(word: str, shown: str = "") -> str:
+def term(word: str) -> str:
     """A word of TERMS that says what it means on hover, on focus or when it is tapped."""
-    tip = escape(TERMS[word])
-    tag = f'<span class="how term" tabindex="0" role="note" aria-label="{word}: {tip}">'
-    return f'{tag}{shown or word}<span class="tip">{tip}</span></span>'
+    return _tipped("how term", word, escape(TERMS[word]))
 
 
 def explained(text: str) -> str:
-    """HTML in which the first of each of TERMS, outside tags, says what it means."""
+    """The HTML `text`, in which the first use of each word of TERMS says what it means."""
     for word in TERMS:
         text = re.sub(rf"(?<![\w>-]){word}(?![\w-])(?![^<]*>)", lambda found: term(found[0]), text, count=1)
     return text
 
 
 def row(cells: Iterable[str], tag: str = "td") -> str:
-    """Cells are markup."""
+    """A row of a table. Cells are markup."""
     return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
 
 
-def heading(text: str, columns: int = 4) -> str:
-    """A row of a table that stands over the rows of one source."""
-    return f'<tr><th colspan="{columns}" class="source">{escape(text)}</th></tr>'
+def heading(text: str) -> str:
+    """A row of a table of four columns that names the source of the rows below it."""
+    return f'<tr><th colspan="4" class="source">{escape(text)}</th></tr>'
 
 
 def table(heads: Sequence[str], rows: Iterable[Iterable[str] | str], kind: str = "") -> str:
-    """Heads and cells are markup; a row that is a string is a whole row already. A wide one scrolls by itself."""
+    """A table, which scrolls by itself where it is too wide. Heads and cells are markup; a row that is a string is a `<tr>`."""
     head = row(heads, "th") if heads else ""
     body = "".join(cells if isinstance(cells, str) else row(cells) for cells in rows)
     return f'<div class="wide"><table class="data{kind and " " + kind}">{head}{body}</table></div>'
 
 
-def verdict(good: object, yes: str = "holds", no: str = "differs") -> str:
-    """`yes` in the colour of what is good, or `no` in that of what is not."""
-    return f'<span class="good">{yes}</span>' if good else f'<span class="bad">{no}</span>'
+def graded(score: float | None, wrong: str = "wrong") -> str:
+    """`right` for an answer with a score, else the word for a `wrong` one, each in its colour."""
+    return '<span class="good">right</span>' if score else f'<span class="bad">{wrong}</span>'
 
 
 def remarks(*said: str) -> str:
@@ -77,12 +91,12 @@ def progress(label: str, share: float) -> str:
     )
 
 
-def failure(events: Sequence[Mapping[str, Any]]) -> str:
+def failure(events: Sequence[Event]) -> str:
     """Why a run or a race ended early, from its last event; empty where it did not."""
     last = events[-1]
     return f'<div class="problem">{escape(last["message"])}</div>' if last["type"] == "error" else ""
 
 
 def libraries(versions: Mapping[str, str]) -> str:
-    """What a recording was made with: torch 2.10, peft 0.19."""
+    """The libraries that a recording was made with: torch 2.10, peft 0.19."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())

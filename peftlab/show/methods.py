@@ -11,21 +11,21 @@ from ..catalog.papers import PAPERS
 from ..catalog.presets import PRESETS
 from ..count import why_not
 from ..methods import METHODS
-from . import figures
+from .method_figures import data_path
+
+PUBLISHED = "Published settings, with their source"
 
 
 def method_value(method: str | None, model: str | None) -> dict[str, str]:
-    """What the chooser holds."""
-    chosen = f'value="{method or "lora"}"'
-    return {
-        "method": method or "lora",
-        "options": method_options(model or DEFAULT).replace(chosen, chosen + " selected", 1),
-    }
+    """What the chooser holds: the chosen method, and the options as HTML."""
+    method = method or "lora"
+    chosen = f'value="{method}"'
+    return {"method": method, "options": _options(model or DEFAULT).replace(chosen, f"{chosen} selected", 1)}
 
 
 @lru_cache(maxsize=64)
-def method_options(model: str) -> str:
-    """The options of the chooser, as HTML, for a model."""
+def _options(model: str) -> str:
+    """The chooser's options for a model, by family; those that do not suit it cannot be chosen."""
 
     def option(key: str) -> str:
         off, said = (" disabled", " (not for this model)") if why_not(key, model) else ("", "")
@@ -54,24 +54,26 @@ def method_panel(key: str) -> str:
     """A method in full: the path of the data, why it should work, when to use it, when not, and where it comes from."""
     about = METHODS[key].about
     family = about.family + (", reparameterized" if about.reparameterized else "")
-    sources = "; ".join(f'<a href="{PAPERS[p].url}">{escape(PAPERS[p].citation)}</a>' for p in about.papers)
+    sources = "; ".join(paper_link(paper) for paper in about.papers)
     mistakes = "".join(f"<li>{escape(m)}</li>" for m in about.mistakes)
-    rows = (
-        ("Why it should work", about.hypothesis),
-        ("When", about.when),
-        ("When not", about.when_not),
-        ("In use", about.inference),
-        ("Merging", about.merging),
-    )
-    words = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows)
+    rows = {
+        "Why it should work": about.hypothesis,
+        "When": about.when,
+        "When not": about.when_not,
+        "In use": about.inference,
+        "Merging": about.merging,
+    }
+    words = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows.items())
     return (
         f'<div class="method"><h3>{escape(about.name)} <small>{family}</small></h3>'
-        f"{figures.data_path(METHODS[key].drawing, about.name)}"
+        f"{data_path(METHODS[key].drawing, about.name)}"
         f'<dl>{words}<dt>Common mistakes</dt><dd><ul>{mistakes}</ul></dd></dl><p class="note">{sources}</p></div>'
     )
 
 
-PUBLISHED = "Published settings, with their source"
+def paper_link(key: str) -> str:
+    """A paper's citation, with its link."""
+    return f'<a href="{PAPERS[key].url}">{escape(PAPERS[key].citation)}</a>'
 
 
 def preset_says(key: str) -> str:

@@ -16,26 +16,11 @@ NAMES = {
     proofs.MERGED: "adapter merged into them",
     proofs.SERIAL: "serial adapter (Houlsby)",
 }
+"""What each way to serve an adapter is called on the page."""
 
 
 def merged_said(report: MergeReport) -> str:
     """How far merging moves the logits, in words, in a table, and token by token where it changes the likeliest."""
-    rows = [
-        (
-            a.precision,
-            _two(a.largest_difference),
-            f"{len(a.flips)} of {a.positions}",
-            _two(a.apart_off),
-            _two(a.merged_off),
-        )
-        for a in report.agreements
-    ]
-    flips = "; ".join(
-        f"token {f.position}: <code>{_quoted(f.apart)}</code> becomes <code>{_quoted(f.merged)}</code>, which trailed by "
-        f"{_two(f.margin)}"
-        for a in report.agreements
-        for f in a.flips
-    )
     whole, half = report.agreements
     said = (
         f"<p>The adapter moves a logit by up to <b>{units.significant(report.adapter_moves)}</b>. In fp32, merging moves one "
@@ -43,8 +28,18 @@ def merged_said(report: MergeReport) -> str:
         f"tokens. In bf16 it moves one by up to <b>{_two(half.largest_difference)}</b> and changes {len(half.flips)}, where "
         f"bf16 alone, unmerged, is off by {_two(half.apart_off)}.</p>"
     )
-    apart = "largest logit difference, apart to merged"
-    heads = ("", apart, "likeliest token differs", "apart, off fp32", "merged, off fp32")
+    differs = "largest logit difference, apart to merged"
+    heads = ("", differs, "likeliest token differs", "apart, off fp32", "merged, off fp32")
+    rows = []
+    for a in report.agreements:
+        most, apart, merged = map(_two, (a.largest_difference, a.apart_off, a.merged_off))
+        rows.append((a.precision, most, f"{len(a.flips)} of {a.positions}", apart, merged))
+    flips = "; ".join(
+        f"token {f.position}: <code>{_quoted(f.apart)}</code> becomes <code>{_quoted(f.merged)}</code>, which trailed by "
+        f"{_two(f.margin)}"
+        for a in report.agreements
+        for f in a.flips
+    )
     return said + table(heads, rows) + (f'<p class="note">{flips}</p>' if flips else "")
 
 
@@ -53,12 +48,12 @@ def _two(value: float) -> str:
 
 
 def _quoted(token: str) -> str:
-    """Blanks and all."""
+    """A token in quotes, so that one sees its blanks."""
     return escape(json.dumps(token, ensure_ascii=False), quote=False)
 
 
 def dialled(stops: list[tuple[float, str]]) -> str:
-    """The answer at each strength of the update."""
+    """The answer at each strength λ of the update."""
     known = {0.0: "the base", 1.0: "the adapter"}
     rows = (
         f"<tr><td>λ = {stop:g}<br><small>{known.get(stop, '')}</small></td>"
@@ -69,21 +64,16 @@ def dialled(stops: list[tuple[float, str]]) -> str:
 
 
 def timed(report: LatencyReport) -> str:
-    """What a token takes in each way to serve an adapter, over the base's time."""
+    """The time of a token in each way to serve an adapter, over the base's time."""
     base = report.speeds[0].seconds
     mark = how(
         "measured",
         f"{report.device}, {report.precision}, batch 1; medians of {report.rounds} rounds of {report.tokens} tokens, taken in "
         f"turn; in brackets the quartiles. {libraries(report.versions)}",
     )
-    rows = [
-        (
-            NAMES[s.what],
-            f"<b>{s.ratio:.2f}×</b> <small>({s.lower / base:.2f} to {s.upper / base:.2f})</small>",
-            f"{1000 * s.seconds:.1f} ms",
-            f"{s.added_modules:,}",
-            f"{s.added_parameters:,}",
-        )
-        for s in report.speeds
-    ]
+    rows = []
+    for s in report.speeds:
+        ratio = f"<b>{s.ratio:.2f}×</b> <small>({s.lower / base:.2f} to {s.upper / base:.2f})</small>"
+        added = (f"{s.added_modules:,}", f"{s.added_parameters:,}")
+        rows.append((NAMES[s.what], ratio, f"{1000 * s.seconds:.1f} ms", *added))
     return table((mark, "time a token over the base's", "a token", "modules added", "parameters added"), rows)

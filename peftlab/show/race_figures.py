@@ -7,53 +7,49 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import units
 from ..race import Line
-from .figures import PALETTE, blank
+from .figures import PALETTE, Chart, blank
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 ROW = 25
-"""Pixels for a racer, and ROW_LINE more for names in two lines."""
+"""The height of a racer's row in pixels. Names in two lines take ROW_LINE more."""
 ROW_LINE = 16
 WRAPPED = 24
-"""Letters of the longest name in one line."""
+"""A name with more letters is written in two lines."""
 NAMED = 6
-"""Most curves that each get their name; of more, only the best and full fine-tuning do."""
+"""Up to so many curves each have their name in the legend; among more, only the best and full fine-tuning do."""
 MOST = 24
-"""Curves in one chart; of more, each racer's at its best learning rate."""
+"""A chart with more curves shows each racer only at its best learning rate."""
 BELOW = {"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"}
-"""Where a legend is in nobody's way."""
+"""A legend below the chart, where it hides nothing."""
+INSIDE = {"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
-def scores(lines: Sequence[Line], setting: str, metric: str, theme: str) -> Any:
-    """The held-out score of each finished line with its 95% interval: against a setting of numbers, else one below another."""
+def scores(lines: Sequence[Line], setting: str, metric: str, theme: str) -> go.Figure:
+    """The held-out score of each finished line with its 95% interval, across the values of a setting or one below another."""
     done = [line for line in lines if line.scores]
-    values = [line.spec[setting] for line in done]
-    if len(set(values)) > 1 and all(isinstance(value, int | float) for value in values):
-        return _against(done, setting, metric, theme)
-    return _ranking(done, metric, theme)
+    values = {line.spec[setting] for line in done}
+    numbers = len(values) > 1 and all(isinstance(value, int | float) for value in values)
+    return _against(done, setting, metric, theme) if numbers else _ranking(done, metric, theme)
 
 
-def _ranking(lines: Sequence[Line], metric: str, theme: str) -> Any:
+def _ranking(lines: Sequence[Line], metric: str, theme: str) -> go.Figure:
     c = PALETTE[theme]
     order = sorted(best_rates(lines), key=lambda line: line.score)
     names = [_wrapped(_without(line, "learning rate") or line.name) for line in order]
-    row = ROW + ROW_LINE * any("<br>" in name for name in names)
-    figure = blank(
-        theme, 70 + row * max(3, len(order)), title={"text": f"{metric} on held-out items, %, with 95% intervals"}
-    )
+    height = 70 + (ROW + ROW_LINE * any("<br>" in name for name in names)) * max(3, len(order))
+    figure = blank(theme, height, title={"text": f"{metric} on held-out items, %, with 95% intervals"})
     colours = [c["frozen"] if line.spec["method"] == "full" else c["trained"] for line in order]
     figure.add_scatter(
-        x=[100 * line.score for line in order],
-        y=names,
-        mode="markers",
+        x=[100 * line.score for line in order], y=names, mode="markers", error_x=_errors(order, c), **_hover(order),
         marker={"size": 11, "color": colours, "symbol": ["diamond" if x == c["frozen"] else "circle" for x in colours]},
-        error_x=_errors(order, c),
-        customdata=[_told(line) for line in order],
-        hovertemplate="%{customdata}<extra></extra>",
-    )
+    )  # fmt: skip
     for name, line, colour in zip(names, order, colours, strict=True):
         figure.add_annotation(
             x=1, xref="paper", y=name, text=f"<b>{units.score(line.score)}</b>", showarrow=False,
@@ -66,18 +62,18 @@ def _ranking(lines: Sequence[Line], metric: str, theme: str) -> Any:
 
 
 def best_rates(lines: Sequence[Line]) -> list[Line]:
-    """Of those that finished and differ in the learning rate only, the best; of equals the first."""
+    """The best of the finished lines that differ in nothing but the learning rate; the first of equals."""
     done = sorted(reversed([line for line in lines if line.scores]), key=lambda line: line.score)
     return list({json.dumps(line.spec | {"learning_rate": 0}): line for line in done}.values())
 
 
 def _without(line: Line, setting: str) -> str:
-    """Its name without the part that tells a setting."""
+    """A line's name without the part that tells a setting."""
     return ", ".join(part for part in line.name.split(", ") if not part.startswith(setting))
 
 
 def _wrapped(name: str) -> str:
-    """A long name in two lines, of lengths as near as its commas allow."""
+    """A name as markup. A long one is in two lines, broken at the comma that leaves the longer line shortest."""
     parts = name.split(", ")
     if len(name) <= WRAPPED or len(parts) == 1:
         return escape(name)
@@ -86,39 +82,27 @@ def _wrapped(name: str) -> str:
     return f"{escape(first)},<br>{escape(second)}"
 
 
-def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> Any:
+def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> go.Figure:
     c = PALETTE[theme]
     name = setting.replace("_", " ")
-    title = f"{metric} on held-out items, %, by {name} (log scale)"
-    figure = blank(theme, 380, title={"text": title})
+    figure = blank(theme, 380, title={"text": f"{metric} on held-out items, %, by {name} (log scale)"})
     groups = _grouped(lines, setting)
     methods = len({group[0].spec["method"] for group in groups.values()}) == len(groups)
-    crowd = methods and len(groups) > len(DASHES)  # of which the legend names the two that all know
+    crowd = methods and len(groups) > len(DASHES)  # the legend of a crowd names only the two that everyone knows
     for i, (label, group) in enumerate(groups.items()):
         group = sorted(group, key=lambda line: line.spec[setting])
         method = group[0].spec["method"]
         known = method in ("full", "lora") and methods
+        width = 3 if known or not crowd else 1.5
         colour = c["frozen"] if method == "full" else c["trained"] if method == "lora" else c["overhead"]
         figure.add_scatter(
-            x=[line.spec[setting] for line in group],
-            y=[100 * line.score for line in group],
-            mode="lines+markers",
-            name=label,
-            showlegend=known or not crowd,
-            line={
-                "color": colour,
-                "width": 3 if known or not crowd else 1.5,
-                "dash": "solid" if known else DASHES[i % len(DASHES)],
-            },
-            marker={"size": 9 if known else 5},
-            error_y=_errors(group, c) if len(groups) <= 2 else None,
-            cliponaxis=False,
-            customdata=[_told(line) for line in group],
-            hovertemplate="%{customdata}<extra></extra>",
-        )
+            x=[line.spec[setting] for line in group], y=[100 * line.score for line in group], mode="lines+markers", name=label,
+            line={"color": colour, "width": width, "dash": "solid" if known else DASHES[i % len(DASHES)]},
+            marker={"size": 9 if known else 5}, error_y=_errors(group, c) if len(groups) <= 2 else None,
+            showlegend=known or not crowd, cliponaxis=False, **_hover(group),
+        )  # fmt: skip
     ticks = sorted({line.spec[setting] for line in lines})
-    few = len(ticks) <= 9
-    shown = ticks if few else [tick for tick in ticks if f"{tick:.0e}".startswith("1")]
+    shown = ticks if len(ticks) <= 9 else [tick for tick in ticks if f"{tick:.0e}".startswith("1")]
     figure.update_xaxes(
         type="log", title_text=name, tickvals=shown, ticktext=[f"{tick:g}" for tick in shown], zeroline=False,
         tickangle=0, tickfont={"size": 12},
@@ -129,8 +113,8 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> An
 
 
 def _grouped(lines: Sequence[Line], setting: str) -> Mapping[str, list[Line]]:
-    """Lines that differ in `setting` only, by what else their names tell. LoRA and full fine-tuning last, to be drawn over
-    the others.
+    """Groups of lines that differ in `setting` only, by the rest of their names. LoRA and full fine-tuning come last, so
+    that they are drawn over the others.
     """
     groups: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.spec["method"] in ("full", "lora")):
@@ -138,16 +122,18 @@ def _grouped(lines: Sequence[Line], setting: str) -> Mapping[str, list[Line]]:
     return groups
 
 
-def _errors(lines: Sequence[Line], colours: Mapping[str, str]) -> dict[str, Any]:
+def _errors(lines: Sequence[Line], colours: Mapping[str, str]) -> Chart:
+    """Error bars over the 95% intervals."""
     return {
-        "type": "data",
-        "symmetric": False,
+        "type": "data", "symmetric": False, "color": colours["muted"], "thickness": 1.5, "width": 4,
         "array": [100 * (line.interval[1] - line.score) for line in lines],
         "arrayminus": [100 * (line.score - line.interval[0]) for line in lines],
-        "color": colours["muted"],
-        "thickness": 1.5,
-        "width": 4,
-    }
+    }  # fmt: skip
+
+
+def _hover(lines: Sequence[Line]) -> Chart:
+    """What hovering over the points of these lines tells."""
+    return {"customdata": [_told(line) for line in lines], "hovertemplate": "%{customdata}<extra></extra>"}
 
 
 def _told(line: Line) -> str:
@@ -160,41 +146,32 @@ def _told(line: Line) -> str:
     )
 
 
-def curves(lines: Sequence[Line], steps: int, theme: str) -> Any:
-    """Training loss by step, the mean over the seeds run so far. Only points are added between calls."""
+def curves(lines: Sequence[Line], steps: int, theme: str) -> go.Figure:
+    """Training loss by step, the mean over the seeds run so far. While a race goes on, a later call only adds points."""
     c = PALETTE[theme]
     shown = lines if len(lines) <= MOST else best_rates(lines)
     running = [(line, _mean_curve(line)) for line in shown if line.losses and line.losses[0]]
     figure = blank(theme, 340, title={"text": "Training loss, nats per answer token (log scale)"}, uirevision="race")
     leader = max((line for line in lines if line.scores), key=lambda line: line.score, default=None)
-    running.sort(key=lambda pair: (pair[0] is leader, pair[0].spec["method"] == "full"))  # these over the others
+    running.sort(key=lambda pair: (pair[0] is leader, pair[0].spec["method"] == "full"))  # the last is drawn on top
     yardsticks = sum(line.spec["method"] == "full" for line, _ in running)
     for i, (line, losses) in enumerate(running):
         ours, full = line is leader, line.spec["method"] == "full" and yardsticks == 1
         named = len(running) <= NAMED or ours or full
         colour = c["trained"] if ours else c["frozen"] if full else c["overhead"]
+        dash = DASHES[i % len(DASHES)] if named and not (ours or full) else "solid"
         figure.add_scatter(
-            x=list(range(1, len(losses) + 1)),
-            y=losses,
-            mode="lines",
-            name=_wrapped(line.name),
-            line={
-                "color": colour,
-                "width": 3 if named else 1.2,
-                "dash": DASHES[i % len(DASHES)] if named and not (ours or full) else "solid",
-            },
+            x=list(range(1, len(losses) + 1)), y=losses, mode="lines", name=_wrapped(line.name), showlegend=named,
+            line={"color": colour, "width": 3 if named else 1.2, "dash": dash},
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.3f}<extra></extra>",
-            showlegend=named,
-        )
+        )  # fmt: skip
     long = any("<br>" in trace.name for trace in figure.data if trace.showlegend)
-    inside = {"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
-    figure.update_layout(showlegend=True, legend=BELOW if long else inside)
+    figure.update_layout(showlegend=True, legend=BELOW if long else INSIDE)
     figure.update_xaxes(range=[0, steps * 1.02], title_text="step")
     figure.update_yaxes(type="log", dtick=1, exponentformat="none")
     return figure
 
 
 def _mean_curve(line: Line) -> list[float]:
-    """Over the seeds that came so far."""
-    steps = zip_longest(*line.losses)
-    return [fmean(loss for loss in losses if loss is not None) for losses in steps]
+    """The mean loss at each step over the seeds that have come so far."""
+    return [fmean(loss for loss in losses if loss is not None) for losses in zip_longest(*line.losses)]

@@ -1,4 +1,4 @@
-"""A race in words: its board, what it says to the lectures' claims, how far it is and where it was recorded."""
+"""A race in words: its board, what it says to the lectures' statements, how far it is and where it was recorded."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
-from typing import Any
 
 from .. import race, units
 from ..data import tasks
 from ..data.tasks import METRICS
 from ..lectures.lessons import LESSONS, Lesson
 from ..race import Line, scores
-from ..race.recordings import Board, Recording
+from ..race.recordings import Recording
 from ..room import jobs
+from ..run import Event
 from . import figures, race_figures, sentences
-from .marks import explained, how, libraries, progress, remarks, row, verdict
+from .marks import explained, how, libraries, progress, remarks
+from .statements import statements_table
 
-Events = Sequence[dict[str, Any]]
+Events = Sequence[Event]
 
 
 def board(lines: Sequence[Line], sort: str) -> dict[str, str]:
-    """The board as the page holds it: a table to look at, and the same as CSV."""
+    """The board as the page holds it, ranked by the column `sort`: a table to look at, and the same as CSV.
+
+    Raises SpecError for an unknown column.
+    """
     lines = race.ranked(lines, sort)
     columns = [c for c in race.COLUMNS if c.key not in ("low", "high") and any(c.of(x) is not None for x in lines)]
     head = "".join(_head(c, sort) for c in columns)
@@ -64,35 +68,22 @@ def _cell(line: Line, column: race.Column) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def findings(lesson: Lesson, lines: Sequence[Line]) -> str:
-    """What the lectures claim, what these lines say to it, and whether it holds here."""
-    rows = "".join(
-        row(
-            (
-                f"{escape(claim.says)}<br><small>{escape(claim.source)}</small>",
-                escape(found.text),
-                verdict(found.holds, "holds here", "does not hold here"),
-            )
-        )
-        for claim, found in lesson.findings(lines)
-        if found is not None
-    )
-    head = row(("What the lectures claim", "in this race", ""), "th")
-    return explained(f'<table class="data findings">{head}{rows}</table>') if rows else ""
+def recorded_how(recording: Recording) -> str:
+    """The mark `measured`, which tells where, when and by which commands a race was recorded."""
+    commands = " ".join(f"Command: {c}" for c in recording.commands)
+    return how("measured", f"{recording.hardware}, {recording.date}, {libraries(recording.versions)}. {commands}")
 
 
 def provenance(recording: Recording, before: str = "") -> str:
-    """Where and when a race was recorded, after the words `before`."""
-    commands = " ".join(f"Command: {c}" for c in recording.commands)
-    tip = f"{recording.hardware}, {recording.date}, {libraries(recording.versions)}. {commands}"
+    """Where a race was recorded and how many seeds it has, after the words `before`."""
     fewest, most = recording.seeds
     seeds = "1 seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
     said = f"Recorded on {escape(recording.hardware)}, {len(recording.lines)} racers, {seeds} each."
-    return remarks(f"{how('measured', tip)} {before}{said}")
+    return remarks(f"{recorded_how(recording)} {before}{said}")
 
 
 def elsewhere(lesson: Lesson, recording: Recording) -> str:
-    """Why other tabs have another score of the method that all of them show first."""
+    """Why other tabs have another score of LoRA, which all of them show; empty where the race is not of all methods."""
     line = next((x for x in recording.lines if x.spec["method"] == "lora" and x.scores), None)
     if line is None or lesson.setting != "method":
         return ""
@@ -100,8 +91,8 @@ def elsewhere(lesson: Lesson, recording: Recording) -> str:
     return f'<div class="note"><b>{escape(line.name)}</b>: {units.score(line.score)} here. {said}</div>'
 
 
-def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, Any]:
-    """What is seen of any race, recorded or live, by panel."""
+def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, object]:
+    """What the panels show of any race, recorded or live, by their names."""
     metric = METRICS[tasks.find(lines[0].spec["task"]).metric].name
     steps = max([len(losses) for line in lines for losses in line.losses] + [lines[0].spec["steps"] or 1])
     finished = [line for line in lines if line.scores]
@@ -109,22 +100,24 @@ def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, Any]:
         "sentence": sentences.race_sentence(lines),
         "scores": figures.themed(race_figures.scores, finished, lesson.setting, metric),
         "losses": figures.themed(race_figures.curves, lines, steps),
-        "tested": findings(lesson, lines),
+        "tested": statements_table(lesson.findings(lines)),
         "board": board(lines, sort),
     }
 
 
 def recorded(key: str, device: str = "") -> Recording:
+    """A lesson's recording on a device; the fullest one for a device without any."""
     found = LESSONS[key].recordings()
     return next((r for r in found if r.device == device), found[0])
 
 
 def devices(key: str) -> list[tuple[str, str]]:
+    """The hardware and device of each of a lesson's recordings."""
     return [(r.hardware, r.device) for r in LESSONS[key].recordings()]
 
 
 @lru_cache(maxsize=64)
-def recorded_picture(key: str, device: str, sort: str) -> dict[str, Any]:
+def recorded_picture(key: str, device: str, sort: str) -> dict[str, object]:
     return picture(LESSONS[key], recorded(key, device).lines, sort)
 
 
@@ -133,11 +126,11 @@ class SoFar:
     """A race as far as its events tell."""
 
     lines: list[Line]
-    """None before it begins."""
+    """There are none before the race begins."""
     running: dict[int, list[float]]
-    """By racer, the losses of a run that is not in its line yet."""
-    last: dict[str, Any]
-    """The last event of the run under way."""
+    """The losses of the run under way, which its line does not have yet, by the racer's place."""
+    last: Event | None
+    """The last event of a racer's own training; None before the first."""
 
     def with_running(self) -> list[Line]:
         """The lines, and in them the losses of what is under way."""
@@ -148,10 +141,10 @@ class SoFar:
 
 
 def so_far(events: Events) -> SoFar:
-    """What a race's events tell, in the order in which they came."""
+    """What a race's events tell; they are in the order in which they came."""
     lines: list[Line] = []
     running: dict[int, list[float]] = {}
-    last: dict[str, Any] = {}
+    last: Event | None = None
     for event in events:
         if event["type"] in ("racers", "done"):
             lines = [Line(**line) for line in event["lines"]]
@@ -167,14 +160,13 @@ def so_far(events: Events) -> SoFar:
 
 
 @lru_cache(maxsize=32)
-def live_picture(job: jobs.Job, seen: int, key: str, sort: str) -> dict[str, Any]:
-    """The same of a race here, of its first `seen` events; findings are of what has finished."""
-    found = so_far(job.events[:seen])
-    return picture(LESSONS[key], found.with_running(), sort) | {"tested": findings(LESSONS[key], found.lines)}
+def live_picture(job: jobs.Job, seen: int, key: str, sort: str) -> dict[str, object]:
+    """What the panels show of a race here after its first `seen` events."""
+    return picture(LESSONS[key], so_far(job.events[:seen]).with_running(), sort)
 
 
 def status(events: Events, found: SoFar, ahead: int = 0) -> str:
-    """Who runs, how far the race is, with a bar; before it begins, how many are `ahead`."""
+    """Who runs and how far the race is, with a bar; before it begins, how many jobs are `ahead` of it."""
     lines, last = found.lines, found.last
     seeds = next((e["seeds"] for e in events if e["type"] == "racers"), 1)
     over = sum(len(line.scores) if not line.error else seeds for line in lines)
@@ -182,7 +174,7 @@ def status(events: Events, found: SoFar, ahead: int = 0) -> str:
     if events and events[-1]["type"] == "done":
         ended = "Stopped; what has finished stands." if events[-1]["stopped"] else "Done."
         share, what = 1.0, f"{ended} Run here, live."
-    elif last:
+    elif last is not None:
         step = last["event"].get("step")
         what = lines[last["racer"]].name + (f", step {step}" if last["event"]["type"] == "step" else "")
     elif events and events[-1]["type"] == "queued" and ahead:
@@ -191,9 +183,9 @@ def status(events: Events, found: SoFar, ahead: int = 0) -> str:
 
 
 def revealed(lesson: Lesson, lines: Sequence[Line], guess: str | None) -> str:
-    """The answer to a lesson's question, beside what was guessed, if anything."""
+    """The answer to a lesson's question, beside the guess if there was one; empty before the race has an answer."""
     try:
-        answer = lesson.options[lesson.answer(Board(lines))]
+        answer = lesson.answered(lines)
     except LookupError:
         return ""
     right = '<span class="good">As you said</span>' if guess == answer else f"You said {escape(guess or '')}"

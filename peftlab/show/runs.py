@@ -14,49 +14,61 @@ from ..data.tasks import METRICS, TASKS
 from ..race import scores
 from ..resolve import resolve
 from ..room import jobs
+from ..run.events import Event
 from ..spec import RunSpec
-from . import figures, sentences
-from .marks import explained, failure, how, libraries, progress, remarks, table, verdict
+from . import sentences
+from .figures import Chart, themed
+from .marks import explained, failure, graded, how, libraries, progress, remarks, table
+from .run_figures import loss_curve, metric_curve
+from .sentences import last_of
+from .settings import method_name
 
-Events = Sequence[dict[str, Any]]
+Events = Sequence[Event]
 
 
 def card(task: str) -> str:
+    """What a task teaches, and how many rows it has."""
     t = TASKS[task]
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
 
 
 def status(events: Events) -> str:
     """Steps done, time left, and what is going on, with a bar."""
-    last: dict[str, Any] = events[-1] if events else {"type": "idle"}
-    step = next((e for e in reversed(events) if e["type"] == "step"), None)
-    start = next((e for e in events if e["type"] == "start"), None)
+    start, step = last_of(events, "start"), last_of(events, "step")
     steps = start["spec"]["steps"] if start else 1
-    share = step["step"] / steps if step else 0.0
+    done = step["step"] if step else 0
     what, left = "", ""
-    if last["type"] == "progress":
+    last = events[-1] if events else None
+    if last and last["type"] == "progress":
         what = f"{last['what']}, {units.score(last['share'])}"
-    elif last["type"] == "step":
+    elif last and last["type"] == "step":
         left = f"about {units.seconds(last['eta_seconds'])} of training left"
-    elif last["type"] == "done" and last["steps"]:
+    elif last and last["type"] == "done" and last["steps"]:
         kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
         speed = f"{units.significant(last['tokens_per_second'])} tokens/s, {sentences.gear(events)}"
         what = f"{kept} {units.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
-        share = last["steps"] / steps
-    done = f"step {step['step']} of {steps}" if step else ("before the first step" if start else "")
-    return remarks(done, escape(what), left) + progress("training", share)
+        done = last["steps"]
+    far = f"step {step['step']} of {steps}" if step else "before the first step" if start else ""
+    return remarks(far, escape(what), left) + progress("training", done / steps)
 
 
-def answers(events: Events) -> str:
+def _peak(done: Event) -> str:
+    """The peak memory of a run that is done; empty on a CPU, where nobody counts it."""
+    peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
+    beside = f" ({units.size(said)} predicted)" if said else ""
+    return f", peak memory {units.size(peak)}{beside}" if peak else ""
+
+
+def _answers(events: Events) -> str:
     """What the model says to a few held-out items: before, and at the last measurement."""
-    measured = [e for e in events if e["type"] == "eval" and "examples" in e]
-    if not measured:
+    seen = [e for e in events if e["type"] == "eval" and "examples" in e]
+    if not seen:
         return ""
-    first, last = measured[0], measured[-1]
+    first, last = seen[0], seen[-1]
     learned = last["step"] > 0
 
     def row(before: dict[str, Any], now: dict[str, Any]) -> str:
-        mark = verdict(now["score"], "right", "not yet")
+        mark = graded(now["score"], "not yet")
         said = f'<td class="said">{escape(now["text"])}<br>{mark}</td>' if learned else ""
         return f'<tr><td>{escape(before["prompt"])}</td><td class="said">{escape(before["text"])}</td>{said}</tr>'
 
@@ -64,38 +76,31 @@ def answers(events: Events) -> str:
     return table(heads, map(row, first["examples"], last["examples"]), "answers")
 
 
-def _peak(done: dict[str, Any]) -> str:
-    """Measured on a GPU; on a CPU nobody counts it."""
-    peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
-    beside = f" ({units.size(said)} predicted)" if said else ""
-    return f", peak memory {units.size(peak)}{beside}" if peak else ""
-
-
-def charts(events: Events) -> dict[str, Any]:
+def charts(events: Events) -> dict[str, dict[str, Chart]]:
     """The loss and the metric of a run so far, by panel."""
-    start = next((e for e in events if e["type"] == "start"), None)
+    start = last_of(events, "start")
     steps = start["spec"]["steps"] if start else 40
     name = METRICS[start["metric"]].name if start else "Score"
     return {
-        "loss": figures.themed(figures.loss_curve, events, steps),
-        "metric": figures.themed(figures.metric_curve, events, steps, name),
+        "loss": themed(loss_curve, events, steps),
+        "metric": themed(metric_curve, events, steps, name),
     }
 
 
 @lru_cache(maxsize=32)
-def charts_of(job: jobs.Job, seen: int) -> dict[str, Any]:
-    """The same of the first `seen` events of a job."""
+def charts_of(job: jobs.Job, seen: int) -> dict[str, dict[str, Chart]]:
+    """The charts of a job's first `seen` events."""
     return charts(job.events[:seen])
 
 
-def drawn(job: jobs.Job) -> dict[str, Any]:
-    """The charts of a job: new ones only where there is a new point."""
+def _drawn(job: jobs.Job) -> dict[str, dict[str, Chart]]:
+    """The charts of a job, which are drawn anew only where there is a new point."""
     events = list(job.events)
-    return charts_of(job, next((n for n in range(len(events), 0, -1) if events[n - 1]["type"] in ("step", "eval")), 0))
+    return charts_of(job, max((n for n, e in enumerate(events, 1) if e["type"] in ("step", "eval")), default=0))
 
 
 @lru_cache(maxsize=len(TASKS) + 8)
-def recording(task: str) -> dict[str, Any]:
+def recording(task: str) -> dict[str, object]:
     """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
     run = next((r for r in measured.runs() if r["spec"]["task"] == task), None)
     if run is None:
@@ -109,37 +114,37 @@ def recording(task: str) -> dict[str, Any]:
     return {
         "sentence": f"Recorded on {escape(run['hardware'])}: {sentences.live_sentence(events)}",
         "bar": f'{remarks(about)}<div class="note">{explained(escape(scores.elsewhere(recorded)))}</div>',
-        "said": answers(events),
+        "said": _answers(events),
         **charts(events),
     }
 
 
-def named(spec: RunSpec) -> str:
+def _named(spec: RunSpec) -> str:
     """Which model a run trains, and by which method."""
     report = count(resolve(spec))
-    return f"{escape(report.model_name)}, {escape(sentences.method_name(report))}"
+    return f"{escape(report.model_name)}, {method_name(report)}"
 
 
 def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
     """What is said while the recording stands: what `spec` would begin, how many are before it, or what it is loading."""
     if job is None:
-        return remarks(f"<b>Press Train to run it here: {named(spec)}.</b>")
+        return remarks(f"<b>Press Train to run it here: {_named(spec)}.</b>")
     last, before = job.events[-1], jobs.ahead(job)
     what = f"Your run waits: {before} ahead of it" if last["type"] == "queued" and before else "Your run begins"
     if last["type"] == "loading":
-        what = f"Your run begins: loading {escape(last['model'])}, which is fetched first where it is not here yet"
+        what += f": loading {escape(last['model'])}, which is fetched first where it is not here yet"
     return remarks(f"<b>{what}.</b>")
 
 
-def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, Any]:
+def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, object]:
     """What the panels of a run show, by name. Until it has begun, the recording of the task stays."""
-    if job is None or not (job.over or any(event["type"] == "start" for event in job.events)):
+    if job is None or not (job.over or last_of(job.events, "start")):
         old = recording(spec.task or tasks.DEFAULT)
-        return old | {"bar": waiting(job, spec) + old["bar"]}
+        return {**old, "bar": f"{waiting(job, spec)}{old['bar']}"}
     events = list(job.events)
     return {
         "sentence": sentences.live_sentence(events),
-        "bar": remarks(f"<b>Your run:</b> {named(job.spec)}") + (failure(events) or explained(status(events))),
-        "said": answers(events),
-        **drawn(job),
+        "bar": remarks(f"<b>Your run:</b> {_named(job.spec)}") + (failure(events) or explained(status(events))),
+        "said": _answers(events),
+        **_drawn(job),
     }

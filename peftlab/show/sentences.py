@@ -8,156 +8,121 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
 
+from .. import units
 from ..base import architecture as architectures
-from ..base import models
-from ..catalog.gpus import GPU, GPUS
+from ..catalog.gpus import GPUS
 from ..compare import BASE, ComparisonReport
 from ..compare.lowrank import Spectrum
-from ..count import ParameterReport
 from ..data import tasks
-from ..memory import MemoryReport
-from ..methods.where import where
-from ..units import percent, score, seconds, significant, size
-
-if TYPE_CHECKING:
-    from ..race import Line
-
-
-def bold(text: str, meaning: str = "") -> str:
-    return f'<b class="{meaning}">{escape(text)}</b>' if meaning else f"<b>{escape(text)}</b>"
-
+from ..memory import MemoryReport, Moment
+from ..race import Line
+from ..run.events import Event
+from .marks import bold
+from .settings import gpu_name, method_name
 
 SENTENCES = {
     "full": "Full fine-tuning of {model} needs {full}.",
     "chosen": "{method} needs {chosen}: {ratio}× {less}{where}.",
     "one": "{it} one {gpu}",
     "several": "{it_takes} {n} × {gpu}",
-    "lora": "{what} on {where} trains {trained} of {total} numbers: {percent}. The adapter is {size}.",
 }
-"""Opening sentences. The page fills the same words on every move of a slider."""
+"""The parts of Memory's opening sentence. The page fills the same words on every move of a slider."""
 
 
 def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
-    """What full fine-tuning needs, what the chosen method needs, and what holds it.
+    """What full fine-tuning needs, what the chosen method needs, and which GPUs hold that.
 
     An estimate is marked as one and names no GPU: the exact figure, which follows it on the page, may name another.
     """
     estimated = chosen.peak is not None and chosen.source == "closed-form"
     about = "about " if estimated else ""
-    begin = SENTENCES["full"].format(model=bold(full.model_name), full=about + bold(size(full.needed)))
+    begin = SENTENCES["full"].format(model=bold(full.model_name), full=about + bold(units.size(full.needed)))
     where = "" if estimated else _where(chosen)
     if chosen.spec.method == "full":
         return begin + (f" {where[0].upper()}{where[1:]}." if where else "")
     ratio = full.needed / chosen.needed
     return f"{begin} " + SENTENCES["chosen"].format(
         method=bold(method_name(chosen), "trained"),
-        chosen=about + bold(size(chosen.needed), "trained"),
-        ratio=about + significant(max(ratio, 1 / ratio)),
+        chosen=about + bold(units.size(chosen.needed), "trained"),
+        ratio=about + units.significant(max(ratio, 1 / ratio)),
         less="less" if ratio >= 1 else "more",
         where=f", and {where}" if where else "",
     )
 
 
 def it(report: MemoryReport) -> dict[str, str]:
-    """How the sentence speaks of the run: whole, or of its states alone."""
-    whole = report.process is not None
-    return (
-        {"it": "it fits", "it_takes": "it takes"}
-        if whole
-        else {"it": "these alone fit", "it_takes": "these alone take"}
-    )
+    """What the sentence says of the run: that it fits as a whole, or that its states alone do."""
+    if report.process is None:
+        return {"it": "these alone fit", "it_takes": "these alone take"}
+    return {"it": "it fits", "it_takes": "it takes"}
 
 
 def _where(report: MemoryReport) -> str:
+    """The smallest GPU that holds the run, or how many of the largest one do."""
+    *_, largest = GPUS.values()
     if one := next((g for g in GPUS.values() if report.needed <= g.memory_bytes), None):
-        return SENTENCES["one"].format(**it(report), gpu=escape(gpu_name(one)))
-    largest = list(GPUS.values())[-1]
+        return SENTENCES["one"].format(**it(report), gpu=gpu_name(one))
     n = -(-report.needed // largest.memory_bytes)
-    return SENTENCES["several"].format(**it(report), n=f"{n:,}", gpu=escape(gpu_name(largest)))
+    return SENTENCES["several"].format(**it(report), n=f"{n:,}", gpu=gpu_name(largest))
 
 
 def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
-    """What a reader would not expect of these two predictions, the most surprising first; none without a step."""
-    a, b = full.peak, chosen.peak
-    if a is None or b is None:
+    """What a reader would not expect of these two predictions, the most surprising first; none where a convention counts."""
+    peak, spec = chosen.peak, chosen.spec
+    if full.peak is None or peak is None:
         return []
-    spec, name = chosen.spec, escape(chosen.method_name)
-    tokens = spec.batch_size * spec.sequence_length
-    batch = b.bytes["activations"] + b.bytes["logits"]
-    saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
-    found = []
-    if spec.method != "full" and b.total > a.total:
-        more = batch - a.bytes["activations"] - a.bytes["logits"]
-        spared = more - (b.total - a.total)
+    logits, batch, facts = peak.bytes["logits"], _batch(peak), architectures.of(spec.model).facts
+    found = _against_full(full, chosen, full.peak, peak)
+    if logits > 0.25 * peak.total:
         found.append(
-            f"{name} needs more memory than full fine-tuning here. The reason: "
-            + (
-                f"at the peak it spares {size(spared)} of weights, gradients and optimizer states, and keeps {size(more)} more "
-                "for the backward pass."
-                if spared > 0
-                else f"it trains {chosen.trainable_parameters:,} numbers, beside a model of {chosen.total_parameters:,}."
-            )
+            f"The logits alone take {units.size(logits)}: a number for each of {spec.batch_size * spec.sequence_length:,} "
+            "tokens and every word of the vocabulary, in fp32, then its softmax, then its gradient."
         )
-    elif spec.method != "full" and saved > 0 and b.total > 0.75 * a.total:
+    if batch > 0.5 * peak.total:
         found.append(
-            f"{size(saved)} of gradients and optimizer states are gone, and memory is only {percent(1 - b.total / a.total)} "
-            "lower: the rest does not depend on how much is trained."
-        )
-    if b.bytes["logits"] > 0.25 * b.total:
-        found.append(
-            f"The logits alone take {size(b.bytes['logits'])}: a number for each of {tokens:,} tokens and every word of the "
-            "vocabulary, in fp32, then its softmax, then its gradient."
-        )
-    if batch > 0.5 * b.total:
-        found.append(
-            f"Activations and logits are {percent(batch / b.total)} of the peak. They follow batch × length, not the number of "
-            "trained parameters."
+            f"Activations and logits are {units.percent(batch / peak.total)} of the peak. They follow batch × length, not "
+            "the number of trained parameters."
         )
     if spec.rank and spec.precision == "bf16" and spec.adapter_precision == "fp32" and not spec.gradient_checkpointing:
         found.append(
-            "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast to "
-            "the adapter's fp32."
+            "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast "
+            "to the adapter's fp32."
         )
-    experts = architectures.of(spec.model).facts
-    if experts.experts:
-        found.append(
-            f"All {experts.experts} experts of every layer weigh, though a token meets {experts.experts_per_token} of them."
-        )
+    if facts.experts:
+        each = f"All {facts.experts} experts of every layer weigh"
+        found.append(f"{each}, though a token meets {facts.experts_per_token} of them.")
     if chosen.outside:
-        found.append(
-            f"{size(chosen.outside)} of optimizer states are paged: they move to the CPU when the GPU is full."
-        )
+        paged = f"{units.size(chosen.outside)} of optimizer states are paged"
+        found.append(f"{paged}: they move to the CPU when the GPU is full.")
     return found
 
 
-def gpu_name(gpu: GPU) -> str:
-    """Without the vendor and the socket: V100 16 GB, RTX 4090."""
-    return " ".join(w for w in gpu.name.split() if w not in ("NVIDIA", "GeForce") and not w.startswith("SXM"))
+def _batch(peak: Moment) -> int:
+    """Bytes that follow the batch."""
+    return peak.bytes["activations"] + peak.bytes["logits"]
 
 
-def method_name(report: MemoryReport | ParameterReport) -> str:
-    """A method with the size that it was given; without one where the model is a number and has no layers to give it to."""
-    spec = report.spec
-    if models.find(spec.model).config is None:
-        return report.method_name
-    sizes = (("rank", spec.rank), ("width", spec.bottleneck), ("blocks of", spec.block_size))
-    named = [f"{name} {size}" for name, size in sizes if size]
-    named += [f"{spec.virtual_tokens} virtual tokens"] if spec.virtual_tokens else []
-    return ", ".join((report.method_name, *named))
-
-
-def lora_sentence(report: ParameterReport) -> str:
-    rank = report.spec.rank
-    return SENTENCES["lora"].format(
-        what=f"Rank {rank}" if report.spec.method == "lora" else f"{escape(report.method_name)}, rank {rank},",
-        where=escape(where(report.spec)),
-        trained=bold(f"{report.trainable_parameters:,}", "trained"),
-        total=bold(f"{report.total_parameters:,}", "frozen"),
-        percent=bold(percent(report.trainable_percent / 100), "trained"),
-        size=size(report.adapter_bytes),
+def _against_full(full: MemoryReport, chosen: MemoryReport, a: Moment, b: Moment) -> list[str]:
+    """That a method needs more at its peak `b` than full fine-tuning does at its peak `a`, or hardly less."""
+    saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
+    more = _batch(b) - _batch(a)
+    spared = more - (b.total - a.total)
+    if chosen.spec.method == "full" or b.total <= 0.75 * a.total or (saved <= 0 and b.total <= a.total):
+        return []
+    if b.total <= a.total:
+        return [
+            f"{units.size(saved)} of gradients and optimizer states are gone, and memory is only "
+            f"{units.percent(1 - b.total / a.total)} lower: the rest does not depend on how much is trained."
+        ]
+    reason = (
+        f"at the peak it spares {units.size(spared)} of weights, gradients and optimizer states, and keeps "
+        f"{units.size(more)} more for the backward pass."
+        if spared > 0
+        else f"it trains {chosen.trainable_parameters:,} numbers, beside a model of {chosen.total_parameters:,}."
     )
+    return [f"{chosen.method_name} needs more memory than full fine-tuning here. The reason: {reason}"]
 
 
 def study_sentence(role: str, layer: int, weight: Spectrum, deltas: Mapping[str, Spectrum], share: float) -> str:
@@ -167,18 +132,18 @@ def study_sentence(role: str, layer: int, weight: Spectrum, deltas: Mapping[str,
     said = ", ".join(f"of {escape(name)} {bold(str(n), 'trained')}" for name, n in needs.items())
     widest = max(needs.values())
     end = (
-        f"Only the updates are low-rank: W needs {significant(most / widest, 2)} times as many as the widest of them."
+        f"Only the updates are low-rank: W needs {units.significant(most / widest, 2)} times as many as the widest of them."
         if widest < most / 2
         else "Not every update here is low-rank."
     )
     return (
-        f"{percent(share)} of the energy of layer {layer}'s {escape(role)} matrix needs {bold(str(most), 'frozen')} of its "
-        f"{len(weight.values)} directions; of the update {said}. {end}"
+        f"{units.percent(share)} of the energy of layer {layer}'s {escape(role)} matrix needs {bold(str(most), 'frozen')} of "
+        f"its {len(weight.values)} directions; of the update {said}. {end}"
     )
 
 
-def gear(events: Sequence[dict[str, Any]]) -> str:
-    """How the steps of a run are launched, and why, and what of them is not fused, from its events."""
+def gear(events: Sequence[Event]) -> str:
+    """How the steps of a run are launched, and why, and which operations are not fused, from its events."""
     said = [e for e in events if "gear" in e]
     if not said:
         return "steps launched one operation at a time"
@@ -189,10 +154,16 @@ def gear(events: Sequence[dict[str, Any]]) -> str:
     return f"steps launched one operation at a time ({escape(said[-1]['why_eager'])}){rest}"
 
 
-def live_sentence(events: Sequence[dict[str, Any]]) -> str:
+def last_of(events: Sequence[Event], kind: str) -> Event | None:
+    """The last event of a kind, None where there is none."""
+    return next((e for e in reversed(events) if e["type"] == kind), None)
+
+
+def live_sentence(events: Sequence[Event]) -> str:
     """What a run has achieved so far, from its events."""
-    start = next((e for e in events if e["type"] == "start"), None)
-    last = events[-1] if events else {"type": "idle"}
+    if not events:
+        return "Loading the model."
+    start, step, last = last_of(events, "start"), last_of(events, "step"), events[-1]
     if last["type"] == "error":
         steps = sum(e["type"] == "step" for e in events)
         return f"The run ended after {steps} steps." if steps else "The run ended before it had learned anything."
@@ -201,22 +172,20 @@ def live_sentence(events: Sequence[dict[str, Any]]) -> str:
         return f"Waiting: {ahead} run{'s' if ahead != 1 else ''} ahead of yours." if ahead else "Starting the run."
     if start is None:
         return f"Loading {escape(last.get('model', 'the model'))}."
-    metric = tasks.METRICS[start["metric"]].name
-    scores = [next(iter(e["metrics"].values())) for e in events if e["type"] == "eval"]
-    step = next((e for e in reversed(events) if e["type"] == "step"), None)
-    name = bold(start["model"], "frozen")
     if last["type"] == "done" and not last["steps"]:
         return escape(last["message"])
+    name = bold(start["model"], "frozen")
     if step is None:
         return f"{name} answers {start['heldout']} held-out items before it has learned anything."
     total = sum(e["seconds"] for e in events if e["type"] == "step")
-    read = f"{name} has read {step['examples']} examples in {seconds(total)}."
+    read = f"{name} has read {step['examples']} examples in {units.seconds(total)}."
+    scores = [units.score(next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
     if not scores:
         return read
-    before = bold(score(scores[0]), "frozen")
+    metric, before = tasks.METRICS[start["metric"]].name, bold(scores[0], "frozen")
     if len(scores) == 1:
         return f"{read} {metric} before: {before}."
-    return f"{read} {metric}: {before} → {bold(score(scores[-1]), 'trained')} on items it has never seen."
+    return f"{read} {metric}: {before} → {bold(scores[-1], 'trained')} on items it has never seen."
 
 
 def race_sentence(lines: Sequence[Line]) -> str:
@@ -225,35 +194,29 @@ def race_sentence(lines: Sequence[Line]) -> str:
     if not finished:
         return f"{len(lines)} racers, the same rows in the same order. None has finished yet."
     best, last = finished[0], finished[-1]
-    base = sum(best.base_scores) / len(best.base_scores)
     early = sum(line.error is not None for line in lines if not line.scores)
     counts = {"ended early": early, "to come": len(lines) - len(finished) - early}
     rest = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-    who = f"{len(lines)} racers" + (f" ({rest})" if rest else "")
     text = (
-        f"Of {who}, {bold(best.name, 'trained')} scores highest: {bold(score(best.score), 'trained')} of held-out items "
-        f"(the base {bold(score(base), 'frozen')})."
+        f"Of {len(lines)} racers{f' ({rest})' if rest else ''}, {bold(best.name, 'trained')} scores highest: "
+        f"{bold(units.score(best.score), 'trained')} of held-out items "
+        f"(the base {bold(units.score(fmean(best.base_scores)), 'frozen')})."
     )
-    return text if last is best else f"{text} Lowest: {escape(last.name)}, {bold(score(last.score))}."
+    return text if last is best else f"{text} Lowest: {escape(last.name)}, {bold(units.score(last.score))}."
 
 
 def compare_sentence(report: ComparisonReport) -> str:
+    """On how many items the last adapter is better than the base, and on how many worse, and how much it forgot."""
     adapted = [s for s in report.scores if s.model != BASE][-1]
-    rows = [
-        (
-            next(r.score or 0 for r in e.replies if r.model == BASE),
-            next(r.score or 0 for r in e.replies if r.model == adapted.model),
-        )
-        for e in report.exchanges
-    ]
-    wins, losses = sum(a > b for b, a in rows), sum(a < b for b, a in rows)
-    text = f"{bold('The adapter', 'trained')} wins {bold(str(wins))} of {len(rows)}, loses {bold(str(losses))}"
-    if adapted.forgetting is None:
-        return text + "."
+    scores = [{r.model: r.score or 0 for r in e.replies} for e in report.exchanges]
+    wins = sum(score[adapted.model] > score[BASE] for score in scores)
+    losses = sum(score[adapted.model] < score[BASE] for score in scores)
+    text = f"{bold('The adapter', 'trained')} wins {bold(str(wins))} of {len(scores)}, loses {bold(str(losses))}"
     change = adapted.forgetting
-    verdict = (
-        "it forgot almost nothing" if change < 0.05 else "it forgot a little" if change < 0.3 else "it forgot a lot"
-    )  # nats per token: 0.05 is a 5% and 0.3 a 35% rise of perplexity
+    if change is None:
+        return f"{text}."
     if change <= 0:
         return f"{text}, and reads ordinary text no worse than before."
-    return f"{text}, and on ordinary text is {significant(change, 2)} nats a token worse: {verdict}."
+    # nats per token: 0.05 is a 5% and 0.3 a 35% rise of perplexity
+    much = "almost nothing" if change < 0.05 else "a little" if change < 0.3 else "a lot"
+    return f"{text}, and on ordinary text is {units.significant(change, 2)} nats a token worse: it forgot {much}."

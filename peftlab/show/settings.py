@@ -1,54 +1,72 @@
-"""A run's settings in words: their names, which of them differ from automatic, and what the run then uses."""
+"""A run in words: the names of its settings, method and GPU, which settings were changed, and what it then uses."""
 
 from __future__ import annotations
 
-from html import escape
-from typing import Any
-
 from .. import hardware
-from ..base.models import MODELS
+from ..base.models import MODELS, find
+from ..catalog.gpus import GPU
+from ..count import ParameterReport
 from ..errors import SpecError
+from ..memory import MemoryReport
 from ..resolve import resolve, resolve_here
 from ..spec import RunSpec
+from .marks import bold
 
 
-def label(name: str) -> str:
-    return name.replace("_", " ").capitalize().replace("gpu", "GPU").replace("Gpu", "GPU")
+def label(setting: str) -> str:
+    """A setting's name as a control shows it: `n_gpus` is N GPUs."""
+    return setting.replace("_", " ").capitalize().replace("gpu", "GPU").replace("Gpu", "GPU")
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
+    """A setting's value without needless digits: 0.0020 is 0.002."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def method_name(report: MemoryReport | ParameterReport) -> str:
+    """A method with the size that it was given: `LoRA, rank 8`. A bare count has no layers, so the size is left out."""
+    spec = report.spec
+    sizes = {
+        "rank {}": spec.rank,
+        "width {}": spec.bottleneck,
+        "blocks of {}": spec.block_size,
+        "{} virtual tokens": spec.virtual_tokens,
+    }
+    layered = find(spec.model).config is not None
+    return ", ".join([report.method_name, *(text.format(size) for text, size in sizes.items() if size and layered)])
+
+
+def gpu_name(gpu: GPU) -> str:
+    """A GPU without its vendor and socket: V100 16 GB, RTX 4090."""
+    return " ".join(w for w in gpu.name.split() if w not in ("NVIDIA", "GeForce") and not w.startswith("SXM"))
+
+
 def changed(spec: RunSpec) -> str:
-    """Which settings differ from automatic, in a line."""
+    """The settings that differ from automatic ones, as a sentence; empty where a name of `spec` is not known."""
     try:
         usual = resolve(RunSpec(model=spec.model, method=spec.method, task=spec.task))
     except SpecError:
         return ""
-    marks = [
-        f"{escape(label(name))} <b>{escape(short(value))}</b>"
+    named = [
+        f"{label(name)} {bold(short(value))}"
         for name, value in spec.to_dict().items()
         if name not in ("model", "method", "task") and value != getattr(usual, name)
     ]
-    return "Changed: " + ", ".join(marks) if marks else "Every setting is automatic."
+    return "Changed: " + ", ".join(named) if named else "Every setting is automatic."
 
 
 def settings_line(spec: RunSpec) -> str:
-    """What a run with these settings uses, automatic values included."""
+    """What a run with these settings uses on this machine, automatic values included."""
     r = resolve_here(spec)
+    sizes = {n: getattr(r, n) for n in ("rank", "alpha", "virtual_tokens", "bottleneck", "block_size")}
     parts = [
         f"learning rate {r.learning_rate:g}",
         f"{r.steps} steps of {r.batch_size} examples",
-        *(
-            f"{label(n).lower()} {short(getattr(r, n))}"
-            for n in ("rank", "alpha", "virtual_tokens", "bottleneck", "block_size")
-            if getattr(r, n)
-        ),
+        *(f"{label(name).lower()} {short(size)}" for name, size in sizes.items() if size),
         *([f"a base in {r.quantization}"] if r.quantization != "none" else []),
         f"{r.precision} on {hardware.here().device.upper()}",
     ]
-    return f"Runs with {', '.join(parts)}.{escape(terms(r.model or ''))} {changed(spec)}"
+    return f"Runs with {', '.join(parts)}.{terms(r.model)} {changed(spec)}"
 
 
 def terms(model: str) -> str:

@@ -1,11 +1,11 @@
-"""What the LoRA tab's script counts and draws from: a model's shapes, the registry's terms, and its words."""
+"""What the LoRA tab's script counts, draws and writes from: a model's shapes, the registry's terms, and words."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from ..base import architecture
 from ..base.models import find
@@ -14,14 +14,11 @@ from ..methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
 from ..methods.where import WHERE
 from ..resolve import resolve
 from ..spec import RunSpec, parse_layers
-from . import sentences
 
 FAMILY = tuple(key for key, method in METHODS.items() if "rank" in method.settings)
 """The methods that have a rank."""
-ADAM = 8
-"""Bytes of optimizer state a trained parameter: Adam's two moments in fp32."""
 WORDS = {
-    "sentence": sentences.SENTENCES["lora"],
+    "sentence": "{what} on {where} trains {trained} of {total} numbers: {percent}. The adapter is {size}.",
     "where": WHERE,
     "no_target": "no target module is ticked: nothing would be trained; tick at least one",
     "no_layer": "no layer is chosen: nothing would be trained; choose at least one",
@@ -47,21 +44,20 @@ WORDS = {
 }
 
 
-def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the page needs to know of `spec` and its model, and which of its numbers were refused.
+def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, object]:
+    """What the page needs to know of `spec` and its model, and which of its numbers were `refused`, with their text.
 
     Raises SpecError where LoRA has nothing to do there.
     """
     spec = of_family(spec)
     of = resolve(spec)
-    entry, shape = find(of.model), architecture.of(of.model)
+    shape = architecture.of(of.model)
     wanted = shape.targets(of.target_modules)
     linear = shape.linear() + [m for m in wanted if m.head]
     names = architecture.told_apart([m.name for m in linear])
-    layers = parse_layers(of.layers, shape.n_layers)
     return {
         "key": of.model,
-        "model": escape(entry.name),
+        "model": escape(find(of.model).name),
         "total": shape.total_parameters,
         "n_layers": shape.n_layers,
         "modules": [
@@ -79,15 +75,15 @@ def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, 
             for name, label, m in zip(names, _labels(names, linear), linear, strict=True)
         ],
         "rest": _rest(shape, linear),
-        "methods": {key: _method(METHODS[key], spec) for key in FAMILY},
-        "bytes": BYTES[of.adapter_precision or "fp32"],
-        "adam": ADAM,
+        "methods": {key: _method(METHODS[key], spec.model) for key in FAMILY},
+        "bytes": BYTES[of.adapter_precision],
+        "adam": 2 * BYTES["fp32"],  # two moments
         "at": {
             "method": spec.method,
             "rank": of.rank,
             "alpha": spec.alpha,
             "targets": [name for name, m in zip(names, linear, strict=True) if m in wanted],
-            "layers": layers,
+            "layers": parse_layers(of.layers, shape.n_layers),
             "layers_said": spec.layers,
             "refused": {
                 n: re.sub(r"[^\w.+-]", "", text)[:40] for n, text in (refused or {}).items() if n in ("rank", "alpha")
@@ -110,27 +106,27 @@ def of_family(spec: RunSpec) -> RunSpec:
     return spec if spec.method in FAMILY else spec.but(method="lora")
 
 
-def _rest(shape: architecture.Architecture, linear: list[architecture.Module]) -> list[dict[str, Any]]:
+def _rest(shape: architecture.Architecture, linear: list[architecture.Module]) -> list[dict[str, object]]:
     """What LoRA leaves alone by default: embeddings, norms, the head."""
-    rest: dict[str, int] = {}
+    rest: Counter[str] = Counter()
     for m in shape.modules:
-        if m not in linear and (m.weight + m.bias):
-            name = m.role or m.short_name
-            rest[name] = rest.get(name, 0) + (m.weight + m.bias) * m.count
-    return [{"name": name, "parameters": n} for name, n in rest.items()]
+        if m not in linear:
+            rest[m.role or m.short_name] += (m.weight + m.bias) * m.count
+    return [{"name": name, "parameters": n} for name, n in rest.items() if n]
 
 
-def _method(method: Method, spec: RunSpec) -> dict[str, Any]:
+def _method(method: Method, model: str | None) -> dict[str, object]:
     """How a method counts, and its rule for alpha as (constant, per rank); None where it has no alpha."""
-    plain = RunSpec(model=spec.model, method=method.key)
-    one, two = (resolve(plain.but(rank=r)).alpha for r in (1, 2))
+    usual = RunSpec(model=model, method=method.key)
+    one, two = (resolve(usual.but(rank=rank)).alpha for rank in (1, 2))
+    of = resolve(usual)
     return {
         "name": method.name,
         "terms": [[t.coefficient, t.factors] for t in method.terms],
         "saved": [[t.coefficient, t.factors] for t in method.saved or method.terms],
         "limit": method.rank_limit,
-        "usual": resolve(plain).rank,
-        "bytes": BYTES[resolve(plain).adapter_precision or "fp32"],
-        "alpha": None if one is None or two is None else [2 * one - two, two - one],
+        "usual": of.rank,
+        "bytes": BYTES[of.adapter_precision],
+        "alpha": None if "alpha" in of.unread else [2 * one - two, two - one],
         "root": any("√" in box for box in method.drawing.branch),
     }

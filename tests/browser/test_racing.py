@@ -85,7 +85,7 @@ def test_a_lesson_asks_first_and_then_shows(app, open_page, size):
     expect(sentence(page)).to_contain_text("A guess first")
     page.get_by_role("radio", name=lesson.options[0]).click()
     expect(page.locator("table.board:visible")).to_have_count(1)
-    expect(page.locator("table.findings:visible")).to_contain_text(lesson.claims[0].says)
+    expect(page.locator("table.checks:visible")).to_contain_text(lesson.statements[0].says)
     expect(page).to_have_url(re.compile("lesson=rank"))
     drawn = page.locator(".figure:visible .main-svg")
     expect(drawn.first).to_be_visible()

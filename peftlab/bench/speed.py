@@ -1,0 +1,82 @@
+"""Our training beside that of other trainers: the same model, adapter, rows, order, steps and final evaluation."""
+
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+
+from ..base import weights
+from ..errors import PeftlabError, plain
+from ..measured import provenance
+from ..memory.compute import compute, peak
+from ..resolve import resolve_here
+from ..spec import Json, Resolved, RunSpec
+from . import Say, peers, write
+from .chart import chart
+from .peers import YARDSTICK, Peer
+from .peers._shared import pairs
+from .random_weights import random_weights
+
+
+def record_speed(
+    spec: RunSpec, out: Path, say: Say, seeds: int = 1, chosen: Sequence[str] | None = None, random: bool = False
+) -> Json:
+    """Runs the `chosen` peers, by default all, and writes what each took to `out`, after each run: a bench takes minutes.
+
+    Peers whose scores are compared run on `seeds` seeds. One that fails says so in its row, and the others go on. With
+    `random` weights there are no scores. Where the yardstick ran, a chart is written beside `out` as SVG. Raises SpecError
+    for an unknown peer.
+    """
+    racing = [peers.find(name) for name in chosen or peers.PEERS]
+    with tempfile.TemporaryDirectory() as folder:
+        used = resolve_here(random_weights(spec, Path(folder)) if random else spec)
+        document = provenance() | {
+            "kind": "speed",
+            "spec": used.to_dict() | ({"model": spec.model, "task": None} if random else {}),
+            "random_weights": random,
+            "floor_seconds": _floor(used),
+            "rows": [],
+        }
+        for peer in racing:
+            row: Json = {"name": peer.name, "runs": []}
+            document["rows"].append(row)
+            for said in _measure(peer, used, seeds if peer.seeded else 1, row, scored=not random):
+                say(f"{peer.name}{said}")
+                write(document, out)
+    if any(row["name"] == YARDSTICK and row["runs"] for row in document["rows"]):
+        out.with_suffix(".svg").write_text(chart(document, YARDSTICK), encoding="utf-8")
+    return document
+
+
+def _measure(peer: Peer, spec: Resolved, seeds: int, row: Json, scored: bool) -> Iterator[str]:
+    """Fills a peer's row run by run, and yields what to say of each after the peer's name."""
+    if not find_spec(peer.package):
+        row["error"] = f"{peer.package} is not installed"
+        yield f": {row['error']}"
+        return
+    row["package"] = f"{peer.package} {version(peer.package)}"
+    for seed in range(seeds):
+        gc.collect()  # what the last run leaves would count in the next one's peak
+        try:
+            run = peer.run(replace(spec, seed=seed)) | {"seed": seed}
+        except (PeftlabError, RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+            row["error"] = plain(error)
+            yield f": {row['error']}"
+            return
+        if not scored:  # random weights learn nothing
+            del run["score"]
+        row["runs"].append(run)
+        pace, rate = f"{1000 * run['step_seconds']:.1f} ms a step", f"{run['tokens_per_second']:,.0f} tokens/s"
+        yield f", seed {seed}: {pace}, {rate}" + (f", score {run['score']:.2f}" if scored else "")
+
+
+def _floor(spec: Resolved) -> float | None:
+    """Seconds that a step's products take at the GPU's dense bf16 peak; None on a CPU."""
+    if not spec.gpu:
+        return None
+    tokens = spec.batch_size * fmean(map(len, pairs(weights.load(spec), spec)))
+    return compute(spec).per_token * tokens / peak(spec.gpu)

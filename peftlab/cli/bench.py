@@ -1,0 +1,41 @@
+"""`peftlab bench`: measurements on this machine, written as JSON."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from ..spec import Json
+from ._arguments import Commands, Output, count, spec_of, verb
+from ._output import check_writable, note, note_event
+
+WHAT = ("train", "gears", "generate", "record", "memory", "calculators", "page")
+
+
+def add(commands: Commands) -> None:
+    parser = verb(commands, "bench", run, "measure on this machine and write JSON", spec=True)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--at-once", type=count, default=1, help="memory: processes that share the GPU")
+    parser.add_argument("--seeds", type=count, default=1, help="train: runs of each trainer")
+    parser.add_argument("--peer", action="append", help="train: one of the trainers; repeatable (default: all)")
+    random = "train: of the model's shapes, and rows of --sequence-length tokens"
+    parser.add_argument("--random-weights", action="store_true", help=random)
+    parser.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
+
+
+def run(args: Namespace) -> Output:
+    from ..bench import calculators, gears, generation, memory, page, record, speed
+
+    out = args.out
+    check_writable(out)  # before it measures for minutes
+    recorders: dict[str, Callable[[], Json]] = {
+        "train": lambda: speed.record_speed(spec_of(args), out, note, args.seeds, args.peer, args.random_weights),
+        "gears": lambda: gears.record_gears(spec_of(args), out, note),
+        "generate": lambda: generation.record_generation(spec_of(args), out, note),
+        "record": lambda: record.record_train(spec_of(args), out, note_event, args.adapter_out),
+        "memory": lambda: memory.record_memory(out, note, args.at_once),
+        "calculators": lambda: calculators.record_calculators(out),
+        "page": lambda: page.record_page(out, note),
+    }
+    document = recorders[args.what]()
+    return document, map(calculators.markdown, document.get("comparisons", ()))

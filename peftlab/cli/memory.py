@@ -1,0 +1,50 @@
+"""`peftlab memory`: predicted memory."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from .. import units
+from ..base.models import find
+from ..errors import SpecError
+from ..memory import MemoryReport, exact, fits, predict, storage
+from ..resolve import resolve
+from ._arguments import Commands, Output, count, spec_of, verb
+from ._output import table
+
+
+def add(commands: Commands) -> None:
+    parser = verb(commands, "memory", run, "predicted memory", spec=True)
+    parser.add_argument("--convention", default="exact", help="exact, 8n, 12n, 16n-fp32, 16n-mixed or 18n")
+    parser.add_argument("--exact", action="store_true", help="the peak of a whole step, traced: takes seconds")
+    trained = "for a bare count such as 100B: how many are trained"
+    parser.add_argument("--trainable-parameters", type=count, help=trained)
+    parser.add_argument("--tasks", type=count, default=1, help="number of tasks to store")
+
+
+def run(args: Namespace) -> Output:
+    spec, convention, trained = resolve(spec_of(args)), args.convention, args.trainable_parameters
+    if args.exact and convention != "exact":
+        raise SpecError(f"convention={convention}: --exact counts what a run allocates; leave the convention out")
+    if trained and find(spec.model).config:
+        raise SpecError(
+            f"trainable-parameters={trained}: {spec.model} has layers, so they are counted; "
+            "leave it out, or give a bare count such as --model 100B"
+        )
+    report = exact(spec) if args.exact else predict(spec, convention, trained)
+    return report.to_dict() | {"storage": asdict(storage(report, args.tasks))}, _lines(report)
+
+
+def _lines(report: MemoryReport) -> Iterator[str]:
+    states = {"weights": report.weights, "gradients": report.gradients, "optimizer": report.optimizer}
+    yield from table([(name, units.size(n)) for name, n in (states | {"sum": report.states}).items()])
+    if report.peak:
+        parts = {kind.replace("_", " "): units.size(n) for kind, n in report.peak.bytes.items() if n}
+        yield from table([(f"at the peak: {kind}", size) for kind, size in parts.items()])
+        how = "a trace of it on fake tensors" if report.source == "trace" else "the closed form; --exact traces it"
+        allocated, whole = units.size(report.allocated), units.size(report.process)
+        yield f"peak of a step: {allocated} allocated, {whole} in all, by {how}"
+    else:
+        yield f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included"
+    one = next((f.gpu.name for f in fits(report.needed) if f.n_gpus == 1), None)
+    yield f"smallest GPU that holds it: {one}" if one else "no single GPU of the catalogue holds it"

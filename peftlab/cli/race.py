@@ -1,0 +1,77 @@
+"""`peftlab race`: several runs of one task side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from .. import units
+from ..errors import SpecError
+from ._arguments import Commands, Output, count, spec_of, verb
+from ._output import check_writable, note, table
+
+if TYPE_CHECKING:
+    from ..race import Line, Racer
+
+
+def add(commands: Commands) -> None:
+    parser = verb(commands, "race", run, "several runs side by side, each one's progress on stderr", spec=True)
+    vary = "a setting and the values to race; repeatable (default: method, all that suit the model)"
+    parser.add_argument("--vary", nargs="+", action="append", metavar=("SETTING", "VALUE"), help=vary)
+    parser.add_argument("--seconds", type=float, help="of training for each, instead of --steps")
+    parser.add_argument("--seeds", type=count, default=1, help="runs of each")
+    parser.add_argument("--no-latency", dest="latency", action="store_false", help="do not time the tokens of each")
+    parser.add_argument("--sort", default="score", help="the column to rank by")
+    parser.add_argument("--csv", type=Path, help="where to write the board as CSV")
+    parser.add_argument("--out", type=Path, help="the JSON file to write; a race begun there goes on")
+
+
+def run(args: Namespace) -> Output:
+    from .. import race
+
+    race.column(args.sort)  # refused before anything runs
+    axes = {setting: values for setting, *values in args.vary or [["method"]]}
+    racers = race.along(spec_of(args), axes)
+    known = race.read(args.out) if args.out and args.out.exists() and args.out.stat().st_size else []
+    if others := [line.name for line in known if line.spec not in [racer.spec.to_dict() for racer in racers]]:
+        raise SpecError(f"out={args.out}: it has {others[0]}, which is not in this race; give another path")
+    check_writable(args.out, args.csv)
+    lines = race.ranked(_raced(args, racers, axes, known), args.sort)
+    if args.csv:
+        args.csv.write_text(race.to_csv(lines), encoding="utf-8")
+    head = ("", "score", "95% interval", "loss", "trained", "training", "")
+    return race.document(axes, lines), table([head, *map(_row, lines)])
+
+
+def _raced(
+    args: Namespace, racers: Sequence[Racer], axes: Mapping[str, Sequence[str]], known: Sequence[Line]
+) -> list[Line]:
+    """Runs the race and returns its lines; --out has what is finished after each, so that an interruption loses little."""
+    from .. import race
+    from ..run import warm_up
+
+    lines: list[Line] = []
+    warm_up(racers[0].spec)
+    with tempfile.TemporaryDirectory() as folder:
+        for event in race.race(racers, Path(folder), args.seeds, args.seconds, args.latency, known):
+            if event["type"] == "line":
+                lines[event["racer"]] = line = race.Line(**event["line"])
+                note(f"{line.name}: {line.error or f'{len(line.scores)} of {args.seeds} seeds'}")
+            elif event["type"] in ("racers", "done"):
+                lines = [race.Line(**line) for line in event["lines"]]
+            if args.out and event["type"] in ("line", "done"):
+                race.record(args.out, axes, lines)
+    return lines
+
+
+def _row(line: Line) -> tuple[str, ...]:
+    trained = f"{line.trainable_parameters:,}"
+    if not line.scores:
+        return line.name, "", "", "", trained, "", line.error or "stopped"
+    low, high = map(units.score, line.interval)
+    loss, seconds = units.significant(fmean(line.loss)), units.seconds(fmean(line.training_seconds))
+    return line.name, units.score(line.score), f"{low} to {high}", loss, trained, seconds, ""

@@ -1,0 +1,134 @@
+"""What the registry holds of a fine-tuning method.
+
+An entry counts by data: for each adapted module, its trainable parameters are a sum of terms, each the product of a
+coefficient, sizes of the module and settings of the run. Python evaluates the terms here; the page evaluates the same
+terms in the browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..base.architecture import Architecture, Module
+from ..catalog.methods import ABOUT, About
+from ..spec import Resolved
+from .selection import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+SIZES = ("d_in", "d_out", "weight", "bias")
+"""The sizes of a module that a term may name; any other factor is a setting of the run."""
+
+Select: TypeAlias = Callable[[Architecture, Resolved], list[Target]]
+Attach: TypeAlias = "Callable[[PreTrainedModel, list[Target], Resolved], nn.Module]"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A number of parameters in one module: the coefficient times all factors."""
+
+    factors: tuple[str, ...]
+    """Names out of SIZES, and names of settings such as `rank`."""
+    coefficient: float = 1
+    roles: tuple[str, ...] = ()
+    """The roles of the modules that have this term; empty for all modules."""
+
+    def value(self, module: Module, spec: Resolved) -> float:
+        if self.roles and module.role not in self.roles:
+            return 0
+        product = self.coefficient
+        for name in self.factors:
+            product *= getattr(module, name) if name in SIZES else getattr(spec, name)
+        return product
+
+
+@dataclass(frozen=True)
+class Keep(Term):
+    """Numbers that a method makes at one adapted module and that stay until the backward pass."""
+
+    of: str = "adapter"
+    """What makes them: `adapter`, the adapter's products; `base`, the base's products; `input`, a copy of the module's
+    input in the adapter's format, made only where the base has another; `factor`, the same for a product number by number,
+    which autocast leaves in fp32; `weight`, a copy of the base's weight in the adapter's format, made only where that is
+    another; `mask`, dropout's mask of one byte each."""
+    each: str = "token"
+    """How often they are made: for each `token`; once for each `module`; once for the whole `model`, as large as its
+    largest module asks, and never freed; or, for `pass`, at each module, which frees them when it has run."""
+    dropout: bool | None = None
+    """True where they are made only in a run with dropout, False only without, None in both."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The path of the data through one adapted place, left to right.
+
+    A box whose text starts with `*` is trained; one that starts with `~` is an operation without parameters; the others
+    are frozen. Gaps are numbered: 0 before the first box of `main`, 1 after it, and so on.
+    """
+
+    main: tuple[str, ...]
+    branch: tuple[str, ...] = ()
+    """Boxes of a second line. A line without boxes is a skip connection."""
+    leaves: int | None = None
+    """Gap where the second line starts; None where it starts from nothing, as learned vectors do."""
+    joins: int | None = None
+    """Gap where it joins; None where there is no second line."""
+    how: str = "+"
+
+
+@dataclass(frozen=True)
+class Method:
+    key: str
+    terms: tuple[Term, ...]
+    """Trained parameters of one target module."""
+    select: Select
+    """The modules it trains or adapts. Raises SpecError for names the model lacks and for models it does not suit."""
+    attach: Attach
+    """Changes a private copy of the model so that just these parameters require gradients; returns the model to train."""
+    drawing: Drawing
+    merge: Callable[[nn.Module], nn.Module] | None = None
+    """The model with the method folded into its weights; None where that cannot be."""
+    settings: tuple[str, ...] = ()
+    """The fields of a spec that this method reads, besides those that every run has."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values of automatic fields; a function of the others' values where it depends on them."""
+    keeps: tuple[Keep, ...] = ()
+    """What it holds at each adapted module beside its parameters, as peft's or our code lets autograd save it."""
+    in_place: bool = False
+    """Trains the base model's own parameters instead of new ones."""
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name and shape of trained parameters that all targets share."""
+    saved: tuple[Term, ...] | None = None
+    """Parameters a module has in the saved adapter, where they are not those that were trained."""
+    rate: Callable[[str, Resolved], float] = lambda name, spec: 1.0
+    """Factor of the run's learning rate for the parameter of that name."""
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    """A term to add to the loss, from the model."""
+    after_step: Callable[[nn.Module, int], None] | None = None
+    """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""
+    rank_limit: str = ""
+    """A key of RANK_LIMITS: which of the adapted matrices' own ranks the run's may not exceed; empty for none."""
+    before_layers: bool = False
+    """It makes tensors for all layers before the first of them runs."""
+    if_nothing: str = ""
+    """Why there may be nothing to train, and what to do about it."""
+
+    @property
+    def about(self) -> About:
+        return ABOUT[self.key]
+
+    @property
+    def name(self) -> str:
+        return self.about.name
+
+    def trained(self, module: Module, spec: Resolved) -> int:
+        """Trainable parameters in one of `module`."""
+        return round(sum(term.value(module, spec) for term in self.terms))
+
+    def kept(self, module: Module, spec: Resolved) -> int:
+        """Parameters for one of `module` in the saved adapter."""
+        return round(sum(term.value(module, spec) for term in self.saved or self.terms))

@@ -1,0 +1,77 @@
+"""Which modules of a model a method trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..base.architecture import Architecture, Module
+from ..errors import SpecError
+from ..spec import Resolved, parse_layers
+
+FUSED = "query+key+value"
+"""The role of a projection that makes queries, keys and values at once."""
+USUAL_RANK = 8
+RANK_LIMITS: dict[str, tuple[Callable[[Iterable[int]], int], str]] = {
+    "largest": (max, "no adapted matrix has a rank above"),
+    "smallest": (min, "the smallest adapted matrix has rank"),
+}
+RANK_REFUSAL = "rank={rank}: {which} {limit}, so a larger update is wasted; try {usual}, or {limit} at most"
+"""The page fills the same words."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of module and the layers of it that a method trains."""
+
+    module: Module
+    layers: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.layers) if self.module.layers else 1
+
+    def names(self) -> list[str]:
+        """Full dotted names of the modules."""
+        return [name for layer, name in self.module.names() if layer is None or layer in self.layers]
+
+
+class Unsuited(SpecError):
+    """Raised by a method's `select`: what the model has or lacks, and the fix, to be read after the model's name."""
+
+
+def in_layers(modules: list[Module], architecture: Architecture, layers: str) -> list[Target]:
+    """`modules` within the chosen layers; ones outside any layer only when all layers are chosen."""
+    numbers = parse_layers(layers or "all", architecture.n_layers)
+    whole = len(numbers) == architecture.n_layers
+    found = [Target(m, tuple(n for n in m.layers if n in numbers)) for m in modules if m.layers or whole]
+    return [t for t in found if t.layers or not t.module.layers]
+
+
+def linear_targets(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """The linear maps named by the spec, in its layers."""
+    return in_layers(architecture.targets(spec.target_modules), architecture, spec.layers)
+
+
+def once_a_layer(architecture: Architecture, *roles: str) -> list[Module]:
+    """The modules that play `roles`, each once in every layer. Raises Unsuited where one is missing, or not alone."""
+    for role in roles:
+        layers = sorted(n for m in architecture.with_role(role) for n in m.layers)
+        if layers != list(range(architecture.n_layers)):
+            many = len(layers) > architecture.n_layers
+            found = f"several {role} projections in a layer" if many else f"no {role} projection under a known name"
+            raise Unsuited(f"has {found}; use lora, which takes any linear map")
+    return architecture.with_role(*roles)
+
+
+def by_role(*roles: str) -> Callable[[Architecture, Resolved], list[Target]]:
+    """A method's `select`: the modules that play `roles`, one of each in every chosen layer."""
+    return lambda architecture, spec: in_layers(once_a_layer(architecture, *roles), architecture, spec.layers)
+
+
+def check_rank(rank: int, limited_by: str, chosen: list[Target]) -> None:
+    """Raises SpecError for a rank above what the chosen matrices can have. `limited_by` is a key of RANK_LIMITS."""
+    extreme, which = RANK_LIMITS[limited_by]
+    limit = extreme(min(t.module.d_in, t.module.d_out) for t in chosen)
+    if rank > limit:
+        raise SpecError(RANK_REFUSAL.format(rank=rank, which=which, limit=limit, usual=min(limit, USUAL_RANK)))

@@ -1,0 +1,80 @@
+"""What a run tells while it goes on: small dicts, which JSON, another thread and a worker process carry alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, Literal, TypedDict, TypeVar
+
+from ..spec import Json
+
+Result = TypeVar("Result")
+OF_A_RUN = Literal["loading", "start", "gear", "progress", "eval", "step", "done"]
+OF_A_RACE = Literal["racers", "run", "line", "done"]
+OF_A_JOB = Literal["queued", "error"]
+
+
+class _Typed(TypedDict):
+    type: OF_A_RUN | OF_A_RACE | OF_A_JOB
+
+
+class Event(_Typed, total=False):
+    """One thing that happened. Each type has some of these keys."""
+
+    model: str  # loading and start
+    source: str  # start: where the base's weights came from
+    spec: Json  # every setting of the run
+    trainable_parameters: int
+    trainable_percent: float
+    heldout: int  # how many rows are held out
+    metric: str
+    packed: bool  # rows are read as one sequence
+    fused: dict[str, int]  # modules with fused operations, by kind
+    not_fused: list[str]
+    gear: str  # start and gear: how steps are run
+    why_eager: str  # empty where a step is one CUDA graph
+    what: str  # progress: the work under way
+    share: float  # how much of it is done, from 0 to 1
+    when: Literal["before", "during", "after"]  # eval: where in the run
+    metrics: dict[str, float]
+    items: int
+    examples: Any  # eval: some held-out rows with what the model said; step: how many training rows were read
+    step: int  # eval and step: how many are done
+    steps: int  # step: how many there will be; done: how many were taken
+    loss: float  # nats per answer token of the step's rows
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    seconds: float  # eval, step, done: how long it took
+    eta_seconds: float  # of training that are left
+    adapter: str | None  # done: its folder; None where nothing was learned
+    stopped: bool
+    message: str  # done without an adapter, error
+    training_seconds: float
+    tokens_per_second: float
+    train_loss: float
+    eval: Json  # the metric `before` and `after` (None where not measured) and the number of `items`
+    forgetting: float | None  # nats per token that ordinary prose costs more than it cost the base
+    predicted_peak_bytes: int | None
+    measured_peak_bytes: int | None
+    device: str
+    lines: list[Json]  # racers, and a race's done: every line of the board
+    seeds: int
+    racer: int  # run and line: its place in the race, from 0
+    seed: int
+    event: Event  # run: what the racer's own training told
+    line: Json
+    ahead: int  # queued: how many runs come first
+
+
+def progress(
+    work: Generator[float, None, Result], what: str, stopped: Callable[[], bool] = lambda: False
+) -> Generator[Event, None, Result | None]:
+    """Tells the shares that `work` yields as events; returns its result, or None where it was `stopped` before its end."""
+    while True:
+        try:
+            share = next(work)
+        except StopIteration as finished:
+            return finished.value
+        if stopped():
+            work.close()
+            return None
+        yield {"type": "progress", "what": what, "share": share}

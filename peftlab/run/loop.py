@@ -1,0 +1,200 @@
+"""The training loop: one run's model, gear and batches, its steps, and what is kept however it ends.
+
+A GPU is not kept waiting for numbers: steps are queued, and their losses are fetched a few times a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import itertools
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import adapters
+from ..base import weights
+from ..data import tasks
+from ..errors import RunError, SpecError
+from ..seeded import seeded
+from ..spec import Json, Resolved
+from . import packing
+from .batches import Batch, Batches, encode
+from .divergence import Snapshots
+from .events import Event
+from .gears import CaptureError, Eager, Step, choose, schedule
+from .model import attached, draws, quickened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STOP = "stop"
+"""A file of this name in a run's folder ends the run after the step in progress. It is a file because the worker process
+that trains on a shared GPU has nothing else in common with the page."""
+PAUSE = 0.15
+"""Seconds of steps between two looks at their losses: the page is told at least five times a second."""
+
+
+class Run:
+    """A run under way. Whoever makes it has to close it, whatever happens: then what was learned is kept."""
+
+    def __init__(self, spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -> None:
+        """Loads the base and attaches the method; `out` becomes the run's folder. Raises SpecError and WeightsError."""
+        self.spec, self.out, self.task = spec, out, tasks.find(spec.task)
+        self.base = base = weights.load(spec)
+        pairs = encode(base.tokenizer, self.task, tasks.drawn(self.task, spec.training_rows or None, spec.seed))
+        _check_length(max(map(len, pairs)), spec)
+        _make(out)
+        self.batches = Batches(
+            pairs, spec.batch_size, spec.accumulation, spec.seed, base.tokenizer.pad_token_id,
+            pinned=base.device == "cuda",
+        )  # fmt: skip
+        self.began, self.training_seconds = time.perf_counter(), 0.0
+        self.steps_done = self.saved_at = self.tokens = 0
+        self.pending: list[Tensor] = []
+        """Loss and gradient norm of each step that is queued, on the device."""
+        self.stride = 1
+        """How many steps are queued between two looks at their losses."""
+        self.losses: list[float] = []
+        self.largest = (0, 0, 0)
+        """Shape of the batch with the most tokens."""
+        try:
+            self._attach(eager, plain)
+        except BaseException:
+            self.close()  # since the caller has no run to close
+            raise
+
+    def _attach(self, eager: bool, plain: bool) -> None:
+        spec = self.spec
+        self.model = model = attached(self.base, spec)
+        self.fused = quickened(model, spec, plain)
+        self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, self.base.device)
+        self.draws = draws(model)
+        if not eager and not plain and self.base.device == "cpu":
+            why = "dropout draws for each" if self.draws else packing.why_not(model, self.batches.widths[-1])
+            self.gear.packs = not why
+            if why:
+                self.fused = dataclasses.replace(self.fused, kept=(*self.fused.kept, f"rows side by side ({why})"))
+        self.trained = self.gear.step.trained
+        self.snapshots = Snapshots(self.trained, spec.steps, model.config.vocab_size)
+
+    @property
+    def adapter(self) -> Path:
+        return self.out / "adapter"
+
+    def stopped(self) -> bool:
+        return (self.out / STOP).exists()
+
+    def save(self, result: Json | None = None) -> None:
+        """Writes the adapter as it is now, with the run's last event where it has come to its end."""
+        adapters.save(self.model, self.spec, self.adapter, result)
+        self.saved_at = self.steps_done
+
+    def close(self) -> None:
+        """Keeps what was learned when the run ends early (a closed tab, an error, a stop), and lets go of the model."""
+        try:
+            if self.steps_done > self.saved_at:
+                self.save()
+        finally:
+            (self.out / STOP).unlink(missing_ok=True)
+            if hasattr(self, "gear"):
+                self.gear.close()
+            vars(self).clear()
+            traceback.clear_frames(sys.exc_info()[2])  # an error's frames hold the model until it has been told
+            gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
+
+    def rehearse(self, steps: int) -> float:
+        """Takes steps that are not to be kept, and returns the usual one's seconds. Raises RunError."""
+        began = time.perf_counter()
+        try:
+            for pieces in itertools.islice(self.batches, steps):
+                for _ in self.launch(pieces):
+                    pass
+            return statistics.median(event["seconds"] for event in self.fetch(began))
+        finally:
+            self.saved_at = self.steps_done
+
+    def launch(self, pieces: list[Batch]) -> Iterator[Event]:
+        """Queues one step over `pieces`, and tells when the gear had to be changed for it."""
+        step = self.steps_done + len(self.pending)
+        self.model.train()
+        rate = self.spec.learning_rate * schedule(step, self.spec.steps)
+        drawing = functools.partial(seeded, self.spec.seed * 1_000_003 + step) if self.draws else nullcontext
+        why = ""
+        with drawing():
+            try:
+                self.pending.append(self.gear.run(pieces, rate))
+            except CaptureError as error:
+                why = str(error)
+        if why:  # no longer handling the error, which would hold on to the memory of the step that failed
+            self.gear.close()
+            self.gear = Eager(self.gear.step, why)
+            yield {"type": "gear", "gear": self.gear.name, "why_eager": why}
+            with drawing():
+                self.pending.append(self.gear.run(pieces, rate))
+        if (step + 1) % self.snapshots.every == 0:
+            with self.gear.order():
+                self.snapshots.take(step + 1)
+        self.tokens += sum(piece.tokens for piece in pieces)
+        self.largest = max(self.largest, *(piece.shape for piece in pieces), key=lambda shape: shape[0] * shape[1])
+
+    def fetch(self, began: float) -> Iterator[Event]:
+        """Waits for the queued steps and tells their losses; `began` is when the first of them did (perf_counter).
+
+        Raises RunError where the run diverged.
+        """
+        results, self.pending = self.gear.fetch(self.pending), []
+        spent, spec = time.perf_counter() - began, self.spec
+        self.training_seconds += spent
+        self.stride = max(1, int(PAUSE * len(results) / spent))
+        events: list[Event] = []
+        diverged = None
+        for loss, norm in results:
+            if what := self.snapshots.judge(self.steps_done, loss, norm, self.losses[0] if self.losses else 0.0):
+                diverged = self._gone_back(what)  # before anything is told: the page may be closed while it is
+                break
+            self.steps_done += 1
+            self.losses.append(loss)
+            left = (spec.steps - self.steps_done) * self.training_seconds / self.steps_done
+            events.append({
+                "type": "step", "step": self.steps_done, "steps": spec.steps, "loss": loss, "gradient_norm": norm,
+                "seconds": spent / len(results), "eta_seconds": left,
+                "learning_rate": spec.learning_rate * schedule(self.steps_done - 1, spec.steps),
+                "examples": self.steps_done * spec.batch_size * spec.accumulation,
+            })  # fmt: skip
+        yield from events
+        if diverged:
+            raise diverged
+
+    def _gone_back(self, what: str) -> RunError:
+        """Puts the last sound parameters back and saves them; returns the error that says so."""
+        failed, rate = self.steps_done + 1, self.spec.learning_rate
+        self.steps_done = self.saved_at = self.snapshots.restore()
+        kept = "Nothing had been learned before that"
+        if self.steps_done:
+            self.save()
+            kept = f"The adapter as it was after step {self.steps_done} is kept"
+        return RunError(
+            f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {rate / 4:g}. {kept}."
+        )
+
+
+def _check_length(longest: int, spec: Resolved) -> None:
+    if longest > spec.sequence_length:
+        raise SpecError(
+            f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
+            f"set it to {longest} or more"
+        )
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None

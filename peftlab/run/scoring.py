@@ -1,0 +1,83 @@
+"""How well a model does: its answers to held-out rows, scored, and the cross-entropy of text it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..data import tasks
+from ..data.tasks import Row, Task
+from ..places import ASSETS
+from .batches import encode
+from .generate import Decoding, decode, gather, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PUBLIC_DOMAIN = ASSETS / "text" / "public-domain.txt"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out row, what a model said, and its score (0 or 1)."""
+
+    prompt: str
+    reference: str
+    text: str
+    score: float
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row]
+) -> Generator[float, None, list[Answer]]:
+    """Answers `rows` in one batch, greedily, and scores them. Yields the share done, from 0 to 1; returns the answers."""
+    prompts = [tasks.prompt_ids(tokenizer, task.instruction, row.prompt) for row in rows]
+    columns = decode(model, prompts, tokenizer.eos_token_id, Decoding(task.max_new_tokens))
+    said: list[list[int]] = [[] for _ in rows]
+    for step, _ in enumerate(gather(columns, said), 1):
+        yield step / task.max_new_tokens
+    texts = [text_of(tokenizer, tokens) for tokens in said]
+    return [
+        Answer(row.prompt, row.answer, text, tasks.score(text, row, task))
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def mean_score(answers: Sequence[Answer]) -> float:
+    return sum(a.score for a in answers) / len(answers)
+
+
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> float:
+    """Mean cross-entropy of the held-out answers given their prompts, in nats per answer token."""
+    pairs = encode(tokenizer, task, task.heldout)
+    return sum(_nats(model, p.prompt, p.answer) for p in pairs) / sum(len(p.answer) for p in pairs)
+
+
+def nats_per_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, window: int = 512
+) -> float:
+    """Mean cross-entropy of a text, in nats a token, read in windows of so many tokens; NaN for a text of one token.
+
+    By default of bundled public-domain prose: its rise after a run is what the model forgot.
+    """
+    ids = tokenizer(text or PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    begin = tasks.opening(tokenizer)
+    before = len(begin) + getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    window = max(1, min(window, (getattr(model.config, "max_position_embeddings", None) or window) - before))
+    total = sum(
+        _nats(model, [*begin, ids[start]], ids[start + 1 : start + window + 1])
+        for start in range(0, len(ids) - 1, window)
+    )
+    return total / (len(ids) - 1) if len(ids) > 1 else math.nan
+
+
+def _nats(model: PreTrainedModel, given: list[int], told: list[int]) -> float:
+    """Cross-entropy in nats of the tokens `told` after those `given`, summed."""
+    read = torch.tensor([given + told], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=read[:, :-1], use_cache=False).logits[0, -len(told) :].float()
+    return torch.nn.functional.cross_entropy(logits, read[0, -len(told) :], reduction="sum").item()
