@@ -24,7 +24,10 @@ LOOK = {
 
 
 def imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+    """What a file imports when it runs: what stands under `if TYPE_CHECKING` is for mypy alone."""
+    tree = ast.parse(file.read_text())
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (a.name.split(".")[0] for a in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -323,12 +323,6 @@ def test_a_local_folder_works(tiny_model):
     assert base.source.where == str(tiny_model) and base.tokenizer.pad_token_id is not None
 
 
-def test_a_model_is_loaded_once(tiny_model):
-    spec = resolve(RunSpec(model=str(tiny_model), precision="fp32"))
-    assert weights.load(spec) is weights.load(spec)
-    assert weights.load(resolve(spec.but(precision="bf16"))) is not weights.load(spec)
-
-
 def test_a_folder_without_weights_says_what_is_missing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIED))
     with pytest.raises(WeightsError, match=r"no safetensors weights; add model\.safetensors"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import hardware, seam
@@ -123,7 +123,7 @@ def _quantized(spec: Resolved, dtype: torch.dtype, device: str) -> dict[str, obj
     if spec.quantization == "none":
         return {}
     make = seam.library().BitsAndBytesConfig
-    if find_spec("bitsandbytes") is None:
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise SpecError(
             f"quantization={spec.quantization}: it needs the package bitsandbytes, which is not installed; "
             "pip install bitsandbytes, or set it to none"
