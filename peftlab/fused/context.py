@@ -13,5 +13,7 @@ class Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
     columns: list[slice]
     ranks: list[list[int]]
+    sizes: list[int]
+    shape: torch.Size
     scales: list[float]
     dtype: torch.dtype

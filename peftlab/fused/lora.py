@@ -5,7 +5,7 @@ W is d_out × d_in, A is rank × d_in, B is d_out × rank and s a number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -74,36 +74,45 @@ def is_nf4(module: Module) -> bool:
 class Cast(Function):
     """Every A and s B of a model in the type of its base, made at once, and gradients in the parameters' own type.
 
-    `ranks` has the rank of each map, by groups of maps that read one input; `parameters` are all A in this order and then
-    all B. It gives for each group its As one below the other as one matrix, and then each s B.
+    `parameters` are, for each group of maps that read one input, all its A and then all its B; `sizes` are the numbers of maps
+    in the groups. It gives for each group its As one below the other as one matrix, and then each s B. Layer follows layer, so
+    that the trace of a few layers stands for all.
     """
 
     @staticmethod
     def forward(
-        ctx: Context, dtype: torch.dtype, ranks: list[list[int]], scales: list[float], *parameters: Tensor
+        ctx: Context, dtype: torch.dtype, sizes: list[int], scales: list[float], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.ranks, ctx.scales, ctx.dtype = ranks, scales, parameters[0].dtype
-        a, stacked = iter(parameters), []
-        for group in ranks:
-            parts = [next(a) for _ in group]
-            stacked.append(parts[0].new_empty((sum(group), parts[0].shape[1]), dtype=dtype))
-        scaled = [torch.empty_like(b, dtype=dtype) for b in parameters[len(scales) :]]
-        torch._foreach_copy_([*_split(stacked, ranks), *scaled], list(parameters))
-        torch._foreach_mul_(scaled, scales)
-        return *stacked, *scaled
+        ctx.sizes, ctx.scales, ctx.dtype = sizes, scales, parameters[0].dtype
+        ctx.ranks, made, parts, at = [], [], [], 0
+        for size in sizes:
+            ranks = [len(a) for a in parameters[at : at + size]]
+            stacked = parameters[at].new_empty((sum(ranks), parameters[at].shape[1]), dtype=dtype)
+            scaled = [torch.empty_like(b, dtype=dtype) for b in parameters[at + size : at + 2 * size]]
+            made += [stacked, *scaled]
+            parts += [*stacked.split(ranks), *scaled]
+            ctx.ranks.append(ranks)
+            at += 2 * size
+        torch._foreach_copy_(parts, list(parameters))
+        torch._foreach_mul_(_bs(parts, sizes), scales)
+        return tuple(made)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        groups = len(ctx.ranks)
-        cast = [*_split(grads[:groups], ctx.ranks), *grads[groups:]]
-        own = [torch.empty_like(grad, dtype=ctx.dtype) for grad in cast]
-        torch._foreach_copy_(own, cast)
-        torch._foreach_mul_(own[-len(ctx.scales) :], ctx.scales)
+        parts: list[Tensor] = []
+        rest = iter(grads)
+        for size, ranks in zip(ctx.sizes, ctx.ranks, strict=True):
+            parts += [*next(rest).split(ranks), *itertools.islice(rest, size)]
+        own = [torch.empty_like(grad, dtype=ctx.dtype) for grad in parts]
+        torch._foreach_copy_(own, parts)
+        torch._foreach_mul_(_bs(own, ctx.sizes), ctx.scales)
         return None, None, None, *own
 
 
-def _split(stacked: Sequence[Tensor], ranks: list[list[int]]) -> list[Tensor]:
-    return [part for whole, group in zip(stacked, ranks, strict=True) for part in whole.split(group)]
+def _bs(parameters: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Every B among the parameters of groups."""
+    ends = itertools.accumulate(2 * size for size in sizes)
+    return [b for size, end in zip(sizes, ends, strict=True) for b in parameters[end - size : end]]
 
 
 class LinearWithLoRA(Function):
@@ -146,7 +155,21 @@ class LinearWithLoRA(Function):
         return grad_x, None, None, None, torch.mm(grad_low.T, rows), *grad_bs
 
 
-def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+class Added(Function):
     """y + (x Aᵀ) Bᵀ, all in one type, for a map whose y is computed elsewhere."""
-    low = linear(x.reshape(-1, x.shape[-1]), a)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.T).view(y.shape)
+
+    @staticmethod
+    def forward(ctx: Context, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = linear(rows, a)
+        ctx.save_for_backward(rows, a, low, b)
+        ctx.shape = x.shape
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.T).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, a, low, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_low = torch.mm(flat, b)
+        grad_x = torch.mm(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, torch.mm(grad_low.T, rows), torch.mm(flat.T, low)

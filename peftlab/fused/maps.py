@@ -116,9 +116,11 @@ class Group:
         self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
         """An input, and by the id of a member what that gives for it."""
         self.weight = self.bias = None
-        first = bases[0].weight
-        self.dtype = getattr(bases[0], "compute_dtype", first.dtype)
-        if not lora.is_nf4(bases[0]):
+        if lora.is_nf4(bases[0]):
+            self.dtype: torch.dtype = getattr(bases[0], "compute_dtype")  # noqa: B009  bitsandbytes has no types
+        else:
+            first = bases[0].weight
+            self.dtype = first.dtype
             self.weight = first.detach().as_strided((sum(self.outs), first.shape[1]), (first.shape[1], 1))
             if any(base.bias is not None for base in bases):
                 self.bias = torch.cat([first.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases])
@@ -138,7 +140,7 @@ class Group:
     def _all(self, x: Tensor) -> Tensor:
         """What all members' maps give for `x`, side by side in its last dimension."""
         if self.weight is None:
-            return lora.added(lora.base_of(self.members[0])(x), x, *self.cast)
+            return lora.Added.apply(lora.base_of(self.members[0])(x), x, *self.cast)
         if self.updates:
             return lora.LinearWithLoRA.apply(x, self.weight, self.bias, self.adapted_columns, *self.cast)
         y = linear(x, self.weight, self.bias)
@@ -154,13 +156,11 @@ def _ask_group(self: Module, x: Tensor) -> Tensor:
 
 def _cast(groups: list[Group]) -> None:
     """Gives each group its members' LoRA in the type of the base, before the model reads."""
-    updates = [update for group in groups for update in group.updates]
-    ranks = [[len(update.a) for update in group.updates] for group in groups]
-    parameters = (*(update.a for update in updates), *(update.b for update in updates))
-    made = lora.Cast.apply(groups[0].dtype, ranks, [update.scale for update in updates], *parameters)
-    scaled = iter(made[len(groups) :])
-    for group, stacked in zip(groups, made, strict=False):
-        group.cast = (stacked, *itertools.islice(scaled, len(group.updates)))
+    parameters = [p for g in groups for p in (*(update.a for update in g.updates), *(update.b for update in g.updates))]
+    scales = [update.scale for group in groups for update in group.updates]
+    made = iter(lora.Cast.apply(groups[0].dtype, [len(group.updates) for group in groups], scales, *parameters))
+    for group in groups:
+        group.cast = tuple(itertools.islice(made, 1 + len(group.updates)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,7 +106,9 @@ QUANTITIES: dict[str, tuple[Callable[[Line], float], Callable[[Line], str]]] = {
     "forgetting": (lambda line: fmean(line.forgetting), lambda line: f"{fmean(line.forgetting):.2f} nats a token"),
     "seconds": (
         lambda line: fmean(line.training_seconds),
-        lambda line: f"{units.seconds(fmean(line.training_seconds))} for {line.steps} steps",
+        lambda line: (
+            f"{units.seconds(fmean(line.training_seconds))} for {line.steps} steps in {line.spec['precision']}"
+        ),
     ),
     "peak": (
         _peak,
