@@ -40,7 +40,8 @@ def give_forward(module: Module, forward: Callable[..., object]) -> None:
 def adjoin(model: Module) -> None:
     """Moves weights that read the same input side by side in memory, so that one product can do for all. Numbers stay."""
     for module, names in itertools.product(model.modules(), SIBLINGS):
-        maps = [child for name in names if isinstance(child := getattr(module, name, None), torch.nn.Linear)]
+        found = (lora.base_of(child) for name in names if (child := getattr(module, name, None)))
+        maps = [base for base in found if isinstance(base, torch.nn.Linear)]
         weights = [child.weight for child in maps]
         alike = len({(w.shape[1], w.dtype) for w in weights}) == 1 and not any(w.requires_grad for w in weights)
         if len(maps) < len(names) or not alike or all(itertools.starmap(_follows, itertools.pairwise(weights))):
