@@ -121,12 +121,12 @@ def find(key: str) -> Task:
     raise SpecError(f"task={key}: no such task; {closest(key, TASKS)}")
 
 
-def drawn(task: Task, rows: int | None, seed: int = 0) -> tuple[Row, ...]:
-    """As many training rows as `rows` says, drawn by the seed; None for all of them.
+def drawn(task: Task, rows: int, seed: int = 0) -> tuple[Row, ...]:
+    """As many training rows as `rows` says, drawn by the seed; 0 for all of them.
 
     With the same seed, a larger draw holds all rows of a smaller one. Raises SpecError for more rows than there are.
     """
-    if rows is None or rows == len(task.train):
+    if rows in (0, len(task.train)):
         return task.train
     if rows > len(task.train):
         raise SpecError(

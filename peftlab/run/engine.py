@@ -139,7 +139,7 @@ def pace(spec: Resolved, steps: int = 2 * WARM_STEPS) -> Pace:
 
 def _check(spec: Resolved) -> None:
     """Refuses what this engine cannot run, before anything is loaded."""
-    tasks.drawn(tasks.find(spec.task), spec.training_rows or None)
+    tasks.drawn(tasks.find(spec.task), spec.training_rows)
     for name, only in {"sharding": "none", "offload": "none", "n_gpus": 1}.items():
         if (value := getattr(spec, name)) != only:
             raise SpecError(f"{name.replace('_', '-')}={value}: training runs with {only} only; set it to {only}")

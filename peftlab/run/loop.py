@@ -48,7 +48,7 @@ class Run:
         """Loads the base and attaches the method; `out` becomes the run's folder. Raises SpecError and WeightsError."""
         self.spec, self.out, self.task = spec, out, tasks.find(spec.task)
         self.base = base = weights.load(spec)
-        pairs = encode(base.tokenizer, self.task, tasks.drawn(self.task, spec.training_rows or None, spec.seed))
+        pairs = encode(base.tokenizer, self.task, tasks.drawn(self.task, spec.training_rows, spec.seed))
         _check_length(max(map(len, pairs)), spec)
         _make(out)
         self.batches = Batches(

@@ -62,7 +62,7 @@ def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> 
         name = name.replace(f"rank {spec.rank}", "rank {rank}", 1)  # the page fills it as the slider moves
     base = f", base in {spec.quantization}" if spec.quantization != "none" else ""
     return {
-        "name": name,
+        "name": escape(name),
         "note": explained(spec.precision + base) if form else "",
         "form": form.to_data() if form else None,
         "states": {k: getattr(report, k) for k in ("frozen_weights", "trainable_weights", "gradients", "optimizer")},
