@@ -13,6 +13,8 @@ import pytest
 from peftlab.errors import PeftlabError
 from peftlab.room import worker
 
+pytest.importorskip("loky")
+
 
 @pytest.fixture(autouse=True)
 def forgotten():

@@ -23,9 +23,9 @@ def add(commands: Commands) -> None:
 
 def run(args: Namespace) -> int:
     """Returns the exit status of the page's process, as a shell tells it."""
+    _check_free(args.host, args.port)
     if missing := [name for name in ("gradio", "plotly") if importlib.util.find_spec(name) is None]:
         raise SpecError(f"app: the page needs {' and '.join(missing)}; pip install {' '.join(missing)}")
-    _check_free(args.host, args.port)
     asked = {"GRADIO_SERVER_NAME": args.host, "GRADIO_SERVER_PORT": args.port}
     environment = os.environ | {name: str(value) for name, value in asked.items() if value}
     # In a session of its own, a terminal's Ctrl-C reaches the page once, by way of this process.

@@ -15,7 +15,7 @@ from .. import hardware
 from ..count import count
 from ..data import tasks
 from ..errors import SpecError
-from ..spec import Resolved
+from ..spec import SETTINGS, Resolved
 from .evaluation import Evaluation
 from .events import Event
 from .loop import STOP, Run
@@ -25,6 +25,8 @@ EVALUATIONS = 3
 """How often the held-out metric is measured: before, along the way and after."""
 WARM_STEPS = 6
 """Enough steps for a batch of each width to be captured."""
+ANY_LENGTH = int(SETTINGS["sequence_length"].high or 0)
+"""Tokens: what is run to warm up is warm whatever the rows' length."""
 UNLEARNED = "Stopped before the first step: nothing was learned, so there is no adapter."
 
 
@@ -119,11 +121,12 @@ def warm_up(spec: Resolved) -> None:
     """On a GPU of our own, runs a spec's kernels once, whose first use takes seconds; nothing is kept."""
     if hardware.here().device != "cuda" or os.environ.get("SPACES_ZERO_GPU"):
         return
-    with tempfile.TemporaryDirectory() as folder, closing(Run(replace(spec, steps=WARM_STEPS), Path(folder))) as run:
+    short = replace(spec, steps=WARM_STEPS, sequence_length=ANY_LENGTH)
+    with tempfile.TemporaryDirectory() as folder, closing(Run(short, Path(folder))) as run:
         run.rehearse(WARM_STEPS)
-        short = replace(run.task, max_new_tokens=4)
+        task = replace(run.task, max_new_tokens=4)
         for model in (run.base.quick, run.model.eval()):
-            for _ in answer(model, run.base.tokenizer, short, short.heldout):
+            for _ in answer(model, run.base.tokenizer, task, task.heldout):
                 pass
 
 
