@@ -13,7 +13,7 @@ from gradio.data_classes import FileDataDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.page import address, controls, methods, running, store
+from demos.page import address, controls, methods, run_buttons, store
 from demos.page.gpu import on_gpu
 from demos.page.tab import Asked, Draw, Tab, Values
 from peftlab import RunSpec, adapters, count, resolve
@@ -21,11 +21,12 @@ from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog.presets import PRESETS
 from peftlab.data import tasks
 from peftlab.data.tasks import TASKS
+from peftlab.resolve import set_aside
 from peftlab.room import jobs
 from peftlab.run import train
 from peftlab.show.methods import method_card, method_panel, method_value, preset_says
 from peftlab.show.runs import card, shown
-from peftlab.show.settings import settings_line
+from peftlab.show.settings import aside_said, settings_line
 
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods whose controls stand next to the method."""
@@ -46,8 +47,14 @@ def runnable() -> list[tuple[str, str]]:
 
 
 def here(spec: RunSpec) -> RunSpec:
-    """`spec` as it can run live: with the default model where its own is too large for that."""
-    return spec if spec.model in [key for _, key in runnable()] else spec.but(model=DEFAULT)
+    """`spec` as it can run live: what it cannot have is set aside."""
+    return set_aside(spec, [key for _, key in runnable()])[0]
+
+
+def note(spec: RunSpec) -> str:
+    """What a live run with the settings of `spec` uses, and which of them are set aside."""
+    fit, reasons = set_aside(spec, [key for _, key in runnable()])
+    return aside_said(spec, reasons) + settings_line(fit)
 
 
 class Live(Tab):
@@ -125,7 +132,7 @@ class Live(Tab):
         return jobs.find(asked.kept.get("run"))
 
     def again(self, asked: Asked) -> float | None:
-        return running.again(self.job(asked))
+        return run_buttons.again(self.job(asked))
 
     def check(self, asked: Asked) -> None:
         count(resolve(here(asked.spec)))
@@ -144,7 +151,7 @@ class Live(Tab):
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, job = here(asked.spec), self.job(asked)
-        run, buttons = resolve(spec), running.buttons(job, "Train", "Training", "Train again", "Stop and keep")
+        run, buttons = resolve(spec), run_buttons.buttons(job, "Train", "Training", "Train again", "Stop and keep")
         picture = {**shown(job, spec), **buttons}
         return {
             **{name: partial(picture.get, name) for name in picture},
@@ -152,7 +159,7 @@ class Live(Tab):
             "lesson": lambda: card(run.task),
             "about": lambda: method_card(run.method, run.model),
             "how": lambda: method_panel(run.method),
-            "note": lambda: settings_line(spec),
+            "note": lambda: note(asked.spec),
         }
 
     def download(self, job: jobs.Job | None) -> FileDataDict | None:

@@ -11,8 +11,8 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.live_finetune import here, runnable
-from demos.page import choice, controls, methods, running, store
+from demos.live_finetune import here, note, runnable
+from demos.page import choice, controls, methods, run_buttons, store
 from demos.page.gpu import on_gpu
 from demos.page.tab import QUIET, Asked, Draw, Tab, Values
 from peftlab import RunSpec, SpecError, race, resolve
@@ -181,8 +181,8 @@ class Race(Tab):
         lesson, job = LESSONS[asked["lesson"]], self.race_of(asked)
         standing = job if job and self.raced[job.id] == lesson.key else None
         parts = {
-            **running.buttons(job, "Race here", "Racing", "Race again", "Stop"),
-            "settings": settings_line(here(asked.spec)),
+            **run_buttons.buttons(job, "Race here", "Racing", "Race again", "Stop"),
+            "settings": note(asked.spec),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
         }
@@ -208,7 +208,7 @@ class Race(Tab):
         return parts | recorded | {"bar": bar + races.elsewhere(lesson, record)}
 
     def again(self, asked: Asked) -> float | None:
-        return running.again(self.race_of(asked))
+        return run_buttons.again(self.race_of(asked))
 
     # --- what the presses do
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from . import hardware, methods
 from .base import models
@@ -58,6 +59,26 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
 def resolve_here(spec: RunSpec) -> Resolved:
     """`spec` resolved for a run on this machine, whatever GPU the calculator compared it with."""
     return resolve(spec.but(gpu=None))
+
+
+def cannot_run(spec: Resolved, offered: Collection[str] | None = None) -> dict[str, str]:
+    """Which settings a run on this machine cannot have, each with the reason and the fix; none where it can have all.
+
+    `offered` are the models that may be trained while people watch; None allows every model.
+    """
+    only = {"sharding": "none", "offload": "none", "n_gpus": 1}
+    found = {n: f"training runs with {v} only; set it to {v}" for n, v in only.items() if getattr(spec, n) != v}
+    if spec.precision == "amp" and hardware.here().device == "cpu":
+        found["precision"] = "mixed precision needs a CUDA GPU; use fp32 or bf16 here"
+    if offered is not None and spec.model not in offered:
+        found["model"] = f"it is not trained while people watch; {models.find(models.DEFAULT).name} runs in its place"
+    return found
+
+
+def set_aside(spec: RunSpec, offered: Collection[str] | None = None) -> tuple[RunSpec, dict[str, str]]:
+    """`spec` without the settings that `cannot_run` names, which become automatic, and the reasons."""
+    reasons = cannot_run(resolve_here(spec), offered)
+    return spec.but(**dict.fromkeys(reasons)), reasons
 
 
 def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:

@@ -1,4 +1,4 @@
-"""The rules of DESIGN.md and LOOK.md that a machine can check."""
+"""The rules of the code and of the look that a machine can check."""
 
 import ast
 import os

@@ -7,7 +7,8 @@ from peftlab import RunSpec, SpecError, resolve
 from peftlab.catalog.gpus import GPUS
 from peftlab.hardware import Machine
 from peftlab.methods import METHODS
-from peftlab.resolve import METHOD_SETTINGS
+from peftlab.resolve import METHOD_SETTINGS, cannot_run, set_aside
+from peftlab.show.settings import aside_said
 from peftlab.spec import SETTINGS, parse_layers
 
 CPU = Machine("cpu", "a CPU", None, 2, None)
@@ -232,3 +233,14 @@ def test_json_that_python_cannot_take_is_refused(text):
 
 def test_a_mark_that_windows_puts_before_a_file_is_no_matter():
     assert RunSpec.from_json('\ufeff{"rank": 4}') == RunSpec(rank=4)
+
+
+def test_what_a_run_here_cannot_have_is_set_aside_with_a_reason():
+    asked = RunSpec(model="llama-3.1-8b", rank=4, n_gpus=4, sharding="zero3", offload="parameters", precision="amp")
+    fit, reasons = set_aside(asked, ["gpt2"])
+    assert fit == RunSpec(rank=4) and list(reasons) == ["sharding", "offload", "n_gpus", "precision", "model"]
+    assert not cannot_run(resolve(fit)) and set_aside(fit) == (fit, {})
+    assert "n-gpus" not in aside_said(fit, {}) and "<b>N GPUs 4</b>, since training runs with 1 only" in aside_said(
+        asked, reasons
+    )
+    assert "<b>Llama 3.1 8B</b>" in aside_said(asked, reasons)

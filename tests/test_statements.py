@@ -12,7 +12,7 @@ from peftlab import RunSpec, SpecError, count, resolve, units
 from peftlab.lectures import by_counting, by_racing, findings
 from peftlab.lectures.findings import finding
 from peftlab.lectures.lessons import LESSONS
-from peftlab.lectures.numbers import numbers
+from peftlab.lectures.recomputed import numbers
 from peftlab.lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, on_tab
 from peftlab.methods import METHODS
 from peftlab.race import Line, recordings

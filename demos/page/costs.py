@@ -7,12 +7,13 @@ from gradio.components import Component
 
 from demos.page import choice
 from demos.page.controls import slider_of
+from peftlab.catalog.gpus import PRICE as ASSUMED_PRICE
 from peftlab.memory.measured import measured_utilisation
 
 TASKS = choice.number("tasks", 50, 1, 1000)
 STREAMS = choice.number("streams", 16, 1, 256)
 CONTEXT = choice.number("context", 2048, 256, 32768)
-PRICE = choice.number("price", 2.5, 0, 1e6, whole=False)
+PRICE = choice.number("price", ASSUMED_PRICE, 0, 1e6, whole=False)
 UTILISATION = choice.number("utilisation", round(100 * measured_utilisation(), 1), 0.1, 100, whole=False)
 CHOICES = {"tasks": TASKS, "streams": STREAMS, "context": CONTEXT, "price": PRICE, "utilisation": UTILISATION}
 

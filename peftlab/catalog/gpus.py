@@ -30,6 +30,9 @@ GPUS: dict[str, GPU] = {
     key: GPU(key, **entry) for key, entry in json.loads((Path(__file__).parent / "gpus.json").read_text()).items()
 }
 
+PRICE = 2.5
+"""What an hour of any GPU is taken to cost until somebody types their own price. An assumption, without a currency."""
+
 
 def find(gpu: str) -> GPU:
     if gpu not in GPUS:

@@ -17,7 +17,7 @@ from ..methods import METHODS
 from ..resolve import resolve
 from ..spec import RunSpec
 from . import facts
-from .numbers import Number
+from .recomputed import Number
 from .statements import FAILS, HOLDS, OPEN, Finding, decided
 
 SAME_TIME = 1.05

@@ -15,6 +15,7 @@ from .. import hardware
 from ..count import count
 from ..data import tasks
 from ..errors import SpecError
+from ..resolve import cannot_run
 from ..spec import SETTINGS, Resolved
 from .evaluation import Evaluation
 from .events import Event
@@ -143,8 +144,5 @@ def pace(spec: Resolved, steps: int = 2 * WARM_STEPS) -> Pace:
 def _check(spec: Resolved) -> None:
     """Refuses what this engine cannot run, before anything is loaded."""
     tasks.drawn(tasks.find(spec.task), spec.training_rows)
-    for name, only in {"sharding": "none", "offload": "none", "n_gpus": 1}.items():
-        if (value := getattr(spec, name)) != only:
-            raise SpecError(f"{name.replace('_', '-')}={value}: training runs with {only} only; set it to {only}")
-    if spec.precision == "amp" and hardware.here().device == "cpu":
-        raise SpecError("precision=amp: mixed precision needs a CUDA GPU; use fp32 or bf16 here")
+    for name, why in cannot_run(spec).items():
+        raise SpecError(f"{name.replace('_', '-')}={getattr(spec, name)}: {why}")

@@ -10,7 +10,7 @@ from ..base import architecture as architectures
 from ..base.models import MODELS
 from ..count import ParameterReport, count
 from ..errors import SpecError
-from ..lectures.numbers import percents
+from ..lectures.recomputed import percents
 from ..methods.where import where
 from ..resolve import resolve
 from ..spec import RunSpec

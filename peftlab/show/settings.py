@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .. import hardware
-from ..base.models import MODELS, find
+from ..base.models import DEFAULT, MODELS, find
 from ..catalog.gpus import GPU
 from ..count import ParameterReport
 from ..errors import SpecError
@@ -53,6 +55,16 @@ def changed(spec: RunSpec) -> str:
         if name not in ("model", "method", "task") and value != getattr(usual, name)
     ]
     return "Changed: " + ", ".join(named) if named else "Every setting is automatic."
+
+
+def aside_said(spec: RunSpec, reasons: Mapping[str, str]) -> str:
+    """Which settings of `spec` a run here leaves aside, and why, as sentences; empty where there are none."""
+    said = ""
+    for name, why in reasons.items():
+        model = name == "model"
+        value = find(spec.model or DEFAULT).name if model else f"{label(name)} {short(getattr(spec, name))}"
+        said += f"Set aside here: {bold(value)}, since {why.partition('; ')[0]}. "
+    return said
 
 
 def settings_line(spec: RunSpec) -> str:
