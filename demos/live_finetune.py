@@ -18,7 +18,7 @@ from demos.page.gpu import on_gpu
 from demos.page.tab import Asked, Draw, Tab, Values
 from peftlab import RunSpec, adapters, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog import PRESETS
 from peftlab.data import tasks
 from peftlab.data.tasks import TASKS
 from peftlab.resolve import set_aside

@@ -16,7 +16,7 @@ from demos.page import address, choice, controls, costs, memory_bars, methods, s
 from demos.page.tab import QUIET, Asked, Draw, Slow, Tab, Values
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
 from peftlab.base.models import find, from_config
-from peftlab.catalog.gpus import GPUS
+from peftlab.catalog import GPUS
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.conventions import EXACT
 from peftlab.room import worker

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .catalog.gpus import GPUS
+from .catalog import GPUS
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Collection
 
 from . import hardware, methods
 from .base import models
-from .catalog import gpus
-from .catalog.presets import Preset
+from .catalog import Preset, find_gpu
 from .data import tasks
 from .spec import SETTINGS, Json, Resolved, RunSpec
 
@@ -32,7 +31,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
     task = tasks.find(spec.task or tasks.DEFAULT)
     gpu = spec.gpu or machine.gpu
     if gpu:
-        gpus.find(gpu)
+        find_gpu(gpu)
     on_gpu = gpu is not None or machine.device == "cuda"
     whole = (spec.quantization or method.defaults.get("quantization", "none")) == "none"
     rank = spec.rank or method.defaults.get("rank", methods.USUAL_RANK)

@@ -12,8 +12,7 @@ from tiny import ROOT
 
 from peftlab import adapters, cli, units
 from peftlab.base.models import MODELS
-from peftlab.catalog.gpus import GPUS
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog import GPUS, PRESETS
 from peftlab.compare import study
 from peftlab.data.tasks import TASKS
 from peftlab.methods import METHODS

@@ -4,7 +4,7 @@ import pytest
 from tiny import ROOT, attached
 
 from peftlab import RunSpec, SpecError, resolve
-from peftlab.catalog.gpus import GPUS
+from peftlab.catalog import GPUS
 from peftlab.memory import compute as compute_module
 from peftlab.memory.compute import compute, peak, utilisation
 

@@ -4,7 +4,7 @@ import pytest
 
 from peftlab import RunSpec, count, predict, resolve, units
 from peftlab.base.models import MODELS
-from peftlab.catalog.methods import FAMILIES
+from peftlab.catalog import FAMILIES
 from peftlab.lectures import facts
 from peftlab.lectures.findings import finding
 from peftlab.lectures.guide import CASES, GROUPS, SIDES, SPECTRUM, weighed

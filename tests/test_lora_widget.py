@@ -16,10 +16,10 @@ from demos.page.store import CLEARS, blocks
 from peftlab import RunSpec, SpecError, count, resolve, units
 from peftlab.base import architecture
 from peftlab.base.models import MODELS
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog import PRESETS
 from peftlab.count import BYTES
 from peftlab.methods import METHODS
-from peftlab.methods.where import where
+from peftlab.methods.selection import where
 from peftlab.resolve import with_preset
 from peftlab.show import shapes
 from peftlab.show.marks import bold

@@ -6,7 +6,7 @@ import pytest
 from tiny import attached
 
 from peftlab import RunSpec, SpecError, hardware, optimizers, predict, resolve
-from peftlab.catalog.gpus import GPUS
+from peftlab.catalog import GPUS
 from peftlab.memory import CONVENTIONS, closed_form
 from peftlab.memory.conventions import NF4_BITS
 from peftlab.memory.report import KINDS

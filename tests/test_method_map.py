@@ -9,7 +9,7 @@ pytest.importorskip("gradio")
 from demos.method_map import Methods
 from demos.page.store import blocks
 from peftlab import RunSpec, SpecError, count, resolve, units
-from peftlab.catalog.methods import ABOUT
+from peftlab.catalog import ABOUT
 from peftlab.lectures import facts
 from peftlab.lectures.guide import CASES
 from peftlab.memory import exact, predict

@@ -9,8 +9,7 @@ from tiny import attached, fresh, ids_on, logits, run_of, small, steps
 from peftlab import RunSpec, SpecError, adapters, count
 from peftlab.base import weights
 from peftlab.base.models import MODELS
-from peftlab.catalog.methods import ABOUT, FAMILIES
-from peftlab.catalog.papers import PAPERS
+from peftlab.catalog import ABOUT, FAMILIES, PAPERS
 from peftlab.methods import METHODS, SIZES, lora
 from peftlab.resolve import METHOD_SETTINGS, resolve
 from peftlab.run import gears

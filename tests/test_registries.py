@@ -14,8 +14,7 @@ from tiny import LLAMA, ROOT, TOY
 from peftlab import RunSpec, predict, resolve
 from peftlab.base import architecture, models
 from peftlab.base.models import BaseModel
-from peftlab.catalog import gpus
-from peftlab.catalog.gpus import GPU
+from peftlab.catalog import GPU, GPUS
 from peftlab.cli import main
 from peftlab.data import tasks
 from peftlab.memory import fits
@@ -26,7 +25,7 @@ MODEL = BaseModel("toy-model", "Toy Model", 195_008, "nobody/toy", config=LLAMA)
 
 @pytest.fixture
 def entries(monkeypatch):
-    monkeypatch.setitem(gpus.GPUS, "toy-gpu", CHIP)
+    monkeypatch.setitem(GPUS, "toy-gpu", CHIP)
     monkeypatch.setitem(models.MODELS, "toy-model", MODEL)
     monkeypatch.setitem(tasks.TASKS, "toy", TOY)
 

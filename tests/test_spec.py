@@ -4,7 +4,7 @@ import random
 import pytest
 
 from peftlab import RunSpec, SpecError, resolve
-from peftlab.catalog.gpus import GPUS
+from peftlab.catalog import GPUS
 from peftlab.hardware import Machine
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, cannot_run, set_aside

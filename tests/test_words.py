@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from peftlab import RunSpec, predict, resolve, units
-from peftlab.catalog.gpus import GPUS
+from peftlab.catalog import GPUS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
-from peftlab.methods.where import where
+from peftlab.methods.selection import where
 from peftlab.show import sentences
 from peftlab.show.marks import bold
 from peftlab.show.settings import gpu_name

@@ -7,7 +7,7 @@ from gradio.components import Component
 
 from demos.page import choice
 from demos.page.controls import slider_of
-from peftlab.catalog.gpus import PRICE as ASSUMED_PRICE
+from peftlab.catalog import PRICE as ASSUMED_PRICE
 from peftlab.memory.measured import measured_utilisation
 
 TASKS = choice.number("tasks", 50, 1, 1000)

@@ -9,7 +9,7 @@ from html import escape
 import gradio as gr
 
 from demos.page import address, controls, look
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog import PRESETS
 from peftlab.methods import METHODS
 from peftlab.show.methods import PUBLISHED, preset_says
 from peftlab.show.shapes import FAMILY, WORDS

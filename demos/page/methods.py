@@ -11,7 +11,7 @@ from gradio.components import Component
 from demos.page import address, choice, controls
 from peftlab import RunSpec, resolve
 from peftlab.base.models import find
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, with_preset
 from peftlab.show.methods import PUBLISHED, method_value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from ..base.models import UNITS
-from ..catalog import presets
+from ..catalog import find_preset
 from ..errors import SpecError
 from ..resolve import with_preset
 from ..spec import SETTINGS, Json, RunSpec
@@ -65,7 +65,7 @@ def spec_of(args: Namespace) -> RunSpec:
             raise SpecError(f"{name.replace('_', '-')} is empty; leave it out for automatic")
     spec = RunSpec.from_dict(values | flags)
     if args.preset:
-        spec = RunSpec.from_dict(with_preset(spec, presets.find(args.preset)).to_dict() | flags)
+        spec = RunSpec.from_dict(with_preset(spec, find_preset(args.preset)).to_dict() | flags)
     return spec
 
 

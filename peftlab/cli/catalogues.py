@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from ..base.models import MODELS
-from ..catalog.gpus import GPUS
-from ..catalog.papers import PAPERS
-from ..catalog.presets import PRESETS
+from ..catalog import GPUS, PAPERS, PRESETS
 from ..data.tasks import TASKS
 from ..methods import METHODS
 from ..spec import Json

@@ -9,8 +9,7 @@ from typing import Any
 from .. import units
 from ..base import architecture
 from ..base.models import find
-from ..catalog import presets
-from ..catalog.papers import PAPERS
+from ..catalog import PAPERS, find_preset
 from ..count import BYTES, ParameterReport, count
 from ..memory import predict, storage
 from ..methods import METHODS
@@ -51,7 +50,7 @@ def paper(method: str, authors: str, year: int) -> Finding:
 
 def preset(key: str, **wanted: float) -> Finding:
     """The published settings that the app offers are the lecture's."""
-    found = presets.find(key)
+    found = find_preset(key)
     own = {**found.settings, "alpha_over_rank": found.alpha_over_rank, "epochs": found.epochs}
     return decided(all(own.get(name) == value for name, value in wanted.items()), f"{found.name}: {found.says}")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from .. import units
 from ..base.models import find
-from ..catalog.methods import FAMILIES
+from ..catalog import FAMILIES
 from ..count import ParameterReport, count, why_not
 from ..errors import SpecError
 from ..memory import MemoryReport, exact, predict

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..catalog.methods import FAMILIES
+from ..catalog import FAMILIES
 
 GROUPS = {
     "none": "Before any training",

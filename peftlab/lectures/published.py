@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .. import units
-from ..catalog.methods import FAMILIES
+from ..catalog import FAMILIES
 from ..errors import SpecError
 from ..methods import METHODS
 from ..places import ASSETS

@@ -15,7 +15,7 @@ from .. import methods
 from ..base import architecture as architectures
 from ..base import models
 from ..base.architecture import Architecture, Module
-from ..catalog import gpus
+from ..catalog import GPUS, find_gpu
 from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import Json, Resolved, RunSpec
@@ -178,7 +178,7 @@ def _seen(length: int, window: int = 0) -> float:
 
 def peak(gpu: str) -> float:
     """Dense bf16 operations a second. Raises SpecError for a GPU without bf16."""
-    found = gpus.find(gpu)
+    found = find_gpu(gpu)
     if found.bf16_tflops is None:
         raise SpecError(f"gpu={gpu}: {found.name} has no bf16, whose peak is the measure; choose one that has, as l4")
     return found.bf16_tflops * 1e12
@@ -191,7 +191,7 @@ def utilisation(rows: Iterable[Json]) -> Iterator[tuple[Resolved, float]]:
     """
     for row in rows:
         seconds = (row.get("measured") or {}).get("step_seconds")
-        gpu = gpus.GPUS.get(row["spec"].get("gpu") or "")
+        gpu = GPUS.get(row["spec"].get("gpu") or "")
         if seconds and gpu and gpu.bf16_tflops:
             run = compute(resolve(RunSpec.from_dict(row["spec"])))
             yield run.spec, run.per_step / (seconds * run.n_gpus * peak(gpu.key))

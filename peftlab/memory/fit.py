@@ -10,7 +10,7 @@ from itertools import combinations
 
 from .. import methods
 from ..base import models
-from ..catalog.gpus import GPU, GPUS
+from ..catalog import GPU, GPUS
 from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import SETTINGS, Resolved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from .. import units
-from ..catalog.gpus import GPUS
+from ..catalog import GPUS
 from ..memory import ClosedForm, MemoryReport
 from . import sentences
 from .marks import explained, how

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from .. import units
 from ..base.models import find
-from ..catalog.methods import FAMILIES
+from ..catalog import FAMILIES
 from ..count import count
 from ..lectures import facts, published
 from ..lectures.facts import Place

@@ -6,9 +6,7 @@ from functools import lru_cache
 from html import escape
 
 from ..base.models import DEFAULT
-from ..catalog.methods import FAMILIES
-from ..catalog.papers import PAPERS
-from ..catalog.presets import PRESETS
+from ..catalog import FAMILIES, PAPERS, PRESETS
 from ..count import why_not
 from ..methods import METHODS
 from .method_figures import data_path

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from .. import units
 from ..base import architecture as architectures
-from ..catalog.gpus import GPUS
+from ..catalog import GPUS
 from ..compare import BASE, ComparisonReport
 from ..compare.lowrank import Spectrum
 from ..data import tasks

@@ -11,7 +11,7 @@ pytest.importorskip("playwright")
 from playwright.sync_api import expect
 from test_app import sentence, tab
 
-from peftlab.catalog.presets import PRESETS
+from peftlab.catalog import PRESETS
 
 RANK = "#memory-rank input[type=number]"
 
