@@ -25,7 +25,9 @@ class RunError(PeftlabError): ...
 
 
 def plain(error: Exception) -> str:
-    """Any other error as one line for a page."""
+    """An error as a page says it: one of ours as it is, any other in one line."""
+    if isinstance(error, PeftlabError):
+        return str(error)
     text = str(error).splitlines()[0][:300] if str(error) else ""
     if "out of memory" in text.lower():
         return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"

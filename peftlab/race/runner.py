@@ -19,7 +19,7 @@ from ..count import count
 from ..data import tasks
 from ..errors import PeftlabError, SpecError, plain
 from ..memory import predict
-from ..methods.where import where
+from ..methods.selection import where
 from ..resolve import resolve_here
 from ..run import STOP, Event, pace, train
 from ..run.events import progress
@@ -108,7 +108,7 @@ def race(
                 for event in _run(spec, line, out, folder, latency):
                     yield {"type": "run", "racer": i, "seed": seed, "event": event}
             except Exception as error:
-                line.error = str(error) if isinstance(error, PeftlabError) else plain(error)
+                line.error = plain(error)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 gc.collect()  # an adapted model refers to itself, and would count in the next racer's peak

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..base import fetching, weights
-from ..errors import PeftlabError, SpecError, plain
+from ..errors import SpecError, plain
 from ..resolve import resolve_here
 from ..run import STOP, Event, train, warm_up
 from ..spec import Resolved, RunSpec
@@ -118,12 +118,8 @@ def _work(job: Job) -> None:
             else:
                 job.add(event)
     except Exception as error:
-        last = {"type": "error", "message": _told(error)}
+        last = {"type": "error", "message": plain(error)}
     job.add(last, over=True)  # once the trainer has cleaned up
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, PeftlabError) else plain(error)
 
 
 class Preparation:
@@ -162,4 +158,4 @@ class Preparation:
             warm_up(self.spec)
             self.ready = True
         except Exception as error:
-            self.error = _told(error)
+            self.error = plain(error)
