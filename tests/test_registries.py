@@ -87,23 +87,14 @@ BOFT = '''
 
 from . import Drawing, Method, Term, linear_targets, register, through_peft
 
-
-def attach(model, targets, spec):
-    from peft import BOFTConfig
-
-    names = through_peft.names(targets)
-    config = BOFTConfig(
-        task_type="CAUSAL_LM", boft_block_size=4, boft_n_butterfly_factor=1, target_modules=names
-    )
-    return through_peft.attach(model, config, spec)
-
-
 register(
     Method(
         "boft",
         terms=(Term(("d_in",), 4), Term(("d_out",))),
         select=linear_targets,
-        attach=attach,
+        attach=lambda model, targets, spec: through_peft.attach(
+            model, spec, "BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=1, target_modules=through_peft.names(targets)
+        ),
         merge=through_peft.merge,
         drawing=Drawing(("*rotations", "W", "*× s")),
         settings=("target_modules", "layers", "adapter_precision"),

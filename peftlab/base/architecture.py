@@ -265,7 +265,7 @@ def to_data(a: Architecture) -> Json:
         "context": a.context,
         "facts": {name: value for name, value in asdict(a.facts).items() if value},
         "modules": [
-            [m.name, m.kind, {n: list(s) for n, s in m.parameters.items()}, _runs(m.layers)]
+            [m.name, m.kind, {n: list(s) for n, s in m.parameters.items()}, runs(m.layers)]
             + ([int(m.tied), int(m.head)] if m.tied or m.head else [])
             for m in a.modules
         ],
@@ -281,7 +281,7 @@ def from_data(data: Json) -> Architecture:
     return Architecture(data["n_layers"], tuple(modules), data["hidden_size"], data["context"], Facts(**data["facts"]))
 
 
-def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
+def runs(numbers: tuple[int, ...]) -> list[list[int]]:
     """[first, last] of each run of consecutive numbers."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]

@@ -6,10 +6,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from ..base.architecture import Architecture
-from ..catalog.methods import ABOUT
+from ..catalog import ABOUT
 from ..errors import SpecError
 from ..spec import Resolved, closest
-from .entry import SIZES, Attach, Drawing, Keep, Method, Select, Term
+from .method import SIZES, Attach, Drawing, Keep, Method, Select, Term
 from .selection import (
     RANK_LIMITS,
     RANK_REFUSAL,
@@ -61,16 +61,10 @@ def targets(architecture: Architecture, spec: Resolved, model_name: str = "the m
     return chosen
 
 
-def _discover() -> None:
-    """Imports every file of this folder whose name has no underscore in front, then takes the catalogue's order."""
-    for file in (f for f in iter_modules(__path__) if not f.name.startswith("_")):
-        import_module(f".{file.name}", __name__)
-    if odd := set(METHODS) ^ set(ABOUT):
-        raise LookupError(
-            f"{min(odd)} needs both an entry in a file of peftlab/methods and one in catalog/methods.json"
-        )
-    for key in ABOUT:
-        METHODS[key] = METHODS.pop(key)
-
-
-_discover()
+for _file in iter_modules(__path__):
+    if not _file.name.startswith("_"):
+        import_module(f".{_file.name}", __name__)
+if odd := set(METHODS) ^ set(ABOUT):
+    raise LookupError(f"{min(odd)} needs both an entry in a file of peftlab/methods and one in catalog/methods.json")
+for _key in ABOUT:  # in the catalogue's order
+    METHODS[_key] = METHODS.pop(_key)

@@ -1,15 +1,13 @@
 """Bottleneck adapters, our own: a narrow network down and up again, in series with or beside a frozen sub-layer.
 
-The up projection starts at zero, so that an adapter starts as the exact identity (Houlsby et al., section 2.1, ask for a
-near one). Modules are reached by hooks on the linear maps at a sub-layer's border, whatever the model calls the sub-layer.
+They hang on the linear maps at a sub-layer's border, whatever the model calls the sub-layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from ..base.architecture import ROLES, Architecture
 from ..errors import SpecError
@@ -19,40 +17,21 @@ from .through_peft import adapter_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module, Parameter
+    from torch.nn import Module
     from transformers import PreTrainedModel
-
-    from ._layers import Bottleneck
 
 KRONECKER = 4
 """Compacter's n: how many small matrices a weight is a sum of products of. The paper's choice."""
 
-Place: TypeAlias = "Callable[[PreTrainedModel, str, Bottleneck], None]"
-"""Hooks an adapter in at the module of that name."""
 
+def _beside(last: Module, parent: Module, adapter: Module) -> None:
+    """What goes into the feed-forward goes through the adapter too, and is added to what comes out of its `last` map.
 
-def _after(model: PreTrainedModel, name: str, adapter: Bottleneck) -> None:
-    module = model.get_submodule(name)
-    module.adapter = adapter
-    module.register_forward_hook(lambda module, args, out: out + module.adapter(out))
-
-
-def _before(model: PreTrainedModel, name: str, adapter: Bottleneck) -> None:
-    module = model.get_submodule(name)
-    module.adapter = adapter
-    module.register_forward_pre_hook(lambda module, args: (args[0] + module.adapter(args[0]), *args[1:]))
-
-
-def _beside(model: PreTrainedModel, name: str, adapter: Bottleneck) -> None:
-    """What goes into the feed-forward goes through the adapter too, and is added to what comes out of its last map, `name`.
-
-    The feed-forward's first map is found beside the last, by the names that gate and up have.
+    The first map is found in their parent, by the names that gate and up have.
     """
-    names = [end for role in ("gate", "up", "gate+up") for end in ROLES[role]]
-    around = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
-    first = next(around[end] for end in (n.rpartition(".")[2] for n in names) if end in around)
-    last = model.get_submodule(name)
-    last.adapter = adapter
+    names = [name.rpartition(".")[2] for role in ("gate", "up", "gate+up") for name in ROLES[role]]
+    children = dict(parent.named_children())
+    first = next(children[name] for name in names if name in children)
 
     def keep(module: Module, args: tuple[Tensor, ...]) -> None:
         adapter.input = args[0]
@@ -86,29 +65,30 @@ def divided(architecture: Architecture, spec: Resolved) -> list[Target]:
 
 
 def attach(
-    model: PreTrainedModel, targets: list[Target], spec: Resolved, place: Place = _after, rules: Parameter | None = None
+    model: PreTrainedModel, targets: list[Target], spec: Resolved, beside: bool = False, kronecker: bool = False
 ) -> PreTrainedModel:
-    """Adds a Bottleneck at each target, made of Compacter's `rules` (n × n × n) where there are any.
+    """Adds a Bottleneck before a vocabulary head, `beside` the feed-forward that ends in a target, or after a target.
 
-    It comes before a vocabulary head, and elsewhere where `place` hooks it in.
+    Its weights may be sums of `kronecker` products with the same n × n × n numbers in all of them.
     """
-    from ._layers import Bottleneck
-
-    device, dtype = next(model.parameters()).device, adapter_dtype(spec)
-    for t in targets:
-        width = t.module.d_in if t.module.head else t.module.d_out
-        for name in t.names():
-            adapter = Bottleneck(width, spec.bottleneck, rules).to(device, dtype)
-            (_before if t.module.head else place)(model, name, adapter)
-    return model
-
-
-def attach_compacter(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PreTrainedModel:
     import torch
 
-    start = torch.randn(KRONECKER, KRONECKER, KRONECKER) * KRONECKER**-0.5
-    rules = torch.nn.Parameter(start.to(next(model.parameters()).device, adapter_dtype(spec)))
-    return attach(model, targets, spec, rules=rules)
+    from ._layers import Bottleneck
+
+    device, dtype, rules = next(model.parameters()).device, adapter_dtype(spec), None
+    if kronecker:
+        rules = torch.nn.Parameter((torch.randn((KRONECKER,) * 3) * KRONECKER**-0.5).to(device, dtype))
+    for module, name in ((t.module, name) for t in targets for name in t.names()):
+        place = model.get_submodule(name)
+        width = module.d_in if module.head else module.d_out
+        place.adapter = adapter = Bottleneck(width, spec.bottleneck, rules).to(device, dtype)
+        if module.head:
+            place.register_forward_pre_hook(lambda place, args: (args[0] + place.adapter(args[0]), *args[1:]))
+        elif beside:
+            _beside(place, model.get_submodule(name.rpartition(".")[0]), adapter)
+        else:
+            place.register_forward_hook(lambda place, args, out: out + place.adapter(out))
+    return model
 
 
 HOULSBY = Method(
@@ -133,7 +113,7 @@ register(
         HOULSBY,
         key="parallel",
         select=beside_feed_forward,
-        attach=partial(attach, place=_beside),
+        attach=partial(attach, beside=True),
         drawing=Drawing(("feed-forward",), ("*down", "~GELU", "*up"), leaves=0, joins=1),
         defaults={"learning_rate": 1e-2},
     ),
@@ -166,7 +146,7 @@ register(
         keeps=(*HOULSBY.keeps, Keep(("d_out", "bottleneck"), 3, each="module")),  # the weights, multiplied out
         shared={"rules": (KRONECKER,) * 3},
         select=divided,
-        attach=attach_compacter,
+        attach=partial(attach, kronecker=True),
         drawing=Drawing(("sub-layer", "*Σ A⊗B", "~GELU", "*Σ A⊗B"), leaves=1, joins=4),
         defaults={"learning_rate": 1e-2},
     ),

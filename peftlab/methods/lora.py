@@ -40,17 +40,9 @@ def unquantized(architecture: Architecture, spec: Resolved) -> list[Target]:
     return linear_targets(architecture, spec)
 
 
-def _scaled(targets: list[Target], spec: Resolved) -> dict[str, Any]:
-    return {**through_peft.linear(targets), "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
-
-
-def attach(
-    model: PreTrainedModel, targets: list[Target], spec: Resolved, use_rslora: bool = False, use_dora: bool = False
-) -> PeftModel:
-    from peft import LoraConfig
-
-    config = LoraConfig(**_scaled(targets, spec), r=spec.rank, use_rslora=use_rslora, use_dora=use_dora)
-    return through_peft.attach(model, config, spec)
+def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, **settings: object) -> PeftModel:
+    settings |= {"r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
+    return through_peft.attach(model, spec, "LoraConfig", **through_peft.linear(targets), **settings)
 
 
 def principal(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
@@ -62,18 +54,20 @@ def principal(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> 
 
 def adaptive(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """AdaLoRA over the run's steps: a tenth to warm up, three tenths at the final budget, the cuts in between."""
-    from peft import AdaLoraConfig
-
     steps = max(spec.steps, 2)  # the last cut needs a step before it, to judge by
-    config = AdaLoraConfig(
-        **_scaled(targets, spec),
+    adapted = through_peft.attach(
+        model,
+        spec,
+        "AdaLoraConfig",
+        **through_peft.linear(targets),
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
         init_r=spec.rank,
         target_r=max(1, round(spec.rank * SURVIVING)),
         total_step=steps,
         tinit=steps // 10,
         tfinal=3 * steps // 10,
     )
-    adapted = through_peft.attach(model, config, spec)
     for name, parameter in adapted.named_parameters():
         if "ranknum" in name:  # a count of ranks, which peft moves to a GPU as a copy that would be trained
             parameter.requires_grad_(False)
@@ -90,23 +84,6 @@ def orthogonality(model: nn.Module) -> Tensor:
             square = p @ p.T if "lora_A" in name else p.T @ p
             off.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=p.device, dtype=p.dtype)))
     return ORTHOGONALITY * torch.stack(off).mean()
-
-
-def cut_ranks(model: nn.Module, step: int) -> None:
-    cast("AdaLoraModel", model.base_model).update_and_allocate(step)
-
-
-def vectors(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
-    from peft import VeraConfig
-
-    config = VeraConfig(
-        **through_peft.linear(targets),
-        r=spec.rank,
-        vera_dropout=spec.dropout,
-        projection_prng_key=spec.seed,
-        save_projection=False,  # the seed makes them again
-    )
-    return through_peft.attach(model, config, spec)
 
 
 def rate_of_rank(spec: Mapping[str, Any]) -> float:
@@ -189,7 +166,7 @@ register(
         drawing=replace(LORA.drawing, branch=("*A", "*Λ, pruned", "*B", "~× α/r")),
         defaults={"learning_rate": 1e-2, "rank": 12},
         penalty=orthogonality,
-        after_step=cut_ranks,
+        after_step=lambda model, step: cast("AdaLoraModel", model.base_model).update_and_allocate(step),
     ),
     replace(
         LORA,
@@ -202,7 +179,16 @@ register(
             Keep(("rank", "d_in"), each="model"),  # the two random matrices
             Keep(("rank", "d_out"), each="model"),
         ),
-        attach=vectors,
+        attach=lambda model, targets, spec: through_peft.attach(
+            model,
+            spec,
+            "VeraConfig",
+            **through_peft.linear(targets),
+            r=spec.rank,
+            vera_dropout=spec.dropout,
+            projection_prng_key=spec.seed,
+            save_projection=False,  # the seed makes them again
+        ),
         rank_limit="",
         drawing=replace(LORA.drawing, branch=("A, random", "*× d", "B, random", "*× b")),
         settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),

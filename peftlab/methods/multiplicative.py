@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
 from . import Drawing, Keep, Method, Target, Term, Unsuited, by_role, linear_targets, register, through_peft
 from .selection import FUSED
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-
-def scale(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
-    from peft import IA3Config
-
-    down = [t for t in targets if t.module.role == "down"]
-    config = IA3Config(**through_peft.linear(targets), feedforward_modules=through_peft.names(down))
-    return through_peft.attach(model, config, spec)
 
 
 def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
@@ -39,19 +25,6 @@ def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
     return chosen
 
 
-def rotate(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
-    from peft import OFTConfig
-
-    config = OFTConfig(
-        task_type="CAUSAL_LM",
-        r=0,
-        oft_block_size=spec.block_size,
-        module_dropout=spec.dropout,
-        target_modules=through_peft.names(targets),
-    )
-    return through_peft.attach(model, config, spec)
-
-
 register(
     Method(
         "ia3",
@@ -61,7 +34,13 @@ register(
             Keep(("d_in",), of="factor", roles=("down",)),
         ),
         select=by_role("key", "value", "down"),
-        attach=scale,
+        attach=lambda model, targets, spec: through_peft.attach(
+            model,
+            spec,
+            "IA3Config",
+            **through_peft.linear(targets),
+            feedforward_modules=through_peft.names([t for t in targets if t.module.role == "down"]),
+        ),
         merge=through_peft.merge,
         drawing=Drawing(("W of keys, values", "*× l")),
         settings=("layers", "adapter_precision"),
@@ -72,7 +51,15 @@ register(
         terms=(Term(("d_in", "block_size"), 0.5), Term(("d_in",), -0.5)),  # b(b − 1)/2 for each of d_in/b blocks
         keeps=(Keep(("d_in",), of="input"), Keep(("d_in", "block_size"), 4, each="module")),  # Cayley's Neumann series
         select=rotated,
-        attach=rotate,
+        attach=lambda model, targets, spec: through_peft.attach(
+            model,
+            spec,
+            "OFTConfig",
+            target_modules=through_peft.names(targets),
+            r=0,
+            oft_block_size=spec.block_size,
+            module_dropout=spec.dropout,
+        ),
         merge=through_peft.merge,
         drawing=Drawing(("*rotation", "W")),
         settings=("block_size", "dropout", "target_modules", "layers", "adapter_precision"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .. import seam
@@ -49,35 +50,18 @@ def _leave_room(architecture: Architecture, spec: Resolved) -> None:
     )
 
 
-def prompt(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
-    from peft import PromptTuningConfig
-
-    config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=spec.virtual_tokens,
-        token_dim=targets[0].module.d_out,  # a model that projects its embedding takes vectors before the projection
-        prompt_tuning_init="SAMPLE_VOCAB",
+def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, config: str, **settings: object) -> PeftModel:
+    """Vectors as wide as the embedding: a model that projects its embedding takes them before the projection."""
+    return through_peft.attach(
+        model, spec, config, num_virtual_tokens=spec.virtual_tokens, token_dim=targets[0].module.d_out, **settings
     )
-    return through_peft.attach(model, config, spec)
-
-
-def encoded(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
-    from peft import PromptEncoderConfig
-
-    width = targets[0].module.d_out
-    config = PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens, token_dim=width, encoder_hidden_size=width
-    )
-    return through_peft.attach(model, config, spec)
 
 
 def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
     import torch
-    from peft import PrefixTuningConfig
 
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.virtual_tokens)
-    adapted = through_peft.attach(model, config, spec)
+    adapted = through_peft.attach(model, spec, "PrefixTuningConfig", num_virtual_tokens=spec.virtual_tokens)
     weight = adapted.prompt_encoder["default"].get_parameter("embedding.weight")
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     ids = torch.randint(0, vocabulary, (1, spec.virtual_tokens))
@@ -92,7 +76,7 @@ PROMPT = Method(
     "prompt",
     terms=(VECTORS,),
     select=embedding,
-    attach=prompt,
+    attach=partial(attach, config="PromptTuningConfig", prompt_tuning_init="SAMPLE_VOCAB"),
     drawing=Drawing(("embedding", "all layers"), ("*vectors",), joins=1, how="before"),
     settings=("virtual_tokens", "adapter_precision"),
     defaults={"learning_rate": 1e-1},
@@ -104,7 +88,9 @@ register(
         key="p-tuning",
         terms=(VECTORS, Term(("d_out", "d_out"), 3), Term(("d_out",), 3)),  # the encoder: three square linear maps
         saved=(VECTORS,),
-        attach=encoded,
+        attach=lambda model, targets, spec: attach(
+            model, targets, spec, "PromptEncoderConfig", encoder_hidden_size=targets[0].module.d_out
+        ),
         drawing=replace(PROMPT.drawing, branch=("*vectors", "*MLP")),
         defaults={"learning_rate": 3e-2},
     ),

@@ -1,16 +1,19 @@
-"""Which modules of a model a method trains."""
+"""Which modules of a model a method trains, and how that is said in words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ..base import architecture as architectures
 from ..base.architecture import Architecture, Module
 from ..errors import SpecError
 from ..spec import Resolved, parse_layers
 
 FUSED = "query+key+value"
 """The role of a projection that makes queries, keys and values at once."""
+WHERE = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v_proj": "q and v"}
+"""Target modules that have a name of their own."""
 USUAL_RANK = 8
 RANK_LIMITS: dict[str, tuple[Callable[[Iterable[int]], int], str]] = {
     "largest": (max, "no adapted matrix has a rank above"),
@@ -67,6 +70,17 @@ def once_a_layer(architecture: Architecture, *roles: str) -> list[Module]:
 def by_role(*roles: str) -> Callable[[Architecture, Resolved], list[Target]]:
     """A method's `select`: the modules that play `roles`, one of each in every chosen layer."""
     return lambda architecture, spec: in_layers(once_a_layer(architecture, *roles), architecture, spec.layers)
+
+
+def where(spec: Resolved) -> str:
+    """Target modules in words, and the layers where not all are chosen: `q and v of layers 0-3,7`."""
+    text = WHERE.get(spec.target_modules, spec.target_modules.replace(",", ", "))
+    if spec.layers in ("", "all"):
+        return text
+    n_layers = architectures.of(spec.model).n_layers
+    runs = architectures.runs(parse_layers(spec.layers, n_layers))
+    numbers = ",".join(f"{first}-{last}" if first < last else str(first) for first, last in runs)
+    return text if runs == [[0, n_layers - 1]] else f"{text} of layers {numbers}"
 
 
 def check_rank(rank: int, limited_by: str, chosen: list[Target]) -> None:

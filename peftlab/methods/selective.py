@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..base.architecture import Architecture, Module
+from ..base.architecture import Module
 from ..spec import Resolved
 from . import METHODS, Drawing, Method, Select, Target, Term, in_layers, register, through_peft
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -34,21 +33,10 @@ def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pre
 
 
 def modules_that(suits: Callable[[Module, Resolved], bool], layers: str = "all") -> Select:
-    """Selects the modules that suit, in these layers."""
+    """Selects the modules that suit, in these layers; in the spec's where `layers` is empty."""
     return lambda architecture, spec: in_layers(
-        [m for m in architecture.modules if suits(m, spec)], architecture, layers
+        [m for m in architecture.modules if suits(m, spec)], architecture, layers or spec.layers
     )
-
-
-def norms(architecture: Architecture, spec: Resolved) -> list[Target]:
-    return in_layers(architecture.with_role("norm"), architecture, spec.layers)
-
-
-def attach_norms(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
-    from peft import LNTuningConfig
-
-    config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=through_peft.names(targets))
-    return through_peft.attach(model, config, spec)
 
 
 FULL = Method(
@@ -93,8 +81,10 @@ register(
     replace(
         FULL,
         key="ln",
-        select=norms,
-        attach=attach_norms,
+        select=modules_that(lambda module, spec: module.kind == "norm", layers=""),
+        attach=lambda model, targets, spec: through_peft.attach(
+            model, spec, "LNTuningConfig", target_modules=through_peft.names(targets)
+        ),
         merge=through_peft.merge,
         in_place=False,
         drawing=Drawing(("~÷ deviation", "*× scale", "W")),

@@ -28,7 +28,7 @@ def names(targets: list[Target]) -> list[str]:
 def linear(targets: list[Target]) -> dict[str, Any]:
     """What peft's configs of adapters on linear maps have in common."""
     transposed = targets[0].module.kind == "conv1d"
-    return {"task_type": "CAUSAL_LM", "target_modules": names(targets), "fan_in_fan_out": transposed}
+    return {"target_modules": names(targets), "fan_in_fan_out": transposed}
 
 
 def adapter_dtype(spec: Resolved) -> dtype:
@@ -37,12 +37,16 @@ def adapter_dtype(spec: Resolved) -> dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_precision]
 
 
-def attach(model: PreTrainedModel, config: PeftConfig, spec: Resolved) -> PeftModel:
-    """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`."""
-    from peft import get_peft_model
+def attach(model: PreTrainedModel, spec: Resolved, config: str, **settings: object) -> PeftModel:
+    """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`.
+
+    `config` is the name of one of peft's, and `settings` are its own.
+    """
+    import peft
 
     device, old = next(model.parameters()).device, _tensors(model)
-    adapted = cast("PeftModel", get_peft_model(model, config))
+    made: PeftConfig = getattr(peft, config)(task_type="CAUSAL_LM", **settings)
+    adapted = cast("PeftModel", peft.get_peft_model(model, made))
     for number, tensor in _tensors(adapted).items():
         if number not in old:
             tensor.data = tensor.data.to(device, adapter_dtype(spec))
@@ -90,6 +94,11 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     return _settled(adapted)
 
 
+def _named(module: nn.Module, recurse: bool = True) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by all of their names."""
+    return [*module.named_parameters("", recurse, False), *module.named_buffers("", recurse, False)]
+
+
 def own_tensors(
     model: nn.Module, names: Collection[str], train: bool = False, only: Iterable[nn.Module] | None = None
 ) -> None:
@@ -101,15 +110,12 @@ def own_tensors(
     import torch
 
     clones: dict[int, Tensor] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+    for name, tensor in _named(model):
         if name in names and id(tensor) not in clones:
             own = tensor.detach().clone()
             clones[id(tensor)] = torch.nn.Parameter(own, train) if isinstance(tensor, torch.nn.Parameter) else own
     for module in (only or model.modules()) if clones else ():
-        for name, tensor in (
-            *module.named_parameters(recurse=False, remove_duplicate=False),
-            *module.named_buffers(recurse=False, remove_duplicate=False),
-        ):
+        for name, tensor in _named(module, recurse=False):
             if id(tensor) in clones:
                 setattr(module, name, clones[id(tensor)])
 
@@ -157,9 +163,8 @@ def merge(model: nn.Module) -> nn.Module:
         layer.weight = type(layer.weight)(layer.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
     for norm in (m for m in adapted.modules() if isinstance(m, LNTuningLayer)):
-        norm.ln_tuning_layers.to(
-            norm.get_base_layer().get_parameter("weight").dtype
-        )  # peft would leave it in the adapter's type
+        # peft would leave it in the adapter's type
+        norm.ln_tuning_layers.to(norm.get_base_layer().get_parameter("weight").dtype)
     return adapted.merge_and_unload(safe_merge=True)
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from .. import adapters, measured, units
 from ..adapters import Adapter
 from ..compare import wilson
-from ..methods.where import WHERE
+from ..methods.selection import WHERE
 from ..spec import Json
 from . import recordings
 from .board import Line

@@ -11,7 +11,7 @@ from ..base.models import MODELS
 from ..count import ParameterReport, count
 from ..errors import SpecError
 from ..lectures.recomputed import percents
-from ..methods.where import where
+from ..methods.selection import where
 from ..resolve import resolve
 from ..spec import RunSpec
 from .figures import PALETTE, blank, decades

@@ -11,7 +11,7 @@ from ..base import architecture
 from ..base.models import find
 from ..count import BYTES
 from ..methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
-from ..methods.where import WHERE
+from ..methods.selection import WHERE
 from ..resolve import resolve
 from ..spec import RunSpec, parse_layers
 

@@ -1,8 +1,6 @@
 """What the registry holds of a fine-tuning method.
 
-An entry counts by data: for each adapted module, its trainable parameters are a sum of terms, each the product of a
-coefficient, sizes of the module and settings of the run. Python evaluates the terms here; the page evaluates the same
-terms in the browser.
+Its trainable parameters in a module are a sum of terms, which Python evaluates here, and the page in the browser.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..base.architecture import Architecture, Module
-from ..catalog.methods import ABOUT, About
+from ..catalog import ABOUT, About
 from ..spec import Resolved
 from .selection import Target
 
