@@ -9,9 +9,8 @@ from tiny import CONFIGS, fresh, run_of, small
 
 from peftlab import seam
 from peftlab.methods import METHODS
-from peftlab.run import packing
-from peftlab.run.batches import IGNORED, Batches, Pair
-from peftlab.run.packing import pack, why_not
+from peftlab.run import batches
+from peftlab.run.batches import IGNORED, Batches, Pair, pack, why_not_packed
 
 WORDS = 500
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a run packs its rows on a CPU only")
@@ -78,21 +77,21 @@ def test_every_method_learns_the_same_or_says_why_not(method, tiny_model, toy_ta
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_reads_packed_rows_or_says_why_not(family):
     model = fresh(family)
-    assert why_not(model, 20) == ""
+    assert why_not_packed(model, 20) == ""
     longest = min((window for config in seam.configs_of(model) for window in seam.windows(config)), default=0)
-    assert bool(why_not(model, longest + 1)) == bool(longest) == (family == "gemma3")
+    assert bool(why_not_packed(model, longest + 1)) == bool(longest) == (family == "gemma3")
 
 
 def test_a_model_whose_rows_come_out_otherwise_is_left_alone(monkeypatch):
-    model, own = fresh("llama"), packing.pack
+    model, own = fresh("llama"), batches.pack
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(8)  # numbers as large as a trained model's, whose words depend on their order
-    assert why_not(model, 20) == ""
-    monkeypatch.setattr(packing, "pack", lambda one: replace(own(one), positions=own(one).positions * 0))
-    assert "rows are not" in why_not(model, 20)
-    monkeypatch.setattr(packing, "pack", lambda one: replace(own(one), mask=own(one).mask[0]))
-    assert "takes no mask of its own" in why_not(model, 20)
+    assert why_not_packed(model, 20) == ""
+    monkeypatch.setattr(batches, "pack", lambda one: replace(own(one), positions=own(one).positions * 0))
+    assert "rows are not" in why_not_packed(model, 20)
+    monkeypatch.setattr(batches, "pack", lambda one: replace(own(one), mask=own(one).mask[0]))
+    assert "takes no mask of its own" in why_not_packed(model, 20)
     assert model.training == fresh("llama").training
 
 

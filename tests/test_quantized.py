@@ -176,7 +176,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
 def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
     import torch
 
-    from peftlab.run.model import attached, quickened
+    from peftlab.run.loop import attached, quickened
 
     spec = small(tied_model, "qlora", quantization="nf4")
     base = weights.load(spec)

@@ -15,7 +15,7 @@ from peftlab.base import weights
 from peftlab.data import tasks
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.run import STOP, divergence, engine, evaluation, gears, loop, train
+from peftlab.run import STOP, engine, gears, loop, train
 from peftlab.run.generate import Decoding, decode
 from peftlab.run.scoring import answer, nats_per_token
 
@@ -153,7 +153,7 @@ def test_answer_logits_alone_give_the_loss_of_all_logits(model, request, toy_tas
 def test_a_stop_before_the_first_step_measures_nothing_and_leaves_no_adapter(after, toy_spec, tmp_path, monkeypatch):
     weights.load(resolve(toy_spec)).measured.clear()
     monkeypatch.setattr(
-        evaluation, "nats_per_token", lambda *args: pytest.fail("nothing was learned, nothing forgotten")
+        engine, "nats_per_token", lambda *args: pytest.fail("nothing was learned, nothing forgotten")
     )
     events = train(resolve(toy_spec), tmp_path)
     if after:
@@ -225,7 +225,7 @@ def fails(*args):
     raise MemoryError("no more")
 
 
-@pytest.mark.parametrize("module, part", [(loop, "choose"), (loop, "draws"), (evaluation, "nats_per_token")])
+@pytest.mark.parametrize("module, part", [(loop, "choose"), (loop, "draws"), (engine, "nats_per_token")])
 def test_a_run_that_fails_leaves_no_model_and_no_stop(module, part, toy_spec, tmp_path, attached, monkeypatch):
     """Nor does the error, which holds whatever was at work."""
     weights.load(resolve(toy_spec)).measured.clear()
@@ -335,7 +335,7 @@ def test_what_was_learned_before_a_divergence_is_kept(method, at, toy_spec, tmp_
         said,
     )
     step = int(named[1])
-    assert at - 1 - 20 / divergence.SNAPSHOTS <= step < at
+    assert at - 1 - 20 / loop.SNAPSHOTS <= step < at
     kept, then = saved(tmp_path, spec), after[step]
     if method != "prompt":
         assert all(torch.equal(kept[n], p) for n, p in then.items())
@@ -350,7 +350,7 @@ def test_a_loss_that_stays_above_guessing_ends_the_run(toy_spec, tmp_path, spoil
 
     after = spoiled(lambda step, loss: loss * 2.5, at=range(6, 21))
     seen, said = ending(toy_spec.but(steps=20), tmp_path)
-    assert seen == list(range(1, 6 + divergence.PATIENCE - 1))
+    assert seen == list(range(1, 6 + loop.PATIENCE - 1))
     assert re.match(r"the loss is 1\d(\.\d)? at step 8: .*The adapter as it was after step 4 is kept\.", said), said
     assert all(torch.equal(saved(tmp_path, toy_spec)[n], p) for n, p in after[4].items())
 

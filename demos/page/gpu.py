@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from typing import ParamSpec, TypeVar
 
+from peftlab.run.events import Work
+
 SECONDS = 120
 """Longest that one run may hold a shared GPU."""
 P = ParamSpec("P")
@@ -23,10 +25,6 @@ def on_gpu(work: Callable[P, T]) -> Callable[P, T]:
 
 def with_result(work: Generator[float, None, T]) -> Iterator[tuple[float, T | None]]:
     """The shares done of a work, each with None; at last 1, with what the work returns."""
-    while True:
-        try:
-            share = next(work)
-        except StopIteration as end:
-            yield 1.0, end.value
-            return
+    for share in (told := Work(work)):
         yield share, None
+    yield 1.0, told.result

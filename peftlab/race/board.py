@@ -59,10 +59,11 @@ class Line:
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of the mean score over held-out rows, each of which has its mean over the seeds."""
-        return _interval(tuple(map(fmean, zip(*self.scores, strict=True))))
+        return bootstrap(tuple(map(fmean, zip(*self.scores, strict=True))))
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+@lru_cache(maxsize=4096)
+def bootstrap(values: tuple[float, ...]) -> tuple[float, float]:
     """The 95% percentile interval of a mean (Efron 1979); NaN for no values."""
     import numpy as np
 
@@ -72,9 +73,6 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     means = numbers[draw.integers(len(numbers), size=(RESAMPLES, len(numbers)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
-
-
-_interval = lru_cache(maxsize=4096)(bootstrap)
 
 
 @dataclass(frozen=True)

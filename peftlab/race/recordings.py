@@ -73,16 +73,12 @@ def of(key: str) -> list[Recording]:
 
 
 def _recording(together: Sequence[Json]) -> Recording:
-    lines = [line for one in together for line in _lines(one) if line.scores or line.error]
+    lines = [Line(**line) for one in together for line in one["lines"] if line["scores"] or line["error"]]
     last = max(together, key=lambda one: one["date"])
     return Recording(
         tuple({json.dumps(line.spec | {"seed": 0}): line for line in lines}.values()),
         last["hardware"], last["device"], last["date"], last["versions"], tuple(one["command"] for one in together),
     )  # fmt: skip
-
-
-def _lines(one: Json) -> list[Line]:
-    return [Line(**line) for line in one["lines"]]
 
 
 def document(axes: Mapping[str, Sequence[str]], lines: Sequence[Line]) -> Json:
@@ -100,6 +96,6 @@ def record(file: Path, axes: Mapping[str, Sequence[str]], lines: Sequence[Line])
 def read(file: Path) -> list[Line]:
     """The lines of a race that a command recorded. Raises SpecError for a file that is none."""
     try:
-        return _lines(json.loads(file.read_text(encoding="utf-8")))
+        return [Line(**line) for line in json.loads(file.read_text(encoding="utf-8"))["lines"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(f"{file}: not a recorded race ({error}); give another path") from None

@@ -34,29 +34,24 @@ class Recorded:
     def score(self) -> float:
         return fmean(self.scores)
 
+    def words(self) -> tuple[str, ...]:
+        """What most decides a score: rank, modules, steps, learning rate and hardware."""
+        rank, modules = self.spec.get("rank"), self.spec.get("target_modules") or ""
+        steps = f"{self.spec['steps']} steps of {self.spec['batch_size']} examples"
+        rate = f"learning rate {self.spec['learning_rate']:g}"
+        return f"rank {rank}", WHERE.get(modules, modules), steps, rate, f"on {self.hardware}"
+
     def settings(self) -> str:
         """The settings that most decide a score, in words."""
-        rank = f"rank {self.spec['rank']}, " if self.spec.get("rank") else ""
-        return f"{rank}{self._steps()}, learning rate {self.spec['learning_rate']:g}"
+        rank, _, steps, rate, _ = self.words()
+        return ", ".join([rank, steps, rate] if self.spec.get("rank") else [steps, rate])
 
     def unlike(self, other: Recorded) -> list[str]:
         """What is different here, in words."""
-        seeds, modules = len(self.scores), self.spec.get("target_modules") or ""
-        said = {
-            f"mean of {seeds} seeds" if seeds > 1 else f"seed {self.spec['seed']} alone": seeds == len(other.scores),
-            f"rank {self.spec.get('rank')}": self._same("rank", other),
-            WHERE.get(modules, modules): self._same("target_modules", other),
-            self._steps(): self._steps() == other._steps(),
-            f"learning rate {self.spec['learning_rate']:g}": self._same("learning_rate", other),
-            f"on {self.hardware}": self.hardware == other.hardware,
-        }
-        return [words for words, same in said.items() if not same] or ["another run"]
-
-    def _same(self, setting: str, other: Recorded) -> bool:
-        return self.spec.get(setting) == other.spec.get(setting)
-
-    def _steps(self) -> str:
-        return f"{self.spec['steps']} steps of {self.spec['batch_size']} examples"
+        seeds = len(self.scores)
+        said = f"mean of {seeds} seeds" if seeds > 1 else f"seed {self.spec['seed']} alone"
+        unlike = [own for own, theirs in zip(self.words(), other.words(), strict=True) if own != theirs]
+        return [said, *unlike] if seeds != len(other.scores) else unlike or ["another run"]
 
 
 def of_run(run: Json) -> Recorded:

@@ -56,11 +56,22 @@ class Job:
         """Whether the run was asked to stop and has not ended yet."""
         return not self.over and (self.folder / STOP).exists()
 
-    def begin(self) -> bool:
-        """Marks the job as under way; False where it was stopped before its turn came."""
+    def run(self) -> None:
+        """Runs the job, unless it was stopped before its turn came."""
         with self._changing:
             self.begun = not self.over
-        return self.begun
+        if not self.begun:
+            return
+        last: Event = {"type": "error", "message": "the run ended without a word"}
+        try:
+            for event in self.trainer(self.spec, self.folder):
+                if event["type"] == "done":
+                    last = event
+                else:
+                    self.add(event)
+        except Exception as error:
+            last = {"type": "error", "message": plain(error)}
+        self.add(last, over=True)  # once the trainer has cleaned up
 
 
 _pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
@@ -97,29 +108,13 @@ def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
     spec = resolve_here(spec)
     with _lock:
         if running(owner):
-            raise SpecError(
-                "a run of yours is already under way: wait for it, or stop it first; what it learned is kept"
-            )
+            said = "wait for it, or stop it first; what it learned is kept"
+            raise SpecError(f"a run of yours is already under way: {said}")
         job = Job(spec, owner, trainer)
         _jobs[job.id] = job
     job.add({"type": "queued", "ahead": ahead(job)})
-    _pool.submit(contextvars.copy_context().run, _work, job)  # a shared GPU's quota hangs on the request
+    _pool.submit(contextvars.copy_context().run, job.run)  # a shared GPU's quota hangs on the request
     return job
-
-
-def _work(job: Job) -> None:
-    if not job.begin():
-        return
-    last: Event = {"type": "error", "message": "the run ended without a word"}
-    try:
-        for event in job.trainer(job.spec, job.folder):
-            if event["type"] == "done":
-                last = event
-            else:
-                job.add(event)
-    except Exception as error:
-        last = {"type": "error", "message": plain(error)}
-    job.add(last, over=True)  # once the trainer has cleaned up
 
 
 class Preparation:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -56,6 +56,8 @@ async def once(work: Callable[..., Result], *arguments: Hashable) -> Result:
 
 
 def _begun(work: Callable[..., Result], arguments: tuple[Hashable, ...]) -> Future[Result]:
+    from loky import get_reusable_executor
+
     key = (work, arguments)
     with _lock:
         if key in _futures:
@@ -64,17 +66,12 @@ def _begun(work: Callable[..., Result], arguments: tuple[Hashable, ...]) -> Futu
         waiting = sum(not future.done() for future in _futures.values())
         if waiting >= MOST:
             raise PeftlabError(f"{waiting} long computations wait already; try again in a minute")
-        future = _futures[key] = _process().submit(work, *arguments)
+        process = get_reusable_executor(max_workers=1, timeout=None, initializer=_begin, initargs=(os.getpid(),))
+        future = _futures[key] = process.submit(work, *arguments)
         for old in list(_futures)[:-KEPT]:
             if _futures[old].done():
                 del _futures[old]
         return future
-
-
-def _process() -> Executor:
-    from loky import get_reusable_executor
-
-    return get_reusable_executor(max_workers=1, timeout=None, initializer=_begin, initargs=(os.getpid(),))
 
 
 def _begin(server: int) -> None:

@@ -1,4 +1,9 @@
-"""A task's rows as tensors: tokenized once, in batches of like length, padded to few widths."""
+"""A task's rows as tensors: tokenized once, in batches of like length, padded to few widths or packed.
+
+Every row of a task begins with the same instruction, whose tokens attend to the same in each row. Packed, a batch is one
+sequence in which that beginning is read once, and nothing is padded: losses and gradients are those of the rows side by side,
+up to rounding. This is for a CPU, where a step takes as long as its arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, count
+from itertools import accumulate, chain, count
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, device
 
+from .. import seam
 from ..data import tasks
 from ..data.tasks import Row, Task
+from ..fused import attention
 from . import graphs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PADDING = 0.1
 """The most padding, as a share of the real tokens: rows of other lengths go to batches of another width."""
 IGNORED = -100
 """The label of a token that nothing is learned from, as torch has it."""
+CLOSE = 0.05
+"""Logits that differ by less than this share of their spread are the same up to the rounding of bf16."""
 
 
 @dataclass(frozen=True)
@@ -144,3 +153,82 @@ class Batches:
         data = torch.tensor([ids, labels])
         answers = sum(len(row.answer) for row in rows)
         return Batch(graphs.pinned(data) if self.pinned else data, self.starts[width], answers, sum(map(len, rows)))
+
+
+@dataclass(frozen=True)
+class Packed:
+    ids: Tensor
+    """1 × length, int64."""
+    positions: Tensor
+    """1 × length: the place of each token in its own row."""
+    mask: Tensor
+    """1 × 1 × length × length, bool: which tokens each token attends to."""
+    predicting: Tensor
+    """The places whose next token is to be learned: logits are needed there and nowhere else."""
+    labels: Tensor
+    """1 × places: those next tokens."""
+    answers: int
+    tokens: int
+    """How many tokens the rows have: what is shared counts in each, as in Batch."""
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self.mask,
+                "logits_to_keep": self.predicting}  # fmt: skip
+
+    def learned(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """(the model's output where a token is predicted, those tokens)"""
+        return out, self.labels
+
+
+def pack(batch: Batch) -> Packed:
+    """Packs the rows of a batch, on its device. The mask also says which tokens make which row, for `fused.attention`."""
+    device, (ids, labels) = batch.data.device, batch.data.cpu()
+    learned = labels != IGNORED
+    ends = (learned * torch.arange(1, learned.shape[1] + 1)).amax(1, keepdim=True)  # padding comes after the answer
+    place = torch.arange(int(ends.max()))
+    ids, labels, learned = (each[:, : len(place)] for each in (ids, labels, learned))
+    alike = (ids == ids[0]).all(0).cumprod(0)
+    shared = min(int(alike.sum()), batch.start)  # the first token to be predicted follows a token of its own row
+    own = (place >= shared) & (place < ends)
+    row, at = own.nonzero(as_tuple=True)
+    row_of, positions = torch.cat((torch.full((shared,), -1), row)), torch.cat((place[:shared], at))
+    order = torch.arange(len(positions))
+    mask = ((order[:, None] >= order) & ((row_of[:, None] == row_of) | (row_of < 0)))[None, None].to(device)
+    side = torch.zeros(own.shape, dtype=torch.int64)  # where each token of each row stands in the sequence
+    side[:, :shared], side[own] = place[:shared], order[shared:]
+    back = torch.cat((place[:shared], row * len(place) + at))  # the inverse
+    setattr(mask, attention.ROWS, (side.to(device), back.to(device)))
+    rows, places = learned.nonzero(as_tuple=True)
+    tokens, predicting = torch.cat((ids[0, :shared], ids[own])), side[rows, places - 1]
+    return Packed(
+        tokens[None].to(device), positions[None].to(device), mask, predicting.to(device), labels[learned][None].to(device),
+        batch.answers, batch.tokens,
+    )  # fmt: skip
+
+
+def why_not_packed(model: PreTrainedModel, longest: int) -> str:
+    """Why a model in training cannot read its rows packed; empty where it can. It is tried on two short rows.
+
+    `longest` is the most tokens of a row: what a token attends to may depend on how far away it is.
+    """
+    nearest = min(chain.from_iterable(map(seam.windows, seam.configs_of(model))), default=longest)
+    if nearest < longest:
+        return f"tokens attend to {nearest} others at most"
+    ids = torch.tensor([[5, 11, 3, 7, 2, 9], [5, 11, 8, 4, 4, 1]], device=model.device) % model.config.vocab_size
+    labels = ids.clone()
+    labels[:, :3] = labels[1, 5] = IGNORED
+    was, tried = model.training, Batch(torch.stack((ids, labels)), 2, 5, 11)
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = model(**tried.inputs(), use_cache=False).logits
+            together = model(**pack(tried).inputs(), use_cache=False).logits[0]
+    except Exception as error:  # anybody's architecture, in transformers' code
+        return f"this model takes no mask of its own: {type(error).__name__}"
+    finally:
+        model.train(was)
+    apart, labels = tried.learned(apart)
+    apart = apart[labels != IGNORED]
+    same = apart.shape == together.shape and (apart - together).abs().max() <= CLOSE * apart.std()
+    return "" if same else "this model's rows are not what they are side by side"

@@ -1,4 +1,4 @@
-"""A fine-tuning run from its spec to its adapter: what is refused, the order of its events, and how fast it would be."""
+"""A fine-tuning run from its spec to its adapter: what is refused, the order of its events, what it measures, its pace."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import torch
 
 from .. import hardware
+from ..base import weights
 from ..count import count
 from ..data import tasks
 from ..errors import SpecError
+from ..memory import exact
+from ..memory.states import workspace
 from ..resolve import cannot_run
-from ..spec import SETTINGS, Resolved
-from .evaluation import Evaluation
-from .events import Event
+from ..spec import SETTINGS, Json, Resolved
+from .events import Event, Work, progress
 from .loop import STOP, Run
-from .scoring import answer
+from .scoring import Answer, answer, mean_score, nats_per_token
 
-EVALUATIONS = 3
-"""How often the held-out metric is measured: before, along the way and after."""
 WARM_STEPS = 6
 """Enough steps for a batch of each width to be captured."""
-ANY_LENGTH = int(SETTINGS["sequence_length"].high or 0)
-"""Tokens: what is run to warm up is warm whatever the rows' length."""
-UNLEARNED = "Stopped before the first step: nothing was learned, so there is no adapter."
 
 
 class Pace(NamedTuple):
@@ -43,7 +42,8 @@ def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -
     """Fine-tunes and yields events; `out` gets the adapter. Raises SpecError before and RunError during the run.
 
     To measure what they are worth: `eager` takes no graph, `plain` no fused operations. The events are `loading`, `start`,
-    then `eval` (the held-out metric), `step`, `gear` (where it changes) and `progress` (of an evaluation), and at last `done`.
+    then `eval` (the held-out metric, before, midway and after), `step`, `gear` (where it changes) and `progress` (of an
+    evaluation), and at last `done`.
     """
     _check(spec)
     report = count(spec)
@@ -67,14 +67,13 @@ def _events(run: Run) -> Iterator[Event]:
     """The steps and evaluations of a run that has started, and its end."""
     steps, evaluation = run.spec.steps, Evaluation(run)
     yield from evaluation.at("before")
-    checks = {round(steps * i / (EVALUATIONS - 1)) for i in range(1, EVALUATIONS - 1)}
-    stream = iter(run.batches)
+    middle, stream = round(steps / 2), iter(run.batches)
     while run.steps_done < steps and not run.stopped():
         began, at = time.perf_counter(), run.steps_done
-        for _ in range(at, min(stop for stop in (steps, *checks, at + run.stride) if stop > at)):
+        for _ in range(at, min(stop for stop in (steps, middle, at + run.stride) if stop > at)):
             yield from run.launch(next(stream))
         yield from run.fetch(began)
-        if run.steps_done in checks and run.steps_done < steps:
+        if run.steps_done == middle < steps:
             yield from evaluation.at("during")
     if not run.steps_done:
         yield _unlearned(time.perf_counter() - run.began)
@@ -113,22 +112,99 @@ def _done(run: Run, evaluation: Evaluation, stopped: bool, finished: bool) -> Ev
 
 def _unlearned(seconds: float) -> Event:
     """The last event of a run that was stopped before its first step."""
-    return {
-        "type": "done", "adapter": None, "steps": 0, "stopped": True, "seconds": seconds, "message": UNLEARNED,
-    }  # fmt: skip
+    said = "Stopped before the first step: nothing was learned, so there is no adapter."
+    return {"type": "done", "adapter": None, "steps": 0, "stopped": True, "seconds": seconds, "message": said}
+
+
+class Evaluation:
+    """The answers of a run's model to the held-out rows, and before it those of the base itself.
+
+    Virtual tokens that have learned nothing already change what a model says, so "before" is never the adapted model. What
+    a base says is kept with it, for the next run of the same task.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.base, self.task = run, run.base, run.task
+        self.answers: list[list[Answer]] = []
+        self.peak: int | None = None
+        """Most bytes allocated during steps, without other base models; None on a CPU."""
+
+    def at(self, when: Literal["before", "during", "after"]) -> Iterator[Event]:
+        """Saves what was learned, then answers and scores the held-out rows. A stop leaves them unmeasured."""
+        if when != "before":
+            if self.base.device == "cuda":
+                others = weights.allocated() - weights.allocated(self.base)
+                self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated() - others)
+            self.run.save()
+        if self.run.stopped():
+            return
+        begun = time.perf_counter()
+        known: Json = self.base.measured if when == "before" else {}
+        task, answers = known.get("answers", (None, []))
+        if task != self.task:
+            model = self.base.quick if when == "before" else self.run.model.eval()
+            work = answer(model, self.base.tokenizer, self.task, self.task.heldout)
+            said = yield from progress(work, "measuring the held-out score", self.run.stopped)
+            if said is None:
+                return
+            known["answers"] = self.task, (answers := said)
+        self.answers.append(answers)
+        yield {
+            "type": "eval", "when": when, "step": self.run.steps_done, "metrics": self.score(-1), "items": len(answers),
+            "seconds": time.perf_counter() - begun, "examples": [asdict(a) for a in answers[:3]],
+        }  # fmt: skip
+        if self.base.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def score(self, which: int) -> dict[str, float]:
+        """The task's metric at one of the evaluations: 0 the first, -1 the last."""
+        return {self.task.metric: mean_score(self.answers[which])}
+
+    def rows(self) -> list[Json]:
+        """Every held-out row with what the model said first and last, for the adapter's manifest."""
+        return [
+            {"prompt": b.prompt, "reference": b.reference, "base": b.text, "base_score": b.score, "adapted": a.text,
+             "adapted_score": a.score}
+            for b, a in zip(self.answers[0], self.answers[-1], strict=True)
+        ]  # fmt: skip
+
+    def forgetting(self) -> float:
+        """How many more nats a token ordinary prose costs than it cost the base, which is measured once."""
+        known, tokenizer = self.base.measured, self.base.tokenizer
+        if "prose" not in known:
+            known["prose"] = nats_per_token(self.base.quick, tokenizer)
+        return nats_per_token(self.run.model, tokenizer) - known["prose"]
+
+    def predicted_peak(self) -> int | None:
+        """Bytes of a step with the largest batch by the exact trace, and what stays beside it.
+
+        That is the base, where training has its own copy of it, and cuBLAS's workspace for the stream that evaluates. None
+        on a CPU, and for a step that cannot be traced.
+        """
+        if self.peak is None:
+            return None
+        rows, width, start = self.run.largest
+        spec = replace(self.run.spec, batch_size=rows, sequence_length=max(width, 8))
+        own = {p.data_ptr() for p in self.run.model.parameters()}
+        beside = sum(p.nbytes for p in self.base.model.parameters() if p.data_ptr() not in own)
+        try:
+            traced = exact(spec, logits=width - start, quick=True).allocated
+        except SpecError:  # the run itself is done, and is not to end by this
+            return None
+        return traced + beside + workspace(spec.gpu) if traced else None
 
 
 def warm_up(spec: Resolved) -> None:
     """On a GPU of our own, runs a spec's kernels once, whose first use takes seconds; nothing is kept."""
     if hardware.here().device != "cuda" or os.environ.get("SPACES_ZERO_GPU"):
         return
-    short = replace(spec, steps=WARM_STEPS, sequence_length=ANY_LENGTH)
+    any_length = int(SETTINGS["sequence_length"].high or 0)  # warm whatever the rows' length
+    short = replace(spec, steps=WARM_STEPS, sequence_length=any_length)
     with tempfile.TemporaryDirectory() as folder, closing(Run(short, Path(folder))) as run:
         run.rehearse(WARM_STEPS)
         task = replace(run.task, max_new_tokens=4)
         for model in (run.base.quick, run.model.eval()):
-            for _ in answer(model, run.base.tokenizer, task, task.heldout):
-                pass
+            Work(answer(model, run.base.tokenizer, task, task.heldout)).finished()
 
 
 def pace(spec: Resolved, steps: int = 2 * WARM_STEPS) -> Pace:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, Literal, TypedDict, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..spec import Json
 
 Result = TypeVar("Result")
 OF_A_RUN = Literal["loading", "start", "gear", "progress", "eval", "step", "done"]
-OF_A_RACE = Literal["racers", "run", "line", "done"]
-OF_A_JOB = Literal["queued", "error"]
 
 
 class _Typed(TypedDict):
-    type: OF_A_RUN | OF_A_RACE | OF_A_JOB
+    type: OF_A_RUN | Literal["racers", "run", "line", "queued", "error"]
 
 
 class Event(_Typed, total=False):
@@ -65,16 +63,31 @@ class Event(_Typed, total=False):
     ahead: int  # queued: how many runs come first
 
 
+class Work(Generic[Result]):
+    """Iterates over the shares done that `work` yields, from 0 to 1; then `result` is what it has returned."""
+
+    result: Result
+
+    def __init__(self, work: Generator[float, None, Result]) -> None:
+        self.work = work
+
+    def __iter__(self) -> Iterator[float]:
+        self.result = yield from self.work
+
+    def finished(self) -> Result:
+        """Takes the work to its end, and returns its result."""
+        for _ in self:
+            pass
+        return self.result
+
+
 def progress(
     work: Generator[float, None, Result], what: str, stopped: Callable[[], bool] = lambda: False
 ) -> Generator[Event, None, Result | None]:
     """Tells the shares that `work` yields as events; returns its result, or None where it was `stopped` before its end."""
-    while True:
-        try:
-            share = next(work)
-        except StopIteration as finished:
-            return finished.value
+    for share in (told := Work(work)):
         if stopped():
             work.close()
             return None
         yield {"type": "progress", "what": what, "share": share}
+    return told.result

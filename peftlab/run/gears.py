@@ -1,13 +1,12 @@
 """How one optimizer step is run: each operation launched by Python, or the whole step replayed as one CUDA graph.
 
-A small fine-tune on a GPU waits for launches, not for arithmetic. Both gears run the same `Step`, so their losses are the
-same up to rounding.
+A small fine-tune on a GPU waits for launches, not for arithmetic. Both gears run the same `Step`, with the same losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,7 @@ from torch.optim import Optimizer
 from .. import fused, methods, optimizers
 from ..spec import Resolved
 from . import graphs
-from .batches import Batch
-from .packing import Packed, pack
+from .batches import Batch, Packed, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,8 +61,7 @@ class Step:
     def __call__(self, pieces: Sequence[Batch | Packed], answers: Tensor | int) -> Tensor:
         """Takes a step over `pieces`, which hold so many `answers` (tokens to learn from).
 
-        Returns a tensor of two numbers on the device: the loss in nats per answer token, and the gradient's norm before
-        clipping.
+        Returns two numbers on the device: the loss in nats per answer token, and the gradient's norm before clipping.
         """
         losses: list[Tensor] = []
         for piece in pieces:
@@ -117,10 +114,9 @@ class Eager:
     def __init__(self, step: Step, why: str) -> None:
         self.step, self.why = step, why
 
-    @contextmanager
-    def order(self) -> Iterator[None]:
+    def order(self) -> AbstractContextManager[None]:
         """Launches what is within after all steps launched before it, and before all later ones."""
-        yield
+        return nullcontext()
 
     def close(self) -> None:
         """Waits for the steps under way; none may follow."""
@@ -162,10 +158,8 @@ class Graph(Eager):
         """The last step's batches, kept until the next one. Freeing memory that the GPU reads by itself marks its stream,
         and in the midst of another thread's recording that mark would be recorded."""
 
-    @contextmanager
-    def order(self) -> Iterator[None]:
-        with graphs.apart():
-            yield
+    def order(self) -> AbstractContextManager[None]:
+        return graphs.apart()
 
     def run(self, pieces: Sequence[Batch], rate: float) -> Tensor:
         """As Eager's, by replaying the graph of this shape, which is captured first. Raises CaptureError."""
@@ -215,15 +209,13 @@ class Graph(Eager):
 def why_eager(spec: Resolved, device: str) -> str:
     """Why a spec's step cannot be one CUDA graph; empty where it can."""
     method = methods.find(spec.method)
-    if device != "cuda":
-        return "no CUDA GPU here"
-    if method.after_step:
-        return f"{method.name} asks for numbers between steps"
-    if optimizers.capturable(spec) is None:
-        return f"the optimizer {spec.optimizer} counts its steps in Python"
-    if spec.quantization == "int8":
-        return "int8 looks for outliers at each product"
-    return ""
+    reasons = {
+        "no CUDA GPU here": device != "cuda",
+        f"{method.name} asks for numbers between steps": method.after_step,
+        f"the optimizer {spec.optimizer} counts its steps in Python": optimizers.capturable(spec) is None,
+        "int8 looks for outliers at each product": spec.quantization == "int8",
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
 
 
 def choose(model: PreTrainedModel, spec: Resolved, device: str) -> Eager:

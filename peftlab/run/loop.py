@@ -9,36 +9,118 @@ import dataclasses
 import functools
 import gc
 import itertools
+import math
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from .. import adapters
-from ..base import weights
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .. import adapters, fused, methods
+from ..base import architecture, weights
 from ..data import tasks
 from ..errors import RunError, SpecError
 from ..seeded import seeded
 from ..spec import Json, Resolved
-from . import packing
-from .batches import Batch, Batches, encode
-from .divergence import Snapshots
+from .batches import Batch, Batches, encode, why_not_packed
 from .events import Event
 from .gears import CaptureError, Eager, Step, choose, schedule
-from .model import attached, draws, quickened
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import PreTrainedModel
 
 STOP = "stop"
 """A file of this name in a run's folder ends the run after the step in progress. It is a file because the worker process
 that trains on a shared GPU has nothing else in common with the page."""
 PAUSE = 0.15
 """Seconds of steps between two looks at their losses: the page is told at least five times a second."""
+DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
+"""Attributes in which modules keep their chance of dropping a number."""
+HOPELESS = 1.5
+"""A loss this many times that of guessing tokens at random no longer learns."""
+PATIENCE = 3
+"""A run ends after so many hopeless steps in a row."""
+SNAPSHOTS = 10
+"""How many times in a run its parameters are copied."""
+SMALL = 64e6
+"""Parameters of fewer bytes than this are copied on their own device, which is faster; others go to main memory."""
+
+
+def attached(base: weights.Base, spec: Resolved) -> PreTrainedModel:
+    """A private copy of the base with the method attached; only the method's own parameters require gradients.
+
+    peft wraps the copy in a module of its own, which passes on what it lacks itself. Raises SpecError for a method that
+    does not suit the model.
+    """
+    targets = methods.targets(architecture.of(spec.model), spec, base.entry.name)
+    with seeded(spec.seed):
+        model = cast("PreTrainedModel", methods.find(spec.method).attach(weights.share(base.model), targets, spec))
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def quickened(model: Module, spec: Resolved, plain: bool = False) -> fused.Fused:
+    """Fuses the operations of a private copy and says which; none where it is to stay `plain`."""
+    if why := "as asked" if plain else fused.why_not(spec):
+        return fused.Fused(kept=(f"all operations ({why})",))
+    return fused.quicken(model, spec.hold_outputs)
+
+
+def draws(model: Module) -> bool:
+    """Whether a training step draws random numbers, for a dropout of the method or of the model itself."""
+    chances = (getattr(module, name, 0) for module in model.modules() for name in DROPOUTS)
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
+
+class Snapshots:
+    """Copies of the trained parameters. One counts as sound once the next step's loss, which comes from it, is sound."""
+
+    def __init__(self, trained: Sequence[Tensor], steps: int, vocabulary: int) -> None:
+        self.trained, self.guessing = trained, math.log(vocabulary)
+        self.device = trained[0].device if sum(p.nbytes for p in trained) < SMALL else "cpu"
+        self.every = max(1, steps // SNAPSHOTS)
+        self.unproven: deque[tuple[int, list[Tensor]]] = deque()
+        self.sound: tuple[int, list[Tensor]] = (0, [])
+        self.hopeless = 0
+
+    def take(self, step: int) -> None:
+        """Copies the parameters as they are after `step`."""
+        copies = [torch.empty_like(p, device=self.device) for p in self.trained]
+        torch._foreach_copy_(copies, [p.detach() for p in self.trained])
+        self.unproven.append((step, copies))
+
+    def judge(self, done: int, loss: float, norm: float, first: float) -> str:
+        """What is wrong with the loss or the gradient that comes after `done` steps, in words; empty where both are sound.
+
+        A loss (nats a token) is hopeless while it is far above both that of guessing and the run's `first` one.
+        """
+        self.hopeless = self.hopeless + 1 if loss > HOPELESS * max(self.guessing, first) else 0
+        if not (math.isfinite(loss) and math.isfinite(norm)) or self.hopeless >= PATIENCE:
+            by_loss = not math.isfinite(loss) or self.hopeless
+            return f"loss is {loss:.3g}" if by_loss else f"gradient's norm is {norm:.3g}"
+        while self.unproven and self.unproven[0][0] <= done:
+            snapshot = self.unproven.popleft()
+            if not self.hopeless:
+                self.sound = snapshot
+        return ""
+
+    def restore(self) -> int:
+        """Puts the last sound parameters back, and returns the step they come from; 0 where nothing had been learned."""
+        step, tensors = self.sound
+        with torch.no_grad():
+            for parameter, tensor in zip(self.trained, tensors, strict=bool(step)):
+                parameter.copy_(tensor)
+        return step
 
 
 class Run:
@@ -46,15 +128,20 @@ class Run:
 
     def __init__(self, spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -> None:
         """Loads the base and attaches the method; `out` becomes the run's folder. Raises SpecError and WeightsError."""
-        self.spec, self.out, self.task = spec, out, tasks.find(spec.task)
+        self.spec, self.out, self.adapter, self.task = spec, out, out / "adapter", tasks.find(spec.task)
         self.base = base = weights.load(spec)
         pairs = encode(base.tokenizer, self.task, tasks.drawn(self.task, spec.training_rows, spec.seed))
-        _check_length(max(map(len, pairs)), spec)
-        _make(out)
-        self.batches = Batches(
-            pairs, spec.batch_size, spec.accumulation, spec.seed, base.tokenizer.pad_token_id,
-            pinned=base.device == "cuda",
-        )  # fmt: skip
+        if (longest := max(map(len, pairs))) > spec.sequence_length:
+            raise SpecError(
+                f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
+                f"set it to {longest} or more"
+            )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None
+        pad, pinned = base.tokenizer.pad_token_id, base.device == "cuda"
+        self.batches = Batches(pairs, spec.batch_size, spec.accumulation, spec.seed, pad, pinned)
         self.began, self.training_seconds = time.perf_counter(), 0.0
         self.steps_done = self.saved_at = self.tokens = 0
         self.pending: list[Tensor] = []
@@ -77,16 +164,12 @@ class Run:
         self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, self.base.device)
         self.draws = draws(model)
         if not eager and not plain and self.base.device == "cpu":
-            why = "dropout draws for each" if self.draws else packing.why_not(model, self.batches.widths[-1])
+            why = "dropout draws for each" if self.draws else why_not_packed(model, self.batches.widths[-1])
             self.gear.packs = not why
             if why:
                 self.fused = dataclasses.replace(self.fused, kept=(*self.fused.kept, f"rows side by side ({why})"))
         self.trained = self.gear.step.trained
         self.snapshots = Snapshots(self.trained, spec.steps, model.config.vocab_size)
-
-    @property
-    def adapter(self) -> Path:
-        return self.out / "adapter"
 
     def stopped(self) -> bool:
         return (self.out / STOP).exists()
@@ -183,18 +266,3 @@ class Run:
         return RunError(
             f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {rate / 4:g}. {kept}."
         )
-
-
-def _check_length(longest: int, spec: Resolved) -> None:
-    if longest > spec.sequence_length:
-        raise SpecError(
-            f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
-            f"set it to {longest} or more"
-        )
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpecError(f"out={out}: no folder can be made there ({error.strerror}); give another one") from None

@@ -13,7 +13,7 @@ from ..data import tasks
 from ..data.tasks import Row, Task
 from ..places import ASSETS
 from .batches import encode
-from .generate import Decoding, decode, gather, text_of
+from .generate import Decoding, decode, gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,14 +37,10 @@ def answer(
     """Answers `rows` in one batch, greedily, and scores them. Yields the share done, from 0 to 1; returns the answers."""
     prompts = [tasks.prompt_ids(tokenizer, task.instruction, row.prompt) for row in rows]
     columns = decode(model, prompts, tokenizer.eos_token_id, Decoding(task.max_new_tokens))
-    said: list[list[int]] = [[] for _ in rows]
-    for step, _ in enumerate(gather(columns, said), 1):
+    for step, said in enumerate(gather(columns, len(rows)), 1):  # noqa: B007  used below
         yield step / task.max_new_tokens
-    texts = [text_of(tokenizer, tokens) for tokens in said]
-    return [
-        Answer(row.prompt, row.answer, text, tasks.score(text, row, task))
-        for row, text in zip(rows, texts, strict=True)
-    ]
+    told = zip(rows, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True)
+    return [Answer(row.prompt, row.answer, text, tasks.score(text, row, task)) for row, text in told]
 
 
 def mean_score(answers: Sequence[Answer]) -> float:
