@@ -8,19 +8,16 @@ from tiny import run_of, small
 
 from peftlab import SpecError, hardware, resolve
 from peftlab.base import models, weights
-from peftlab.bench.gears import record_gears
+from peftlab.bench import peers
 from peftlab.bench.generation import STREAMS, record_generation
-from peftlab.bench.peers import PEERS, YARDSTICK, Peer, _shared, trainer
+from peftlab.bench.peers import PEERS, YARDSTICK, Peer
 from peftlab.bench.random_weights import random_weights
+from peftlab.bench.record import record_gears
 from peftlab.bench.speed import record_speed
 from peftlab.methods import METHODS
 from peftlab.run.batches import IGNORED
 
 ON_CPU = hardware.here().device == "cpu"
-
-
-def silent(line):
-    pass
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def test_every_trainer_that_is_installed_takes_the_same_steps(spec, tmp_path, mo
     first, *_, last = PEERS
     assert (first, last) == ("peftlab", "Trainer with Liger")
     monkeypatch.setattr(torch, "compile", lambda model: model)  # to compile takes minutes
-    document = record_speed(spec, tmp_path / "speed.json", silent, seeds=2)
+    document = record_speed(spec, tmp_path / "speed.json", print, seeds=2)
     assert document == json.loads((tmp_path / "speed.json").read_text())
     assert (document["floor_seconds"] is None) == ON_CPU and YARDSTICK in (tmp_path / "speed.svg").read_text()
     for row in document["rows"]:
@@ -45,7 +42,7 @@ def test_every_trainer_that_is_installed_takes_the_same_steps(spec, tmp_path, mo
 
 
 def test_every_methods_gear_is_listed(spec, tmp_path):
-    document = record_gears(spec, tmp_path / "gears.json", silent)
+    document = record_gears(spec, tmp_path / "gears.json", print)
     assert document == json.loads((tmp_path / "gears.json").read_text())
     assert [row["method"] for row in document["methods"]] == list(METHODS)
     gears = {row["gear"] for row in document["methods"] if "error" not in row}
@@ -55,25 +52,25 @@ def test_every_methods_gear_is_listed(spec, tmp_path):
 def test_random_weights_take_the_models_shapes_and_rows_of_one_length(spec, tied_model, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "DEFAULT", str(tied_model))  # whose tokenizer is lent
     asked = spec.but(sequence_length=64)
-    document = record_speed(asked, tmp_path / "x.json", silent, chosen=["peftlab"], random=True)
+    document = record_speed(asked, tmp_path / "x.json", print, chosen=["peftlab"], random=True)
     (run,) = document["rows"][0]["runs"]
     assert document["random_weights"] and document["spec"]["model"] == asked.model and document["spec"]["task"] is None
     assert "score" not in run and run["step_seconds"] > 0
     made = resolve(random_weights(asked, tmp_path / "made"))
     base, own = weights.load(made), weights.load(resolve(asked))
     assert [p.shape for p in base.model.parameters()] == [p.shape for p in own.model.parameters()]
-    assert all(58 < len(pair) <= 64 for pair in _shared.pairs(base, made))
+    assert all(58 < len(pair) <= 64 for pair in peers.pairs(base, made))
 
 
-def test_the_yardstick_learns_what_ours_learns(spec, monkeypatch, tmp_path):
+def test_the_yardstick_learns_what_ours_learns(spec, tmp_path):
     """Its losses are means over the same answers: after the same steps the adapters are the same."""
-    seen = []
-    monkeypatch.setattr(_shared, "score", lambda model, *_: seen.append(model) or 0.0)
     spec = resolve(spec.but(steps=4))
-    PEERS[YARDSTICK].run(spec)
+    base = weights.load(spec)
+    yardstick = peers.attached(base, spec)
+    peers.by_trainer(base, yardstick, spec)
     run = run_of(spec, tmp_path)
     ours = [p for p in run.model.parameters() if p.requires_grad]
-    theirs = [p for p in seen[0].parameters() if p.requires_grad]
+    theirs = [p for p in yardstick.parameters() if p.requires_grad]
     stream = iter(run.batches)
     for _ in range(4):
         list(run.launch(next(stream)))
@@ -87,24 +84,24 @@ def test_a_peer_that_fails_says_so_and_the_others_go_on(spec, tmp_path, monkeypa
         raise RuntimeError("no such kernel")
 
     for name, package in (("broken", "torch"), ("absent", "no_such_package")):
-        monkeypatch.setitem(PEERS, name, Peer(name, package, broken, turn=0))
-    document = record_speed(spec, tmp_path / "x.json", silent, chosen=["broken", "absent", "peftlab"])
+        monkeypatch.setitem(PEERS, name, Peer(name, package, broken))
+    document = record_speed(spec, tmp_path / "x.json", print, chosen=["broken", "absent", "peftlab"])
     failed, absent, ours = document["rows"]
     assert (failed["error"], absent["error"]) == ("RuntimeError: no such kernel", "no_such_package is not installed")
     assert len(ours["runs"]) == 1
     with pytest.raises(SpecError, match="peer=peftlap: .*did you mean peftlab"):
-        record_speed(spec, tmp_path / "x.json", silent, chosen=["peftlap"])
+        record_speed(spec, tmp_path / "x.json", print, chosen=["peftlap"])
 
 
 def test_the_mask_covers_padding_alone(tiny_model, toy_task):
     spec = resolve(small(tiny_model, "lora", batch_size=4))
-    batch = next(_shared.batches(weights.load(spec), spec)).trimmed()
-    columns = trainer.columns(batch)
+    batch = next(peers.batches(weights.load(spec), spec)).trimmed()
+    columns = peers.columns(batch)
     assert columns["attention_mask"].sum() == batch.tokens and (columns["labels"] != IGNORED).sum() == batch.answers
 
 
 def test_decoding_is_held_against_transformers(spec, tmp_path):
-    document = record_generation(spec, tmp_path / "generation.json", silent)
+    document = record_generation(spec, tmp_path / "generation.json", print)
     asked = [(row["model"], row["streams"]) for row in document["rows"]]
     assert asked == [(model, streams) for model in ("base", "lora") for streams in STREAMS]
     assert document["same_text_in_fp32"]

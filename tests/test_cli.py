@@ -298,7 +298,7 @@ def test_bench_records_with_its_provenance(run, tiny_model, toy_file, tmp_path):
 
 def test_a_verb_is_one_file(run, tmp_path, monkeypatch):
     (tmp_path / "hello.py").write_text(
-        "from ._arguments import verb\n\ndef add(commands):\n    verb(commands, 'hello', lambda args: 3, 'greets')\n"
+        "from ._shared import verb\n\ndef add(commands):\n    verb(commands, 'hello', lambda args: 3, 'greets')\n"
     )
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
     assert run("hello")[0] == 3 and "hello" in cli.parser().format_help()

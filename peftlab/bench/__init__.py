@@ -1,24 +1,13 @@
 """Measurements that a user can repeat. Each writes JSON with its command, hardware, library versions and date."""
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from ..spec import Json
 
-Result = TypeVar("Result")
 Say = Callable[[str], None]
 """Takes a line about the progress."""
-
-
-def result_of(work: Generator[object, None, Result]) -> Result:
-    """Takes `work` to its end and returns its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as finished:
-            return finished.value
 
 
 def write(document: Json, out: Path) -> Json:

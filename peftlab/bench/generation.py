@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from ..base import weights
 from ..data import tasks
 from ..measured import provenance
 from ..resolve import resolve, resolve_here
 from ..run.generate import Decoding, decode
-from ..run.model import attached, quickened
+from ..run.loop import attached, quickened
 from ..spec import Json, RunSpec
 from . import Say, write
 
@@ -71,8 +73,6 @@ def _ours(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list
 
 
 def _theirs(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    import torch
-
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)

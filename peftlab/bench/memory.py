@@ -14,24 +14,21 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import hardware
-from ..base import models
+import torch
+
+from .. import hardware, methods, seam
+from ..base import architecture as architectures
+from ..base import configs, models
 from ..errors import PeftlabError, RunError, SpecError
 from ..measured import provenance
-from ..memory import exact
+from ..memory import exact, step
 from ..resolve import resolve
 from ..spec import Json, Resolved, RunSpec
 from . import Say, write
+from .random_weights import drawn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-STEPS = 3
-"""The first makes the optimizer's states; the last is measured."""
-PREDICTING = 6
-"""Processes that trace at once."""
-ALONE = 4
-"""Rows that have the GPU to themselves where others share it."""
 
 
 def grid() -> Iterator[RunSpec]:
@@ -76,14 +73,6 @@ def measure(spec: Resolved) -> Json:
     """Bytes at the peak of a steady step on this machine's GPU, and its seconds. The weights are random, which memory does
     not depend on.
     """
-    import torch
-
-    from .. import methods, seam
-    from ..base import architecture as architectures
-    from ..base import configs
-    from ..memory import step
-    from .random_weights import drawn
-
     entry, shape = models.find(spec.model), architectures.of(spec.model)
     assert entry.config is not None
     model = torch.nn.Module.to(configs.build_meta(entry.config), step.DTYPES[spec.precision]).requires_grad_(False)
@@ -96,7 +85,7 @@ def measure(spec: Resolved) -> Json:
     optimizer = step.optimizer([p for p in model.parameters() if p.requires_grad], spec)
     torch.cuda.empty_cache()
     seconds = []
-    for _ in range(STEPS):
+    for _ in range(3):  # the first makes the optimizer's states; the last is measured
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         step.run(model, optimizer, spec, "cuda")
@@ -115,7 +104,6 @@ def measure(spec: Resolved) -> Json:
 def _quantize(model: PreTrainedModel, names: set[str], spec: Resolved) -> None:
     """Quantizes the linear maps of these names as weights.load does for a model on disk."""
     import bitsandbytes as bnb
-    import torch
 
     library: Any = bnb.nn
     four, double = spec.quantization == "nf4", spec.double_quantization
@@ -138,12 +126,6 @@ def _quantize(model: PreTrainedModel, names: set[str], spec: Resolved) -> None:
     torch.cuda.empty_cache()
 
 
-def _predict(spec: Resolved) -> Json:
-    report = exact(spec).to_dict()
-    kept = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
-    return {name: report[name] for name in kept}
-
-
 def record_memory(out: Path, say: Say, at_once: int = 1) -> Json:
     """Runs the grid and writes every row to `out`, measured and predicted; rows that it has from this hardware stay.
 
@@ -153,31 +135,40 @@ def record_memory(out: Path, say: Say, at_once: int = 1) -> Json:
     """
     if hardware.here().device != "cuda":
         raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
-    idle = _device_used()
+    others = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    idle = int(subprocess.run(others, capture_output=True, text=True, check=True).stdout) * 2**20
     fresh = multiprocessing.get_context("forkserver")  # its children share the imports, and no CUDA context
     fresh.set_forkserver_preload(["torch", "transformers", "accelerate"])
     specs = [resolve(spec) for spec in grid()]
     rows: list[Json] = [{"spec": spec.to_dict()} for spec in specs]
     document = provenance() | {"kind": "memory", "rows": rows}
-    known = _measured_before(out, document["hardware"])
+    known: list[Json] = []
+    if out.exists() and out.stat().st_size:  # the command line makes an empty one, to know that it can
+        before: Json = json.loads(out.read_text(encoding="utf-8"))
+        known = [row for row in before["rows"] if "measured" in row and before["hardware"] == document["hardware"]]
 
     def run(i: int, alone: bool) -> None:
-        row = rows[i]
+        row, name = rows[i], f"{specs[i].model} {specs[i].method}"
         try:
-            before = next((k["measured"] for k in known if k["spec"] == row["spec"]), None)
-            row["measured"] = before or measure_apart(specs[i], fresh)
-            if not before:
-                used = row["measured"].pop("device_used_bytes") - idle
-                row["measured"] |= {"process_bytes": used} if alone else {"process_bytes": None, "step_seconds": None}
-            row["predicted"] = predicted[i].result()
+            found = next((k["measured"] for k in known if k["spec"] == row["spec"]), None)
+            if not found:
+                found = _measure_apart(specs[i], fresh)
+                used = found.pop("device_used_bytes") - idle
+                found |= {"process_bytes": used} if alone else {"process_bytes": None, "step_seconds": None}
+            row["measured"] = found
+            report = predicted[i].result().to_dict()
+            kept = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
+            row["predicted"] = {quantity: report[quantity] for quantity in kept}
+            errors = (row["predicted"][quantity] / row["measured"][quantity] - 1 for quantity in kept[:2])
+            say("{}: allocated {:+.2%}, reserved {:+.2%}".format(name, *errors))
         except PeftlabError as error:
             row["error"] = str(error)
-        say(_said(row))
+            say(f"{name}: {error}")
         write(document, out)
 
-    first = len(specs) if at_once == 1 else ALONE
-    with ProcessPoolExecutor(PREDICTING, fresh) as several, ThreadPoolExecutor(at_once) as pool:
-        predicted = [several.submit(_predict, spec) for spec in specs]
+    first = len(specs) if at_once == 1 else 4
+    with ProcessPoolExecutor(6, fresh) as several, ThreadPoolExecutor(at_once) as pool:
+        predicted = [several.submit(exact, spec) for spec in specs]
         wait(predicted)  # or they would slow the steps
         for i in range(first):
             run(i, alone=True)
@@ -187,15 +178,7 @@ def record_memory(out: Path, say: Say, at_once: int = 1) -> Json:
     return document
 
 
-def _measured_before(out: Path, name: str) -> list[Json]:
-    """The measured rows of an earlier run on the hardware of this name."""
-    if not out.exists() or not out.stat().st_size:  # the command line makes an empty one, to know that it can
-        return []
-    before: Json = json.loads(out.read_text(encoding="utf-8"))
-    return [row for row in before["rows"] if "measured" in row] if before["hardware"] == name else []
-
-
-def measure_apart(spec: Resolved, context: BaseContext) -> Json:
+def _measure_apart(spec: Resolved, context: BaseContext) -> Json:
     """`measure` in a process of its own. Raises RunError with its error, also where the process dies."""
     try:
         with ProcessPoolExecutor(1, context) as process:
@@ -205,17 +188,3 @@ def measure_apart(spec: Resolved, context: BaseContext) -> Json:
     except Exception as error:
         said = str(error).splitlines() or ["no word"]
         raise RunError(f"{type(error).__name__}: {said[0]}") from None
-
-
-def _device_used() -> int:
-    """Bytes of the GPU that others use, asked for without a CUDA context of our own."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
-
-
-def _said(row: Json) -> str:
-    name = f"{row['spec']['model']} {row['spec']['method']}"
-    if "error" in row:
-        return f"{name}: {row['error']}"
-    errors = (row["predicted"][k] / row["measured"][k] - 1 for k in ("peak_allocated_bytes", "peak_reserved_bytes"))
-    return f"{name}: allocated {{:+.2%}}, reserved {{:+.2%}}".format(*errors)

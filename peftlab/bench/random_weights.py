@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from .. import hardware, seam
 from ..base import configs, fetching, models, sources
 from ..data import tasks
 from ..errors import SpecError
+from ..memory import step
 from ..run.scoring import PUBLIC_DOMAIN
-from ..spec import RunSpec
+from ..spec import Json, RunSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 16
-STEPS = 20
 PROMPT = 16
 """Tokens of a row that are only read. The model learns nearly all tokens, as in pre-training."""
 SPREAD = 0.02
@@ -31,10 +34,6 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
 
     Raises SpecError for a model without a config and for an automatic sequence length, and WeightsError.
     """
-    import torch
-
-    from ..memory import step
-
     entry = models.find(spec.model or models.DEFAULT)
     if entry.config is None:
         raise SpecError(f"model={spec.model}: random weights need its config; name a model, not a count")
@@ -52,11 +51,11 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     task = folder / "prose.json"
-    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in _rows(tokenizer, spec.sequence_length)]
+    rows = list(_rows(tokenizer, spec.sequence_length))
     task.write_text(
         json.dumps({
             "name": "Prose", "teaches": "Nothing: its rows have one length.", "instruction": "", "metric": "exact_match",
-            "train": rows, "heldout": rows[:1], "max_new_tokens": 1, "steps": STEPS,
+            "train": rows, "heldout": rows[:1], "max_new_tokens": 1, "steps": 20,
         })
     )  # fmt: skip
     return spec.but(model=str(made), task=str(task))
@@ -64,19 +63,16 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
 
 def drawn(tensor: Tensor, device: str) -> Tensor:
     """In place of a tensor without numbers, one of its shape and type with random ones, or zeros where they are whole."""
-    import torch
-
     if not tensor.is_meta:  # a quantized weight
         return tensor
     made = torch.empty_like(tensor, device=device)
     return made.normal_(0, SPREAD) if made.is_floating_point() else made.zero_()
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, length: int) -> list[tuple[str, str]]:
+def _rows(tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Json]:
     """Prompts and answers that have `length` tokens together, or a few less."""
     ids = tokenizer(PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     ids = ids * (1 + ROWS * length // len(ids))
-    rows = []
     for start in range(0, ROWS * length, length):
         prompt, kept = str(tokenizer.decode(ids[start : start + PROMPT])), length
         while True:
@@ -85,5 +81,4 @@ def _rows(tokenizer: PreTrainedTokenizerBase, length: int) -> list[tuple[str, st
             if over <= 0:
                 break
             kept -= over
-        rows.append((prompt, answer))
-    return rows
+        yield {"prompt": prompt, "answer": answer}

@@ -17,8 +17,6 @@ from ..resolve import resolve_here
 from ..spec import Json, Resolved, RunSpec
 from . import Say, peers, write
 from .chart import chart
-from .peers import YARDSTICK, Peer
-from .peers._shared import pairs
 from .random_weights import random_weights
 
 
@@ -34,11 +32,15 @@ def record_speed(
     racing = [peers.find(name) for name in chosen or peers.PEERS]
     with tempfile.TemporaryDirectory() as folder:
         used = resolve_here(random_weights(spec, Path(folder)) if random else spec)
+        floor = None
+        if used.gpu:  # the step's products at the GPU's dense bf16 peak
+            tokens = used.batch_size * fmean(map(len, peers.pairs(weights.load(used), used)))
+            floor = compute(used).per_token * tokens / peak(used.gpu)
         document = provenance() | {
             "kind": "speed",
             "spec": used.to_dict() | ({"model": spec.model, "task": None} if random else {}),
             "random_weights": random,
-            "floor_seconds": _floor(used),
+            "floor_seconds": floor,
             "rows": [],
         }
         for peer in racing:
@@ -47,12 +49,12 @@ def record_speed(
             for said in _measure(peer, used, seeds if peer.seeded else 1, row, scored=not random):
                 say(f"{peer.name}{said}")
                 write(document, out)
-    if any(row["name"] == YARDSTICK and row["runs"] for row in document["rows"]):
-        out.with_suffix(".svg").write_text(chart(document, YARDSTICK), encoding="utf-8")
+    if any(row["name"] == peers.YARDSTICK and row["runs"] for row in document["rows"]):
+        out.with_suffix(".svg").write_text(chart(document, peers.YARDSTICK), encoding="utf-8")
     return document
 
 
-def _measure(peer: Peer, spec: Resolved, seeds: int, row: Json, scored: bool) -> Iterator[str]:
+def _measure(peer: peers.Peer, spec: Resolved, seeds: int, row: Json, scored: bool) -> Iterator[str]:
     """Fills a peer's row run by run, and yields what to say of each after the peer's name."""
     if not find_spec(peer.package):
         row["error"] = f"{peer.package} is not installed"
@@ -72,11 +74,3 @@ def _measure(peer: Peer, spec: Resolved, seeds: int, row: Json, scored: bool) ->
         row["runs"].append(run)
         pace, rate = f"{1000 * run['step_seconds']:.1f} ms a step", f"{run['tokens_per_second']:,.0f} tokens/s"
         yield f", seed {seed}: {pace}, {rate}" + (f", score {run['score']:.2f}" if scored else "")
-
-
-def _floor(spec: Resolved) -> float | None:
-    """Seconds that a step's products take at the GPU's dense bf16 peak; None on a CPU."""
-    if not spec.gpu:
-        return None
-    tokens = spec.batch_size * fmean(map(len, pairs(weights.load(spec), spec)))
-    return compute(spec).per_token * tokens / peak(spec.gpu)

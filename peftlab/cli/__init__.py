@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from .. import __version__, seam
 from ..errors import PeftlabError, SpecError
-from ._arguments import Parser, spec_of
+from ._shared import Parser, spec_of
 
 __all__ = ["console", "main", "parser", "spec_of"]
 

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 from ..errors import SpecError
 from ..places import ROOT
-from ._arguments import Commands, port
+from ._shared import Commands, port
 
 
 def add(commands: Commands) -> None:
@@ -23,7 +23,15 @@ def add(commands: Commands) -> None:
 
 def run(args: Namespace) -> int:
     """Returns the exit status of the page's process, as a shell tells it."""
-    _check_free(args.host, args.port)
+    try:
+        socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
+    except socket.gaierror:
+        raise SpecError(
+            f"host={args.host}: no such address on this machine; give another one, such as 0.0.0.0"
+        ) from None
+    except OSError as error:
+        named = f"port={args.port}" if args.port else f"host={args.host}"
+        raise SpecError(f"{named}: cannot be used ({error.strerror}); give another one") from None
     if missing := [name for name in ("gradio", "plotly") if importlib.util.find_spec(name) is None]:
         raise SpecError(f"app: the page needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     asked = {"GRADIO_SERVER_NAME": args.host, "GRADIO_SERVER_PORT": args.port}
@@ -34,13 +42,3 @@ def run(args: Namespace) -> int:
         signal.signal(number, lambda got, _: page.send_signal(signal.SIGINT if got == signal.SIGHUP else got))
     status = page.wait()
     return status if status >= 0 else 128 - status
-
-
-def _check_free(host: str | None, port: int | None) -> None:
-    try:
-        socket.create_server((host or "127.0.0.1", port or 0)).close()
-    except socket.gaierror:
-        raise SpecError(f"host={host}: no such address on this machine; give another one, such as 0.0.0.0") from None
-    except OSError as error:
-        named = f"port={port}" if port else f"host={host}"
-        raise SpecError(f"{named}: cannot be used ({error.strerror}); give another one") from None

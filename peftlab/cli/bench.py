@@ -5,15 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..spec import Json
-from ._arguments import Commands, Output, count, spec_of, verb
-from ._output import check_writable, note, note_event
-
-WHAT = ("train", "gears", "generate", "record", "memory", "calculators", "page")
+from ._shared import Commands, Output, check_writable, count, note, note_event, spec_of, verb
 
 
 def add(commands: Commands) -> None:
     parser = verb(commands, "bench", run, "measure on this machine and write JSON", spec=True)
-    parser.add_argument("what", choices=WHAT)
+    what = ("train", "gears", "generate", "record", "memory", "calculators", "page")
+    parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--at-once", type=count, default=1, help="memory: processes that share the GPU")
     parser.add_argument("--seeds", type=count, default=1, help="train: runs of each trainer")
@@ -24,18 +22,18 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, gears, generation, memory, page, record, speed
+    from ..bench import calculators, generation, memory, record, speed
 
     out = args.out
     check_writable(out)  # before it measures for minutes
     recorders: dict[str, Callable[[], Json]] = {
         "train": lambda: speed.record_speed(spec_of(args), out, note, args.seeds, args.peer, args.random_weights),
-        "gears": lambda: gears.record_gears(spec_of(args), out, note),
+        "gears": lambda: record.record_gears(spec_of(args), out, note),
         "generate": lambda: generation.record_generation(spec_of(args), out, note),
         "record": lambda: record.record_train(spec_of(args), out, note_event, args.adapter_out),
         "memory": lambda: memory.record_memory(out, note, args.at_once),
         "calculators": lambda: calculators.record_calculators(out),
-        "page": lambda: page.record_page(out, note),
+        "page": lambda: record.record_page(out, note),
     }
     document = recorders[args.what]()
     return document, map(calculators.markdown, document.get("comparisons", ()))

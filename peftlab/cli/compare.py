@@ -1,20 +1,13 @@
 """`peftlab compare`: the base and adapters, side by side."""
 
-from __future__ import annotations
-
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .. import adapters, units
+from .. import adapters
 from ..data import tasks
 from ..errors import SpecError
-from ._arguments import Commands, Output, count, verb
-from ._output import finish, table
-
-if TYPE_CHECKING:
-    from ..compare import ComparisonReport
+from ..units import score
+from ._shared import Commands, Output, count, finish, table, verb
 
 
 def add(commands: Commands) -> None:
@@ -31,32 +24,25 @@ def add(commands: Commands) -> None:
 def run(args: Namespace) -> Output:
     if args.prompt is not None and args.task:
         raise SpecError("--prompt and --task: give one of them")
-    report = _compared(args)
-    return report.to_dict(), _lines(report)
 
-
-def _compared(args: Namespace) -> ComparisonReport:
     from ..compare import on_prompt, on_task
     from ..run.generate import Decoding
 
     chosen = [adapters.read(folder) for folder in args.adapter]
+    task = args.task or chosen[0].spec.task
     if args.prompt is not None:
         decoding = Decoding(args.max_new_tokens, args.temperature, seed=args.seed)
-        return on_prompt(chosen, args.prompt, decoding, args.merged)
-    task = args.task or chosen[0].spec.task
-    if not task:
+        report = on_prompt(chosen, args.prompt, decoding, args.merged)
+    elif task:
+        report = finish(on_task(chosen, tasks.find(task), args.merged), "answering")
+    else:
         raise SpecError(f"{args.adapter[0]} does not say what it was trained on; give --task or --prompt")
-    return finish(on_task(chosen, tasks.find(task), args.merged), "answering")
-
-
-def _lines(report: ComparisonReport) -> Iterator[str]:
+    lines = []
     for exchange in report.exchanges[:5]:
-        yield f"\n> {exchange.prompt}"
-        yield from (f"{reply.model:>10}: {reply.text.strip()}" for reply in exchange.replies)
+        lines += [f"\n> {exchange.prompt}", *(f"{reply.model:>10}: {reply.text.strip()}" for reply in exchange.replies)]
         if exchange.reference:
-            yield f"{'reference':>10}: {exchange.reference}"
+            lines.append(f"{'reference':>10}: {exchange.reference}")
     if report.scores:
-        yield ""
-        score = units.score
         rows = [(s.model, score(s.mean), f"{score(s.low)} to {score(s.high)}", s.items) for s in report.scores]
-        yield from table([("model", report.metric, "95% interval", "items"), *rows])
+        lines += ["", *table([("model", report.metric, "95% interval", "items"), *rows])]
+    return report.to_dict(), lines

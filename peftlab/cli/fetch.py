@@ -5,8 +5,7 @@ from argparse import Namespace
 
 from .. import units
 from ..base import fetching, models, sources
-from ._arguments import Commands, Output, verb
-from ._output import note
+from ._shared import Commands, Output, note, verb
 
 
 def add(commands: Commands) -> None:

@@ -9,8 +9,7 @@ from ..base.models import find
 from ..errors import SpecError
 from ..memory import MemoryReport, exact, fits, predict, storage
 from ..resolve import resolve
-from ._arguments import Commands, Output, count, spec_of, verb
-from ._output import table
+from ._shared import Commands, Output, count, spec_of, table, verb
 
 
 def add(commands: Commands) -> None:

@@ -5,8 +5,7 @@ from argparse import Namespace
 from .. import units
 from ..count import count
 from ..resolve import resolve
-from ._arguments import Commands, Output, spec_of, verb
-from ._output import table
+from ._shared import Commands, Output, spec_of, table, verb
 
 
 def add(commands: Commands) -> None:
@@ -16,7 +15,7 @@ def add(commands: Commands) -> None:
 def run(args: Namespace) -> Output:
     report = count(resolve(spec_of(args)))
     trained = [m for m in report.modules if m.trainable]
-    rows = [(m.name, "×".join(map(str, m.shape)), m.adapted_layers, f"{m.trainable:,}") for m in trained]
+    rows = [(m.module.name, "×".join(map(str, m.shape)), m.adapted_layers, f"{m.trainable:,}") for m in trained]
     last = (
         f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters are trained "
         f"({units.percent(report.trainable_percent / 100)}); the adapter is {units.size(report.adapter_bytes)}"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from .. import units
 from ..errors import SpecError
-from ._arguments import Commands, Output, count, spec_of, verb
-from ._output import check_writable, note, table
+from ._shared import Commands, Output, check_writable, count, note, spec_of, table, verb
 
 if TYPE_CHECKING:
-    from ..race import Line, Racer
+    from ..race import Line
 
 
 def add(commands: Commands) -> None:
@@ -31,7 +29,9 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
+    """--out has what is finished after each racer, so that an interruption loses little."""
     from .. import race
+    from ..run import warm_up
 
     race.column(args.sort)  # refused before anything runs
     axes = {setting: values for setting, *values in args.vary or [["method"]]}
@@ -40,20 +40,6 @@ def run(args: Namespace) -> Output:
     if others := [line.name for line in known if line.spec not in [racer.spec.to_dict() for racer in racers]]:
         raise SpecError(f"out={args.out}: it has {others[0]}, which is not in this race; give another path")
     check_writable(args.out, args.csv)
-    lines = race.ranked(_raced(args, racers, axes, known), args.sort)
-    if args.csv:
-        args.csv.write_text(race.to_csv(lines), encoding="utf-8")
-    head = ("", "score", "95% interval", "loss", "trained", "training", "")
-    return race.document(axes, lines), table([head, *map(_row, lines)])
-
-
-def _raced(
-    args: Namespace, racers: Sequence[Racer], axes: Mapping[str, Sequence[str]], known: Sequence[Line]
-) -> list[Line]:
-    """Runs the race and returns its lines; --out has what is finished after each, so that an interruption loses little."""
-    from .. import race
-    from ..run import warm_up
-
     lines: list[Line] = []
     warm_up(racers[0].spec)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +51,11 @@ def _raced(
                 lines = [race.Line(**line) for line in event["lines"]]
             if args.out and event["type"] in ("line", "done"):
                 race.record(args.out, axes, lines)
-    return lines
+    lines = race.ranked(lines, args.sort)
+    if args.csv:
+        args.csv.write_text(race.to_csv(lines), encoding="utf-8")
+    head = ("", "score", "95% interval", "loss", "trained", "training", "")
+    return race.document(axes, lines), table([head, *map(_row, lines)])
 
 
 def _row(line: Line) -> tuple[str, ...]:

@@ -10,8 +10,7 @@ from .. import adapters, units
 from ..base import weights
 from ..errors import SpecError
 from ..resolve import resolve
-from ._arguments import Commands, Output, count, verb
-from ._output import finish, note, table
+from ._shared import Commands, Output, count, finish, note, table, verb
 
 if TYPE_CHECKING:
     from ..compare.study import MatrixStudy

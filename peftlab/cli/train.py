@@ -6,8 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..resolve import resolve_here
-from ._arguments import Commands, spec_of, verb
-from ._output import note_event
+from ._shared import Commands, note_event, spec_of, verb
 
 
 def add(commands: Commands) -> None:
