@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 
 import gradio as gr
-from gradio.components import Component
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.page import address, choice, controls, costs, memory_bars, methods, store
+from demos.page import address, choice, controls, look, methods, store
 from demos.page.tab import QUIET, Asked, Draw, Slow, Tab, Values
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
 from peftlab.base.models import find, from_config
-from peftlab.catalog import GPUS
-from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
+from peftlab.catalog import GPUS, PRICE
+from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact, measured
 from peftlab.memory.conventions import EXACT
 from peftlab.room import worker
-from peftlab.show import costs as tables
-from peftlab.show import sentences
-from peftlab.show.bars import bars_value
-from peftlab.show.figures import themed
-from peftlab.show.marks import explained
-from peftlab.show.memory_figures import memory_timeline
+from peftlab.show import costs, figures, marks, memory_figures, sentences, settings, statements
 from peftlab.show.methods import method_card, method_panel, method_value
-from peftlab.show.settings import changed
-from peftlab.show.statements import tab_table
 from peftlab.spec import Resolved
 
 FOLDED = (
@@ -50,7 +43,17 @@ LESSONS = {
 }  # fmt: skip
 
 
-SHARE = choice.number("share", 0.5, 0.01, 10, whole=False)
+COSTS = {
+    "tasks": choice.number("tasks", 50, 1, 1000),
+    "streams": choice.number("streams", 16, 1, 256),
+    "context": choice.number("context", 2048, 256, 32768),
+    "price": choice.number("price", PRICE, 0, 1e6, whole=False),
+    "utilisation": choice.number("utilisation", round(100 * measured.measured_utilisation(), 1), 0.1, 100, whole=False),
+}
+"""Assumptions about use: how many tasks and streams, at what price and speed."""
+SLIDERS = ("batch_size", "sequence_length", "rank")
+DRAW = f"const SLIDERS = {json.dumps(SLIDERS)};\n" + look.script("words.js", "memory_bars.js")
+"""Draws the sentence and the bars from polynomials, so that a slider that moves asks the server nothing."""
 Reports = tuple[MemoryReport, MemoryReport]
 Forms = tuple[ClosedForm | None, ClosedForm | None]
 """Of full fine-tuning and of the chosen method."""
@@ -95,53 +98,53 @@ class Memory(Tab):
     key, title = "memory", "Memory"
     choices = {
         "convention": choice.one_of("convention", EXACT, [EXACT, *CONVENTIONS]),
-        "share": SHARE,
-        **costs.CHOICES,
+        "share": choice.number("share", 0.5, 0.01, 10, whole=False),
+        **COSTS,
     }
 
-    def build(self) -> None:
-        controls.stage(self._settings, self._pictures)
-
-    def _settings(self) -> None:
+    def settings(self) -> None:
         model, method, (batch, length, _) = address.MODEL, address.METHOD, at(resolve(address.OPENING))
         self.control("model", controls.model_choice(model))
-        self.control("batch_size", controls.slider("batch_size", 1, 64, batch))
-        self.control("sequence_length", controls.slider("sequence_length", 16, 16384, length, step=16))
+        self.control("batch_size", gr.Slider(1, 64, batch, step=1, **controls.described("batch_size")))
+        self.control("sequence_length", gr.Slider(16, 16384, length, step=16, **controls.described("sequence_length")))
         self.control("gradient_checkpointing", gr.Checkbox(False, **controls.described("gradient_checkpointing")))
         self.control("method", methods.method_choice("memory", method, model))
         self.panel("about", controls.note(method_card(method, model)))
         self.control_all(methods.method_settings(method, methods.BY_METHOD))
         info = "A bare count has no layers to adapt, so its share is chosen"
-        self.control("share", controls.slider_of(SHARE, "Trained share, %", info, step=0.01, visible=False))
+        self.slider("share", "Trained share, %", info, step=0.01, visible=False)
+        gpus = [("automatic: an H100", ""), *controls.choices_of(GPUS)]
         with self.fold("Precision, optimizer and GPUs"):
-            self.control_all({name: _control(name) for name in FOLDED})
+            for name in FOLDED:
+                self.control(name, controls.choice("gpu", gpus, "") if name == "gpu" else controls.setting(name))
         with self.fold("Your own config.json"):
-            self._own_config()
-        with self.fold("Count as a lecture does"):
-            rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
-            info = "Bytes a parameter, in each lecture's convention"
-            self.control("convention", gr.Dropdown(rules, value=EXACT, label="Count as", info=info))
-        self.panel("changed", controls.note(changed(address.OPENING)))
-        controls.reset("model", "method", "task")
-
-    def _own_config(self) -> None:
-        text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
-        refused = self.panel("config_problem", controls.problem())
-        with gr.Row():
-            use = gr.Button("Use it", size="sm", min_width=80)
-            upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
-        key = gr.Textbox(visible=False)
+            text = gr.Textbox(lines=4, max_lines=8, label="Paste it", info="Any decoder that transformers knows")
+            refused = self.panel("config_problem", controls.problem())
+            with gr.Row():
+                use = gr.Button("Use it", size="sm", min_width=80)
+                upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
+            key = gr.Textbox(visible=False)
         pasted = gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET)
         uploaded = upload.upload(own_file, upload, [refused, key], **QUIET)
         for event in (pasted, uploaded):
             event.then(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
+        with self.fold("Count as a lecture does"):
+            rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
+            info = "Bytes a parameter, in each lecture's convention"
+            self.control("convention", gr.Dropdown(rules, value=EXACT, label="Count as", info=info))
+        self.panel("changed", controls.note(settings.changed(address.OPENING)))
+        controls.reset("model", "method", "task")
 
-    def _pictures(self) -> None:
+    def pictures(self) -> None:
         asked = address.opening(self)
         first = {name: draw() for name, draw in self.draw(asked).items() if name in ("bars", "surprises", "timeline")}
         self.panel("problem", controls.problem())
         sentence = sentences.memory_sentence(*seen(asked)[0])
-        self.panel("bars", memory_bars.bars(first["bars"], sentence))
+        template = (
+            f'<h2 class="sentence estimated" aria-live="polite">{sentence}</h2><div class="bars"></div>'
+            '<div class="legends"></div><div class="note source"></div>'
+        )
+        self.panel("bars", gr.HTML(first["bars"], html_template=template, js_on_load=DRAW))
         surprises = gr.HTML(first["surprises"], html_template='<div class="surprises">${value}</div>', js_on_load=None)
         self.panel("surprises", surprises)
         controls.lessons({name: address.link(spec, convention=rule) for name, (spec, rule) in LESSONS.items()})
@@ -151,7 +154,15 @@ class Memory(Tab):
         self.fold_of("Which GPUs hold it", "gpus")
         self.fold_of("What would fit", "room")
         with self.fold("Time, money, disk and serving"):
-            self.control_all(costs.controls())
+            price, peak = "In your currency; an assumption, type yours", "Of the bf16 peak; measured on an H100"
+            share = COSTS["utilisation"].usual
+            with gr.Row(elem_classes="view"):
+                self.slider("tasks", "Tasks", "One adapted model for each")
+                self.slider("streams", "Answers at once", "Streams that are served together")
+                self.slider("context", "Tokens each keeps", "Prompt and answer, in the cache", step=256)
+                self.control("price", gr.Number(PRICE, minimum=0, label="Price of a GPU hour", info=price))
+                used = gr.Number(share, minimum=0.1, maximum=100, label="Utilisation, %", info=peak)
+                self.control("utilisation", used)
             self.panel("spent", gr.HTML())
         self.fold_of("The lectures' conventions and numbers, recomputed", "conventions", "claims")
         self.fold_of("Measured beside predicted", "measured")
@@ -173,7 +184,7 @@ class Memory(Tab):
             **{name: controls.blank(getattr(spec, name)) for name in FOLDED},
             "share": gr.update(visible=bare and run.method != "full", value=asked["share"]),
             "convention": asked["convention"],
-            **{name: asked[name] for name in costs.CHOICES},
+            **{name: asked[name] for name in COSTS},
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
@@ -181,21 +192,21 @@ class Memory(Tab):
         full, chosen = reports
         share = None if find(run.model).config else asked["share"]
         surprises = "".join(f"<p>{said}</p>" for said in sentences.memory_surprises(full, chosen)[:2])
-        timeline = themed(memory_timeline, chosen) if chosen.moments else None
+        timeline = figures.themed(memory_figures.memory_timeline, chosen) if chosen.moments else None
         return {
-            "bars": lambda: bars_value(reports, forms, at(chosen.spec), share),
-            "surprises": lambda: explained(surprises),
+            "bars": lambda: memory_figures.bars_value(reports, forms, at(chosen.spec), share),
+            "surprises": lambda: marks.explained(surprises),
             "timeline": lambda: controls.seen(timeline),
             "about": lambda: method_card(run.method, run.model),
             "config_problem": lambda: "",
-            "changed": lambda: changed(asked.spec),
-            "numbers": lambda: tables.numbers(full, chosen, forms[1]),
-            "gpus": lambda: tables.gpus(full, chosen),
-            "room": lambda: tables.room(forms[1]) if forms[1] else "",
-            "spent": lambda: tables.compute_and_disk(chosen, *(asked[name] for name in costs.CHOICES)),
-            "conventions": lambda: tables.conventions(asked.spec, reports),
-            "claims": lambda: tab_table("memory").html,
-            "measured": tables.measured,
+            "changed": lambda: settings.changed(asked.spec),
+            "numbers": lambda: costs.numbers(full, chosen, forms[1]),
+            "gpus": lambda: costs.gpus(full, chosen),
+            "room": lambda: costs.room(forms[1]) if forms[1] else "",
+            "spent": lambda: costs.compute_and_disk(chosen, *(asked[name] for name in COSTS)),
+            "conventions": lambda: costs.conventions(reports),
+            "claims": lambda: statements.tab_table("memory").html,
+            "measured": costs.measured,
             "how": lambda: method_panel(run.method),
         }
 
@@ -213,12 +224,6 @@ def own_config(text: str) -> tuple[str, str]:
 
 def own_file(file: str) -> tuple[str, str]:
     return own_config(Path(file).read_text(errors="replace"))
-
-
-def _control(name: str) -> Component:
-    if name == "gpu":
-        return controls.choice("gpu", [("automatic: an H100", ""), *controls.choices_of(GPUS)], "")
-    return controls.text(name) if name in ("accumulation", "n_gpus") else controls.choice(name)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
 import gradio as gr
 
@@ -14,7 +14,7 @@ from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab, Values
 from peftlab import PeftlabError, units
 from peftlab.compare import proofs
 from peftlab.compare.proofs import LatencyReport, MergeReport
-from peftlab.show.proofs import dialled, merged_said, timed
+from peftlab.show.comparisons import dialled, merged_said, timed
 
 
 def merge(key: str, prompt: str) -> MergeReport:
@@ -44,11 +44,11 @@ def build(tab: Tab) -> None:
     tab.control("proof_prompt", gr.Textbox(label="Prompt", lines=2, max_lines=5))
     tab.panel("proof_problem", controls.problem())
     with gr.Row(elem_classes="lessons"):
-        buttons = {name: tab.panel(name, gr.Button(job.label, size="sm")) for name, job in JOBS.items()}
+        buttons = {name: tab.panel(name, gr.Button(label, size="sm")) for name, (label, *_) in PROOFS.items()}
     tab.panel("proved", gr.HTML(f'<p class="note">{IDLE}</p>'))
-    busy, free = ({name: gr.update(interactive=is_free) for name in JOBS} for is_free in (False, True))
-    for name, job in JOBS.items():
-        tab.press(buttons[name], job.press, ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
+    busy, free = ({name: gr.update(interactive=is_free) for name in PROOFS} for is_free in (False, True))
+    for name, button in buttons.items():
+        tab.press(button, partial(prove, name), ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
 
 
 def fill(asked: Asked) -> Values:
@@ -90,27 +90,20 @@ def timing(asked: Asked) -> Iterator[str]:
         yield timed(report) if report else f'<p class="note">Timing, {units.score(share)} done.</p>'
 
 
-@dataclass(frozen=True)
-class Job:
-    """A proof: its button, what is said while it begins, and what it shows as it goes on."""
-
-    label: str
-    begins: str
-    work: Callable[[Asked], Iterator[str]]
-
-    def press(self, asked: Asked) -> Iterator[Values]:
-        yield {"proved": f'<p class="note">{self.begins}</p>'}
-        try:
-            yield from ({"proved": shown} for shown in self.work(asked))
-        except PeftlabError:
-            yield {"proved": ""}
-            raise
-
-
-JOBS = {
-    "merge": Job(
-        "Merge and compare", "Reading the same text with four models: apart and merged, in fp32 and in bf16.", merging
-    ),
-    "dial": Job("Turn the dial from 0 to 2", "Answering five times.", turning),
-    "latency": Job("Time the four ways to serve it", "Loading the four models.", timing),
+READING = "Reading the same text with four models: apart and merged, in fp32 and in bf16."
+PROOFS = {
+    "merge": ("Merge and compare", READING, merging),
+    "dial": ("Turn the dial from 0 to 2", "Answering five times.", turning),
+    "latency": ("Time the four ways to serve it", "Loading the four models.", timing),
 }
+"""Each proof's button, what is said while it begins, and what it shows as it goes on."""
+
+
+def prove(name: str, asked: Asked) -> Iterator[Values]:
+    _, begins, work = PROOFS[name]
+    yield {"proved": f'<p class="note">{begins}</p>'}
+    try:
+        yield from ({"proved": shown} for shown in work(asked))
+    except PeftlabError:
+        yield {"proved": ""}
+        raise

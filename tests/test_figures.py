@@ -9,9 +9,10 @@ from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, score_of
 from peftlab.count import why_not
 from peftlab.measured import runs as recorded_runs
 from peftlab.show import figures
-from peftlab.show.lora_figures import percent_by_size
+from peftlab.show.comparisons import score_bars
+from peftlab.show.lora import percent_by_size
 from peftlab.show.memory_figures import COMPONENTS, memory_timeline
-from peftlab.show.run_figures import loss_curve, metric_curve, score_bars
+from peftlab.show.runs import loss_curve, metric_curve
 
 THEMES = pytest.mark.parametrize("theme", figures.THEMES)
 EVENTS = [

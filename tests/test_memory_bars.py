@@ -11,12 +11,11 @@ import pytest
 pytest.importorskip("gradio")
 
 from demos import memory_calculator
-from demos.page import memory_bars
 from demos.page.tab import Asked
 from peftlab import RunSpec, predict, resolve, units
 from peftlab.memory import exact
 from peftlab.show import sentences
-from peftlab.show.bars import bars_value
+from peftlab.show.memory_figures import bars_value
 
 SPECS = (
     RunSpec(model="llama-3.1-8b", rank=16),
@@ -131,7 +130,7 @@ console.log(JSON.stringify(said));
 
 def drawn(cases):
     """What the script draws, at each point of each case."""
-    sent = json.dumps({"draw": memory_bars.DRAW, "cases": cases})
+    sent = json.dumps({"draw": memory_calculator.DRAW, "cases": cases})
     done = subprocess.run([NODE, "-e", HARNESS], input=sent, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 

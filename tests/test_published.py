@@ -8,8 +8,7 @@ from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.lectures import published
 from peftlab.lectures.published import METRICS
 from peftlab.methods import METHODS
-from peftlab.show import figures
-from peftlab.show import published_figures as draw
+from peftlab.show import figures, guide
 
 PAIRS = [(x, y) for x in METRICS for y in METRICS if x != y]
 
@@ -79,7 +78,7 @@ def test_parameters_are_not_memory_by_the_files_numbers():
 @pytest.mark.parametrize("theme", figures.THEMES)
 @pytest.mark.parametrize(("x", "y"), PAIRS)
 def test_the_chart_has_a_point_a_run(x, y, theme):
-    chart = draw.benchmark(x, y, theme)
+    chart = guide.benchmark_chart(x, y, theme)
     front, *marks = chart.data
     points = [point for line in marks for point in zip(line.x, line.y, strict=True)]
     a, b = METRICS[x], METRICS[y]
@@ -88,9 +87,9 @@ def test_the_chart_has_a_point_a_run(x, y, theme):
     c = figures.PALETTE[theme]
     assert {line.name: line.marker.color for line in marks} == {
         "other": c["overhead"],
-        **dict.fromkeys(draw.MARKS, c["trained"]),
+        **dict.fromkeys(guide.MARKS, c["trained"]),
     }
-    assert len({line.marker.symbol for line in marks if line.name != "other"}) == len(draw.MARKS)
+    assert len({line.marker.symbol for line in marks if line.name != "other"}) == len(guide.MARKS)
     for axis, m in ((chart.layout.xaxis, a), (chart.layout.yaxis, b)):
         assert (axis.type == "log") == m.log
     assert ("log scale" in chart.layout.title.text) == (a.log or b.log)
@@ -98,11 +97,11 @@ def test_the_chart_has_a_point_a_run(x, y, theme):
 
 
 def test_hovering_shows_all_of_a_runs_figures():
-    told = [text for line in draw.benchmark("memory", "accuracy", "light").data[1:] for text in line.customdata]
+    told = [text for line in guide.benchmark_chart("memory", "accuracy", "light").data[1:] for text in line.customdata]
     plain = next(text for text in told if text.startswith("<b>LoRA rank 32</b>"))
     assert all(m.show(m.of(published.plain())) in plain for m in METRICS.values())
 
 
 def test_an_unknown_metric_is_refused_in_words():
     with pytest.raises(SpecError, match="metric=speed: no such metric"):
-        draw.benchmark("speed", "accuracy", "light")
+        guide.benchmark_chart("speed", "accuracy", "light")

@@ -15,7 +15,7 @@ from peftlab.lectures import published
 from peftlab.lectures.guide import CASES
 from peftlab.lectures.lessons import LESSONS
 from peftlab.show import guide, lora, races, studies, weight_figures
-from peftlab.show.proofs import merged_said, timed
+from peftlab.show.comparisons import merged_said, timed
 from peftlab.show.races import board, so_far, status
 from peftlab.show.statements import statements_table
 

@@ -11,7 +11,7 @@ from peftlab.compare import lowrank
 from peftlab.compare.lowrank import Spectrum
 from peftlab.compare.study import MatrixStudy, Study
 from peftlab.show import figures, weight_figures
-from peftlab.show import study_figures as draw
+from peftlab.show import studies as draw
 
 W, DELTA = Spectrum(tuple(float(40 - i) for i in range(40))), Spectrum((3.0, 1.0))
 

@@ -1,7 +1,5 @@
 """What a run costs, in tables: memory by kind, GPUs, room, time, money, disk, serving, conventions and measurements."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +16,7 @@ from ..memory.compute import compute
 from ..memory.measured import summary
 from ..resolve import resolve
 from ..room import jobs
-from ..spec import Resolved, RunSpec
+from ..spec import Resolved
 from .marks import bold, explained, how, libraries, small, table
 from .memory_figures import COMPONENTS
 from .settings import gpu_name, method_name
@@ -198,7 +196,7 @@ def storage_line(chosen: MemoryReport, tasks: int) -> str:
     return f"{copies}, or one base of {units.size(disk.base)} and {bold(units.size(disk.adapters), 'trained')} of adapters."
 
 
-def conventions(spec: RunSpec, reports: tuple[MemoryReport, MemoryReport]) -> str:
+def conventions(reports: tuple[MemoryReport, MemoryReport]) -> str:
     """What each lecture's convention makes of the same run, beside the prediction."""
     full, chosen = reports
     given = None if chosen.spec.method == "full" or chosen.peak else chosen.trainable_parameters

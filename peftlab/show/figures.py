@@ -1,20 +1,15 @@
-"""What every chart shares: the palette, the plotly templates `peftlab-light` and `peftlab-dark`, and log axes.
+"""What every chart shares: the palette, a plotly template for each theme, and log axes.
 
-A function that draws is pure: results and a theme go in, a figure comes out. `themed` draws both themes at once, because
-the page knows which one its reader uses and the server does not.
+A function that draws is pure: results and a theme go in, a figure comes out.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
 from math import ceil, floor, log10
-from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
 
 from .. import units
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Chart = dict[str, object]
 """A plotly figure as plain JSON: its `data` and its `layout`."""
@@ -32,24 +27,20 @@ PALETTE = {
     },
 }  # fmt: skip
 """A colour for each meaning, after Okabe and Ito, which colour-blind readers can tell apart. The CSS has the same values."""
+QUARTERS = [0, 25, 50, 75, 100]
+"""Ticks of an axis in percent."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
 def themed(draw: Callable[..., go.Figure | Chart], *args: object) -> dict[str, Chart]:
-    """`draw(*args, theme)` in both themes, as plain JSON for the page."""
+    """`draw(*args, theme)` in both themes, as plain JSON: the page knows which one its reader uses, the server does not."""
     figures = {theme: draw(*args, theme) for theme in THEMES}
     return {theme: f if isinstance(f, dict) else f.to_plotly_json() for theme, f in figures.items()}
 
 
 def blank(theme: str, height: int, **layout: object) -> go.Figure:
     """A figure without traces, `height` pixels high; `layout` takes what plotly's `update_layout` takes."""
-    import plotly.graph_objects as go
-    import plotly.io as pio
-
-    name = f"peftlab-{theme}"
-    if name not in pio.templates:
-        pio.templates[name] = go.layout.Template(layout=look(theme))
-    return go.Figure().update_layout(template=pio.templates[name], height=height, **layout)
+    return go.Figure(layout={"template": {"layout": look(theme)}, "height": height, **layout})
 
 
 @cache
@@ -71,8 +62,9 @@ def look(theme: str) -> Chart:
 
 
 def decades(low: float, high: float) -> Chart:
-    """A log axis from `low` to `high` with a tick at each power of ten, named as people do: 0.01, 1, 100M, 10B."""
+    """A log axis from `low` to `high`, a tick at each power of ten, or at every other one of many: 0.01, 1, 100M, 10B."""
     powers = range(ceil(log10(low)), floor(log10(high)) + 1)
+    powers = powers[:: 2 if len(powers) > 5 else 1]
     names = [f"{10 ** (p % 3)}{'KMBT'[p // 3 - 1]}" if p >= 3 else units.significant(10.0**p) for p in powers]
     return {
         "type": "log", "range": [log10(low), log10(high)], "tickvals": [10.0**p for p in powers], "ticktext": names,

@@ -1,11 +1,13 @@
-"""The guide to methods in words: the map, advice for a project, pros and cons, published runs."""
+"""The guide to methods: the map, advice for a project, pros and cons, published runs in a chart and a table."""
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
 from itertools import groupby
+from math import log10
+
+import plotly.graph_objects as go
 
 from .. import units
 from ..base.models import find
@@ -13,18 +15,22 @@ from ..catalog import FAMILIES
 from ..count import count
 from ..lectures import facts, published
 from ..lectures.facts import Place
-from ..lectures.guide import CASES, SIDES, SPECTRUM, Case, Family, weighed
-from ..lectures.here import beside
+from ..lectures.guide import CASES, SIDES, SPECTRUM, Case, Family, beside
+from ..lectures.published import METRICS, Metric, Run
 from ..lectures.statements import FAILS
 from ..methods import METHODS
 from ..resolve import resolve
 from ..spec import RunSpec
-from . import figures, published_figures
+from .figures import PALETTE, Chart, blank, decades, themed
 from .marks import bold, explained, heading, how, table
 from .races import recorded_how
 from .settings import changed, method_name
 from .statements import verdict_mark
 
+MARKS = {"full": "star", "additive": "circle", "selective": "square", "prompt-based": "diamond"}
+"""The shape of each family's points. Colour says only whether the app has the method."""
+DEEP, LINE = 380, 20
+"""The approximate height of the plot area and the height of a name, in pixels."""
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -98,7 +104,8 @@ def advice(keys: Iterable[str], model: str) -> str:
     cases = [case for key, case in CASES.items() if key in ticked]
     if not cases:
         return '<p class="note">Tick what is true of your project.</p>'
-    named = [f"<b>{escape(METHODS[key].name)}</b> in {n} of {len(cases)}" for key, n in weighed(cases)]
+    advised = Counter(key for case in cases for key in case.methods)
+    named = [f"<b>{escape(METHODS[key].name)}</b> in {n} of {len(cases)}" for key, n in advised.most_common()]
     first = "First try without training. " if any(case.group == "none" for case in cases) else ""
     asked = f"Advised: {', '.join(named)}." if named else ""
     return explained(f'<p class="weighed">{first}{asked}</p>' + "".join(_case(case, model) for case in cases))
@@ -138,10 +145,10 @@ def measured() -> str:
 
 
 @lru_cache
-def benchmark(x: str, y: str) -> tuple[dict[str, figures.Chart], str]:
+def benchmark(x: str, y: str) -> tuple[dict[str, Chart], str]:
     """The published runs by two metrics: the chart, and its front in words."""
     said = published.front_said(published.metric(x), published.metric(y))
-    return figures.themed(published_figures.benchmark, x, y), f"<p>{escape(said)}</p>"
+    return themed(benchmark_chart, x, y), f"<p>{escape(said)}</p>"
 
 
 @lru_cache
@@ -159,9 +166,77 @@ def all_runs() -> str:
 def marks() -> str:
     """Which mark is which family, for those who read the chart, and where the runs come from."""
     shapes = {"circle": "●", "square": "■", "diamond": "◆", "star": "★"}
-    named = (f'<b class="trained">{shapes[mark]}</b> {name}' for name, mark in published_figures.MARKS.items())
+    named = (f'<b class="trained">{shapes[mark]}</b> {name}' for name, mark in MARKS.items())
     return (
         f'<p>{", ".join(named)}; grey <span class="other">●</span> a method that this app does not have. '
         f"Source: <a href='{published.URL}'>{escape(published.SOURCE)}</a>. "
         f"{how('measured', 'By its authors, not here. ' + published.SOURCE)}</p>"
     )
+
+
+def benchmark_chart(x_key: str, y_key: str, theme: str) -> go.Figure:
+    """Every run by two metrics. Raises SpecError for an unknown metric."""
+    c, x, y = PALETTE[theme], published.metric(x_key), published.metric(y_key)
+    scales = ", ".join(name for name, m in (("across", x), ("up", y)) if m.log)
+    title = f"{y.title[0].upper()}{y.title[1:]}, by {x.title}{f' (log scale {scales})' if scales else ''}"
+    chart = blank(theme, 460, title={"text": title})
+    line = published.front(x, y)
+    chart.add_scatter(
+        x=_values(line, x), y=_values(line, y), mode="lines", hoverinfo="skip", name="front",
+        line={"color": c["text"], "width": 2, "dash": "dot"},
+    )  # fmt: skip
+    for family, mark in ((None, "circle"), *MARKS.items()):
+        of = [r for r in published.runs() if r.family == family]
+        chart.add_scatter(
+            x=_values(of, x), y=_values(of, y), mode="markers", name=family or "other",
+            marker={
+                "symbol": mark, "size": 18 if mark == "star" else 11, "color": c["trained" if family else "overhead"],
+                "opacity": 1 if family else 0.65, "line": {"color": c["surface"], "width": 1},
+            },
+            customdata=[_all_of(r) for r in of], hovertemplate="%{customdata}<extra></extra>",
+        )  # fmt: skip
+    _names(chart, x, y, c)
+    for update, m in ((chart.update_xaxes, x), (chart.update_yaxes, y)):
+        low, high = _range(m)
+        update(**decades(10**low, 10**high) if m.log else {"range": [low, high], "zeroline": True})
+    return chart.update_xaxes(title_text=x.title)
+
+
+def _values(of: Sequence[Run], m: Metric) -> list[float]:
+    """The runs' values in the unit of the axis."""
+    return [m.of(r) / m.scale for r in of]
+
+
+def _all_of(run: Run) -> str:
+    """What hovering over a run's point tells: all its figures."""
+    figures = "<br>".join(f"{m.title.split(',')[0]} {m.show(m.of(run))}" for m in METRICS.values())
+    return f"<b>{escape(run.label)}</b><br>{figures}<br>{escape(run.date)}"
+
+
+def _names(chart: go.Figure, x: Metric, y: Metric, c: dict[str, str]) -> None:
+    """Writes names above their points, one under another where they would overlap on a narrow screen."""
+    (left, right), (low, high) = _range(x), _range(y)
+    named = sorted(published.notable(), key=lambda pair: -y.of(pair[1]))
+    line = -float(LINE)
+    for text, run in named:
+        at = [log10(value) if m.log else value for m in (x, y) for value in _values([run], m)]
+        point = DEEP * (high - at[1]) / (high - low)  # pixels from the top
+        line = max(point - 1.5 * LINE, line + LINE)
+        ends = at[0] > (left + right) / 2
+        chart.add_annotation(
+            x=at[0], y=at[1], text=f"<b>{escape(text)}</b>", showarrow=True, arrowhead=0, arrowwidth=1.5,
+            arrowcolor=c["text"], ax=-20 if ends else 20, ay=line - point, xanchor="right" if ends else "left",
+            font={"size": 15},
+        )  # fmt: skip
+
+
+def _range(m: Metric) -> tuple[float, float]:
+    """The ends of an axis with some room around the runs; powers of ten on a logarithmic one."""
+    values = _values(published.runs(), m)
+    low, high = min(values), max(values)
+    if m.log:
+        low, high = log10(low), log10(high)
+    elif low < high / 2:  # else more than half of the axis would be empty
+        low = 0.0
+    room = 0.06 * (high - low)
+    return low - room, high + 2 * room

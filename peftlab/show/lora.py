@@ -1,20 +1,23 @@
-"""LoRA beside other methods, in words: where each touches the data, what the lectures say, and the layer as code."""
+"""LoRA beside other methods and on other models: where each touches the data, the layer as code, percents by size."""
 
-from __future__ import annotations
-
+from contextlib import suppress
 from html import escape
+
+import plotly.graph_objects as go
 
 from .. import units
 from ..base import architecture
-from ..count import count
+from ..base.models import MODELS
+from ..count import ParameterReport, count
 from ..errors import SpecError
-from ..lectures import scratch
+from ..lectures import from_scratch
+from ..lectures.by_counting import percents
 from ..methods import METHODS
+from ..methods.selection import where
 from ..resolve import resolve
 from ..spec import RunSpec
-from .figures import Chart, themed
-from .lora_figures import percent_by_size
-from .method_figures import data_path
+from .figures import PALETTE, Chart, blank, decades, themed
+from .methods import data_path
 from .shapes import of_family
 
 FLOWS = {
@@ -57,18 +60,16 @@ def notes() -> str:
 
 def flows(model: str) -> str:
     """Each way to change the forward pass, drawn, with what it trains on this model."""
-    return f'<div class="flows">{"".join(_flow(model, key, says) for key, says in FLOWS.items())}</div>'
-
-
-def _flow(model: str, key: str, says: str) -> str:
-    try:
-        report = count(resolve(RunSpec(model=model, method=key)))
-        trains = f"{report.trainable_parameters:,} parameters: {units.percent(report.trainable_percent / 100)}"
-    except SpecError as error:
-        trains = escape(str(error))
-    method = METHODS[key]
-    drawn = data_path(method.drawing, method.name)
-    return f"<section><h3>{method.name}</h3>{drawn}<p>{says} <b>{trains}</b></p></section>"
+    drawn = ""
+    for key, says in FLOWS.items():
+        try:
+            report = count(resolve(RunSpec(model=model, method=key)))
+            trains = f"{report.trainable_parameters:,} parameters: {units.percent(report.trainable_percent / 100)}"
+        except SpecError as error:
+            trains = escape(str(error))
+        path = data_path(METHODS[key].drawing, METHODS[key].name)
+        drawn += f"<section><h3>{METHODS[key].name}</h3>{path}<p>{says} <b>{trains}</b></p></section>"
+    return f'<div class="flows">{drawn}</div>'
 
 
 def code(spec: RunSpec) -> str:
@@ -76,10 +77,82 @@ def code(spec: RunSpec) -> str:
     of = resolve(of_family(spec))
     module = architecture.of(of.model).targets(of.target_modules)[0]
     rank = min(of.rank, module.d_in, module.d_out)
-    return scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
+    return from_scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
 
 
 def by_size(spec: RunSpec) -> dict[str, Chart]:
     """`percent_by_size` with the settings on screen, in both themes."""
     of = resolve(of_family(spec))
     return themed(percent_by_size, of.rank, of.target_modules, of.model)
+
+
+def percent_by_size(rank: int, target_modules: str, marked: str, theme: str) -> go.Figure:
+    """Percent that LoRA trains, in every layer, against a model's parameters: the catalogue, with `marked` in colour.
+
+    A percent that the lecture gives for this rank and these modules is a dotted line, since the lecture holds it constant.
+    Raises SpecError where LoRA does not suit `marked`.
+    """
+    c = PALETTE[theme]
+    spec = RunSpec(model=marked, method="lora", rank=rank, target_modules=target_modules)
+    mine, roles = count(resolve(spec)), _by_role(marked, target_modules)
+    models = [*_others(spec.but(target_modules=roles)), mine]
+    sizes, shares = [r.total_parameters for r in models], [r.trainable_percent for r in models]
+    title = f"LoRA of rank {rank} on {where(mine.spec)}: % trained, by the model's size (log scales)"
+    figure = blank(theme, 360, title=title)
+    top = max(shares) * max(2, (max(shares) / min(shares)) ** 0.3)
+    ends = [min(sizes) / 1.5, max(sizes) * 1.5]
+    said = {n for n, r in percents() if r.rank == rank and _by_role(r.model or "", r.target_modules or "") == roles}
+    for claimed in sorted(said):  # one number, whatever the size
+        figure.add_scatter(
+            x=ends, y=[claimed] * 2, mode="lines+markers+text", hoverinfo="skip",
+            line={"color": c["overhead"], "width": 2, "dash": "dot"},
+            marker={"size": 8, "opacity": 0},  # unseen, it holds the text off the line
+            text=[f"the lecture:<br>{units.percent(claimed / 100)}", ""], textposition="bottom right",
+        )  # fmt: skip
+    figure.add_scatter(  # the name stands above every point, so that it covers none
+        x=[mine.total_parameters] * 2, y=[mine.trainable_percent, top], mode="lines+text", hoverinfo="skip",
+        line={"color": c["trained"], "width": 1.5},
+        text=["", f" <b>{escape(mine.model_name)}</b> <br> {units.percent(mine.trainable_percent / 100)} "],
+        textposition="bottom left" if mine.total_parameters**2 > min(sizes) * max(sizes) else "bottom right",
+    )  # fmt: skip
+    for reports, colour, size in ((models[:-1], "frozen", 10), (models[-1:], "trained", 16)):
+        figure.add_scatter(
+            x=[r.total_parameters for r in reports], y=[r.trainable_percent for r in reports], mode="markers+text",
+            marker={"color": c[colour], "size": size, "line": {"color": c["surface"], "width": 1}},
+            # why these are far below the others
+            text=["with experts " if architecture.of(r.spec.model).facts.experts else "" for r in reports],
+            textposition="middle left",
+            customdata=[_derived(r) for r in reports],
+            hovertemplate="%{customdata}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(**decades(*ends), title_text="parameters of the model")
+    return figure.update_yaxes(**decades(min(shares) / 1.4, top * 1.1))
+
+
+def _by_role(model: str, target_modules: str) -> str:
+    """The roles of the modules that one model names, which every family of models understands."""
+    if target_modules == "all-linear":
+        return target_modules
+    found = architecture.of(model).targets(target_modules)
+    return ",".join(sorted({role for m in found for role in (m.role or m.short_name).split("+")}))
+
+
+def _others(spec: RunSpec) -> list[ParameterReport]:
+    """Counts of the catalogue's models that `spec` suits, without its own model and without copies of another's shapes."""
+    shape = MODELS[spec.model].shape_of if spec.model in MODELS else None
+    reports = []
+    for key, entry in MODELS.items():
+        if entry.config is not None and not entry.shape_of and key not in (spec.model, shape):
+            with suppress(SpecError):  # it has no modules of these roles, or is too narrow for the rank
+                reports.append(count(resolve(spec.but(model=key))))
+    return reports
+
+
+def _derived(report: ParameterReport) -> str:
+    """How a model's percent comes about, for those who point at it."""
+    rank, trained = report.spec.rank, report.trainable_parameters
+    return (
+        f"<b>{escape(report.model_name)}</b><br>{rank} × {trained // rank:,} inputs and outputs<br>"
+        f"= {trained:,} trained,<br>{units.percent(report.trainable_percent / 100)} of {report.total_parameters:,}"
+        + ("<br>(its experts get no adapter)" if architecture.of(report.spec.model).facts.experts else "")
+    )

@@ -1,7 +1,5 @@
 """Small pieces of HTML that every subject uses: bold words, where a number comes from, words explained, tables, verdicts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape

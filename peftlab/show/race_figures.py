@@ -1,20 +1,16 @@
 """Charts of a race: where each racer ended, with its interval, and the losses on the way."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import zip_longest
 from statistics import fmean
-from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
 
 from .. import units
 from ..race import Line
-from .figures import PALETTE, Chart, blank
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from .figures import PALETTE, QUARTERS, Chart, blank
 
 ROW = 25
 """The height of a racer's row in pixels. Names in two lines take ROW_LINE more."""
@@ -107,7 +103,7 @@ def _against(lines: Sequence[Line], setting: str, metric: str, theme: str) -> go
         type="log", title_text=name, tickvals=shown, ticktext=[f"{tick:g}" for tick in shown], zeroline=False,
         tickangle=0, tickfont={"size": 12},
     )  # fmt: skip
-    figure.update_yaxes(range=[-2, 108], tickvals=[0, 25, 50, 75, 100])
+    figure.update_yaxes(range=[-2, 108], tickvals=QUARTERS)
     figure.update_layout(showlegend=True, legend=BELOW)
     return figure
 

@@ -1,7 +1,5 @@
 """A race in words: its board, what it says to the lectures' statements, how far it is and where it was recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -1,11 +1,11 @@
 """A training run in words and charts: how far it is, what it answers, and the recording that stands until there is one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
 from typing import Any
+
+import plotly.graph_objects as go
 
 from .. import measured, units
 from ..count import count
@@ -17,9 +17,8 @@ from ..room import jobs
 from ..run.events import Event
 from ..spec import RunSpec
 from . import sentences
-from .figures import Chart, themed
+from .figures import PALETTE, QUARTERS, Chart, blank, themed
 from .marks import explained, failure, graded, how, libraries, progress, remarks, table
-from .run_figures import loss_curve, metric_curve
 from .sentences import last_of
 from .settings import method_name
 
@@ -148,3 +147,36 @@ def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, object]:
         "said": _answers(events),
         **_drawn(job),
     }
+
+
+def loss_curve(events: Sequence[Event], steps: int, theme: str) -> go.Figure:
+    """Training loss by step. Only points are added between calls, so the page keeps its reader's zoom."""
+    done = [e["step"] for e in events if e["type"] == "step"]
+    losses = [e["loss"] for e in events if e["type"] == "step"]
+    figure = blank(theme, 300, title="Training loss, nats per answer token", uirevision="loss")
+    figure.add_scatter(
+        x=done, y=losses, mode="lines+markers", line={"color": PALETTE[theme]["trained"], "width": 3}, marker={"size": 5},
+        hovertemplate="step %{x}: %{y:.3f}<extra></extra>",
+    )  # fmt: skip
+    if done:
+        last = f"<b>{losses[-1]:.2f}</b>"
+        figure.add_annotation(x=done[-1], y=losses[-1], text=last, showarrow=False, yshift=16, font={"size": 17})
+    figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
+    return figure.update_yaxes(range=[0, max(losses, default=4) * 1.12])
+
+
+def metric_curve(events: Sequence[Event], steps: int, name: str, theme: str) -> go.Figure:
+    """The held-out metric each time it was measured, in percent."""
+    c = PALETTE[theme]
+    measured = [e for e in events if e["type"] == "eval"]
+    values = [100 * next(iter(e["metrics"].values())) for e in measured]
+    colours = [c["frozen"]] + [c["trained"]] * (len(measured) - 1)
+    figure = blank(theme, 300, title=f"{name} on held-out items, %", uirevision="metric")
+    figure.add_scatter(
+        x=[e["step"] for e in measured], y=values, mode="lines+markers+text", line={"color": c["trained"], "width": 3},
+        marker={"size": 13, "color": colours}, text=[f"<b>{value:.0f}%</b>" for value in values],
+        textposition="top center", textfont={"size": 18, "color": colours}, cliponaxis=False,
+        hovertemplate="step %{x}: %{y:.1f}%<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(range=[-0.06 * steps, steps * 1.08], title_text="step", zeroline=False)
+    return figure.update_yaxes(range=[0, 118], tickvals=QUARTERS)

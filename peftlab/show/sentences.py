@@ -4,8 +4,6 @@ Sentences are small HTML in which `<b class="frozen">` and the like carry the pa
 ours (a model's name, an answer) is escaped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean

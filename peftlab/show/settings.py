@@ -1,7 +1,5 @@
 """A run in words: the names of its settings, method and GPU, which settings were changed, and what it then uses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from .. import hardware

@@ -1,7 +1,5 @@
 """What the LoRA tab's script counts, draws and writes from: a model's shapes, the registry's terms, and words."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -10,8 +8,8 @@ from html import escape
 from ..base import architecture
 from ..base.models import find
 from ..count import BYTES
-from ..methods import METHODS, RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, Method
-from ..methods.selection import WHERE
+from ..methods import METHODS, Method
+from ..methods.selection import RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, WHERE
 from ..resolve import resolve
 from ..spec import RunSpec, parse_layers
 

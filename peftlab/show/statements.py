@@ -1,7 +1,5 @@
 """What the lectures state beside what is found here: one table, wherever verdicts are shown."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from html import escape
 from itertools import groupby
 
 from ..lectures.findings import finding
-from ..lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, Finding, Statement, Verdict, on_tab
+from ..lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, Finding, Statement, Verdict
 from .marks import explained, heading, how, row, table
 
 READ = "Our reading: a sentence of the registry, held against the lecture's by a person."
@@ -57,7 +55,7 @@ class Checked:
 @lru_cache(maxsize=16)
 def tab_table(tab: str, traced: tuple[bool, ...] = ()) -> Checked:
     """The statements of a tab. `traced` says which memory predictions are traced by now: their words change with it."""
-    found = [(statement, finding(statement.id)) for statement in on_tab(tab)]
+    found = [(statement, finding(statement.id)) for statement in STATEMENTS.values() if tab in statement.tabs]
     verdicts = Counter(each.verdict for _, each in found)
     counted = f"{verdicts[HOLDS]} statements hold, {verdicts[FAILS]} do not"
     undecided = f", {verdicts[OPEN]} not decided" if verdicts[OPEN] else ""
