@@ -24,7 +24,7 @@ from demos.page.store import blocks
 from demos.page.tab import QUIET
 from demos.side_by_side import Compare
 from peftlab import seam, units
-from peftlab.base import sources, weights
+from peftlab.base import fetching, weights
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.room import jobs
 from peftlab.show.marks import how
@@ -36,7 +36,7 @@ def chip() -> str:
     """The state of the base model, in a line."""
     name, p = MODELS[DEFAULT].name, preparation.progress
     if preparation.ready:
-        source = sources.source_of(MODELS[DEFAULT])
+        source = fetching.source_of(MODELS[DEFAULT])
         tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}" if source else ""
         return f"{escape(name)} is ready {how('verified', tip)}"
     if preparation.error:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,12 +32,13 @@ class Machine:
 def here() -> Machine:
     """This machine; asked once for each process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = _main_memory()
+    memory = None
+    with suppress(AttributeError, ValueError, OSError):  # not every system says
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if os.environ.get("SPACES_ZERO_GPU"):
         return Machine("cuda", "NVIDIA RTX PRO 6000 (ZeroGPU)", "rtx-pro-6000", cores, memory)
-    if found := _nvidia():
-        name, total = found
-        return Machine("cuda", name, _catalogue_key(name, total), cores, memory)
+    if gpu := _nvidia():
+        return Machine("cuda", *gpu, cores, memory)
     processor = _cpuinfo("model name") or platform.processor() or platform.machine()
     return Machine("cpu", f"{cores} cores of {processor}", None, cores, memory, _multiplies_bf16())
 
@@ -47,22 +49,20 @@ def versions() -> dict[str, str]:
 
     out = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
+        with suppress(PackageNotFoundError):
             out[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return out
 
 
-def _nvidia() -> tuple[str, int] | None:
-    """Name and bytes of memory of the first NVIDIA GPU."""
+def _nvidia() -> tuple[str, str | None] | None:
+    """Name of the first NVIDIA GPU, and its key in the catalogue."""
     if not shutil.which("nvidia-smi"):
         return None
     try:
         ask = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
         line = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
         name, mib = line.rsplit(",", 1)
-        return name.strip(), int(mib) * 2**20
+        return name.strip(), _catalogue_key(name, int(mib) * 2**20)
     except (subprocess.SubprocessError, OSError, ValueError, IndexError):
         return None
 
@@ -90,10 +90,3 @@ def _cpuinfo(name: str) -> str:
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
-
-
-def _main_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -1,21 +1,8 @@
 """The seam to transformers: everything that peftlab takes from it and that its documentation does not promise.
 
-When a release of transformers moves one of these, this file changes and no other. We rely on the following:
-
-- attention modules take `position_embeddings`, which is (cos, sin), by name, and look up `apply_rotary_pos_emb` in their own
-  file each time they run (`offer_rotation`);
-- buffers named `inv_freq` hold a frequency for each pair of numbers that is rotated (`rotary_sizes`);
-- RMS norms keep their epsilon as `variance_epsilon` or `eps` (`epsilon`);
-- a config names in `_attn_implementation` how its model attends, and the name is looked up in two tables
-  (`register_attention`);
-- a mask of four dimensions reaches attention as it is, and `position_ids` say where in its row each token stands
-  (`run/packing.py`); `sliding_window` or `attention_chunk_size` bounds what a token attends to (`windows`);
-- the keys and values of tokens that were read are called `cache` from 5.24 on, `past_key_values` before (`cache_name`), and
-  are kept layer by layer (`fixed_cache`);
-- a model that writes text has its body under the name `base_model_prefix` and maps its output to logits (`writer`);
-- the classes that write text are listed by the model_type of their config (`writers`).
-
-tests/test_seam.py tries them on the installed release.
+When a release of transformers moves one of these, this file changes and no other; tests/test_seam.py tries them on the
+installed release. Besides, a mask of four dimensions reaches attention as it is, and `position_ids` say where in its row
+each token stands (`run/batches.py`).
 """
 
 from __future__ import annotations
@@ -35,19 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
-    from transformers.cache_utils import StaticLayer
 
     Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 ROTARY = "apply_rotary_pos_emb"
 TURN = "peftlab_turn"
 """The attribute of a `sin` that holds the function to call in place of ROTARY."""
-EPSILONS = ("variance_epsilon", "eps")
-SILENCE = {
-    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore",
-}  # fmt: skip
-"""Environment variables that keep libraries from writing to the terminal, in this process and those that it starts."""
 _importing = threading.Lock()
 building = threading.Lock()
 """The lock to hold while transformers builds a model. It changes torch's default type and every model's `tie_weights` for
@@ -56,12 +36,16 @@ all threads meanwhile, so that another model built at the same time would be cou
 
 
 def quiet() -> None:
-    """Silences libraries' advice and warnings in a process that writes to a terminal, unless the environment asks for them.
+    """Keeps libraries from writing to the terminal, here and in processes started from here, unless the environment asks.
 
     It has an effect only before the libraries are imported.
     """
     asked = "PYTHONWARNINGS" in os.environ
-    for name, value in SILENCE.items():
+    silence = {
+        "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    for name, value in silence.items():
         os.environ.setdefault(name, value)
     if not asked and not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -81,14 +65,13 @@ def library() -> ModuleType:
 def offer_rotation(kind: type) -> bool:
     """Lets a `sin` name the function by which attention of this class rotates; False where the class calls none.
 
-    The function in the class's file is wrapped, once. It does as before for every `sin` without a TURN, so other models of
-    the process see no difference.
+    Attention takes `position_embeddings`, which is (cos, sin), by name, and looks ROTARY up in its own file each time it
+    runs. There it is wrapped, once, and does as before for every `sin` without a TURN: other models see no difference.
     """
     files = {sys.modules[base.__module__] for base in kind.__mro__ if base.__module__ in sys.modules}
     calling = [file for file in files if callable(getattr(file, ROTARY, None))]
     for file in calling:
-        own = getattr(file, ROTARY)
-        if not hasattr(own, TURN):
+        if not hasattr(own := getattr(file, ROTARY), TURN):
             setattr(file, ROTARY, _giving_way(own))
     return bool(calling)
 
@@ -96,9 +79,9 @@ def offer_rotation(kind: type) -> bool:
 def _giving_way(own: Rotation) -> Rotation:
     @functools.wraps(own)
     def rotation(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: object, **kwargs: object
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: object, **more: object
     ) -> tuple[Tensor, Tensor]:
-        return getattr(sin, TURN, own)(q, k, cos, sin, *args, **kwargs)
+        return getattr(sin, TURN, own)(q, k, cos, sin, *rest, **more)
 
     setattr(rotation, TURN, True)
     return rotation
@@ -111,8 +94,7 @@ def rotary_sizes(model: Module) -> set[int]:
 
 def epsilon(norm: Module) -> float:
     """What an RMS norm adds to the mean square. Raises AttributeError."""
-    found = next((name for name in EPSILONS if isinstance(getattr(norm, name, None), float)), EPSILONS[-1])
-    return getattr(norm, found)
+    return getattr(norm, "variance_epsilon" if isinstance(getattr(norm, "variance_epsilon", None), float) else "eps")
 
 
 def configs_of(model: Module) -> list[PreTrainedConfig]:
@@ -138,7 +120,7 @@ def set_attention(config: PreTrainedConfig, name: str) -> None:
 
 
 def register_attention(name: str, attend: Callable[..., object], mask: Callable[..., object]) -> None:
-    """Has configs with this name attend by `attend`, through masks made by `mask`."""
+    """Has configs with this name attend by `attend`, through masks made by `mask`: two tables in which it is looked up."""
     transformers = library()
     transformers.AttentionInterface.register(name, attend)
     transformers.AttentionMaskInterface.register(name, mask)
@@ -190,14 +172,7 @@ def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
 
     All layers write at the same place `at`, a tensor with one number that the caller moves once a token, not once a layer.
     """
-    from transformers.cache_utils import Cache
-
-    return Cache(layers=[_fixed_layer()(keys, values, room, at) for keys, values in kept_by(held)])
-
-
-@cache
-def _fixed_layer() -> Callable[..., StaticLayer]:
-    from transformers.cache_utils import StaticLayer
+    from transformers.cache_utils import Cache, StaticLayer
 
     class Layer(StaticLayer):
         cumulative_length: Any  # a number or a tensor, by the version of transformers
@@ -212,7 +187,7 @@ def _fixed_layer() -> Callable[..., StaticLayer]:
             assert self.keys is not None and self.values is not None
             return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
 
-    return Layer
+    return Cache(layers=[Layer(keys, values, room, at) for keys, values in kept_by(held)])
 
 
 def writer(model: Module) -> PreTrainedModel | None:
@@ -226,8 +201,5 @@ def writers() -> tuple[Mapping[str, str], ...]:
     library()
     from transformers.models.auto import modeling_auto as auto
 
-    return (
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
+    kinds = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
+    return tuple(getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in kinds)

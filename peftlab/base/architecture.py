@@ -1,8 +1,7 @@
-"""Architecture: the shapes of a base model, exact to the parameter and without its weights.
+"""The shapes of a base model, exact to the parameter and without its weights: from transformers' own code on the meta device.
 
-It is built once, from transformers' own code on the meta device. Those of the catalogue are kept in
-`catalog/architectures.json`, so that the first page needs no model library; a test compares that file with fresh builds.
-Run `python -m peftlab.base.architecture` to write it again.
+Those of the catalogue are kept, so that the first page needs no model library; `python -m peftlab.base.architecture` writes
+them again.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import catalog
 from ..errors import SpecError
 from ..spec import Json
 from . import configs, models
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-KEPT = Path(__file__).parents[1] / "catalog" / "architectures.json"
-
 ROLES: dict[str, tuple[str, ...]] = {
     "query": ("q_proj", "q", "query"),
     "key": ("k_proj", "k", "key"),
     "value": ("v_proj", "v", "value"),
     "query+key+value": ("c_attn", "qkv_proj"),
-    "attention output": ("o_proj", "self_attn.out_proj", "attn.c_proj", "attention.output.dense", "Attention.o"),
+    "attention output": ("o_proj", "self_attn.out_proj", "attn.c_proj", "attention.output.dense", "o"),
     "gate": ("gate_proj", "wi_0"),
     "up": ("up_proj", "fc1", "c_fc", "wi", "wi_1", "intermediate.dense"),
     "gate+up": ("gate_up_proj",),
@@ -93,12 +91,16 @@ class Module:
             return "head"
         if self.kind in ("embedding", "norm"):
             return self.kind
-        return next((r for r, names in ROLES.items() if any(self.name.endswith(_dotted(n)) for n in names)), "")
+        return next((role for role, names in ROLES.items() if any(map(self.ends_in, names))), "")
 
     @property
     def short_name(self) -> str:
         """The last part of the name."""
         return self.name.rsplit(".", 1)[-1]
+
+    def ends_in(self, parts: str) -> bool:
+        """Whether these are the last parts of its name."""
+        return f".{self.name}".endswith(f".{parts}")
 
     def names(self) -> Iterator[tuple[int | None, str]]:
         """(layer, full dotted name) of each module of this kind."""
@@ -106,10 +108,6 @@ class Module:
             yield None, self.name
         for layer in self.layers:
             yield layer, self.name.replace("*", str(layer), 1)
-
-
-def _dotted(name: str) -> str:
-    return name if name.startswith(("Attention.", "layer.")) else "." + name
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,7 @@ class Facts:
     activation: str = ""
     """transformers' name for the activation function of the feed-forward."""
     dropout: float = 0.0
-    """Share of the hidden states that a training step zeroes."""
     attention_dropout: float = 0.0
-    """Share of the attention weights that a training step zeroes."""
     experts: int = 0
     experts_per_token: int = 0
 
@@ -168,7 +164,7 @@ class Architecture:
             return self.linear()
         chosen: list[Module] = []
         for token in (t.strip() for t in wanted.split(",") if t.strip()):
-            found = [m for m in self.modules if m.is_linear and _answers_to(m, token)]
+            found = [m for m in self.modules if m.is_linear and (token in m.role.split("+") or m.ends_in(token))]
             if not found:
                 have = ", ".join(self.target_names())
                 raise SpecError(f"target-modules={token}: the model has no linear module of that name; it has {have}")
@@ -183,10 +179,6 @@ def told_apart(paths: list[str]) -> list[str]:
     ends = [[".".join(path.split(".")[-n:]) for n in range(1, path.count(".") + 2)] for path in paths]
     every = Counter(end for of_one in ends for end in of_one)
     return [next((end for end in of_one if every[end] == 1), of_one[-1]) for of_one in ends]
-
-
-def _answers_to(module: Module, token: str) -> bool:
-    return token in module.role.split("+") or ("." + module.name).endswith("." + token)
 
 
 def build(config: Config) -> Architecture:
@@ -249,36 +241,23 @@ def _facts(config: PreTrainedConfig) -> Facts:
 def _kind(module: nn.Module) -> str:
     from torch.nn import Linear
 
-    name = type(module).__name__
-    if isinstance(module, Linear):
-        return "linear"
-    if name == "Conv1D":
-        return "conv1d"
-    return "norm" if "Norm" in name else "other"
+    name = "Linear" if isinstance(module, Linear) else type(module).__name__
+    return {"Linear": "linear", "Conv1D": "conv1d"}.get(name, "norm" if "Norm" in name else "other")
 
 
 def to_data(a: Architecture) -> Json:
     """An architecture as JSON. Layers are [first, last] runs, because nearly every model repeats one layer throughout."""
-    return {
-        "n_layers": a.n_layers,
-        "hidden_size": a.hidden_size,
-        "context": a.context,
-        "facts": {name: value for name, value in asdict(a.facts).items() if value},
-        "modules": [
-            [m.name, m.kind, {n: list(s) for n, s in m.parameters.items()}, runs(m.layers)]
-            + ([int(m.tied), int(m.head)] if m.tied or m.head else [])
-            for m in a.modules
-        ],
-    }
+    return asdict(a) | {"modules": [asdict(m) | {"layers": runs(m.layers)} for m in a.modules]}
 
 
 def from_data(data: Json) -> Architecture:
     """The inverse of `to_data`."""
     modules = []
-    for name, kind, shapes, runs, *flags in data["modules"]:
-        layers = tuple(n for first, last in runs for n in range(first, last + 1))
-        modules.append(Module(name, kind, {n: tuple(s) for n, s in shapes.items()}, layers, *map(bool, flags)))
-    return Architecture(data["n_layers"], tuple(modules), data["hidden_size"], data["context"], Facts(**data["facts"]))
+    for m in data["modules"]:
+        layers = tuple(n for first, last in m["layers"] for n in range(first, last + 1))
+        shapes = {name: tuple(shape) for name, shape in m["parameters"].items()}
+        modules.append(Module(**m | {"layers": layers, "parameters": shapes}))
+    return Architecture(**data | {"modules": tuple(modules), "facts": Facts(**data["facts"])})
 
 
 def runs(numbers: tuple[int, ...]) -> list[list[int]]:
@@ -289,14 +268,9 @@ def runs(numbers: tuple[int, ...]) -> list[list[int]]:
 
 
 @lru_cache(maxsize=1)
-def kept() -> dict[str, Json]:
-    """Key of a catalogue model → its architecture as JSON."""
-    return json.loads(KEPT.read_text())
-
-
-@lru_cache(maxsize=64)
-def _from_kept(key: str) -> Architecture:
-    return from_data(kept()[key])
+def kept() -> dict[str, Architecture]:
+    """Key of a catalogue model → its architecture."""
+    return {key: from_data(data) for key, data in catalog.read("architectures").items()}
 
 
 @lru_cache(maxsize=64)
@@ -311,21 +285,15 @@ def of(model: str) -> Architecture:
     """
     entry = models.find(model)
     if entry.config is None:
-        raise SpecError(
-            f"model={model}: a bare count has no layers to look at; name a model such as llama-3.1-70b for exact counts"
-        )
+        raise SpecError(f"model={model}: a bare count has no layers to look at; name a model such as llama-3.1-70b")
     key = entry.shape_of or entry.key
-    return _from_kept(key) if key in kept() else _from_config(json.dumps(entry.config, sort_keys=True))
+    return kept()[key] if key in kept() else _from_config(json.dumps(entry.config, sort_keys=True))
 
 
-def _write() -> None:
+if __name__ == "__main__":
     lines = [
         f"{json.dumps(key)}: {json.dumps(to_data(build(entry.config)), separators=(',', ':'))}"
         for key, entry in models.MODELS.items()
         if entry.config is not None and not entry.shape_of
     ]
-    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-if __name__ == "__main__":
-    _write()
+    Path(catalog.__file__).with_name("architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

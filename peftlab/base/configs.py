@@ -81,21 +81,17 @@ def build_meta(config: Config) -> PreTrainedModel:
 def normal(config: Config) -> Json:
     """The fields of a config.json's text model that decide its shapes, and in `architectures` the class to build.
 
-    Raises SpecError as `build_meta` does, but builds nothing.
+    Raises SpecError as `build_meta` does, but builds nothing; also where one of SIZES is left out, which transformers
+    would fill with its own defaults.
     """
     with in_words(config):
-        return _parse(config)[0]
-
-
-def check_whole(config: Config) -> None:
-    """Raises SpecError where a config.json leaves out its SIZES, which transformers would fill with its own defaults."""
-    kind, values, _ = _text_model(config)
-    names = seam.library().CONFIG_MAPPING[kind].attribute_map
-    for name in SIZES:
-        if not {name, names.get(name, name)} & set(values):
-            raise SpecError(
-                f"{name} is missing: with it left out, this would be any {kind}; paste a model's whole config.json"
-            )
+        values, parsed, _ = _parse(config)
+        for name in SIZES:
+            if not {name, parsed.attribute_map.get(name, name)} & set(values):
+                raise SpecError(
+                    f"{name} is missing: without it, this is any {parsed.model_type}; paste the whole config.json"
+                )
+        return values
 
 
 def layer_types(config: Config) -> list[str] | None:
@@ -121,14 +117,12 @@ def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel
         for own in {name, config_class.attribute_map.get(name, name)} & set(values):
             _check_count(own, values[own])
     if isinstance(window := values.get("sliding_window"), (list, dict, str)):
-        raise SpecError(
-            f"sliding_window={shown(window)}: this is a whole number or null; use that of the model's own config"
-        )
+        raise SpecError(f"sliding_window={shown(window)}: this is a whole number or null; use the model's own")
     parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
     for name in NEEDED:
         if get(parsed, name) is None:
             raise SpecError(
-                f"{name} is missing: {kind} has none, and text models with attention are counted here; try llama"
+                f"{name} is missing: {kind} has none; only text models with attention count here; try llama"
             )
         _check_count(name, get(parsed, name))
     _check_heads(values, parsed)
@@ -141,9 +135,7 @@ def _text_model(config: Config) -> tuple[str, Json, str]:
     known = seam.library().CONFIG_MAPPING
     whole, text = config.get("model_type"), config.get("text_config")
     if not isinstance(whole, str) or not whole:
-        raise SpecError(
-            "model_type is missing: it says how the other numbers are read; paste a model's whole config.json"
-        )
+        raise SpecError("model_type is missing: it says how the other numbers are read; paste the whole config.json")
     parts = getattr(known[whole], "sub_configs", {}) if whole in known else {}
     kind, values = whole, dict(config)
     if isinstance(text, dict) and text:
@@ -156,38 +148,29 @@ def _text_model(config: Config) -> tuple[str, Json, str]:
         name = f"model_type={shown(kind or 'missing')}"
         if "auto_map" in config:
             raise SpecError(
-                f"{name}: it needs code from its repository, which peftlab never runs; name a model that transformers "
-                "itself can build, such as llama"
+                f"{name}: its code lies in its repository, and peftlab never runs that; try one such as llama"
             )
         near = get_close_matches(shown(kind), list(known), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
         raise SpecError(f"{name}: transformers does not know it; did you mean {' or '.join(near)}?")
     return kind, values, whole
 
 
-def _clean(values: Config, depth: int = 0) -> Json:
-    """The fields that say something about shapes, here and in nested objects."""
-    return {
-        name: _checked(name, value, depth + 1)
-        for name, value in values.items()
-        if name not in _ignored() and (not name.startswith("_") or name == "_sliding_window_pattern")
-    }
-
-
-def _checked(name: str, value: object, depth: int) -> object:
-    """A field's value. Raises SpecError for a number beyond LIMITS and for deep nesting."""
+def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
+    """A field's value, with what says something about shapes. Raises SpecError beyond LIMITS and for deep nesting."""
     if depth > 8:
         raise SpecError("config.json is nested more than 8 deep, and no model's is; paste a model's own config.json")
     if isinstance(value, dict):
-        return _clean(value, depth)
+        said = {
+            n: v for n, v in value.items() if n not in _ignored() and (n[:1] != "_" or n == "_sliding_window_pattern")
+        }
+        return {name: _clean(inner, name, depth + 1) for name, inner in said.items()}
     if isinstance(value, list):
-        return [_checked(name, inner, depth + 1) for inner in value]
+        return [_clean(inner, name, depth + 1) for inner in value]
     if isinstance(value, int):
         low, high = next((low, high) for pattern, low, high in LIMITS if re.search(pattern, name))
         if not low <= value <= high:
-            raise SpecError(
-                f"{shown(name)}={shown(value)}: {'at least 0 and ' if low == 0 else ''}at most {high:,} here; use the number "
-                "of the model's own config.json"
-            )
+            least = "at least 0 and " if low == 0 else ""
+            raise SpecError(f"{shown(name)}={shown(value)}: {least}at most {high:,} here; use the model's own number")
     return value
 
 
@@ -198,9 +181,7 @@ def _ignored() -> frozenset[str]:
 
 def _check_count(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
-        raise SpecError(
-            f"{name}={shown(repr(value))}: this is a whole number of at least 1; use that of the model's own config.json"
-        )
+        raise SpecError(f"{name}={shown(repr(value))}: this is a whole number of at least 1; use the model's own")
 
 
 def _check_heads(values: Config, parsed: PreTrainedConfig) -> None:
@@ -228,9 +209,7 @@ def _model_class(kind: str, named: object, parsed: PreTrainedConfig, whole: str)
         if is_model and cls.config_class and isinstance(parsed, cls.config_class):
             return cls
     part = "" if kind == whole else f" (the text model of {whole})"
-    raise SpecError(
-        f"model_type={kind}{part}: transformers builds no language model of it alone; name one such as llama"
-    )
+    raise SpecError(f"model_type={kind}{part}: transformers builds no language model of it; name one such as llama")
 
 
 @contextmanager

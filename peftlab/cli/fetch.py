@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 
 from .. import units
-from ..base import fetching, models, sources
+from ..base import fetching, models
 from ._shared import Commands, Output, note, verb
 
 
@@ -14,13 +14,13 @@ def add(commands: Commands) -> None:
 
 def run(args: Namespace) -> Output:
     entry, terminal = models.find(args.model), sys.stderr.isatty()
-    if sources.source_of(entry) is None and entry.licence:
+    if fetching.source_of(entry) is None and entry.licence:
         note(f"{entry.name} is under: {entry.licence}")
     for told in fetching.fetch(args.model):
         bar = f" {units.size(told.done)} of {units.size(told.total)}" if told.total else ""
         if terminal or told.stage != "downloading":
             end = "\r" if terminal else "\n"
             print(f"{told.stage}: {told.detail}{bar}", end=end, file=sys.stderr, flush=True)
-    folder = str(sources.folder_of(entry))
+    folder = str(fetching.folder_of(entry))
     document = {"model": args.model, "folder": folder, "source": told.detail, "bytes": told.total}
     return document, [f"{args.model} is ready in {folder}, from {told.detail}"]

@@ -51,19 +51,15 @@ class Task:
     licence: str = ""
 
 
-def exact_match(text: str, row: Row, task: Task) -> float:
-    return float(text.strip() == row.answer.strip())
-
-
-def accuracy(text: str, row: Row, task: Task) -> float:
+def accuracy(text: str, row: Row, task: Task) -> bool:
     named = re.search(r"\b(" + "|".join(re.escape(label.lower()) for label in task.labels) + r")\b", text.lower())
-    return float(named is not None and named[0] == row.answer.lower())
+    return named is not None and named[0] == row.answer.lower()
 
 
-def voice(text: str, row: Row, task: Task) -> float:
+def voice(text: str, row: Row, task: Task) -> bool:
     plain = " ".join(re.findall(r"[\w']+", text.lower()))
     heard = {m for m in task.markers if re.search(rf"(?<!\w){re.escape(m)}(?!\w)", plain)}
-    return float(len(heard) >= task.markers_needed)
+    return len(heard) >= task.markers_needed
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,15 @@ class Metric:
     name: str
     """As in 'Exact records: 0% → 88%'."""
     meaning: str
-    score: Callable[[str, Row, Task], float]
-    """0 or 1 for a model's text."""
+    is_right: Callable[[str, Row, Task], bool]
+    """Of a model's text."""
 
 
 METRICS = {
     "exact_match": Metric(
-        "Exact records", "the whole answer equals the reference, character by character", exact_match
+        "Exact records",
+        "the whole answer equals the reference, character by character",
+        lambda text, row, _: text.strip() == row.answer.strip(),
     ),
     "accuracy": Metric("Accuracy", "the first label that the answer names is the right one", accuracy),
     "voice": Metric("Answers in the voice", "the answer holds at least the task's number of marker words", voice),
@@ -86,7 +84,7 @@ METRICS = {
 
 def score(text: str, row: Row, task: Task) -> float:
     """0 or 1 for a model's text, by the task's metric."""
-    return METRICS[task.metric].score(text, row, task)
+    return float(METRICS[task.metric].is_right(text, row, task))
 
 
 def read(file: Path) -> Task:
@@ -126,13 +124,11 @@ def drawn(task: Task, rows: int, seed: int = 0) -> tuple[Row, ...]:
 
     With the same seed, a larger draw holds all rows of a smaller one. Raises SpecError for more rows than there are.
     """
-    if rows in (0, len(task.train)):
+    if rows in (0, have := len(task.train)):
         return task.train
-    if rows > len(task.train):
-        raise SpecError(
-            f"training-rows={rows}: the task {task.key} has {len(task.train)}; set it to {len(task.train)} or fewer"
-        )
-    return tuple(random.Random(seed).sample(task.train, len(task.train))[:rows])
+    if rows > have:
+        raise SpecError(f"training-rows={rows}: the task {task.key} has {have}; set it to {have} or fewer")
+    return tuple(random.Random(seed).sample(task.train, have)[:rows])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, task_instruction: str, prompt: str) -> list[int]:

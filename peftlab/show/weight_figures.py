@@ -1,26 +1,25 @@
 """W of the bundled base as an image, beside its best approximation. The process for long work imports this."""
 
-from __future__ import annotations
-
 import base64
 import io
 from functools import lru_cache
-from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
 
 from .. import units
-from ..base import architecture, sources
+from ..base import architecture, fetching
 from ..base.models import DEFAULT, MODELS
 from ..compare import lowrank
 from ..errors import PeftlabError
 from .figures import PALETTE
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def is_here() -> bool:
     """Whether the weights of the bundled base are on this disk."""
-    return sources.source_of(MODELS[DEFAULT]) is not None
+    return fetching.source_of(MODELS[DEFAULT]) is not None
 
 
 @lru_cache(maxsize=8)
@@ -29,11 +28,9 @@ def _decomposed(role: str, layer: int) -> tuple[Tensor, lowrank.Factors]:
 
     Raises PeftlabError where the weights on this disk have no such matrix.
     """
-    from safetensors import safe_open
-
     kinds = [m for m in architecture.of(DEFAULT).linear() if m.role == role]
     name = next((f"{name}.weight" for m in kinds for number, name in m.names() if number == layer), "")
-    for file in sorted(sources.folder_of(MODELS[DEFAULT]).glob("*.safetensors")):
+    for file in sorted(fetching.folder_of(MODELS[DEFAULT]).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118  it is no dict
                 weight = tensors.get_tensor(name).float()
@@ -60,9 +57,6 @@ def images(role: str, layer: int, rank: int) -> str:
 
 def picture(matrix: Tensor, limit: float, colour: str) -> str:
     """A matrix as a PNG in a data URI, a pixel a number: clear at 0, the palette's `colour` at ±`limit` and beyond."""
-    import torch
-    from PIL import Image
-
     strength = (matrix.float().abs() / limit).clamp(max=1) * 255
     image = torch.empty((*matrix.shape, 4), dtype=torch.uint8)
     image[..., :3] = torch.tensor(list(bytes.fromhex(colour[1:])), dtype=torch.uint8)
