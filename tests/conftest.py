@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `pytest` alone does not put the repository on the path
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model
 
@@ -129,10 +130,3 @@ def apart(request, monkeypatch, tmp_path_factory):
         return
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    import torch
-
-    torch.set_num_threads(1)
