@@ -3,17 +3,18 @@
 import json
 import re
 from dataclasses import asdict
+from inspect import getmodule, isfunction
 from itertools import groupby
 
 import pytest
 from tiny import ROOT
 
 from peftlab import RunSpec, SpecError, count, resolve, units
-from peftlab.lectures import by_counting, by_racing, findings
+from peftlab.lectures import by_counting, by_racing
+from peftlab.lectures.by_counting import Number
 from peftlab.lectures.findings import finding
 from peftlab.lectures.lessons import LESSONS
-from peftlab.lectures.recomputed import numbers
-from peftlab.lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, on_tab
+from peftlab.lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS
 from peftlab.methods import METHODS
 from peftlab.race import Line, recordings
 from peftlab.race.recordings import Recording
@@ -29,31 +30,18 @@ DIFFER = [
 ]  # fmt: skip
 """The statements that count otherwise than the lecture says, or that a person reads so."""
 COUNTED = [statement for statement in STATEMENTS.values() if not statement.lesson]
-
-
-@pytest.fixture(params=["recorded", "not recorded"])
-def race(request, monkeypatch):
-    """A recording with times of a token, or none."""
-    times = {"lora": (1.6, 1.0), "houlsby": (1.5, None), "prompt": (1.04, None), "prefix": (1.1, None)}
-    return timed(monkeypatch, times if request.param == "recorded" else None)
+NUMBERS = {s.id: Number(**s.given) for s in COUNTED if s.test == "number"}
 
 
 def timed(monkeypatch, times):
-    lines = [line(key, apart=apart, merged=merged) for key, (apart, merged) in (times or {}).items()]
+    """A recording has these times of a token, apart and merged; without any, there is none."""
+    lines = [
+        Line(key, {"method": key, "model": "gpt2", "precision": "bf16"}, 1, 1.0, 1, 1, apart=apart, merged=merged)
+        for key, (apart, merged) in times.items()
+    ]
     lines.append(Line("x", {"method": "dora", "model": "gpt2"}, 0, 0.0, 0, 0, error="out of memory"))
     recording = Recording(tuple(lines), "H", "cuda", "D", {"torch": "2"}, ("C",))
-    whole = recordings.of
-    monkeypatch.setattr(
-        recordings, "of", lambda key: ([recording] if times else []) if key == "methods" else whole(key)
-    )
-    return times
-
-
-def line(method, **more):
-    return Line(method, {"method": method, "model": "gpt2", "precision": "bf16"}, 1, 1.0, 1, 1, **more)
-
-
-# --- every number of the lectures
+    monkeypatch.setattr(recordings, "of", lambda key: [recording] if times else [])
 
 
 def digits(text):
@@ -72,12 +60,12 @@ def test_every_number_of_the_lectures_has_a_statement(row):
     assert digits(words) <= digits(json.dumps([asdict(statement) for statement in stated], ensure_ascii=False))
 
 
-# --- statements and their findings
-
-
 def test_every_statement_has_one_test_and_shows_somewhere():
     used = {statement.test for statement in STATEMENTS.values()} - {""}
-    assert used == set(findings.TESTS) == {*by_counting.TESTS, *by_racing.TESTS}
+    functions = [
+        f for of in (by_counting, by_racing) for f in vars(of).values() if getmodule(f) == of and isfunction(f)
+    ]
+    assert used == {f.__name__ for f in functions if not f.__name__.startswith("_")} - {"compared", "percents"}
     for statement in STATEMENTS.values():
         assert bool(statement.test) != (statement.same_as in STATEMENTS)
         assert bool(statement.tabs) != (statement.lesson in LESSONS)
@@ -92,17 +80,16 @@ def test_a_statement_holds_or_says_why_not(statement):
     assert found.verdict == HOLDS or statement.why or STATEMENTS[statement.same_as].why
 
 
-@pytest.mark.parametrize("statement", [s for s in COUNTED if s.test == "time"], ids=lambda s: s.id)
-def test_times_are_the_recorded_ones_or_the_registrys_words(statement, race):
-    found, method = finding(statement.id), statement.given["method"]
-    assert found.verdict == HOLDS
-    if race and method == "lora":
-        assert found.words == "Measured on GPT-2, a token takes 1.60× the base's time apart, 1.00× merged."
-    if not race:
-        assert found.words == METHODS[method].about.inference
-
-
-def test_a_recorded_time_can_contradict_a_lecture(monkeypatch):
+def test_times_are_the_recorded_ones_or_the_registrys_words(monkeypatch):
+    times = {"lora": (1.6, 1.0), "houlsby": (1.5, None), "prompt": (1.04, None), "prefix": (1.1, None)}
+    of_time = [s for s in COUNTED if s.test == "time"]
+    for recorded in ({}, times):
+        timed(monkeypatch, recorded)
+        assert {finding(s.id).verdict for s in of_time} == {HOLDS}
+        for s in of_time:
+            assert recorded or finding(s.id).words == METHODS[s.given["method"]].about.inference
+    lora = "Measured on GPT-2, a token takes 1.60× the base's time apart, 1.00× merged."
+    assert finding("lora-time").words == lora
     timed(monkeypatch, {"lora": (1.6, 1.4)})
     assert finding("lora-time").verdict == finding("lora-latency").verdict == FAILS
 
@@ -126,12 +113,12 @@ def test_tests_can_say_no():
         "cheaper": {"method": "full", "than": "lora", "model": "llama-3.1-8b"},
     }
     for test, given in no.items():
-        assert by_counting.TESTS[test](**given).verdict == FAILS, test
+        assert getattr(by_counting, test)(**given).verdict == FAILS, test
 
 
 @pytest.mark.parametrize("tab", ["memory", "lora", "methods"])
 def test_a_tab_shows_each_of_its_statements_once_and_counts_them(tab):
-    checked, shown = tab_table(tab), on_tab(tab)
+    checked, shown = tab_table(tab), [s for s in STATEMENTS.values() if tab in s.tabs]
     found = [finding(statement.id).verdict for statement in shown]
     assert [checked.html.count(f">{verdict}</span>") for verdict in (HOLDS, FAILS, OPEN)] == [
         found.count(verdict) for verdict in (HOLDS, FAILS, OPEN)
@@ -139,9 +126,6 @@ def test_a_tab_shows_each_of_its_statements_once_and_counts_them(tab):
     assert checked.counted.startswith(f"{found.count(HOLDS)} statements hold, {found.count(FAILS)} do not")
     sources = [source for source, _ in groupby(statement.source for statement in shown)]
     assert len(sources) == len(set(sources)) == checked.html.count('class="source"') and "<script" not in checked.html
-
-
-# --- the reasons
 
 
 def trained(model, rank, targets=QV, **rest):
@@ -154,7 +138,7 @@ def share(report):
 
 @pytest.mark.parametrize("rank", [8, 16, 64])
 def test_the_gemma_rows_differ_for_the_reason_given(rank):
-    number, percent = numbers()[f"gemma-r{rank}"], numbers()[f"gemma-r{rank}-share"]
+    number, percent = NUMBERS[f"gemma-r{rank}"], NUMBERS[f"gemma-r{rank}-share"]
     why = STATEMENTS[f"gemma-r{rank}"].why
     assert f"{number.computed() / number.value:.1f} times low" in why
     assert f"{trained('gemma-3-270m', rank, 'all-linear').trainable_parameters:,}" in why
@@ -163,15 +147,15 @@ def test_the_gemma_rows_differ_for_the_reason_given(rank):
 
 
 def test_the_reasons_of_the_larger_rows_add_up():
-    fewer, given = trained("gemma-3-270m", 64), numbers()
+    fewer, given = trained("gemma-3-270m", 64), NUMBERS
     times = f"{fewer.total_parameters / fewer.trainable_parameters:.0f} times"
     assert f"{times} fewer" in STATEMENTS["gemma-r64-share"].why and finding("200-times").words == times
     assert round(given["7b-r64"].value / 7e9 * 100, 2) == given["7b-r64-share"].value
     assert f"{trained('llama-2-7b', 64).total_parameters:,}" in STATEMENTS["7b-r64-share"].why
     assert given["70b-r64"].value == pytest.approx(0.48e-2 * 70e9)
-    attention = {m.role: m for m in trained("llama-2-70b", 64).modules if m.role in ("query", "value")}
+    attention = {m.module.role: m.module for m in trained("llama-2-70b", 64).modules if m.adapted_layers}
     width = attention["query"].d_in
-    assert f"{4 * 64 * 2 * width * attention['query'].layers:,}" in STATEMENTS["70b-r64"].why
+    assert f"{4 * 64 * 2 * width * attention['query'].count:,}" in STATEMENTS["70b-r64"].why
     assert attention["value"].d_out < width == attention["query"].d_out
     why = STATEMENTS["adapter-file"].why
     assert f"make {units.size(4 * given['gemma-r64'].value)};" in why

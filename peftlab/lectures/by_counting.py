@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from .. import units
@@ -16,19 +18,73 @@ from ..methods import METHODS
 from ..resolve import resolve
 from ..spec import RunSpec
 from . import facts
-from .recomputed import Number
-from .statements import FAILS, HOLDS, OPEN, Finding, decided
+from .statements import FAILS, HOLDS, OPEN, STATEMENTS, Finding, decided
 
-SAME_TIME = 1.05
-"""Times a token within this ratio count as the same."""
-SMALL = 0.05
-"""An adapter's file is small below this share of the model's own 16-bit file."""
-GPU_BYTES = 80e9
-"""Memory of the GPUs that kiit-tutorial counts, and of the larger A100."""
+UNITS: dict[str, Callable[[float], str]] = {
+    "bytes": units.size,
+    "parameters": "{:,.0f}".format,
+    "percent": lambda value: units.percent(value / 100),
+    "times": "{:,.0f} times".format,
+}
+"""How a number is written in each unit; percent are of the model's parameters."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a lecture gives, and the same quantity here."""
+
+    value: float
+    """What the lecture gives; the upper end of a range."""
+    unit: str
+    """A key of UNITS."""
+    quantity: str
+    """Which of our numbers it is: an attribute of ParameterReport, Storage (`storage_full`, `storage_adapters`) or
+    MemoryReport; or `times_fewer`, all parameters over the trainable ones."""
+    spec: Mapping[str, object]
+    """The run that it is about."""
+    convention: str = "exact"
+    trainable: int | None = None
+    """Trainable parameters, where the lecture gives them and names no method's settings."""
+    tasks: int = 1
+    matrix: Sequence[int] | None = None
+    """(outputs, inputs) of the one matrix that it is about; None where it is about a model."""
+    least: float | None = None
+    """The lower end of a range, 0 where the lecture gives only the upper; None where it gives one number."""
+
+    def computed(self) -> float:
+        """Our number, in `unit`. Raises SpecError for a run that cannot be."""
+        spec = resolve(RunSpec.from_dict(self.spec))
+        if self.matrix:
+            matrix = architecture.Module("the matrix", "linear", {"weight": tuple(self.matrix)})
+            return matrix.weight if self.quantity == "weights" else METHODS["lora"].trained(matrix, spec)
+        if self.quantity == "times_fewer":
+            return 100 / count(spec).trainable_percent
+        if self.convention == "exact" and self.trainable is None:
+            return getattr(count(spec), self.quantity)
+        report = predict(spec, self.convention, self.trainable)
+        if self.quantity == "trainable_percent":
+            return 100 * report.trainable_parameters / report.total_parameters
+        if self.quantity.startswith("storage_"):
+            return getattr(storage(report, self.tasks), self.quantity.removeprefix("storage_"))
+        return getattr(report, self.quantity)
+
+
+def percents() -> list[tuple[float, RunSpec]]:
+    """Each percent that a lecture gives as one number, and the run that it is about."""
+    found = [Number(**s.given) for s in STATEMENTS.values() if s.test == "number"]
+    return [
+        (n.value, RunSpec.from_dict(n.spec)) for n in found if n.quantity == "trainable_percent" and n.least is None
+    ]
 
 
 def number(**given: Any) -> Finding:
-    return Number(**given).finding()
+    """Our number is within the lecture's range, or rounds to its one number at as many digits as that has."""
+    stated = Number(**given)
+    found = stated.computed()
+    digits = len(Decimal(str(stated.value)).normalize().as_tuple().digits)
+    rounded = float(f"{found:.{digits - 1}e}")
+    so = rounded == stated.value if stated.least is None else stated.least <= found <= stated.value
+    return decided(so, UNITS[stated.unit](found))
 
 
 def reading(method: str = "", of: str = "", words: str = "", holds: bool | None = True) -> Finding:
@@ -78,7 +134,7 @@ def time(method: str, wanted: str) -> Finding:
         return decided((METHODS[method].merge is not None) == (wanted == "zero"), METHODS[method].about.inference)
     final = line.merged or line.apart
     slight = adapters is not None and adapters.apart is not None and final < adapters.apart
-    so = {"zero": final <= SAME_TIME, "adds": final > SAME_TIME, "slight": slight}[wanted]
+    so = {"zero": final <= facts.SAME_TIME, "adds": final > facts.SAME_TIME, "slight": slight}[wanted]
     return decided(so, facts.token_time(method))
 
 
@@ -88,20 +144,20 @@ def _counts(model: str, *methods: str) -> list[ParameterReport]:
 
 
 def file(method: str, model: str, below: Sequence[str] = ()) -> Finding:
-    """An adapter's file is smaller than each of `below` on the same model; without any, it is SMALL."""
+    """An adapter's file is smaller than each of `below` on a model; without any, than 5% of the model's own 16-bit file."""
     report, *others = _counts(model, method, *below)
     share = report.adapter_bytes / (report.total_parameters * BYTES["bf16"])
     beside = "".join(f"; {r.method_name} {units.size(r.adapter_bytes)}" for r in others)
-    size, model_name = units.size(report.adapter_bytes), report.model_name
-    so = all(report.adapter_bytes < r.adapter_bytes for r in others) if others else share < SMALL
-    return decided(so, f"{size} on {model_name}, {units.percent(share)} of its own 16-bit file{beside}")
+    so = all(report.adapter_bytes < r.adapter_bytes for r in others) if others else share < 0.05
+    size = f"{units.size(report.adapter_bytes)} on {report.model_name}"
+    return decided(so, f"{size}, {units.percent(share)} of its own 16-bit file{beside}")
 
 
 def fewer(method: str, than: Sequence[str], model: str) -> Finding:
     """A method trains fewer parameters than each of `than`."""
-    reports = _counts(model, method, *than)
-    text = "; ".join(f"{r.method_name} {r.trainable_parameters:,}" for r in reports)
-    mine, *others = (r.trainable_parameters for r in reports)
+    found = {r.method_name: r.trainable_parameters for r in _counts(model, method, *than)}
+    mine, *others = found.values()
+    text = "; ".join(f"{name} {n:,}" for name, n in found.items())
     return decided(mine < min(others), f"{text} on {find(model).name}")
 
 
@@ -114,7 +170,7 @@ def extra(method: str, over: str, model: str) -> Finding:
     """A method trains one number more than another for each output of the adapted maps."""
     mine, other = _counts(model, method, over)
     more = mine.trainable_parameters - other.trainable_parameters
-    outputs = sum((m.d_out or 0) * m.adapted_layers for m in mine.modules)
+    outputs = sum(m.module.d_out * m.adapted_layers for m in mine.modules if m.adapted_layers)
     text = f"{more:,} more than {other.method_name} on {mine.model_name}: one for each of {outputs:,} outputs"
     return decided(more == outputs, text)
 
@@ -153,10 +209,9 @@ def reduced(
 
 
 def gpus(spec: Mapping[str, object], convention: str, least: int, most: int, trainable: int | None = None) -> Finding:
-    """At least `least` GPUs hold a run, and `most` are enough."""
-    n = math.ceil(_states(spec, convention, trainable) / GPU_BYTES)
-    text = f"{n} of {units.size(GPU_BYTES)} hold the weights, gradients and optimizer states"
-    return decided(least <= n <= most, text)
+    """At least `least` GPUs of 80 GB, as kiit-tutorial counts them and as the larger A100 is, hold a run; `most` are enough."""
+    n = math.ceil(_states(spec, convention, trainable) / 80e9)
+    return decided(least <= n <= most, f"{n} of 80 GB hold the weights, gradients and optimizer states")
 
 
 def all_tasks(
@@ -182,12 +237,3 @@ def registered(name: str) -> Finding:
     known = [m.name for m in METHODS.values()]
     near = ", ".join(n for n in known if n.startswith(name.rstrip("+")))
     return decided(name in known, name if name in known else f"no paper defines {name}; there are {near}")
-
-
-TESTS: dict[str, Callable[..., Finding]] = {
-    test.__name__: test
-    for test in (
-        number, reading, family, paper, preset, merges, place, time, file, fewer, same, extra, virtual, matrix, reduced, gpus,
-        all_tasks, cheaper, registered,
-    )
-}  # fmt: skip

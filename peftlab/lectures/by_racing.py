@@ -1,30 +1,26 @@
 """Tests of statements by a race: each takes the race's board and the `given` of a statement, and returns a finding.
 
-Scores are compared row by row: the interval is the bootstrap's of the mean difference over the held-out rows, each with
-its mean over the seeds. A statement holds where the whole interval is on its side of the limit, does not hold where all of
-it is on the other side, and is not decided by the runs where the limit is within. Where the best or worst of several
-racers stands for them, it is chosen by these same scores, so that its interval is somewhat too narrow.
-
-Every test raises LookupError or ValueError where a racer that it needs has not finished.
+Scores are compared by the 95% interval of the bootstrap's mean difference over the held-out rows, each with its mean over
+the seeds. A statement holds where the whole interval is on its side of the limit, and is open where the limit is within.
+Where the best or worst of several racers stands for them, it is chosen by these same scores: that interval is somewhat too
+narrow. Every test raises LookupError or ValueError where a racer that it needs has not finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from statistics import fmean
 
 from .. import units
 from ..race import Line, bootstrap
 from ..race.recordings import Board
+from .facts import SAME_TIME
 from .statements import FAILS, HOLDS, OPEN, Finding, decided
 
-SLOWER = 1.05
-"""A token counts as slower from this multiple of the base's time."""
 Settings = Mapping[str, object]
-"""The settings that tell a racer from the others; a list means the mean over racers of each of its values."""
+"""The settings that tell a racer from the others; a tuple means the mean over racers of each of its values."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +48,15 @@ def _sides(board: Board, named: Mapping[str, Settings]) -> list[Side]:
     """The racers of these settings. Raises LookupError where one of them has not finished."""
     sides = []
     for name, settings in named.items():
-        values = [value if isinstance(value, list) else [value] for value in settings.values()]
+        values = [value if isinstance(value, tuple) else (value,) for value in settings.values()]
         lines = [board.of(**dict(zip(settings, chosen, strict=True))) for chosen in product(*values)]
         sides.append(_side(name, lines))
     return sides
 
 
-@lru_cache(maxsize=256)
-def difference(one: Side, other: Side) -> tuple[float, float]:
-    """The 95% interval of how much higher `one` scores than `other`."""
-    return bootstrap([a - b for a, b in zip(one.rows, other.rows, strict=True)])
-
-
 def compared(one: Side, other: Side, least: float, words: str) -> Finding:
     """Whether `one` scores at least `least` more than `other`."""
-    low, high = difference(one, other)
+    low, high = bootstrap(tuple(a - b for a, b in zip(one.rows, other.rows, strict=True)))
     return Finding(HOLDS if low >= least else FAILS if high < least else OPEN, words, (low, high))
 
 
@@ -97,37 +87,25 @@ def one_rate(board: Board, ranks: Sequence[int], apart: float) -> Finding:
     return compared(highest, lowest, apart, words)
 
 
-def _peak(line: Line) -> float:
-    """Bytes at the peak of a training step: measured on a GPU, else predicted."""
-    return line.measured_peak_bytes or line.predicted_peak_bytes
-
-
-QUANTITIES: dict[str, tuple[Callable[[Line], float], Callable[[Line], str]]] = {
-    "forgetting": (lambda line: fmean(line.forgetting), lambda line: f"{fmean(line.forgetting):.2f} nats a token"),
-    "seconds": (
-        lambda line: fmean(line.training_seconds),
-        lambda line: (
-            f"{units.seconds(fmean(line.training_seconds))} for {line.steps} steps in {line.spec['precision']}"
-        ),
-    ),
-    "peak": (
-        _peak,
-        lambda line: f"{units.size(_peak(line))} {'measured' if line.measured_peak_bytes else 'predicted'}",
-    ),
-}
-"""What a race measures of a racer: the number, and how it is written."""
+def _measured(line: Line, what: str) -> tuple[float, str]:
+    """The `forgetting`, `seconds` or `peak` of a racer, as a number and as it is written."""
+    forgetting, seconds = fmean(line.forgetting), fmean(line.training_seconds)
+    peak = line.measured_peak_bytes or line.predicted_peak_bytes
+    return {
+        "forgetting": (forgetting, f"{forgetting:.2f} nats a token"),
+        "seconds": (seconds, f"{units.seconds(seconds)} for {line.steps} steps in {line.spec['precision']}"),
+        "peak": (peak, f"{units.size(peak)} {'measured' if line.measured_peak_bytes else 'predicted'}"),
+    }[what]
 
 
 def less(board: Board, what: str, of: str = "lora", than: str = "full") -> Finding:
     """A method has less of a quantity than another; how many of all methods do is said beside it."""
-    value, said = QUANTITIES[what]
     mine, other = board.of(method=of), board.of(method=than)
+    (value, said), (limit, other_said) = (_measured(line, what) for line in (mine, other))
     rest = [line for line in board.lines if line.spec["method"] != than]
-    fewer = sum(value(line) < value(other) for line in rest)
-    words = (
-        f"{mine.name} {said(mine)}, {other.name} {said(other)}; {fewer} of {len(rest)} methods are below {other.name}"
-    )
-    return decided(value(mine) < value(other), words)
+    fewer = sum(_measured(line, what)[0] < limit for line in rest)
+    words = f"{mine.name} {said}, {other.name} {other_said}; {fewer} of {len(rest)} methods are below {other.name}"
+    return decided(value < limit, words)
 
 
 def merged_time(board: Board) -> Finding:
@@ -139,7 +117,7 @@ def merged_time(board: Board) -> Finding:
         f"a token takes {houlsby.apart:.2f}× the base's with Houlsby; with LoRA {lora.merged:.2f}× once merged "
         f"({lora.apart:.2f}× before)"
     )
-    return decided(houlsby.apart > SLOWER >= lora.merged, words)
+    return decided(houlsby.apart > SAME_TIME >= lora.merged, words)
 
 
 def parallel_time(board: Board) -> Finding:
@@ -148,7 +126,7 @@ def parallel_time(board: Board) -> Finding:
     if parallel is None or serial is None:
         raise LookupError("no token was timed")
     words = f"{parallel:.2f}× the base's time a token, against {serial:.2f}× in series at the same place"
-    return decided(parallel * SLOWER < serial, words)
+    return decided(parallel * SAME_TIME < serial, words)
 
 
 def higher_rate(board: Board, of: Sequence[str], than: str, times: float) -> Finding:
@@ -157,8 +135,3 @@ def higher_rate(board: Board, of: Sequence[str], than: str, times: float) -> Fin
     words = ", ".join(f"{board.of(method=key).name.partition(',')[0]} {rate:g}" for key, rate in best.items())
     ratio = min(best[key] for key in of) / best[than]
     return decided(ratio >= times and ratio > 1, f"best rates: {words}")
-
-
-TESTS: dict[str, Callable[..., Finding]] = {
-    test.__name__: test for test in (scores, one_rate, less, merged_time, parallel_time, higher_rate)
-}

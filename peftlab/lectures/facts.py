@@ -18,6 +18,8 @@ from ..resolve import resolve
 from ..room import worker
 from ..spec import Resolved, RunSpec
 
+SAME_TIME = 1.05
+"""Times of a token within this ratio count as the same."""
 LEAST = 0.0001
 """The percent at which the map's bars begin."""
 TASKS = 50

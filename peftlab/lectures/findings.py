@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..race import Line, recordings
 from ..race.recordings import Board
 from . import by_counting, by_racing
 from .statements import STATEMENTS, Finding, Statement
-
-TESTS = {**by_counting.TESTS, **by_racing.TESTS}
-"""Every test of a statement by its name; those of `by_racing` take a board first."""
 
 
 def finding(id: str) -> Finding:
@@ -23,9 +20,11 @@ def finding(id: str) -> Finding:
         return finding(statement.same_as)
     if statement.lesson:
         return raced(statement, recordings.of(statement.lesson)[0].lines)
-    return TESTS[statement.test](**statement.given)
+    test: Callable[..., Finding] = getattr(by_counting, statement.test)
+    return test(**statement.given)
 
 
 def raced(statement: Statement, lines: Sequence[Line]) -> Finding:
     """The finding of a statement in one race. Raises LookupError or ValueError where a racer has not finished."""
-    return TESTS[statement.test](Board(lines), **statement.given)
+    test: Callable[..., Finding] = getattr(by_racing, statement.test)
+    return test(Board(lines), **statement.given)

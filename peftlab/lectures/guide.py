@@ -1,18 +1,24 @@
-"""Which method, and whether any: what the lectures advise and weigh up, each piece with its source.
-
-`guide.json` holds families in the order of how deep they reach, situations, and pros and cons. The sentence that stands
-beside a lecture's words is computed by `here.beside`.
-"""
+"""Which method, and whether any: what the lectures advise and weigh up, and what is found of it here, with computed numbers."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache, partial
 
+from .. import memory, units
+from ..base.models import MODELS
 from ..catalog import FAMILIES
+from ..count import count, why_not
+from ..errors import SpecError
+from ..methods import METHODS
+from ..race import recordings
+from ..resolve import resolve
+from ..spec import RunSpec
+from . import data, facts, published
+from .findings import finding
+from .statements import STATEMENTS
 
 GROUPS = {
     "none": "Before any training",
@@ -49,7 +55,7 @@ class Case:
     methods: tuple[str, ...] = ()
     """The methods to use, the first one first; none where the advice is not to train."""
     here: str = ""
-    """The sentence of `here.HERE` that stands beside it; empty where there is nothing to compute."""
+    """The sentence of OF_MODEL or `of_benchmark` that stands beside it; empty where there is nothing to compute."""
     raced: str = ""
     """The id of the statement whose recorded race stands beside it too; empty for none."""
     model: str = ""
@@ -58,11 +64,6 @@ class Case:
     """What is found here is not what the lecture says."""
     ticked: bool = False
     """It is ticked when the page opens."""
-
-
-def weighed(cases: Iterable[Case]) -> list[tuple[str, int]]:
-    """(method, in how many of the situations it is advised), the most first, then in the order of the advice."""
-    return Counter(key for case in cases for key in case.methods).most_common()
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,108 @@ class Sides:
     """Both as for a Case."""
 
 
-_entries = json.loads((Path(__file__).parent / "guide.json").read_text(encoding="utf-8"))
+_entries = data("guide.json")
+SPECTRUM = tuple(Family(**entry) for entry in _entries["families"])
+"""The families, in the order of how deep they reach."""
+CASES = {entry["key"]: Case(**entry) for entry in _entries["cases"]}
+SIDES = tuple(Sides(**entry) for entry in _entries["sides"])
 
 
-def _tuples(entry: Mapping[str, object]) -> dict[str, object]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+@lru_cache
+def of_benchmark() -> dict[str, str]:
+    """Sentences of the published benchmark, which are the same for every model, by name."""
+    full, plain, others = published.full(), published.plain(), published.adapted()
+    best, prompt = published.best(others), published.best(published.of_method("prompt"))
+    worst = max(others, key=lambda r: r.forgetting)
+    better, slower = sum(r.accuracy > full.accuracy for r in others), sum(r.seconds > full.seconds for r in others)
+    more = sum(r.forgetting > full.forgetting for r in others)
+    score, lost = published.METRICS["accuracy"].told, published.METRICS["forgetting"].told
+    return {
+        "beats_full": f"In the published benchmark {better} of {len(others)} PEFT runs score above full fine-tuning "
+        f"({score(full)}); the best, {best.label}, reaches {score(best)}.",
+        "near_full": f"In the published benchmark {plain.label} scores {score(plain)}, full fine-tuning {score(full)}.",
+        "forgetting": f"In the published benchmark full fine-tuning, at its low learning rate, forgets {lost(full)} nats per "
+        f"token, {plain.label} forgets {lost(plain)}, and {more} of {len(others)} PEFT runs more than full; "
+        f"the most is {lost(worst)}, {worst.label}.",
+        "quick": f"In the published benchmark {plain.label} trains in {units.seconds(plain.seconds)}, full fine-tuning in "
+        f"{units.seconds(full.seconds)}, and {slower} of {len(others)} PEFT runs take longer than full.",
+        "steering": f"On Llama-3.2-3B, in the published benchmark, the best prompt-tuning run scores {score(prompt)}, "
+        f"{plain.label} {score(plain)}.",
+        "not_memory": published.not_memory(),
+    }
 
 
-SPECTRUM: tuple[Family, ...] = tuple(Family(**e) for e in _entries["families"])
-CASES: dict[str, Case] = {e["key"]: Case(**_tuples(e)) for e in _entries["cases"]}  # type: ignore[arg-type]
-SIDES: tuple[Sides, ...] = tuple(Sides(**_tuples(e)) for e in _entries["sides"])  # type: ignore[arg-type]
+def small_memory(model: str) -> str:
+    full, lora = facts.predicted(*facts.small())
+    tokens = f"{facts.STEP.batch_size} × {facts.STEP.sequence_length} tokens"
+    return (
+        f"{full.model_name}, 16-bit, {tokens}: full fine-tuning is predicted to need {facts.needed(full)}, "
+        f"LoRA of rank 16 on every linear layer {facts.needed(lora)}."
+    )
+
+
+@lru_cache
+def suits(model: str) -> str:
+    known = [key for key, entry in MODELS.items() if entry.config is not None]
+    suited = {key: sum(not why_not(key, m) for m in known) for key in METHODS}
+    least = min(suited, key=lambda key: suited[key])
+    everywhere = sum(n == len(known) for n in suited.values())
+    return (
+        f"Of the {len(known)} architectures in this app's catalogue, {everywhere} of {len(METHODS)} methods suit all, LoRA "
+        f"{suited['lora']} and {METHODS[least].name}, the most particular, {suited[least]}."
+    )
+
+
+def quantized(model: str) -> str:
+    lora, qlora = facts.predicted(*facts.automatic(model, "lora", "qlora"))
+    memory = f"LoRA {facts.needed(lora)}, QLoRA {facts.needed(qlora)}"
+    return f"Predicted for {lora.model_name} at automatic settings: {memory}."
+
+
+def latency(model: str) -> str:
+    return " ".join(f"{METHODS[key].name}: {facts.token_time(key)}" for key in ("lora", "houlsby"))
+
+
+def storage(model: str) -> str:
+    report = memory.predict(resolve(RunSpec(model=model, method="lora")))
+    of = memory.storage(report, facts.TASKS)
+    return (
+        f"{facts.TASKS} tasks on {report.model_name}, 16-bit: {units.size(of.full)} as full copies; as LoRA adapters "
+        f"{units.size(of.adapters)} beside one base of {units.size(of.base)}."
+    )
+
+
+def smallest(model: str) -> str:
+    reports = [count(resolve(RunSpec(model=model, method=key))) for key in METHODS if not why_not(key, model)]
+    least = sorted(reports, key=lambda r: r.adapter_bytes)[:4]
+    return f"Smallest files here: {', '.join(f'{r.method_name} {units.size(r.adapter_bytes)}' for r in least)}."
+
+
+def beside_adapters(model: str) -> str:
+    prefix, houlsby = (count(resolve(RunSpec(model=model, method=key))) for key in ("prefix", "houlsby"))
+    relation = "fewer" if prefix.trainable_parameters < houlsby.trainable_parameters else "no fewer"
+    return (
+        f"Prefix tuning trains {prefix.trainable_parameters:,} numbers here, {relation} than the Houlsby adapter's "
+        f"{houlsby.trainable_parameters:,}; a wide adapter or a long prefix turns that round."
+    )
+
+
+OF_MODEL: dict[str, Callable[[str], str]] = {
+    sentence.__name__: sentence
+    for sentence in (small_memory, suits, quantized, latency, storage, smallest, beside_adapters)
+} | {"no_bias": partial(facts.counted, "bitfit")}
+"""Sentences by name. Each takes a catalogue key, or whatever else has shapes, and raises SpecError where it has none."""
+
+
+def beside(piece: Case | Sides, model: str) -> str:
+    """What stands beside a piece of advice, for a model; empty where there is nothing to say."""
+    said = []
+    if piece.here in OF_MODEL:
+        with suppress(SpecError):  # the model has no shapes to count by
+            said.append(OF_MODEL[piece.here](model))
+    elif piece.here:
+        said.append(of_benchmark()[piece.here])
+    if piece.raced:
+        hardware = recordings.of(STATEMENTS[piece.raced].lesson)[0].hardware
+        said.append(f"In the race recorded here on {hardware}: {finding(piece.raced).words}.")
+    return " ".join(said)

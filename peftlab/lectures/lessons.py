@@ -1,20 +1,18 @@
-"""Lessons of the race: a question to answer first, a recorded race that answers it, and what it finds of the lectures'
-statements. `lessons.json` holds them.
-"""
+"""Lessons of the race: a question to answer first, the recorded race that answers it, and what it finds of statements."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..race import Line, recordings
 from ..race.recordings import Board, Recording
+from . import data
 from .by_racing import Settings
 from .findings import raced
-from .statements import Finding, Statement, of_lesson
+from .statements import STATEMENTS, Finding, Statement
 
 NEAR = 0.05
 """Scores no farther apart than this give the answer that there is no difference: two of forty held-out rows."""
@@ -38,7 +36,7 @@ class Lesson:
     @property
     def statements(self) -> list[Statement]:
         """The lectures' statements that its race tests."""
-        return of_lesson(self.key)
+        return [statement for statement in STATEMENTS.values() if statement.lesson == self.key]
 
     def recordings(self) -> list[Recording]:
         """The recorded races, the fullest first."""
@@ -52,10 +50,8 @@ class Lesson:
         """Each statement that the lines say something to, and what they say."""
         found = []
         for statement in self.statements:
-            try:
+            with suppress(LookupError, ValueError):  # a racer that the test needs has not finished
                 found.append((statement, raced(statement, lines)))
-            except (LookupError, ValueError):  # a racer that the test needs has not finished
-                continue
         return found
 
 
@@ -79,11 +75,5 @@ def _rate_ratio(board: Board) -> int:
 ANSWERS: dict[str, Callable[..., int]] = {"change": _change, "best_group": _best_group, "rate_ratio": _rate_ratio}
 
 
-def _read() -> dict[str, Lesson]:
-    entries = json.loads((Path(__file__).parent / "lessons.json").read_text(encoding="utf-8"))
-    tuples = [{**e, "values": tuple(e["values"]), "options": tuple(e["options"])} for e in entries]
-    return {e["key"]: Lesson(**e) for e in tuples}
-
-
-LESSONS: dict[str, Lesson] = _read()
+LESSONS: dict[str, Lesson] = {entry["key"]: Lesson(**entry) for entry in data("lessons.json")}
 """Every lesson by its key, in the order in which they are shown."""

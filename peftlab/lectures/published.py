@@ -15,7 +15,6 @@ from ..methods import METHODS
 from ..places import ASSETS
 from ..spec import closest
 
-FILE = ASSETS / "published" / "peft_benchmark.csv"
 SOURCE = (
     "the PEFT project's own method comparison: Llama-3.2-3B on MetaMathQA and GSM8K, one run each on an NVIDIA L40S"
 )
@@ -80,6 +79,10 @@ class Metric:
     high_is_good: bool = False
     log: bool = False
 
+    def told(self, run: Run) -> str:
+        """A run's value, as people read it."""
+        return self.show(self.of(run))
+
 
 METRICS: dict[str, Metric] = {
     m.key: m
@@ -104,7 +107,7 @@ def metric(key: str) -> Metric:
 @lru_cache
 def runs() -> tuple[Run, ...]:
     """Every run that succeeded, in the file's order."""
-    with FILE.open(encoding="utf-8", newline="") as rows:
+    with (ASSETS / "published" / "peft_benchmark.csv").open(encoding="utf-8", newline="") as rows:
         return tuple(
             Run(
                 row["experiment"], row["peft_type"], int(row["trainable"]), float(row["test_accuracy"]),
@@ -123,7 +126,7 @@ def plain() -> Run:
 
 def full() -> Run:
     """Full fine-tuning."""
-    return next(r for r in runs() if r.family == FAMILIES[0])
+    return of_method("full")[0]
 
 
 def adapted() -> tuple[Run, ...]:
@@ -133,7 +136,7 @@ def adapted() -> tuple[Run, ...]:
 
 def best(of: Sequence[Run]) -> Run:
     """The most accurate run."""
-    return max(of, key=lambda r: r.accuracy)
+    return max(of, key=METRICS["accuracy"].of)
 
 
 def of_method(key: str) -> list[Run]:
@@ -142,16 +145,12 @@ def of_method(key: str) -> list[Run]:
 
 def front(x: Metric, y: Metric) -> list[Run]:
     """The runs in the order of x that no other beats: none is as good in both metrics and better in one."""
+    costs = {run: [-m.of(run) if m.high_is_good else m.of(run) for m in (x, y)] for run in runs()}
 
-    def cost(metric: Metric, run: Run) -> float:
-        """The smaller, the better."""
-        return -metric.of(run) if metric.high_is_good else metric.of(run)
+    def beaten(a: float, b: float) -> bool:
+        return any(p <= a and q <= b and [p, q] != [a, b] for p, q in costs.values())
 
-    def beaten(run: Run) -> bool:
-        a, b = cost(x, run), cost(y, run)
-        return any(p <= a and q <= b and (p, q) != (a, b) for p, q in ((cost(x, r), cost(y, r)) for r in runs()))
-
-    return sorted((r for r in runs() if not beaten(r)), key=x.of)
+    return sorted((run for run, cost in costs.items() if not beaten(*cost)), key=x.of)
 
 
 def notable() -> list[tuple[str, Run]]:
@@ -162,7 +161,7 @@ def notable() -> list[tuple[str, Run]]:
 
 def front_said(x: Metric, y: Metric) -> str:
     """The front in words."""
-    named = [f"{r.label} ({x.show(x.of(r))}; {y.show(y.of(r))})" for r in front(x, y)]
+    named = [f"{r.label} ({x.told(r)}; {y.told(r)})" for r in front(x, y)]
     if len(named) == 1:
         return f"One run is the best in both: {named[0]}."
     return f"On the line, {len(named)} of {len(runs())} runs, which no other run beats in both: {'; '.join(named)}."

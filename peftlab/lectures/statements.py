@@ -1,15 +1,12 @@
-"""What the lectures state: each statement has an id, a source, words and a test, whose outcome is a finding.
-
-`statements.json` holds them, table by table. A test is a function of `by_counting` or `by_racing`, which `findings` calls.
-"""
+"""What the lectures state, from `statements.json`, and what a test, of `by_counting` or `by_racing`, finds of it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
+
+from . import data
 
 Verdict = Literal["holds", "does not hold", "not decided by these runs"]
 HOLDS: Verdict = "holds"
@@ -51,7 +48,7 @@ class Statement:
     subject: str = ""
     """What it is about: in a table, the row and column. Empty for a statement that a race tests, which is a sentence."""
     test: str = ""
-    """A key of `findings.TESTS`."""
+    """A function of `by_racing` where a lesson's race tests it, else of `by_counting`."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the test."""
     why: str = ""
@@ -64,21 +61,7 @@ class Statement:
     """The tabs that show it, beside that of its lesson."""
 
 
-def _read() -> dict[str, Statement]:
-    groups = json.loads((Path(__file__).parent / "statements.json").read_text(encoding="utf-8"))
-    entries = [{**group, **entry} for group in groups for entry in group.pop("statements")]
-    return {e["id"]: Statement(**{**e, "tabs": tuple(e.get("tabs", ()))}) for e in entries}
-
-
-STATEMENTS: dict[str, Statement] = _read()
-"""Every statement by its id, in the order in which they are shown."""
-
-
-def on_tab(tab: str) -> list[Statement]:
-    """The statements that a tab shows, those of one source together."""
-    return [statement for statement in STATEMENTS.values() if tab in statement.tabs]
-
-
-def of_lesson(key: str) -> list[Statement]:
-    """The statements that the race of a lesson tests."""
-    return [statement for statement in STATEMENTS.values() if statement.lesson == key]
+STATEMENTS: dict[str, Statement] = {
+    entry["id"]: Statement(**(group | entry)) for group in data("statements.json") for entry in group.pop("statements")
+}
+"""Every statement by its id, in the order in which they are shown: those of one source together."""

@@ -56,35 +56,28 @@ def spectrum(model: str, chosen: str | None) -> dict[str, str]:
 def _family(family: Family, on: Sequence[Place], chosen: str | None) -> str:
     """A family's chips; its reparameterized methods, if it has any, stand under a heading of their own."""
     mine = [p for p in on if METHODS[p.key].about.family == family.key]
-    parts = [(deep, list(of)) for deep, of in groupby(sorted(mine, key=_deep), key=_deep)]
     chips = ""
-    for deep, of in parts:
-        title = "reparameterized: another way to write a change of W" if deep else "modules"
-        chips += f"<h4>{title}</h4>" if len(parts) > 1 else ""
-        chips += f'<div class="chips">{"".join(_chip(p, chosen) for p in of)}</div>'
+    for deep, title in enumerate(("modules", "reparameterized: another way to write a change of W")):
+        if of := [p for p in mine if METHODS[p.key].about.reparameterized == bool(deep)]:
+            chips += f"<h4>{title}</h4>" if len(of) < len(mine) else ""
+            chips += f'<div class="chips">{"".join(_chip(p, chosen) for p in of)}</div>'
     return (
         f'<section class="family {family.key}"><h3>{family.idea} <small>{family.key}</small></h3>'
         f"<p>{escape(family.says)}</p>{chips}</section>"
     )
 
 
-def _deep(place: Place) -> bool:
-    return METHODS[place.key].about.reparameterized
-
-
 def _chip(place: Place, chosen: str | None) -> str:
-    name = escape(METHODS[place.key].name)
+    if report := place.report:
+        state, title = "", f"{report.trainable_parameters:,} trained parameters"
+        share = units.percent(report.trainable_percent / 100)
+        said = f'<span>{share}</span><i style="width:{100 * place.length:.1f}%"></i>'
+    else:
+        state, title = ' aria-disabled="true"', escape(facts.told(place.reason))
+        said = "<span>not for this model</span>"
     pressed = f'data-method="{place.key}" aria-pressed="{str(place.key == chosen).lower()}"'
-    if place.report is None:
-        return (
-            f'<button type="button" {pressed} aria-disabled="true" title="{escape(facts.told(place.reason))}">'
-            f"<b>{name}</b><span>not for this model</span></button>"
-        )
-    share = units.percent(place.report.trainable_percent / 100)
-    return (
-        f'<button type="button" {pressed} title="{place.report.trainable_parameters:,} trained parameters">'
-        f'<b>{name}</b><span>{share}</span><i style="width:{100 * place.length:.1f}%"></i></button>'
-    )
+    name = escape(METHODS[place.key].name)
+    return f'<button type="button" {pressed}{state} title="{title}"><b>{name}</b>{said}</button>'
 
 
 def chosen_line(spec: RunSpec) -> str:

@@ -11,7 +11,6 @@ from ..lectures.findings import finding
 from ..lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, Finding, Statement, Verdict
 from .marks import explained, heading, how, row, table
 
-READ = "Our reading: a sentence of the registry, held against the lecture's by a person."
 CLASSES: dict[Verdict, str] = {HOLDS: "good", FAILS: "bad", OPEN: "undecided"}
 """The style of each verdict; its words carry the meaning without it."""
 
@@ -37,7 +36,8 @@ def statements_table(found: Iterable[tuple[Statement, Finding]]) -> str:
 def _cells(statement: Statement, found: Finding) -> tuple[str, ...]:
     why = statement.why or (STATEMENTS[statement.same_as].why if statement.same_as else "")
     remark = f"<br><small>{escape(why)}</small>" if why else ""
-    reading = f" {how('read', READ)}" if found.read else ""
+    tip = "Our reading: a sentence of the registry, held against the lecture's by a person."
+    reading = f" {how('read', tip)}" if found.read else ""
     interval = f"<br><small>{found.points}, 95% interval</small>" if found.interval else ""
     first = escape(statement.subject) or f"<small>{escape(statement.source)}</small>"
     return first, escape(statement.says), escape(found.words) + remark, verdict_mark(found.verdict) + reading + interval

@@ -1,25 +1,16 @@
-"""LoRA from scratch: one layer in plain torch, to read, run and keep; and the lecture's own layer, with its mistake.
-
-These are texts, in files beside this one. The page shows them, people run them, and the tests compare what they compute
-with peft's layer.
-"""
+"""LoRA from scratch, as texts that people read and run: one layer in plain torch; and the lecture's own, with its mistake."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from string import Template
 
 from ..errors import SpecError
+from . import text
 
-
-def _text(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-LECTURE = _text("lecture_layer.txt")
+LECTURE = text("lecture_layer.txt")
 """Lecture 11-2, "LoRA Implementation", parts 1 and 2, with underscores and indents where scanning lost them."""
-WHY = _text("why_it_raises.md")
+WHY = text("why_it_raises.md")
 """Why LECTURE raises, as Markdown."""
 
 
@@ -39,4 +30,4 @@ def lora_layer(d_in: int, d_out: int, rank: int, alpha: float) -> str:
     if not 0 < alpha < math.inf:
         raise SpecError(f"alpha={alpha:g}: it must be more than 0; try {2 * rank}")
     shown = int(alpha) if alpha == int(alpha) else alpha
-    return Template(_text("lora_layer.txt")).substitute(d_in=d_in, d_out=d_out, rank=rank, alpha=shown)
+    return Template(text("lora_layer.txt")).substitute(d_in=d_in, d_out=d_out, rank=rank, alpha=shown)
