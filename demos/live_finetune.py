@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -13,12 +14,11 @@ from gradio.data_classes import FileDataDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.page import address, controls, methods, run_buttons, store
+from demos.page import address, controls, methods, store
 from demos.page.gpu import on_gpu
 from demos.page.tab import Asked, Draw, Tab, Values
 from peftlab import RunSpec, adapters, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
-from peftlab.catalog import PRESETS
 from peftlab.data import tasks
 from peftlab.data.tasks import TASKS
 from peftlab.resolve import set_aside
@@ -32,11 +32,12 @@ OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods whose controls stand next to the method."""
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
 """Settings of some methods whose controls are under More settings."""
-TYPED = ("steps", "learning_rate", "batch_size", "quantization", "seed")
 LARGEST = 2_000_000_000
 """Parameters of the largest model offered for a live run."""
 MINE = 8
 """How many adapters a browser keeps: the newest."""
+POLL = 0.5
+"""Seconds between two looks at a run."""
 TRAIN = on_gpu(train)
 
 
@@ -57,46 +58,56 @@ def note(spec: RunSpec) -> str:
     return aside_said(spec, reasons) + settings_line(fit)
 
 
+def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, stop: str) -> Values:
+    """The buttons `go` and `stop`. The texts are those of `go` before, during and after a run, and that of `stop`."""
+    runs = job is not None and not job.over
+    stopping = job is not None and job.stopping
+    go = under_way if runs else once_more if job else start
+    return {
+        "go": gr.update(interactive=not runs, value=go),
+        "stop": gr.update(interactive=runs and not stopping, value="Stopping" if stopping else stop),
+    }
+
+
+def again(job: jobs.Job | None) -> float | None:
+    """Seconds after which there may be more of a run to see; None where nothing is under way."""
+    return POLL if job and not job.over else None
+
+
 class Live(Tab):
     """A fine-tune that runs while people watch."""
 
     key, title = "live", "Live"
-    choices = methods.PRESET
-    clears = methods.PRESET_CLEARS
+    choices, clears = methods.PRESET, methods.PRESET_CLEARS
 
     def __init__(self) -> None:
         super().__init__()
         self.files: dict[str, FileDataDict] = {}
         """Where the adapter of a job is to be downloaded, by the job's id."""
 
-    def build(self) -> None:
-        controls.stage(self._settings, self._pictures)
-
-    def _settings(self) -> None:
+    def settings(self) -> None:
         method = address.METHOD
         self.control("task", gr.Radio(controls.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
         self.panel("lesson", controls.note(card(tasks.DEFAULT)))
         self.control("method", methods.method_choice("live", method, DEFAULT))
         self.panel("about", controls.note(method_card(method, DEFAULT)))
         self.control_all(methods.method_settings(method, OWN))
-        self.control_all({name: controls.text(name) for name in ("steps", "learning_rate")})
+        self.control_all({name: controls.setting(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
             self.control("model", controls.choice("model", runnable(), DEFAULT))
-            self.control("preset", methods.preset_choice(list(PRESETS)))
+            self.control("preset", methods.preset_choice())
             self.control_all(methods.method_settings(method, FOLDED))
-            self.control("batch_size", controls.text("batch_size"))
-            self.control("quantization", controls.choice("quantization"))
-            self.control("seed", controls.text("seed"))
+            self.control_all({name: controls.setting(name) for name in ("batch_size", "quantization", "seed")})
         self.panel("note", controls.note())
         controls.reset("model", "method", "task")
 
-    def _pictures(self) -> None:
+    def pictures(self) -> None:
         self.panel("sentence", controls.sentence())
         with gr.Row(elem_classes="run-row"):
             go = self.panel("go", gr.Button("Train", variant="primary", scale=0, min_width=160))
             stop = self.panel("stop", gr.Button("Stop and keep", scale=0, min_width=190, interactive=False))
-            self.keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
-            self.panel("keep", self.keep)
+            keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
+            self.keep = self.panel("keep", keep)
         self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(min_height=44))
         with gr.Row(elem_classes="panes"):
@@ -107,8 +118,6 @@ class Live(Tab):
         off = gr.update(interactive=False)
         self.press(go, self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
         self.press(stop, self.stop, ["kept", "stop"], busy={"stop": off})
-
-    # --- presses
 
     def train(self, asked: Asked) -> Iterator[Values]:
         """Starts a run and tells the browser its id. After a double click it is the run that is under way."""
@@ -126,33 +135,31 @@ class Live(Tab):
             job.stop()
         yield {"kept": {"run": asked.kept.get("run")}}
 
-    # --- pictures
-
     def job(self, asked: Asked) -> jobs.Job | None:
         return jobs.find(asked.kept.get("run"))
 
     def again(self, asked: Asked) -> float | None:
-        return run_buttons.again(self.job(asked))
+        return again(self.job(asked))
 
     def check(self, asked: Asked) -> None:
         count(resolve(here(asked.spec)))
 
-    def fill(self, asked: Asked) -> Values:
+    def fill(self, asked: Asked) -> dict[str, object]:
         spec = here(asked.spec)
         run = resolve(spec)
         return {
+            **super().fill(replace(asked, spec=spec)),
             "task": run.task,
             "model": run.model,
             "method": method_value(run.method, run.model),
             "preset": gr.update(value=asked["preset"], info=preset_says(asked["preset"])),
             **methods.method_updates(spec, (*OWN, *FOLDED)),
-            **{name: controls.blank(getattr(spec, name)) for name in TYPED},
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, job = here(asked.spec), self.job(asked)
-        run, buttons = resolve(spec), run_buttons.buttons(job, "Train", "Training", "Train again", "Stop and keep")
-        picture = {**shown(job, spec), **buttons}
+        run = resolve(spec)
+        picture = {**shown(job, spec), **buttons(job, "Train", "Training", "Train again", "Stop and keep")}
         return {
             **{name: partial(picture.get, name) for name in picture},
             "keep": lambda: controls.seen(self.download(job)),

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos import proving, real_weights
 from demos.page import address, controls, lora_widget, store
-from demos.page.tab import Asked, Draw, Slow, Tab, Values
+from demos.page.tab import Asked, Draw, Slow, Tab
 from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import MODELS, find
-from peftlab.lectures import scratch
+from peftlab.lectures import from_scratch
 from peftlab.show.lora import by_size, code, flows, notes
 from peftlab.show.settings import changed
 from peftlab.show.shapes import of_family, value
@@ -34,20 +34,18 @@ class Lora(Tab):
     key, title = "lora", "LoRA"
     choices = {**real_weights.CHOICES, **proving.CHOICES}
 
-    def build(self) -> None:
-        controls.stage(self._settings, self._pictures)
-
-    def _settings(self) -> None:
+    def settings(self) -> None:
         self.control("model", controls.model_choice(address.MODEL))
         lora_widget.knobs()
         self.panel("changed", controls.note())
         controls.reset("model", "task")
 
-    def _pictures(self) -> None:
+    def pictures(self) -> None:
         self.panel("problem", controls.problem())
-        self.panel("picture", lora_widget.picture())
+        top = gr.HTML(None, html_template=lora_widget.TOP, js_on_load=lora_widget.SCRIPT, elem_classes="drawn")
+        self.panel("picture", top)
         controls.lessons({name: address.link(spec) for name, spec in LESSONS.items()})
-        lora_widget.rest()
+        gr.HTML(lora_widget.BELOW, js_on_load=None, elem_classes="drawn")
         self.fold_of("Four ways to change the forward pass", "flows")
         with self.fold("Percent against model size"):
             self.panel("by_size", controls.plot(None, "LoRA's trained percent by the size of the model"))
@@ -59,9 +57,9 @@ class Lora(Tab):
             with gr.Column():
                 self.panel("code", _code("", "Runs as it is; its output equals peft's"))
             with gr.Column():
-                _code(scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
+                _code(from_scratch.LECTURE, "Lecture 11.2's own, which raises when it merges")
         with self.fold("Why the lecture's merge_weights raises"):
-            gr.Markdown(scratch.WHY)
+            gr.Markdown(from_scratch.WHY)
         self.fold_of("The lectures' tables, recomputed", "tables")
 
     def check(self, asked: Asked) -> None:
@@ -73,8 +71,9 @@ class Lora(Tab):
         count(resolve(of_family(asked.spec)))
         real_weights.check(asked)
 
-    def fill(self, asked: Asked) -> Values:
-        return {"model": controls.shown_model(asked.spec), **real_weights.fill(asked), **proving.fill(asked)}
+    def fill(self, asked: Asked) -> dict[str, object]:
+        own = {"model": controls.shown_model(asked.spec), "proof_prompt": proving.prompt(asked)}
+        return {**super().fill(asked), **own, **real_weights.fill(asked)}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec = asked.spec

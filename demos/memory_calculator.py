@@ -13,14 +13,14 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, look, methods, store
-from demos.page.tab import QUIET, Asked, Draw, Slow, Tab, Values
+from demos.page.tab import QUIET, Asked, Draw, Slow, Tab
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
 from peftlab.base.models import find, from_config
 from peftlab.catalog import GPUS, PRICE
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact, measured
 from peftlab.memory.conventions import EXACT
 from peftlab.room import worker
-from peftlab.show import costs, figures, marks, memory_figures, sentences, settings, statements
+from peftlab.show import costs, figures, marks, memory_figures, settings, statements
 from peftlab.show.methods import method_card, method_panel, method_value
 from peftlab.spec import Resolved
 
@@ -129,7 +129,7 @@ class Memory(Tab):
         for event in (pasted, uploaded):
             event.then(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
         with self.fold("Count as a lecture does"):
-            rules = [("what the run allocates", EXACT), *((c.name, c.key) for c in CONVENTIONS.values())]
+            rules = [("what the run allocates", EXACT), *controls.choices_of(CONVENTIONS)]
             info = "Bytes a parameter, in each lecture's convention"
             self.control("convention", gr.Dropdown(rules, value=EXACT, label="Count as", info=info))
         self.panel("changed", controls.note(settings.changed(address.OPENING)))
@@ -139,7 +139,7 @@ class Memory(Tab):
         asked = address.opening(self)
         first = {name: draw() for name, draw in self.draw(asked).items() if name in ("bars", "surprises", "timeline")}
         self.panel("problem", controls.problem())
-        sentence = sentences.memory_sentence(*seen(asked)[0])
+        sentence = memory_figures.memory_sentence(*seen(asked)[0])
         template = (
             f'<h2 class="sentence estimated" aria-live="polite">{sentence}</h2><div class="bars"></div>'
             '<div class="legends"></div><div class="note source"></div>'
@@ -171,27 +171,25 @@ class Memory(Tab):
     def check(self, asked: Asked) -> None:
         seen(asked)
 
-    def fill(self, asked: Asked) -> Values:
-        spec, run = asked.spec, asked.run
+    def fill(self, asked: Asked) -> dict[str, object]:
+        run = asked.run
         bare = find(run.model).config is None
         return {
-            "model": controls.shown_model(spec),
+            **super().fill(asked),
+            "model": controls.shown_model(asked.spec),
             "method": method_value(run.method, run.model),
-            **methods.method_updates(spec, methods.BY_METHOD),
+            **methods.method_updates(asked.spec, methods.BY_METHOD),
             "batch_size": controls.slid(run.batch_size, 64),
             "sequence_length": controls.slid(run.sequence_length, 16384),
             "gradient_checkpointing": run.gradient_checkpointing,
-            **{name: controls.blank(getattr(spec, name)) for name in FOLDED},
             "share": gr.update(visible=bare and run.method != "full", value=asked["share"]),
-            "convention": asked["convention"],
-            **{name: asked[name] for name in COSTS},
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         run, (reports, forms) = asked.run, seen(asked)
         full, chosen = reports
         share = None if find(run.model).config else asked["share"]
-        surprises = "".join(f"<p>{said}</p>" for said in sentences.memory_surprises(full, chosen)[:2])
+        surprises = "".join(f"<p>{said}</p>" for said in memory_figures.memory_surprises(full, chosen)[:2])
         timeline = figures.themed(memory_figures.memory_timeline, chosen) if chosen.moments else None
         return {
             "bars": lambda: memory_figures.bars_value(reports, forms, at(chosen.spec), share),

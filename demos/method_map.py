@@ -11,7 +11,7 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, store
-from demos.page.tab import Asked, Draw, Slow, Tab, Values
+from demos.page.tab import Asked, Draw, Slow, Tab
 from peftlab import count
 from peftlab.base.models import find
 from peftlab.count import why_not
@@ -58,25 +58,17 @@ TICKS = {group: f"when_{group}" for group in GROUPS}
 COUNTED = (
     "Parameters are counted from the model's shapes and the registry's terms, each method at its automatic settings."
 )
+SPECTRUM = (
+    '<div class="spectrum"><p class="ends"><span>touches nothing inside</span><span>changes the computation</span></p>'
+    '<div class="families" role="group" aria-label="Methods, by how deep they reach">${value.families}</div>'
+    f'<p class="note">Bars: the share that is trained, on a log scale from {facts.LEAST:.4f}% to 100%. '
+    f'{how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>'
+)
 
 
 def in_group(group: str) -> list[str]:
     """The situations of a group."""
     return [key for key, case in CASES.items() if case.group == group]
-
-
-def map_widget() -> gr.HTML:
-    return gr.HTML(
-        {"method": "lora", "families": ""},
-        html_template='<div class="spectrum"><p class="ends"><span>touches nothing inside</span>'
-        "<span>changes the computation</span></p>"
-        '<div class="families" role="group" aria-label="Methods, by how deep they reach">${value.families}</div>'
-        f'<p class="note">Bars: the share that is trained, on a log scale from {facts.LEAST:.4f}% to 100%. '
-        f'{how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>',
-        js_on_load=MAP,
-        elem_classes="drawn-map",
-        min_height=420,
-    )
 
 
 def traced(model: str) -> tuple[bool, ...]:
@@ -100,25 +92,31 @@ class Methods(Tab):
 
     def build(self) -> None:
         self.panel("sentence", controls.sentence())
-        controls.stage(self._settings, self._map)
-        self._advice()
+        super().build()
         self._published()
         self.fold_of("Pros and cons, as the lectures have them", "sides")
         with self.fold("The lectures' tables, checked") as accordion:
             self.panel("checked", gr.HTML())
         self.panel("counted", accordion)
 
-    def _settings(self) -> None:
+    def settings(self) -> None:
         self.control("model", controls.model_choice(address.MODEL))
         self.panel("reasons", controls.note())
 
-    def _map(self) -> None:
+    def pictures(self) -> None:
         self.panel("problem", controls.problem())
-        self.panel("method", map_widget())  # drawn whether or not its method is refused: the others are the model's
+        drawn = gr.HTML(
+            {"method": "lora", "families": ""},
+            html_template=SPECTRUM,
+            js_on_load=MAP,
+            elem_classes="drawn-map",
+            min_height=420,
+        )
+        self.panel("method", drawn)  # drawn whether or not its method is refused: the others are the model's
         self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
         self.panel("card", gr.HTML(min_height=400))
 
-    def _advice(self) -> None:
+    def _published(self) -> None:
         gr.HTML("<h2>Which one, and whether any</h2>", js_on_load=None, elem_classes="part")
         with gr.Row(elem_classes="panes"):
             with gr.Column(min_width=320):
@@ -129,8 +127,6 @@ class Methods(Tab):
                     )
             with gr.Column(min_width=320):
                 self.panel("advice", gr.HTML(min_height=400))
-
-    def _published(self) -> None:
         gr.HTML("<h2>What others measured</h2>", js_on_load=None, elem_classes="part")
         self.panel("not_memory", controls.note())
         metrics = [(m.title.split(",")[0].capitalize(), key) for key, m in published.METRICS.items()]
@@ -148,9 +144,9 @@ class Methods(Tab):
         facts.places(asked.run.model)  # refuses a bare count, which has no layers to count in
         count(asked.run)
 
-    def fill(self, asked: Asked) -> Values:
+    def fill(self, asked: Asked) -> dict[str, object]:
         ticks = {name: list(asked[name]) for name in TICKS.values()}
-        return {"model": controls.shown_model(asked.spec), **{name: asked[name] for name in AXES}, **ticks}
+        return {**super().fill(asked), "model": controls.shown_model(asked.spec), **ticks}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         model, method = asked.run.model, asked.run.method

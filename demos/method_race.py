@@ -11,8 +11,8 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.live_finetune import here, note, runnable
-from demos.page import choice, controls, methods, run_buttons, store
+from demos.live_finetune import again, buttons, here, note, runnable
+from demos.page import choice, controls, methods, store
 from demos.page.gpu import on_gpu
 from demos.page.tab import QUIET, Asked, Draw, Tab, Values
 from peftlab import RunSpec, SpecError, race, resolve
@@ -33,11 +33,6 @@ SHOW, NONE = "show me", "none"
 MOST, MOST_SEEDS = 24, 5
 """The most racers of one race here, and runs of each."""
 RACE = on_gpu(race.race)
-
-
-def named(text: str) -> tuple[str, ...]:
-    """The racers that a link or the box names, split at the semicolons."""
-    return () if text == "none" else tuple(text.split(";"))
 
 
 def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
@@ -89,7 +84,7 @@ class Race(Tab):
         "lesson": choice.one_of("lesson", FIRST, LESSONS),
         "device": choice.words("device", most=100),
         "sort": choice.one_of("sort", "score", race.BY_KEY),
-        "values": choice.Choice(None, named),
+        "values": choice.Choice(None, lambda text: () if text == "none" else tuple(text.split(";"))),
         "seconds": choice.number("seconds", None, 0.1, 600, whole=False),
         "seeds": choice.number("seeds", None, 1, MOST_SEEDS),
         "guess": choice.words("guess", SHOW, most=100),
@@ -102,13 +97,13 @@ class Race(Tab):
         """The lesson of each race that was started here, by the job's id."""
 
     def build(self) -> None:
-        controls.stage(self._settings, self._pictures)
+        super().build()
         self.go.click(None, None, None, js=CLOSED, **QUIET)
         self.press(self.go, self.begin, ["kept"])
         self.press(self.stop, self.halt, ["stop", "kept"])
         self.press(self.back, self.put_away, ["kept"])
 
-    def _settings(self) -> None:
+    def settings(self) -> None:
         lesson = gr.Radio(controls.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")
         self.control("lesson", lesson, guess=NONE)  # whoever opens a lesson is asked for a guess first
         self.control("device", gr.Radio([], label="Recorded on", visible=False))
@@ -119,7 +114,7 @@ class Race(Tab):
         info = asked_for(LESSONS[FIRST])
         values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=info)
         self.control("values", values)
-        self.control("steps", controls.text("steps"))
+        self.control("steps", controls.setting("steps"))
         with gr.Accordion("More settings", open=False):
             info = "Of training for each, instead of steps"
             self.control("seconds", gr.Textbox(label="Seconds", placeholder="none", max_lines=1, info=info))
@@ -127,7 +122,7 @@ class Race(Tab):
             self.control("seeds", gr.Textbox(label="Seeds", placeholder="1", max_lines=1, info=info))
         self.panel("settings", controls.note())
 
-    def _pictures(self) -> None:
+    def pictures(self) -> None:
         self.panel("problem", controls.problem())
         self.panel("sentence", controls.sentence())
         self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
@@ -149,8 +144,6 @@ class Race(Tab):
             self.panel("board", board)
         self.panel("result", result)
 
-    # --- what the settings show
-
     def check(self, asked: Asked) -> None:
         lesson, guess = LESSONS[asked["lesson"]], asked["guess"]
         if asked["device"] and asked["device"] not in (known := [key for _, key in races.devices(lesson.key)]):
@@ -161,7 +154,7 @@ class Race(Tab):
         if asked["values"] is not None:
             racers(asked.spec, lesson, asked["values"])
 
-    def fill(self, asked: Asked) -> Values:
+    def fill(self, asked: Asked) -> dict[str, object]:
         lesson, spec = LESSONS[asked["lesson"]], here(asked.spec)
         devices, device = races.devices(lesson.key), races.recorded(lesson.key, asked["device"]).device
         values = list(lesson.values if asked["values"] is None else asked["values"])
@@ -181,7 +174,7 @@ class Race(Tab):
         lesson, job = LESSONS[asked["lesson"]], self.race_of(asked)
         standing = job if job and self.raced[job.id] == lesson.key else None
         parts = {
-            **run_buttons.buttons(job, "Race here", "Racing", "Race again", "Stop"),
+            **buttons(job, "Race here", "Racing", "Race again", "Stop"),
             "settings": note(asked.spec),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
@@ -196,9 +189,9 @@ class Race(Tab):
         bar = ""
         if job:
             events = list(job.events)
-            found = races.so_far(events)
-            bar = failure(events) or races.status(events, found, jobs.ahead(job))
-            if found.lines:
+            lines = races.so_far(events)
+            bar = failure(events) or races.status(events, lines, jobs.ahead(job))
+            if lines:
                 live = races.live_picture(job, len(events), lesson.key, asked["sort"])
                 return parts | live | {"bar": bar, "result": gr.update(visible=True)}
         bar += races.provenance(record, "Until yours begins, this stands below. " if job and not job.over else "")
@@ -208,9 +201,7 @@ class Race(Tab):
         return parts | recorded | {"bar": bar + races.elsewhere(lesson, record)}
 
     def again(self, asked: Asked) -> float | None:
-        return run_buttons.again(self.race_of(asked))
-
-    # --- what the presses do
+        return again(self.race_of(asked))
 
     def race_of(self, asked: Asked) -> jobs.Job | None:
         """The race that was started from this browser, the one under way first."""

@@ -51,10 +51,6 @@ def build(tab: Tab) -> None:
         tab.press(button, partial(prove, name), ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
 
 
-def fill(asked: Asked) -> Values:
-    return {"proof_prompt": prompt(asked)}
-
-
 def draw(asked: Asked) -> dict[str, Draw]:
     return {"proof_adapter": lambda: offered(asked, chosen(asked))}
 

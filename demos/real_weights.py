@@ -26,12 +26,10 @@ KEEP = 12
 PANELS = ("study", "energy", "singular_values", "update_sizes", "shared_said", "matrix_table")
 LAST_LAYER, WIDTH = 29, 576
 """Of the model whose adapters are studied."""
-LAYER = choice.number("layer", None, 0, LAST_LAYER)
-DIRECTIONS = choice.number("directions", 64, 1, WIDTH)
 CHOICES: dict[str, choice.Choice] = {
     "matrix": choice.one_of("matrix", None, architecture.ROLES),
-    "layer": LAYER,
-    "directions": DIRECTIONS,
+    "layer": choice.number("layer", None, 0, LAST_LAYER),
+    "directions": choice.number("directions", 64, 1, WIDTH),
 }
 """Role and layer of the matrix that is shown, and how many directions of W its picture keeps."""
 DECOMPOSING = '<p class="note">W is being decomposed.</p>'
@@ -78,7 +76,7 @@ def build(tab: Tab) -> None:
     tab.panel("studied_runs", controls.note())
     with gr.Row(elem_classes="run-row"):
         tab.control("matrix", gr.Radio(shown.roles(None), label="Matrix"))
-        tab.control("layer", controls.slider_of(LAYER, "Layer"))
+        tab.slider("layer", "Layer")
     tab.panel("study_problem", controls.problem())
     tab.panel("study", controls.note())
     with gr.Row(elem_classes="panes"):
@@ -91,7 +89,7 @@ def build(tab: Tab) -> None:
             tab.panel("shared_said", controls.note())
     tab.panel("matrix_table", gr.HTML())
     with tab.fold("W as a picture, and its best approximation"):
-        tab.control("directions", controls.slider_of(DIRECTIONS, "Directions kept"))
+        tab.slider("directions", "Directions kept")
         tab.panel("weight_pictures", gr.HTML(min_height=430))
     with gr.Row(elem_classes="run-row"):
         adapter = tab.panel("studied", chooser(None, "Another adapter"))
@@ -108,11 +106,8 @@ def check(asked: Asked) -> None:
 
 def fill(asked: Asked) -> Values:
     role, layer = place(asked)
-    return {
-        "matrix": gr.update(choices=[[name, name] for name in shown.roles(added(asked))], value=role),
-        "layer": layer,
-        "directions": asked["directions"],
-    }
+    offered = [[name, name] for name in shown.roles(added(asked))]
+    return {"matrix": gr.update(choices=offered, value=role), "layer": layer}
 
 
 def draw(asked: Asked) -> dict[str, Draw]:

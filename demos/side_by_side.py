@@ -22,14 +22,6 @@ from peftlab.run.generate import Decoding
 from peftlab.show.comparisons import recorded_pair, reference, scored_value, whence
 from peftlab.show.marks import how
 
-TEMPERATURE = choice.number("temperature", 0, 0, 1.5, whole=False)
-TOKENS = choice.number("tokens", 64, 8, 256)
-DECODING = {
-    "temperature": TEMPERATURE,
-    "tokens": TOKENS,
-    "decoding_seed": choice.number("decoding_seed", 0, 0, 2**31 - 1),
-}
-
 
 def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
     """The texts of the base and of the adapter so far, after each token of both."""
@@ -65,23 +57,25 @@ class Compare(Tab):
     """The base and an adapter, side by side."""
 
     key, title = "compare", "Compare"
-    choices = {"adapter": choice.words("adapter", "", 200), "prompt": choice.words("prompt"), **DECODING}
+    choices = {
+        "adapter": choice.words("adapter", "", 200),
+        "prompt": choice.words("prompt"),
+        "temperature": choice.number("temperature", 0, 0, 1.5, whole=False),
+        "tokens": choice.number("tokens", 64, 8, 256),
+        "decoding_seed": choice.number("decoding_seed", 0, 0, 2**31 - 1),
+    }
     clears = {"adapter": ("prompt",)}
 
-    def build(self) -> None:
-        controls.stage(self._settings, self._pictures)
-
-    def _settings(self) -> None:
+    def settings(self) -> None:
         self.control("adapter", chooser(next(iter(bundled()))))
         examples = self.panel("example", gr.Dropdown([], label="Held-out examples", info="Never seen in training"))
         examples.input(None, examples, None, js="(prompt) => { peftlab.write({prompt}); }", **QUIET)
         with gr.Accordion("Decoding, the same for both", open=True):
-            hot = controls.slider_of(TEMPERATURE, "Temperature", "0 takes the likeliest token", step=0.1)
-            self.control("temperature", hot)
-            self.control("tokens", controls.slider_of(TOKENS, "Longest answer, tokens", step=8))
+            self.slider("temperature", "Temperature", "0 takes the likeliest token", step=0.1)
+            self.slider("tokens", "Longest answer, tokens", step=8)
             self.control("decoding_seed", gr.Number(0, precision=0, label="Seed"))
 
-    def _pictures(self) -> None:
+    def pictures(self) -> None:
         self.panel("sentence", controls.sentence())
         self.panel("whence", controls.note())
         self.panel("problem", controls.problem())
@@ -107,8 +101,6 @@ class Compare(Tab):
         free = {button: gr.update(interactive=True), saying: ""}
         self.press(on, work, shows, busy, free, **ONE_AT_A_TIME)
 
-    # --- presses
-
     def ask(self, asked: Asked) -> Iterator[Values]:
         """Gives the prompt to both, and shows their answers token by token."""
         key = chosen(asked)
@@ -132,18 +124,13 @@ class Compare(Tab):
                 mark = how("measured", f"{hardware.here().name}, just now")
                 yield scored_value(report, task_of(of(key))) | {"whence": f"{mark} Measured here, just now."}
 
-    # --- pictures
-
     def check(self, asked: Asked) -> None:
         task_of(of(chosen(asked)))
 
-    def fill(self, asked: Asked) -> Values:
+    def fill(self, asked: Asked) -> dict[str, object]:
         key = chosen(asked)
-        return {
-            "adapter": offered(asked, key),
-            "prompt": prompt_of(asked, task_of(of(key))),
-            **{name: asked[name] for name in DECODING},
-        }
+        prompt = prompt_of(asked, task_of(of(key)))
+        return {**super().fill(asked), "adapter": offered(asked, key), "prompt": prompt}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         adapter = of(chosen(asked))

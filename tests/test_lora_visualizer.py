@@ -139,14 +139,14 @@ def test_the_prompt_is_the_adapters_own_until_one_is_written():
 def test_a_proof_tells_how_it_goes_on_with_the_adapter_and_the_prompt_that_were_chosen(monkeypatch):
     asked = read({"proof_adapter": "ticket-lora"}, proof_prompt="Hello")
     monkeypatch.setattr(proving, "DIAL", lambda *of: iter([(0.0, "base"), (1.0, "-".join(of))]))
-    begins, first, both = (shown["proved"] for shown in proving.JOBS["dial"].press(asked))
+    begins, first, both = (shown["proved"] for shown in proving.prove("dial", asked))
     assert "Answering five times" in begins and "base" in first and "ticket-lora-Hello" in both
 
     def refused(*_):
         raise PeftlabError("the prompt is empty")
 
     monkeypatch.setattr(proving, "MERGE", refused)
-    told = proving.JOBS["merge"].press(asked)
+    told = proving.prove("merge", asked)
     assert "four models" in next(told)["proved"] and next(told) == {"proved": ""}
     with pytest.raises(PeftlabError, match="empty"):
         next(told)

@@ -14,8 +14,8 @@ from demos import memory_calculator
 from demos.page.tab import Asked
 from peftlab import RunSpec, predict, resolve, units
 from peftlab.memory import exact
-from peftlab.show import sentences
-from peftlab.show.memory_figures import bars_value
+from peftlab.show.memory_figures import bars_value, memory_sentence
+from peftlab.show.settings import method_name
 
 SPECS = (
     RunSpec(model="llama-3.1-8b", rank=16),
@@ -152,9 +152,9 @@ def test_the_pages_script_says_what_python_does():
             for run, parts, report in zip(case["value"]["runs"], answer["parts"], reports, strict=False):
                 assert sum(parts.values()) == pytest.approx(report.process, rel=1e-9, abs=16)
                 assert {k: parts[k] for k in evaluated(run, at)} == pytest.approx(evaluated(run, at), rel=1e-12)
-            assert answer["sentence"].replace(EMPTY, "") == sentences.memory_sentence(*reports)
+            assert answer["sentence"].replace(EMPTY, "") == memory_sentence(*reports)
             names = re.findall(r'<div class="bar-name">(.*?) <small>', answer["bars"])
-            assert names == [sentences.method_name(r) for r in reports][: len(names)]
+            assert names == [method_name(r) for r in reports][: len(names)]
 
 
 @pytest.mark.skipif(not NODE, reason="no node")
@@ -168,4 +168,4 @@ def test_the_pages_script_shows_the_exact_figures_only_where_they_hold(tiny_mode
     shown = [answer["parts"] for answer in answers]
     whole = [run["exact"] for run in value["runs"]]
     assert shown[0] == shown[3] == whole and shown[1][1] != whole[1] and shown[2][0] != whole[0]
-    assert answers[0]["sentence"].replace(EMPTY, "") == sentences.memory_sentence(*reports)
+    assert answers[0]["sentence"].replace(EMPTY, "") == memory_sentence(*reports)

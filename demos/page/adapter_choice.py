@@ -45,19 +45,17 @@ def offered(asked: Asked, chosen: str | None) -> Update:
 def choices(mine: object) -> list[tuple[str, str | int | float]]:
     """Names and keys: the visitor's own, `Asked.kept["adapters"]`, the newest first; then the bundled ones."""
     own = [key for key in reversed(mine if isinstance(mine, list) else []) if _is_here(key)]
-    return [
-        *((f"yours: {_label(of(key))}", key) for key in own),
-        *((f"bundled: {_label(adapter)}", key) for key, adapter in bundled().items()),
-    ]
+    named: list[tuple[str, str | int | float]] = []
+    for whose, key in [*(("yours", key) for key in own), *(("bundled", key) for key in bundled())]:
+        adapter = of(key)
+        rank = f" rank {adapter.spec.rank}" if adapter.spec.rank else ""
+        when = adapter.saved[:16].replace("T", " ")
+        named.append((f"{whose}: {task_of(adapter).name}, {adapter.spec.method}{rank}, {when} UTC", key))
+    return named
 
 
 def _is_here(key: object) -> bool:
     return isinstance(key, str) and bool(re.fullmatch(r"[\w-]+", key)) and (jobs.RUNS / key / "adapter").exists()
-
-
-def _label(adapter: Adapter) -> str:
-    rank = f" rank {adapter.spec.rank}" if adapter.spec.rank else ""
-    return f"{task_of(adapter).name}, {adapter.spec.method}{rank}, {adapter.saved[:16].replace('T', ' ')} UTC"
 
 
 def task_of(adapter: Adapter) -> tasks.Task:

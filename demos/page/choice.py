@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from peftlab import SpecError
 from peftlab.spec import closest
 
-LETTERS = 2000
-"""Longest text that a visitor may send to a model."""
 T = TypeVar("T")
 
 
@@ -24,13 +22,13 @@ class Choice(Generic[T]):
 
 @dataclass(frozen=True)
 class Number(Choice[float | None]):
-    """A number from `low` to `high`."""
-
     low: float
     high: float
 
 
 def number(name: str, usual: float | None, low: float, high: float, whole: bool = True) -> Number:
+    """A number from `low` to `high`."""
+
     def read(text: str) -> float:
         try:
             value = float(text)
@@ -38,7 +36,7 @@ def number(name: str, usual: float | None, low: float, high: float, whole: bool 
             value = float("nan")
         if not low <= value <= high or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"
-            try_ = high if value > high else low if value < low else low if usual is None else usual
+            try_ = high if value > high else low if value < low or usual is None else usual
             raise SpecError(f"{name}={text[:40]}: {kind} from {said(low)} to {said(high)}; try {said(try_)}")
         return int(value) if whole else value
 
@@ -66,8 +64,8 @@ def several(name: str, usual: tuple[str, ...], known: Collection[str]) -> Choice
     return Choice(usual, read)
 
 
-def words(name: str, usual: str | None = None, most: int = LETTERS) -> Choice[str | None]:
-    """Free text."""
+def words(name: str, usual: str | None = None, most: int = 2000) -> Choice[str | None]:
+    """Free text of at most `most` letters."""
 
     def read(text: str) -> str:
         if len(text) > most:
@@ -82,8 +80,3 @@ def said(value: object) -> str:
     if isinstance(value, tuple):
         return ";".join(value) or "none"
     return str(value).removesuffix(".0")
-
-
-def unusual(values: Mapping[str, object], choices: Mapping[str, Choice]) -> dict[str, str]:
-    """What a link says of the choices: those that are not as usual."""
-    return {name: said(value) for name, value in values.items() if value != choices[name].usual}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
 import gradio as gr
 
-from demos.page.choice import Number
 from peftlab import RunSpec
 from peftlab.base.models import DEFAULT, MODELS, find
 from peftlab.show.figures import Chart
@@ -17,11 +16,8 @@ from peftlab.show.settings import label, short
 from peftlab.spec import SETTINGS
 
 PLOT = "const begin = () => window.peftlab ? peftlab.plot(element, props, watch) : setTimeout(begin, 20); begin();"
-DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 Update: TypeAlias = dict[str, Any]
 """An update of a component, as `gr.update` makes it."""
-Choices: TypeAlias = Sequence[str | tuple[str, str]]
-"""What a chooser offers: values, or pairs of a name and a value."""
 
 
 class Named(Protocol):
@@ -101,42 +97,22 @@ def reset(*keeping: str) -> gr.HTML:
     return lessons({"Reset to automatic": {}}, "reset", keeping)
 
 
-def stage(settings: Callable[[], None], pictures: Callable[[], None]) -> None:
-    """Settings in a column at the left on a desktop, in a drawer at the foot of a phone's screen; and the pictures."""
-    with gr.Row(elem_classes="stage"):
-        with gr.Column(elem_classes="controls", scale=0, min_width=320):
-            handle = '<button type="button" class="handle">Settings</button>'
-            gr.HTML(handle, js_on_load=DRAWER, elem_classes="drawer")
-            settings()
-        with gr.Column(elem_classes="main"):
-            pictures()
-
-
 def described(name: str) -> Described:
     about = SETTINGS[name]
     return {"label": label(name), "info": about.meaning[0].upper() + about.meaning[1:]}
 
 
-def slider(name: str, low: float, high: float, value: float, step: float = 1) -> gr.Slider:
-    return gr.Slider(low, high, value, step=step, **described(name))
-
-
-def slider_of(choice: Number, label: str, info: str | None = None, step: float = 1, visible: bool = True) -> gr.Slider:
-    """A slider over the whole range of a tab's own choice."""
-    return gr.Slider(choice.low, choice.high, choice.usual, step=step, label=label, info=info, visible=visible)
-
-
-def text(name: str) -> gr.Textbox:
-    """For a name or a number. Empty means automatic, which gr.Number on a hidden tab would send as 0."""
-    return gr.Textbox(placeholder=SETTINGS[name].automatic, max_lines=1, **described(name))
-
-
-def choice(name: str, choices: Choices | None = None, value: str | None = None, own: bool = False) -> gr.Dropdown:
-    """A dropdown of `choices`, or of the setting's own with `automatic` first; where `own`, others may be typed in."""
-    about = SETTINGS[name]
-    if choices is None:
-        choices, value = [(f"automatic: {about.automatic}", ""), *about.choices], ""
+def choice(name: str, choices: Sequence[tuple[str, str]], value: str | None = None, own: bool = False) -> gr.Dropdown:
+    """A dropdown of `choices`, pairs of a name and a value; where `own`, others may be typed in."""
     return gr.Dropdown(choices, value=value, allow_custom_value=own, **described(name))
+
+
+def setting(name: str) -> gr.Dropdown | gr.Textbox:
+    """A dropdown of the setting's own choices, or a box, which is empty for automatic: a hidden gr.Number would send 0."""
+    about = SETTINGS[name]
+    if about.choices:
+        return gr.Dropdown([(f"automatic: {about.automatic}", ""), *about.choices], value="", **described(name))
+    return gr.Textbox(placeholder=about.automatic, max_lines=1, **described(name))
 
 
 def model_choice(value: str | None) -> gr.Dropdown:

@@ -1,11 +1,8 @@
 // The LoRA tab's numbers and words: functions of what the server sent, `data`, and of what is set, `settings`. The backend
-// counts and says them alike.
-
-// --- counting: the registry's terms, as peftlab/methods evaluates them
+// counts and says them alike: WORDS has its texts, and words.js, which stands before this, its formats.
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
-const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
-const valueOf = (terms, sizes) => Math.round(sum(terms.map(([c, factors]) => c * product(factors.map((name) => sizes[name])))));
+const valueOf = (terms, sizes) => Math.round(sum(terms.map(([c, names]) => names.reduce((n, name) => n * sizes[name], c))));
 /** In how many layers each kind of module is adapted. A module outside the layers is adapted where all layers are. */
 const chosenOf = (data, {targets, layers}) =>
   data.modules.map((m) => !targets.has(m.name) ? 0
@@ -31,8 +28,6 @@ const scaleOf = (data, settings) => {
   return alpha === null ? 1 : alpha / (data.methods[settings.method].root ? Math.sqrt(settings.rank) : settings.rank);
 };
 
-// --- words: WORDS has the backend's texts, and words.js, which stands before this, its formats
-
 /** A set of layers as the setting `layers` says it; empty for all. */
 const layersText = (layers, n) => {
   if (layers.size === n) return '';
@@ -46,11 +41,6 @@ const layersText = (layers, n) => {
 const targetsText = (data, targets) => {
   const names = data.modules.filter((m) => targets.has(m.name)).map((m) => m.name);
   return data.modules.every((m) => targets.has(m.name) !== (m.role === 'head')) ? 'all-linear' : names.join(',');
-};
-const whereText = (data, {targets, layers}) => {
-  const text = targetsText(data, targets), which = layersText(layers, data.n_layers);
-  const said = WORDS.where[text] ?? text.replaceAll(',', ', ');
-  return which ? `${said} of layers ${which}` : said;
 };
 /** What is wrong with the settings, with `typed` numbers in place of theirs; empty when nothing is. */
 const refusal = (data, settings, typed = {}) => {
@@ -68,14 +58,16 @@ const refusal = (data, settings, typed = {}) => {
   if (rank <= limit) return '';
   return fill(WORDS.rank, {rank, limit, which: WORDS[method.limit], usual: Math.min(limit, WORDS.usual_rank)});
 };
-const sentence = (data, settings, counted) => fill(WORDS.sentence, {
-  what: fill(settings.method === 'lora' ? 'Rank {rank}' : '{name}, rank {rank},', {name: data.methods[settings.method].name, rank: settings.rank}),
-  where: whereText(data, settings),
-  trained: bold(whole(counted.trained), 'trained'),
-  total: bold(whole(data.total), 'frozen'),
-  percent: bold(percent(counted.trained / data.total), 'trained'),
-  size: size(counted.saved * settings.bytes),
-});
-
+const sentence = (data, {method, rank, targets, layers, bytes}, counted) => {
+  const text = targetsText(data, targets), which = layersText(layers, data.n_layers);
+  return fill(WORDS.sentence, {
+    what: method === 'lora' ? `Rank ${rank}` : `${data.methods[method].name}, rank ${rank},`,
+    where: (WORDS.where[text] ?? text.replaceAll(',', ', ')) + (which && ` of layers ${which}`),
+    trained: bold(whole(counted.trained), 'trained'),
+    total: bold(whole(data.total), 'frozen'),
+    percent: bold(percent(counted.trained / data.total), 'trained'),
+    size: size(counted.saved * bytes),
+  });
+};
 /** The setting that a refusal begins with, where that setting has a place for its refusals; empty otherwise. */
 const blamed = (wrong) => /^(rank|alpha)=/.exec(wrong)?.[1] ?? '';

@@ -1,8 +1,6 @@
 // Draws the LoRA tab. The server sends a model's shapes and the registry's terms; this answers every slider, tick and click
 // after that by itself, and writes it to the page's settings, which ask the server once the reader pauses.
 
-// --- the state: what the server sent, and what the reader has changed since
-
 const stage = element.closest('.stage');
 let data, settings, shown, typed = {}; // shown: the module whose matrices are drawn; typed: refused numbers, as typed
 let built, late = 0, places = {}, width = 600;
@@ -40,11 +38,6 @@ const nearest = (numbers, one) => Math.min(numbers.filter((n) => n < one).length
 const evenOf = (m) => m.d_in * m.d_out / (m.d_in + m.d_out);
 
 const layersFrom = (first, end) => new Set(Array.from({length: end - first}, (_, i) => first + i));
-/** All linear modules, and all layers. */
-const everything = () => ({
-  targets: new Set(data.modules.filter((m) => m.role !== 'head').map((m) => m.name)),
-  layers: layersFrom(0, data.n_layers),
-});
 /** Takes the settings from the server's answer, but keeps the value of a slider that the reader holds. */
 const read = () => {
   const held = stage.querySelector('[type=range][data-knob]:active')?.dataset.knob, mine = settings?.[held];
@@ -79,8 +72,6 @@ const report = () => {
 /** Asks the server at once when the reader leaves the tab: what they open next is to show the new settings. */
 const left = () => { if (peftlab.get().resting) peftlab.write({}); };
 const released = () => { paint(); report(); };
-
-// --- what the reader does
 
 const set = (name, value) => { settings = {...settings, [name]: value}; };
 /** Rank and alpha of a preset, where null makes alpha automatic; without a preset, the present rank. */
@@ -179,7 +170,10 @@ const begin = () => {
 window.addEventListener('peftlab-written', ({detail}) => {
   if (!data || 'picture' in detail) return;
   if (trainsNothing(data, settings)) { read(); paint(); } // a choice of nothing was not written, so no answer undoes it
-  if ('model' in detail) settings = {...settings, ...everything()}; // modules and layers are a model's
+  if ('model' in detail) { // modules and layers are a model's: all linear modules, and all layers
+    set('targets', new Set(data.modules.filter((m) => m.role !== 'head').map((m) => m.name)));
+    set('layers', layersFrom(0, data.n_layers));
+  }
 });
 begin();
 watch('value', begin);

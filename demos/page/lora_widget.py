@@ -28,6 +28,7 @@ CONSTANTS = {
 SCRIPT = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in CONSTANTS.items()) + look.script(
     "words.js", "lora_count.js", "lora_toy.js", "lora_picture.js", "lora_widget.js"
 )
+"""Draws TOP, BELOW and the knobs, and writes what the reader sets in them."""
 
 
 def knobs() -> gr.HTML:
@@ -61,16 +62,6 @@ def _slider(name: str, label: str, info: str, of_number: str) -> str:
         f'<input type="number" data-knob="{name}" aria-label="number input for {label}" {of_number}></div>'
         f'<p class="problem here" data-of="{name}" role="alert"></p></div>'
     )
-
-
-def picture() -> gr.HTML:
-    """The upper half. Its script draws both halves and the knobs, and writes what the reader sets in them."""
-    return gr.HTML(None, html_template=TOP, js_on_load=SCRIPT, elem_classes="drawn")
-
-
-def rest() -> gr.HTML:
-    """The lower half."""
-    return gr.HTML(BELOW, js_on_load=None, elem_classes="drawn")
 
 
 TOP = """

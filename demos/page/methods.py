@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
@@ -38,8 +37,10 @@ def method_choice(tab: str, method: str, model: str) -> gr.HTML:
     )
 
 
+NEVER_EMPTY = {"train_norms": False, "target_modules": "all-linear"}
+"""What a switch and the target modules show where the method has none."""
 SLIDERS = {"rank": (1, 256, 8), "virtual_tokens": (1, 100, 20), "bottleneck": (1, 256, 16), "block_size": (2, 64, 16)}
-BY_METHOD = (*SLIDERS, "train_norms", "target_modules")
+BY_METHOD = (*SLIDERS, *NEVER_EMPTY)
 """Settings whose controls show the value that the method gives them; the others are empty when automatic."""
 TARGETS = (
     ("every linear layer", "all-linear"),
@@ -50,20 +51,18 @@ TARGETS = (
 
 def method_settings(method: str, names: Sequence[str]) -> dict[str, Component]:
     """A control for each of `names`, settings that only some methods read, visible where `method` reads it."""
-    made = {name: _control(name) for name in names}
-    for name, control in made.items():
-        control.visible = name in METHODS[method].settings
+    made: dict[str, Component] = {}
+    for name in names:
+        if name in SLIDERS:
+            made[name] = gr.Slider(*SLIDERS[name], step=1, **controls.described(name))
+        elif name == "train_norms":
+            made[name] = gr.Checkbox(False, **controls.described(name))
+        elif name == "target_modules":
+            made[name] = controls.choice(name, TARGETS, "all-linear", own=True)
+        else:
+            made[name] = controls.setting(name)
+        made[name].visible = name in METHODS[method].settings
     return made
-
-
-def _control(name: str) -> Component:
-    if name in SLIDERS:
-        return controls.slider(name, *SLIDERS[name])
-    if name == "train_norms":
-        return gr.Checkbox(False, **controls.described(name))
-    if name == "target_modules":
-        return controls.choice(name, TARGETS, "all-linear", own=True)
-    return controls.text(name)
 
 
 def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, controls.Update]:
@@ -72,22 +71,17 @@ def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, controls.Up
     uses = METHODS[run.method].settings if find(run.model).config else ()
     updates = {}
     for name in names:
-        value = _blank(None if name in run.unread else getattr(run if name in BY_METHOD else spec, name), name)
-        update = controls.slid(value, SLIDERS[name][1]) if name in SLIDERS else gr.update(value=value)
+        value = None if name in run.unread else getattr(run if name in BY_METHOD else spec, name)
+        if name in SLIDERS:
+            update = controls.slid(SLIDERS[name][2] if value is None else value, SLIDERS[name][1])
+        else:
+            update = gr.update(value=controls.blank(NEVER_EMPTY.get(name) if value is None else value))
         updates[name] = update | {"visible": name in uses or name not in METHOD_SETTINGS}
     return updates
 
 
-def _blank(value: Any, name: str) -> Any:
-    """What a control shows of `value`. A slider, a switch and the target modules have no empty state."""
-    if value is None and name in BY_METHOD:
-        return SLIDERS[name][2] if name in SLIDERS else "all-linear" if name == "target_modules" else False
-    return value if name in SLIDERS else controls.blank(value)
-
-
-def preset_choice(keys: Sequence[str]) -> gr.Dropdown:
-    choices = [("none", ""), *((PRESETS[key].name, key) for key in keys)]
-    return gr.Dropdown(choices, value="", label="Preset", info=PUBLISHED)
+def preset_choice() -> gr.Dropdown:
+    return gr.Dropdown([("none", ""), *controls.choices_of(PRESETS)], value="", label="Preset", info=PUBLISHED)
 
 
 def of_preset(key: str, run: Mapping[str, str]) -> tuple[RunSpec, str]:

@@ -1,6 +1,5 @@
-// The page owns its settings, and this file holds them. Controls, links, Back, presets and lessons write here and nowhere
-// else. The address shows what is held here. The server says what the settings look like; only an answer to the newest
-// question counts.
+// This file holds the page's settings, and everything that changes one writes here. The address shows what is held here, the
+// server says what it looks like, and only an answer to the newest question counts.
 
 // store.py fills this in: tabs, of which the first is the usual one; nats, that word with its meaning; run, the names of a
 // run's settings; clears, the names that become automatic when another one is written; folds, their names by element;
@@ -16,17 +15,13 @@ let number = 0, failures = 0; // the newest question's number; answers that fail
 let resting = 0, looking = 0, refusing = 0; // timers
 let pending = {}, shown = {}, held = {}; // updates that Gradio is to take; what each output shows, as JSON; updates of a box in use
 
-// --- what the browser keeps for itself: ids of runs and adapters, which no link carries
-
-const STORAGE = 'peftlab';
+const STORAGE = 'peftlab'; // under which the browser keeps ids of runs and adapters, which no link carries
 const remembered = () => { try { return JSON.parse(localStorage.getItem(STORAGE)) ?? {}; } catch { return {}; } };
 const memory = Object.assign({visitor: crypto.randomUUID?.() ?? String(Math.random()).slice(2), adapters: []}, remembered());
 const keep = (more) => {
   Object.assign(memory, remembered(), more); // another window may have kept something since
   try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame without storage keeps it for this visit */ }
 };
-
-// --- the address
 
 /** The address leaves out long texts and ids of runs; the browser's history holds those. */
 const isPublic = (value) => value.length <= LONGEST && !/-\d{6}-[0-9a-f]{6}$/.test(value);
@@ -56,9 +51,8 @@ const tell = () => {
   if (window.parent !== window) window.parent.postMessage(message, '*');
 };
 
-// --- lanes: each has one question under way; the newest one that waits is next; a lost answer is asked for again
-
 const pause = (time) => new Promise((done) => setTimeout(done, time));
+/** A lane has one question under way; the newest one that waits is next; a lost answer is asked for again. */
 const lane = (ask, take, patience) => {
   let busy = false, next = null;
   const work = async () => {
@@ -87,15 +81,14 @@ const quick = lane((asked) => server.answer(asked), (answer) => {
   state = answer.state;
   record('replaceState');
   show(answer.show);
-  refuse(answer.problems);
+  clearTimeout(refusing); // until Gradio has drawn the controls
+  refusing = setTimeout(() => refuse(answer.problems), Object.keys(answer.problems).length ? DRAWN : 0);
   clearTimeout(looking);
   if (answer.again) looking = setTimeout(look, 1000 * answer.again);
   if (answer.slow) exact(question());
 }, PATIENCE);
 const exact = lane((asked) => server.exact(asked), (answer) => show(answer.show), LONG);
 const look = () => quick(question());
-
-// --- writing
 
 const stopResting = () => { clearTimeout(resting); resting = 0; };
 const settled = () => { stopResting(); record('pushState'); look(); };
@@ -114,11 +107,6 @@ const write = (patch, atRest = false) => {
   number += 1;
   stopResting();
   if (atRest) resting = setTimeout(settled, REST); else settled();
-};
-/** Writes another run: each setting is as in `run`, or else automatic, but for those in `keeping`, which stay. */
-const replace = (run, keeping = []) => {
-  const gone = GIVEN.run.filter((name) => !keeping.includes(name));
-  write({...Object.fromEntries(gone.map((name) => [name, ''])), ...run});
 };
 /** The page has drawn this output itself; the next answer is to draw it in any case. */
 const redrawn = (name) => {
@@ -145,12 +133,6 @@ const go = (to) => {
   number += 1;
   settled();
 };
-const fold = (name, isOpen) => {
-  if (isOpen) open.add(name); else open.delete(name);
-  if (isOpen) look();
-};
-
-// --- showing
 
 const show = (updates) => {
   for (const [name, update] of Object.entries(updates)) {
@@ -173,12 +155,8 @@ const take = () => {
   pending = {};
   return GIVEN.outputs.map((name) => taken[name] ?? {__type__: 'update'});
 };
-/** Places refusals beside their controls, once Gradio has drawn these; those without a control in sight go to the top. */
+/** Places refusals beside their controls; those without a control in sight go to the top. */
 const refuse = (problems) => {
-  clearTimeout(refusing);
-  refusing = setTimeout(() => placed(problems), Object.keys(problems).length ? DRAWN : 0);
-};
-const placed = (problems) => {
   document.querySelectorAll('.refusal').forEach((old) => old.remove());
   const rest = [];
   for (const [name, text] of Object.entries(problems)) {
@@ -193,8 +171,6 @@ const showTab = () => {
   trigger('submit');
 };
 
-// --- beginning
-
 keep({});
 window.peftlab = {write, heard, picked, redrawn, go, plot, take, question, keep: (more) => { keep(more); look(); },
   get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
@@ -204,8 +180,14 @@ document.addEventListener('input', ({target}) => {
 });
 document.addEventListener('click', ({target}) => {
   const replaces = target.closest('[data-replace]'), folds = target.closest('.fold .label-wrap');
-  if (replaces) replace(JSON.parse(replaces.dataset.replace), JSON.parse(replaces.dataset.keeping));
-  if (folds) setTimeout(() => fold(GIVEN.folds[folds.closest('.fold').id], folds.classList.contains('open')));
+  if (replaces) { // another run: what it does not name becomes automatic, but for the settings to keep
+    const {replace, keeping} = replaces.dataset, gone = GIVEN.run.filter((name) => !JSON.parse(keeping).includes(name));
+    write({...Object.fromEntries(gone.map((name) => [name, ''])), ...JSON.parse(replace)});
+  }
+  if (folds) setTimeout(() => {
+    const name = GIVEN.folds[folds.closest('.fold').id];
+    if (folds.classList.contains('open')) { open.add(name); look(); } else open.delete(name);
+  });
 });
 document.addEventListener('focusout', () => setTimeout(() => { const late = held; held = {}; show(late); }));
 window.addEventListener('storage', () => Object.assign(memory, remembered()));

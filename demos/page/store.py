@@ -1,7 +1,4 @@
-"""The server's half of the page's settings: it keeps none, and answers each question of a page with what to show.
-
-The page's half is store.js.
-"""
+"""The server's half of the settings, without a memory: it answers a page's question, from store.js, with what to show."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeAlias, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import gradio as gr
 from gradio.components import Component
 
 from demos.page import address, choice, controls, look, methods
-from demos.page.tab import QUIET, Asked, Slow, Tab, failed
+from demos.page.tab import QUIET, Asked, Slow, Tab, said
 from peftlab import PeftlabError, SpecError
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.room import worker
@@ -32,9 +29,6 @@ CLEARS = {
     "model": ("target_modules", "layers"),
 }
 """Settings that become automatic again when another method or model is chosen."""
-REST = (gr.Slider, gr.Number)
-"""Controls that are moved or typed in bit by bit: the page asks nothing until they rest."""
-
 log = logging.getLogger(__name__)
 Shown: TypeAlias = dict[str, controls.Update]
 """Updates of components, by tab and name."""
@@ -42,17 +36,15 @@ Answer: TypeAlias = dict[str, Any]
 """What a page gets as JSON; `Store.answer` says what is in it."""
 
 
-class Question(TypedDict):
-    """What a page asks."""
+@dataclass(frozen=True)
+class Question:
+    """What a page asks: `state` is what the address says, `kept` as in `Asked`, `open` the names of the open folds."""
 
-    number: int | None
+    number: object
     tab: str
     state: dict[str, Any]
-    """What the address says, name by name."""
     kept: dict[str, Any]
-    """See `Asked`."""
     open: list[str]
-    """Names of the folds that are open."""
 
 
 class Store:
@@ -61,8 +53,6 @@ class Store:
     def __init__(self, tabs: Sequence[Tab]) -> None:
         self.tabs = {tab.key: tab for tab in tabs}
         self.choices = {name: one for tab in tabs for name, one in tab.choices.items()}
-
-    # --- reading
 
     def read(self, state: Mapping[str, object], kept: Mapping[str, object] | None = None) -> Asked:
         """What a link or a page says; a setting that its method does not read is left out. Raises SpecError."""
@@ -81,16 +71,17 @@ class Store:
 
     def link(self, asked: Asked) -> dict[str, str]:
         """The settings as the address says them: nothing for what the page opens with."""
-        return address.link(asked.spec) | choice.unusual(asked.choices, self.choices)
+        unusual = {n: choice.said(v) for n, v in asked.choices.items() if v != self.choices[n].usual}
+        return address.link(asked.spec) | unusual
 
     def understood(self, tab: Tab, question: Question) -> tuple[Asked, dict[str, str]]:
         """What a question asks, without what is refused; and the refusals, by setting."""
-        state, problems = dict(question["state"]), dict[str, str]()
+        state, problems = dict(question.state), dict[str, str]()
         while True:
             try:
-                asked = self.read(state, question["kept"])
+                asked = self.read(state, question.kept)
                 tab.check(asked)
-                return replace(asked, refused={name: str(question["state"][name]) for name in problems}), problems
+                return replace(asked, refused={name: str(question.state[name]) for name in problems}), problems
             except PeftlabError as error:
                 if not state:
                     raise
@@ -111,8 +102,6 @@ class Store:
                 continue
         return next(reversed(list(state)))
 
-    # --- answering
-
     def answer(self, asks: object) -> Answer:
         """What the tab on screen shows of the settings.
 
@@ -120,79 +109,61 @@ class Store:
         component, and the seconds until the page asks `again`; where it is `slow`, an `exact` answer will show more.
         """
         question = sound(asks)
-        number, tab = question["number"], self.tabs.get(question["tab"]) or next(iter(self.tabs.values()))
+        tab = self.tabs.get(question.tab) or next(iter(self.tabs.values()))
+        unshown = {"number": question.number, "state": question.state, "show": {}, "again": None, "slow": False}
         try:
             asked, problems = self.understood(tab, question)
             again = tab.again(asked)  # before it is drawn: what ends meanwhile is looked at once more
-            state = self.link(asked) | {n: str(question["state"][n]) for n in problems}
             return {
-                "number": number,
-                "state": state,
+                "number": question.number,
+                "state": self.link(asked) | {name: str(question.state[name]) for name in problems},
                 "problems": problems,
-                "show": self.shown(tab, asked, problems, question["open"]),
+                "show": self.shown(tab, asked, question),
                 "again": again,
                 "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
             }
         except Exception as error:
-            said = str(error) if isinstance(error, PeftlabError) else failed(error)
-            unshown: Answer = {"show": {}, "again": None, "slow": False}
-            return {"number": number, "state": question["state"], "problems": {"": said}} | unshown
+            return unshown | {"problems": {"": said(error)}}
 
-    def shown(self, tab: Tab, asked: Asked, problems: Mapping[str, str], opened: Sequence[str]) -> Shown:
-        """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows."""
-        panels = {
-            name: draw()
-            for name, draw in tab.draw(asked).items()
-            if name not in tab.folded or tab.folded[name] in opened
-        }
-        shown = {**tab.fill(asked), **panels}
-        named = {f"{tab.key}.{name}": controls.as_update(value) for name, value in shown.items()}
-        return named | self.kept_as_typed(tab, problems, asked)
+    def shown(self, tab: Tab, asked: Asked, question: Question) -> Shown:
+        """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows.
 
-    def wanted(self, tab: Tab, asked: Asked, question: Question) -> list[Slow]:
-        """Slow work whose result is in sight."""
-        seen = {None, *question["open"]}
-        return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in seen]
-
-    def kept_as_typed(self, tab: Tab, problems: Mapping[str, str], asked: Asked) -> Shown:
-        """Updates that leave what is refused in its control; a slider's scale is stretched to hold it."""
-        shown, filled = {}, tab.fill(asked) if problems else {}
-        for name, control in tab.controls.items():
-            if name not in problems:
-                continue
-            update = {k: v for k, v in controls.as_update(filled.get(name, gr.skip())).items() if k != "value"}
-            number = plain_number(asked.refused[name])
+        What is refused stays in its control as it was typed; a slider's scale is stretched to hold it.
+        """
+        seen = {None, *question.open}
+        panels = {name: draw() for name, draw in tab.draw(asked).items() if tab.folded.get(name) in seen}
+        shown = {name: controls.as_update(value) for name, value in {**tab.fill(asked), **panels}.items()}
+        for name in asked.refused.keys() & tab.controls.keys():
+            update = {k: v for k, v in shown.get(name, gr.skip()).items() if k != "value"}
+            control, number = tab.controls[name], plain_number(asked.refused[name])
             if isinstance(control, gr.Slider) and number is not None:
                 low, high = min(control.minimum, number), max(control.maximum, number)
                 update |= {"value": number, "minimum": low, "maximum": high}
-            shown[f"{tab.key}.{name}"] = update
-        return shown
+            shown[name] = update
+        return {f"{tab.key}.{name}": update for name, update in shown.items()}
+
+    def wanted(self, tab: Tab, asked: Asked, question: Question) -> list[Slow]:
+        """Slow work whose result is in sight."""
+        return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in {None, *question.open}]
 
     async def exact(self, asks: object) -> Answer:
         """What `answer` shows, once the slow work is done in its own process. Those who wait for it hold no thread."""
-        question = sound(asks)
-        number, tab = question["number"], self.tabs.get(question["tab"])
-        if tab is None:
-            return {"number": number, "show": {}}
-        try:
-            asked, problems = self.understood(tab, question)
-            for slow in self.wanted(tab, asked, question):
-                await worker.once(slow.work, *slow.arguments)
-            return {"number": number, "show": self.shown(tab, asked, problems, question["open"])}
-        except PeftlabError as error:
-            return {"number": number, "show": {f"{tab.key}.problem": controls.as_update(str(error))}}
-        except Exception as error:
-            log.exception("exact: %s", error)
-        return {"number": number, "show": {}}
-
-    # --- building
+        question, shown = sound(asks), Shown()
+        if tab := self.tabs.get(question.tab):
+            try:
+                asked, _ = self.understood(tab, question)
+                for slow in self.wanted(tab, asked, question):
+                    await worker.once(slow.work, *slow.arguments)
+                shown = self.shown(tab, asked, question)
+            except PeftlabError as error:
+                shown = {f"{tab.key}.problem": controls.as_update(str(error))}
+            except Exception as error:
+                log.exception("exact: %s", error)
+        return {"number": question.number, "show": shown}
 
     def build(self, tabs: gr.Tabs) -> None:
         """Makes the component that runs store.js, and wires every tab's controls and folds, once these are built."""
         outputs: dict[str, gr.blocks.Block] = {"store.tabs": tabs}
-        for tab in self.tabs.values():
-            for name, fold in tab.folds.items():
-                fold.elem_id = fold.elem_id or f"fold-{name}"
         for tab in self.tabs.values():
             outputs |= {f"{tab.key}.{name}": component for name, component in {**tab.controls, **tab.panels}.items()}
             for name, component in tab.controls.items():
@@ -216,14 +187,14 @@ class Store:
             "", js_on_load=SCRIPT.replace("/*given*/{}", json.dumps(given)), server_functions=[answer, exact],
             visible="hidden",
         )  # fmt: skip
-        every = list(outputs.values())
-        carrier.submit(None, None, every, js="() => peftlab.take()", trigger_mode="multiple", **QUIET)
+        shows = list(outputs.values())
+        carrier.submit(None, None, shows, js="() => peftlab.take()", trigger_mode="multiple", **QUIET)
 
     def _hear(self, name: str, component: Component, also: Mapping[str, str]) -> None:
         """Writes what a control says. The page's scripts hear HTML and text boxes, as Gradio does not tell of a paste."""
         if not isinstance(component, (gr.HTML, gr.Textbox)):
-            more = ", ".join(["v", str(isinstance(component, REST)).lower(), *([json.dumps(also)] if also else [])])
-            heard = f"(v) => {{ peftlab.heard('{name}', {more}); }}"
+            at_rest = json.dumps(isinstance(component, (gr.Slider, gr.Number)))  # what is moved or typed in bit by bit
+            heard = f"(v) => {{ peftlab.heard('{name}', v, {at_rest}, {json.dumps(also)}); }}"
             component.input(None, component, None, js=heard, **QUIET)  # type: ignore[attr-defined]
         if isinstance(component, gr.Dropdown) and component.multiselect:
             component.change(None, component, None, js=f"(v) => {{ peftlab.picked('{name}', v); }}", **QUIET)
@@ -246,18 +217,10 @@ def sound(asks: object) -> Question:
         return given[name] if isinstance(given.get(name), form) else form()
 
     opened = [name for name in part("open", list) if isinstance(name, str)]
-    return Question(
-        number=given.get("number"),
-        tab=part("tab", str),
-        state=part("state", dict),
-        kept=part("kept", dict),
-        open=opened,
-    )
+    return Question(given.get("number"), part("tab", str), part("state", dict), part("kept", dict), opened)
 
 
 class Page(gr.Blocks):
-    """A page of tabs, with its store."""
-
     store: Store
 
 

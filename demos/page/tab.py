@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
 
-from demos.page.choice import Choice
+from demos.page.choice import Choice, Number
+from demos.page.controls import blank
 from peftlab import PeftlabError, RunSpec, resolve
 from peftlab.spec import Resolved
 
@@ -69,8 +70,10 @@ class Slow:
     """The one panel that shows the result; while that is folded, the work is not begun."""
 
 
-def failed(error: Exception) -> str:
-    """What the page says of an error that nobody foresaw. The traceback goes to the log."""
+def said(error: Exception) -> str:
+    """What the page says of an error. The traceback of one that nobody foresaw goes to the log."""
+    if isinstance(error, PeftlabError):
+        return str(error)
     log.exception("the page: %s", error)
     return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
 
@@ -80,6 +83,7 @@ Work: TypeAlias = Callable[[Asked], Iterator[Values]]
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 ONE_AT_A_TIME: dict[str, Any] = QUIET | {"concurrency_id": "generate", "concurrency_limit": 1}
 """Options for presses that compute with a model: two at once would only be slower."""
+DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
 class Tab:
@@ -119,6 +123,11 @@ class Tab:
         self.controls[name] = component
         return component
 
+    def slider(self, name: str, label: str, info: str | None = None, step: float = 1, visible: bool = True) -> None:
+        """A slider over the whole range of the tab's choice `name`, which is a number."""
+        of = cast(Number, self.choices[name])
+        self.control(name, gr.Slider(of.low, of.high, of.usual, step=step, label=label, info=info, visible=visible))
+
     def control_all(self, made: Mapping[str, Component]) -> None:
         """Controls by the settings that they write."""
         for name, component in made.items():
@@ -138,6 +147,7 @@ class Tab:
         inside = [name for name in self.panels if name not in before]
         if inside:
             name = f"{self.key}.{inside[0]}"
+            accordion.elem_id = f"fold-{name}"
             self.folds[name] = accordion
             self.folded = dict.fromkeys(inside, name) | self.folded  # a fold within this one keeps its own panels
 
@@ -149,15 +159,30 @@ class Tab:
         return accordion
 
     def build(self) -> None:
-        """Makes the components, inside a Blocks that is open."""
+        """Settings in a column at the left on a desktop, in a drawer at the foot of a phone's screen; and the pictures."""
+        with gr.Row(elem_classes="stage"):
+            with gr.Column(elem_classes="controls", scale=0, min_width=320):
+                handle = '<button type="button" class="handle">Settings</button>'
+                gr.HTML(handle, js_on_load=DRAWER, elem_classes="drawer")
+                self.settings()
+            with gr.Column(elem_classes="main"):
+                self.pictures()
+
+    def settings(self) -> None:
+        """Makes the controls."""
+        raise NotImplementedError
+
+    def pictures(self) -> None:
+        """Makes the panels, once the settings are made."""
         raise NotImplementedError
 
     def check(self, asked: Asked) -> None:
         """Raises SpecError for what this tab cannot show."""
 
-    def fill(self, asked: Asked) -> Values:
-        """What each control shows, by name."""
-        return {}
+    def fill(self, asked: Asked) -> dict[str, object]:
+        """What each control shows, by name: the tab's choice, or the setting of the run, empty where that is automatic."""
+        spec, own = asked.spec, self.choices
+        return {name: asked[name] if name in own else blank(getattr(spec, name)) for name in self.controls}
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         """How each panel is drawn, by name. A panel that is not named stays as it is."""
@@ -195,8 +220,7 @@ class Tab:
                 if after:
                     yield shown(after)
             except Exception as error:
-                said = escape(str(error)) if isinstance(error, PeftlabError) else failed(error)
-                yield shown({**after, problem: said})
+                yield shown({**after, problem: escape(said(error))})
 
         gr.on(
             on if isinstance(on, list) else [on.click], pressed, self.question, [named[n] for n in names],
