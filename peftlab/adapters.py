@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 BUNDLED = ASSETS / "adapters"
 MANIFEST = "peftlab.json"
 TENSORS = "adapter_model.safetensors"
-"""peft's name for the file. In peft's format CONFIG lies beside it. Without one, the manifest's spec says how to attach the
-adapter, and the tensors have the names of the model's own parameters.
-"""
+"""peft's name. Without a CONFIG beside it, the manifest's spec says how to attach the model's own parameters, by name."""
 CONFIG = "adapter_config.json"
 
 
@@ -72,11 +69,8 @@ def save(model: Module, spec: RunSpec, folder: Path, result: Json | None = None)
     else:
         trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(trained, part / TENSORS)
-    manifest = {
-        "spec": spec.to_dict(),
-        "result": result or {},
-        "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest = {"spec": spec.to_dict(), "result": result or {}, "saved": now}
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     aside = _aside(folder)
     if folder.exists():
@@ -104,9 +98,8 @@ def read(folder: Path | str) -> Adapter:
         folder = _aside(folder)
     try:
         if (folder / MANIFEST).exists():
-            manifest = json.loads((folder / MANIFEST).read_text())
-            spec = RunSpec.from_dict(manifest["spec"])
-            return Adapter(folder, spec, manifest["result"], manifest.get("saved", ""))
+            found = json.loads((folder / MANIFEST).read_text())
+            return Adapter(folder, RunSpec.from_dict(found["spec"]), found["result"], found.get("saved", ""))
         if (folder / CONFIG).exists():
             base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
             if not base:
@@ -134,39 +127,18 @@ def apply(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
 def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     """The adapter on a private copy of the base, with peft's own operations. A PeftModel passes on what it lacks."""
     copy, file = weights.share(base.model), adapter.folder / TENSORS
-    model: Module
     try:
         if not file.exists():  # then peft would read a pickle, or ask the Hub
             raise ValueError(f"it has no {TENSORS}")
         if adapter.spec.model != base.entry.key:  # another base of the same shapes would take it without a word
             raise ValueError(f"its base is {adapter.spec.model}")
-        if (adapter.folder / CONFIG).exists():
-            model = through_peft.load(copy, adapter.folder)
-            _check_complete(model, file)
-        else:
-            model = _attached(copy, resolve(adapter.spec), file)
+        by_peft = (adapter.folder / CONFIG).exists()
+        model = through_peft.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise AdapterError(
-            f"{adapter.folder}: does not fit {base.entry.name} ({reason}); choose its own base"
-        ) from None
+        what = f"{adapter.folder}: does not fit {base.entry.name} ({reason})"
+        raise AdapterError(f"{what}; choose its own base") from None
     return cast("PreTrainedModel", model.requires_grad_(False).eval())
-
-
-def _check_complete(model: Module, file: Path) -> None:
-    """Raises ValueError for a tensor that only the file or only the model has; peft leaves it out with a mere warning."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as saved:
-        names = set(saved.keys())
-    odd = (names ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))) - set(model.state_dict())
-    if odd:
-        raise ValueError(_only_in(min(odd), names))
-
-
-def _only_in(name: str, saved: Container[str]) -> str:
-    return f"{name} is in the {'adapter' if name in saved else 'model'} only"
 
 
 def _attached(base: PreTrainedModel, spec: Resolved, file: Path) -> Module:
@@ -178,8 +150,7 @@ def _attached(base: PreTrainedModel, spec: Resolved, file: Path) -> Module:
     model = methods.find(spec.method).attach(base, targets, spec)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = load_file(file)
-    if odd := saved.keys() ^ trained.keys():
-        raise ValueError(_only_in(min(odd), saved))
+    through_peft.check_names(saved, trained)
     with torch.no_grad():
         for name, tensor in saved.items():
             if trained[name].shape != tensor.shape:
@@ -194,17 +165,19 @@ def merge(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     Raises SpecError for a method that cannot be merged and for a quantized base, AdapterError where the adapter does not
     fit or where a merged weight would not be finite.
     """
+    from safetensors.torch import load_file
+
     from . import fused
 
-    method = methods.METHODS.get(adapter.spec.method or "")
-    if method and method.merge is None:
-        raise SpecError(f"method={method.key}: it cannot be merged. {method.about.merging}")
+    key = adapter.spec.method or ""
+    work = methods.METHODS[key].merge if key in methods.METHODS else through_peft.merge
+    if not work:
+        raise SpecError(f"method={key}: it cannot be merged. {methods.METHODS[key].about.merging}")
     if getattr(base.model, "is_quantized", False):
         raise SpecError(
             "merging into a quantized base would round the sum to few bits and lose the update; "
             "load the base with quantization none"
         )
-    work = method.merge if method and method.merge else through_peft.merge
     try:
         merged = work(_applied(base, adapter))
         finite = all(p.isfinite().all() for p in merged.parameters())
@@ -216,21 +189,14 @@ def merge(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
         reason = str(error).splitlines()[0].rstrip(".")
         raise AdapterError(f"{adapter.folder}: it cannot be merged ({reason}); use it as it is") from None
     if not finite:
-        raise AdapterError(_not_finite(adapter))
+        tensors = load_file(adapter.folder / TENSORS).values()
+        odd, total = sum(int((~t.isfinite()).sum()) for t in tensors), sum(t.numel() for t in tensors)
+        raise AdapterError(
+            f"{adapter.folder}: merged, it gives weights that are not finite ({odd:,} of its own {total:,} numbers are "
+            "not; none may be); train again at a lower learning rate"
+        )
     fused.adjoin(merged)
     return cast("PreTrainedModel", merged.requires_grad_(False).eval())
-
-
-def _not_finite(adapter: Adapter) -> str:
-    """Says how many of the adapter's own numbers are not finite, and what to do."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(adapter.folder / TENSORS).values()
-    odd, total = sum(int((~t.isfinite()).sum()) for t in tensors), sum(t.numel() for t in tensors)
-    return (
-        f"{adapter.folder}: merged, it gives weights that are not finite ({odd:,} of its own {total:,} numbers are not; "
-        "none may be); train again at a lower learning rate"
-    )
 
 
 def bundled() -> list[Adapter]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from . import methods
 from .base import architecture as architectures
 from .base import models
+from .base.architecture import Module
 from .errors import SpecError
 from .resolve import resolve
 from .spec import Json, Resolved, RunSpec
@@ -21,21 +22,15 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "amp": 4}
 class ModuleCount:
     """One kind of module, and what a method trains in all the layers that have it."""
 
-    name: str
-    role: str
-    kind: str
-    shape: tuple[int, ...]
-    """Shape of the weight, as it is stored."""
-    d_in: int | None
-    d_out: int | None
-    """Features of a linear map; None for other modules."""
-    layers: int
-    """Layers that have the module."""
+    module: Module
     adapted_layers: int
-    parameters: int
-    """The base model's parameters, over all layers."""
     trainable: int
     """Trained parameters, over all layers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, as it is stored."""
+        return next(iter(self.module.parameters.values()))
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class ParameterReport:
         return 100 * self.trainable_parameters / self.total_parameters
 
     def to_dict(self) -> Json:
-        shapes = {m.name: m.shape for m in self.modules}
+        shapes = {m.module.name: m.shape for m in self.modules}
         own = [(n, shapes.get(n) or shapes[re.sub(r"\.\d+\.", ".*.", n, count=1)], k) for n, k in self.names]
         return {
             "spec": self.spec.to_dict(),
@@ -83,36 +78,22 @@ def count(spec: Resolved) -> ParameterReport:
     entry, method = models.find(spec.model), methods.find(spec.method)
     shape = architectures.of(spec.model)
     chosen = {id(t.module): t for t in methods.targets(shape, spec, entry.name)}
-    modules, names = [], []
-    saved = borrowed = 0
+    modules, names, saved = [], [], 0
     for m in shape.modules:
         target = chosen.get(id(m))
         each = method.trained(m, spec) if target else 0
         layers = target.count if target and each else 0
-        saved += layers * method.kept(m, spec) if layers else 0
-        borrowed += layers * each if method.in_place and not m.tied else 0
-        if target and each:
+        modules.append(ModuleCount(m, layers, each * layers))
+        if target and layers:
             names += [(name, each) for name in target.names()]
-        modules.append(
-            ModuleCount(
-                name=m.name,
-                role=m.role,
-                kind=m.kind,
-                shape=next(iter(m.parameters.values())),
-                d_in=m.d_in if m.is_linear else None,
-                d_out=m.d_out if m.is_linear else None,
-                layers=m.count,
-                adapted_layers=layers,
-                parameters=(m.weight + m.bias) * m.count,
-                trainable=each * layers,
-            )
-        )
+            saved += layers * method.kept(m, spec)
     for name, sizes in method.shared.items():
         n = math.prod(sizes)
-        modules.append(ModuleCount(name, "shared", "other", sizes, None, None, 1, 1, 0, n))
+        modules.append(ModuleCount(Module(name, "other", {name: sizes}), 1, n))
         names.append((name, n))
         saved += n
     trainable = sum(m.trainable for m in modules)
+    borrowed = sum(m.trainable for m in modules if method.in_place and not m.module.tied)
     return ParameterReport(
         spec=spec,
         model_name=entry.name,

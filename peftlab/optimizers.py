@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +46,7 @@ class Optimizer:
         return getattr(import_module(f"{self.library}.optim"), self.kind)(parameters, lr=rate, **self.options, **more)
 
 
-def _bitsandbytes(kind: str, states: int, bits: int, paged: bool = False) -> Optimizer:
-    return Optimizer(kind, states, bits, paged, "bitsandbytes")
-
-
+_bitsandbytes = partial(Optimizer, library="bitsandbytes")
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer("AdamW", 2, together=True, in_graph={"fused": True, "capturable": True}),
     "adamw-8bit": _bitsandbytes("AdamW8bit", 2, 8),
@@ -87,21 +85,18 @@ class BlockwiseStates:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def step(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is not None and parameter not in self.state:
-                self.state[parameter] = self._states(parameter)
-
-    def _states(self, parameter: Tensor) -> dict[str, Tensor]:
         import torch
 
-        n, made = parameter.numel(), {}
-        small = self.kind.bits == 32 or n < SMALLEST_8BIT
-        for i in range(self.kind.states):
-            if not (self.kind.paged and n >= SMALLEST_PAGED):
-                made[f"state{i}"] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
-            if not small:
-                made[f"scales{i}"] = parameter.new_zeros(-(-n // BLOCK), dtype=torch.float32)
-        return made
+        for parameter in self.parameters:
+            if parameter.grad is None or parameter in self.state:
+                continue
+            n, made = parameter.numel(), self.state.setdefault(parameter, {})
+            small = self.kind.bits == 32 or n < SMALLEST_8BIT
+            for i in range(self.kind.states):
+                if not (self.kind.paged and n >= SMALLEST_PAGED):
+                    made[f"state{i}"] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                if not small:
+                    made[f"scales{i}"] = parameter.new_zeros(-(-n // BLOCK), dtype=torch.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.parameters:

@@ -7,8 +7,9 @@ from collections.abc import Collection
 
 from . import hardware, methods
 from .base import models
-from .catalog import Preset, find_gpu
+from .catalog import GPUS, Preset, entry_of
 from .data import tasks
+from .methods.selection import USUAL_RANK
 from .spec import SETTINGS, Json, Resolved, RunSpec
 
 METHOD_SETTINGS = (
@@ -31,15 +32,18 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
     task = tasks.find(spec.task or tasks.DEFAULT)
     gpu = spec.gpu or machine.gpu
     if gpu:
-        find_gpu(gpu)
+        entry_of("gpu", gpu, GPUS)
     on_gpu = gpu is not None or machine.device == "cuda"
     whole = (spec.quantization or method.defaults.get("quantization", "none")) == "none"
-    rank = spec.rank or method.defaults.get("rank", methods.USUAL_RANK)
+    precision = "bf16" if on_gpu or (machine.bf16 and whole) else "fp32"
+    if method.in_place:  # bf16 weights lose small updates to rounding: assets/measured/precision-full-*-h100.json
+        precision = "amp" if on_gpu else "fp32"
+    rank = spec.rank or method.defaults.get("rank", USUAL_RANK)
     automatic: Json = {
         "model": model.key, "method": method.key, "task": task.key, "steps": task.steps, "seed": 0,
         "rank": rank, "alpha": 2.0 * rank, "dropout": 0.0, "target_modules": "all-linear", "layers": "all",
         "virtual_tokens": 20, "bottleneck": 16, "block_size": 16, "lr_ratio": 16.0, "train_norms": False,
-        "precision": _precision(method, on_gpu, machine.bf16 and whole), "adapter_precision": "fp32",
+        "precision": precision, "adapter_precision": "fp32",
         "quantization": "none", "double_quantization": True, "optimizer": "adamw", "optimizer_precision": "parameters",
         "batch_size": task.batch_size, "accumulation": 1, "sequence_length": task.sequence_length,
         "gradient_checkpointing": False, "attention": "sdpa", "hold_outputs": False,
@@ -95,17 +99,6 @@ def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Res
         or (spec.precision == "bf16" and machine.bf16 and whole)
     )
     return resolve(spec.but(gpu=None) if here else spec.but(gpu=None, precision=None), machine)
-
-
-def _precision(method: methods.Method, on_gpu: bool, bf16: bool) -> str:
-    """The automatic precision: bf16 weights lose small updates to rounding, so a method that trains them keeps fp32.
-
-    Full fine-tuning of the ticket task on an H100, exact records: 15% in bf16, 85% in fp32, 78% in amp
-    (assets/measured/precision-full-*-h100.json).
-    """
-    if method.in_place:
-        return "amp" if on_gpu else "fp32"
-    return "bf16" if on_gpu or bf16 else "fp32"
 
 
 def with_preset(spec: RunSpec, preset: Preset) -> RunSpec:

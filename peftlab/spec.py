@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import gt, le, lt
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 from .errors import SpecError
 
@@ -132,17 +133,9 @@ class RunSpec:
             raise SpecError(f'a spec is a JSON object, not a {type(values).__name__}; write one such as {{"rank": 8}}')
         return cls.from_dict(values)
 
-    @classmethod
-    def from_query(cls, query: str) -> RunSpec:
-        """The run that the query part of a link describes: the inverse of `to_query`. Raises SpecError."""
-        return cls.from_dict(dict(parse_qsl(query.lstrip("?"))))
-
     def to_dict(self) -> Json:
         """The settings that were set; automatic fields are left out."""
         return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
 
     def to_query(self) -> str:
         """The settings that were set as the query part of a link."""
@@ -220,10 +213,9 @@ def _checked(name: str, about: Setting, value: object) -> object:
     shown = f"{name.replace('_', '-')}={value}"
     fix = f"; try {about.example}" if about.example else ""
     if about.type is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if str(value).lower() not in words:
+        if (word := str(value).lower()) not in ("true", "yes", "1", "false", "no", "0"):
             raise SpecError(f"{shown}: this is yes or no; write true or false")
-        return words[str(value).lower()]
+        return word in ("true", "yes", "1")
     if about.type is str:
         if not isinstance(value, str) or not value.strip():
             raise SpecError(f"{shown}: this is a name; {about.meaning}")
@@ -237,15 +229,9 @@ def _checked(name: str, about: Setting, value: object) -> object:
     except ValueError:
         kind = "a whole number" if about.type is int else "a number"
         raise SpecError(f"{shown}: {about.meaning} is {kind}{fix}") from None
-    limit = None
-    if about.low is not None and number < about.low:
-        limit = f"at least {about.low:g}"
-    elif about.above is not None and number <= about.above:
-        limit = f"more than {about.above:g}"
-    elif about.high is not None and number > about.high:
-        limit = f"at most {about.high:g}"
-    if limit:
-        raise SpecError(f"{shown}: {about.meaning} must be {limit}{fix}")
+    for said, limit, beyond in ("at least", about.low, lt), ("more than", about.above, le), ("at most", about.high, gt):
+        if limit is not None and beyond(number, limit):
+            raise SpecError(f"{shown}: {about.meaning} must be {said} {limit:g}{fix}")
     return int(number) if about.type is int else number
 
 
@@ -267,25 +253,18 @@ def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:
         return tuple(range(n_layers or 0))
     limit = 10**6 if n_layers is None else n_layers
     side, _, number = text.partition(":")
-    chosen: set[int] = set()
+    has, fix = f"layers 0 to {limit - 1}", f"0-{limit - 1}"
     try:
         if side in ("first", "last"):
-            count = int(number)
-            if count < 1:
-                raise ValueError
-            if count > limit:
-                raise SpecError(f"layers={text}: the model has {limit} layers; try {side}:{limit}")
-            return tuple(range(count) if side == "first" else range(limit - count, limit)) if n_layers else ()
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            low, high = int(first), int(last or first)
-            if low > high:
-                raise ValueError
-            if high >= limit:  # before the range is made: a link may ask for any number
-                raise SpecError(f"layers={text}: the model has layers 0 to {limit - 1}; try 0-{limit - 1}")
-            chosen.update(range(low, high + 1))
-    except SpecError:
-        raise
+            has, fix, count = f"{limit} layers", f"{side}:{limit}", int(number)
+            runs = [(0, count - 1) if side == "first" else (limit - count, limit - 1)]
+        else:
+            parts = [part.partition("-") for part in text.split(",")]
+            runs = [(int(first), int(last or first)) for first, _, last in parts]
+        if any(low > high for low, high in runs):
+            raise ValueError
     except ValueError:
         raise SpecError(f"layers={text}: not a selection of layers; write all, first:4, last:4 or 0-3,7") from None
-    return tuple(sorted(chosen))
+    if any(low < 0 or high >= limit for low, high in runs):  # before ranges are made: a link may ask for any number
+        raise SpecError(f"layers={text}: the model has {has}; try {fix}")
+    return tuple(sorted({n for low, high in runs for n in range(low, high + 1)})) if n_layers else ()

@@ -11,6 +11,7 @@ import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import huggingface_hub
 import pytest
@@ -75,7 +76,7 @@ def test_a_pasted_config_counts_as_the_catalogues_own(key):
 
 def test_the_key_travels_in_a_link_and_from_a_visitor(page):
     spec = RunSpec(model=pasted(LLAMA).key)
-    assert len(spec.model) < 400 and RunSpec.from_query(spec.to_query()) == spec
+    assert len(spec.model) < 400 and RunSpec.from_dict(dict(parse_qsl(spec.to_query()))) == spec
     assert page.public({"model": spec.model}) == spec
 
 

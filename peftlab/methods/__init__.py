@@ -9,23 +9,12 @@ from ..base.architecture import Architecture
 from ..catalog import ABOUT
 from ..errors import SpecError
 from ..spec import Resolved, closest
-from .method import SIZES, Attach, Drawing, Keep, Method, Select, Term
-from .selection import (
-    RANK_LIMITS,
-    RANK_REFUSAL,
-    USUAL_RANK,
-    Target,
-    Unsuited,
-    by_role,
-    check_rank,
-    in_layers,
-    linear_targets,
-    once_a_layer,
-)
+from .method import SIZES, Drawing, Keep, Method, Select, Term
+from .selection import Target, Unsuited, by_role, check_rank, in_layers, linear_targets, once_a_layer
 
 __all__ = [
-    "METHODS", "RANK_LIMITS", "RANK_REFUSAL", "SIZES", "USUAL_RANK", "Attach", "Drawing", "Keep", "Method", "Select",
-    "Target", "Term", "Unsuited", "by_role", "find", "in_layers", "linear_targets", "once_a_layer", "register", "targets",
+    "METHODS", "SIZES", "Drawing", "Keep", "Method", "Select", "Target", "Term", "Unsuited", "by_role", "find", "in_layers",
+    "linear_targets", "once_a_layer", "register", "targets",
 ]  # fmt: skip
 
 METHODS: dict[str, Method] = {}

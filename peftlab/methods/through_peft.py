@@ -84,6 +84,7 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     added = [t for number, t in _tensors(adapted).items() if number not in old]
     at = {t.data_ptr(): t for t in added if t.numel()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_names(saved.keys() - adapted.state_dict(), state.keys() - adapted.state_dict())
     places = {name: at.get(t.data_ptr()) for name, t in state.items() if t.numel()}
     wider = torch.promote_types(next(iter(saved.values())).dtype, model.dtype)
     for tensor in added:
@@ -97,6 +98,12 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 def _named(module: nn.Module, recurse: bool = True) -> list[tuple[str, Tensor]]:
     """Parameters and buffers by all of their names."""
     return [*module.named_parameters("", recurse, False), *module.named_buffers("", recurse, False)]
+
+
+def check_names(saved: Collection[str], own: Collection[str]) -> None:
+    """Raises ValueError for a tensor that only an adapter's file or only the model has; peft would merely warn of it."""
+    if odd := set(saved) ^ set(own):
+        raise ValueError(f"{min(odd)} is in the {'adapter' if min(odd) in saved else 'model'} only")
 
 
 def own_tensors(
