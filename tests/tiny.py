@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from pathlib import Path
 
-from peftlab import RunSpec, resolve
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from peftlab import RunSpec, adapters, methods, resolve
+from peftlab.base import architecture, weights
 from peftlab.data.tasks import Row, Task
+from peftlab.run.events import Work
+from peftlab.run.generate import decode, gather
+from peftlab.run.loop import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,14 +50,9 @@ CHAT = (
 
 def make_model(folder: Path, config: dict, seed: int = 0, chat: bool = False) -> Path:
     """A model with random weights and its tokenizer, as the Hugging Face libraries save them."""
-    import torch
-    import transformers
-
-    values = dict(config)
-    parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, config["architectures"][0])(parsed)
+        model = built(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -55,38 +61,38 @@ def make_model(folder: Path, config: dict, seed: int = 0, chat: bool = False) ->
     return folder
 
 
-def make_tokenizer(chat: bool):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def built(config: dict):
+    """A randomly initialized model, in memory only."""
+    values = dict(config)
+    parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    return getattr(transformers, config["architectures"][0])(parsed)
 
-    bpe = Tokenizer(models.BPE())
+
+def make_tokenizer(chat: bool):
+    bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words = ["the cat sat on the mat", "what colour is the sky", "red green blue answer"] * 3
-    bpe.train_from_iterator(
-        words, trainers.BpeTrainer(vocab_size=512, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
-    )
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<pad>")
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(words, trainer)
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<pad>")
     if chat:
         made.chat_template = CHAT
     return made
 
 
-TOY_ROWS = tuple(
-    Row(f"what colour is the {thing}?", colour)
-    for thing, colour in (
-        ("sky", "blue"), ("grass", "green"), ("rose", "red"), ("sea", "blue"), ("leaf", "green"), ("blood", "red"),
-        ("moss", "green"), ("brick", "red"),
-    )
-)  # fmt: skip
+COLOURS = {
+    "sky": "blue", "grass": "green", "rose": "red", "sea": "blue", "leaf": "green", "blood": "red", "moss": "green",
+    "brick": "red",
+}  # fmt: skip
 TOY = Task(
     key="toy",
     name="Toy colours",
     teaches="Colours.",
     instruction="Name a colour.",
     metric="exact_match",
-    train=TOY_ROWS,
+    train=tuple(Row(f"what colour is the {thing}?", colour) for thing, colour in COLOURS.items()),
     heldout=(
         Row("what colour is the cherry?", "red"),
         Row("and the pine?", "green"),
@@ -101,63 +107,37 @@ TOY = Task(
 
 def drain(generator):
     """(everything it yielded, what it returned)"""
-    seen = []
-    while True:
-        try:
-            seen.append(next(generator))
-        except StopIteration as finished:
-            return seen, finished.value
+    work = Work(generator)
+    return list(work), work.result
 
 
 def digest(model) -> str:
     """sha256 over every parameter and buffer, by name."""
-    import hashlib
-
-    import torch
-
     total = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
-        total.update(name.encode())
-        total.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.dim()
-            else str(tensor.item()).encode()
-        )
+        total.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
 def fresh(name: str):
     """A randomly initialized model of one of CONFIGS, in memory only."""
-    import transformers
-
-    config = CONFIGS[name]
-    values = dict(config)
-    parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    return getattr(transformers, config["architectures"][0])(parsed)
+    return built(CONFIGS[name])
 
 
 def attached(name: str, spec: RunSpec):
     """The model of CONFIGS[name] with the spec's method on it, as the engine attaches it."""
-    from peftlab import methods
-    from peftlab.base import architecture, weights
-
     spec = resolve(spec)
-    targets = methods.targets(architecture.of(spec.model), resolve(spec))
-    base = fresh(name).requires_grad_(False)
-    return methods.find(spec.method).attach(weights.share(base), targets, resolve(spec))
+    targets = methods.targets(architecture.of(spec.model), spec)
+    return methods.find(spec.method).attach(weights.share(fresh(name).requires_grad_(False)), targets, spec)
 
 
 def run_of(spec: RunSpec, out: Path, eager: bool = False):
     """A run of a resolved spec, as `train` starts it, but for the evaluations; `eager`, it takes no CUDA graph."""
-    from peftlab.run.loop import Run
-
     return Run(resolve(spec), out, eager)
 
 
 def steps(run, n: int) -> list[float]:
     """The losses of n steps over the task's own stream of batches."""
-    import time
-
     stream, seen = iter(run.batches), []
     for _ in range(n):
         began = time.perf_counter()
@@ -168,37 +148,25 @@ def steps(run, n: int) -> list[float]:
 
 def ids_on(model, rows):
     """Token ids, where the model is."""
-    import torch
-
     return torch.tensor(rows, device=next(model.parameters()).device)
 
 
 def logits(model):
     """Of two rows; in evaluation mode, as adapters are used."""
-    import torch
-
-    ids = ids_on(model, [[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])
     with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
-
-
-SMALL = {"rank": 4, "virtual_tokens": 5, "bottleneck": 8, "block_size": 16}
+        return model.eval()(input_ids=ids_on(model, [[5, 6, 7, 8, 9], [9, 3, 4, 2, 7]])).logits
 
 
 def small(model, method: str, **rest) -> RunSpec:
     """The resolved spec of a short run with a small adapter, in fp32 on every machine."""
-    from peftlab.methods import METHODS
-
-    used = {k: v for k, v in SMALL.items() if k in METHODS[method].settings}
-    return resolve(
-        RunSpec(model=str(model), method=method, task="toy", **{"steps": 5, "precision": "fp32", **used, **rest})
-    )
+    sizes = {"rank": 4, "virtual_tokens": 5, "bottleneck": 8, "block_size": 16}
+    used = {name: size for name, size in sizes.items() if name in methods.METHODS[method].settings}
+    given = {"task": "toy", "steps": 5, "precision": "fp32"} | used | rest
+    return resolve(RunSpec(model=str(model), method=method, **given))
 
 
 def moved(model, noise: float = 0.1):
     """`model` with every trained number moved at random, each time by as much."""
-    import torch
-
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -209,12 +177,7 @@ def moved(model, noise: float = 0.1):
 
 def saved(model, method: str, folder: Path, noise: float = 0.1, **settings):
     """(base, adapter): the whole base in fp32, and on disk an adapter of it whose trained numbers were all moved."""
-    import torch
-
-    from peftlab import adapters, methods
-    from peftlab.base import architecture, weights
-
-    given = {"quantization": "none", "precision": "fp32", **settings}
+    given = {"quantization": "none", "precision": "fp32"} | settings
     spec = resolve(RunSpec(model=str(model), method=method, **given))
     base = weights.load(spec)
     on_whole = resolve(spec.but(method="lora" if method == "qlora" else method))  # the same adapter on a whole base
@@ -224,35 +187,23 @@ def saved(model, method: str, folder: Path, noise: float = 0.1, **settings):
     return base, adapters.read(adapters.save(moved(attached, noise), spec, folder / method))
 
 
-def said(model, prompts, decoding, eos=-1):
+def said(model, prompts, decoding, eos=0):
     """The tokens that `model` answers each prompt with."""
-    from peftlab.run.generate import decode
-
-    rows = [[] for _ in prompts]
-    for column in decode(model, prompts, eos if eos >= 0 else 0, decoding):
-        for row, token in zip(rows, column, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
+    *_, tokens = gather(decode(model, prompts, eos, decoding), len(prompts))
+    return tokens
 
 
 def rand(*shape, seed=0):
-    import torch
-
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def basis(n, k, seed=0):
     """n × k with orthonormal columns, uniformly random."""
-    import torch
-
     return torch.linalg.qr(rand(n, k, seed=seed))[0]
 
 
 def wait_for(condition, seconds=20):
     """Returns once `condition()` holds; fails where it does not in so many seconds."""
-    import time
-
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
