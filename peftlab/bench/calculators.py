@@ -29,8 +29,6 @@ Row = Json
 """One of `rows` in a document of `bench memory`: its spec, measured and predicted bytes."""
 GROUPS = ("full", "LoRA-like", "QLoRA and int8", "other methods", "all")
 """Groups of methods by which errors are summed up."""
-AS_LORA = ("lora", "qlora", "rslora", "lora-plus", "pissa")
-"""Methods whose tensors have LoRA's shapes and types."""
 
 
 class NotCovered(Exception):
@@ -82,7 +80,8 @@ def _fitcheck(row: Row) -> dict[str, int]:
 
     spec = _spec(row)
     shape, full = architectures.of(spec.model), spec.method == "full"
-    _require(full or spec.method in AS_LORA, f"method={spec.method}: it knows full fine-tuning and LoRA")
+    as_lora = ("lora", "qlora", "rslora", "lora-plus", "pissa")  # whose tensors have LoRA's shapes and types
+    _require(full or spec.method in as_lora, f"method={spec.method}: it knows full fine-tuning and LoRA")
     _require(full or spec.precision != "amp", "precision=amp: it has no bf16 activations over a frozen fp32 base")
     _require(full or spec.adapter_precision == "fp32", "adapter-precision=bf16: its adapters are fp32")
     states_in_16_bits = full and spec.precision in ("bf16", "fp16") and spec.optimizer_precision != "fp32"

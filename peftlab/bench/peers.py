@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..base import weights
 from ..data import tasks
-from ..errors import SpecError
 from ..resolve import resolve
 from ..run import train, warm_up
 from ..run.batches import IGNORED, PADDING, Batch, Batches, Pair, encode
@@ -28,7 +27,7 @@ from ..run.gears import CLIP, schedule
 from ..run.loop import attached
 from ..run.scoring import answer, mean_score
 from ..seeded import seeded
-from ..spec import Json, Resolved, closest
+from ..spec import Json, Resolved
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
@@ -250,10 +249,3 @@ PEERS = {
         Peer("Trainer with Liger", "liger_kernel", partial(theirs, partial(by_trainer, use_liger_kernel=True))),
     )
 }
-
-
-def find(name: str) -> Peer:
-    """Raises SpecError for an unknown name."""
-    if name not in PEERS:
-        raise SpecError(f"peer={name}: no such trainer; {closest(name, PEERS)}")
-    return PEERS[name]

@@ -22,9 +22,6 @@ from ..run.events import Work
 from ..spec import Json, RunSpec
 from . import Say, write
 
-STEPS = 16
-"""Steps that show a method's gear; the first half leave time to capture a graph."""
-
 
 def record_train(spec: RunSpec, out: Path, say: Callable[[Event], None], adapter_out: Path | None = None) -> Json:
     """Trains and compares, and writes every loss and score to `out`; the adapter goes to `adapter_out`, if anywhere.
@@ -60,7 +57,8 @@ def record_gears(spec: RunSpec, out: Path, say: Say) -> Json:
         row: Json = {"method": method}
         document["methods"].append(row)
         try:
-            found = pace(resolve(RunSpec(model=spec.model, task=spec.task, method=method)), STEPS)
+            # the first half of the steps leave time to capture a graph
+            found = pace(resolve(RunSpec(model=spec.model, task=spec.task, method=method)), steps=16)
             row |= {"gear": found.gear, "why_eager": found.why_eager, "step_seconds": found.seconds}
             row["not_fused"] = list(found.not_fused)
         except (PeftlabError, RuntimeError) as error:

@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import fmean
 
 from ..base import weights
-from ..errors import PeftlabError, plain
+from ..errors import PeftlabError, SpecError, plain
 from ..measured import provenance
 from ..memory.compute import compute, peak
 from ..resolve import resolve_here
-from ..spec import Json, Resolved, RunSpec
+from ..spec import Json, Resolved, RunSpec, closest
 from . import Say, peers, write
 from .chart import chart
 from .random_weights import random_weights
@@ -29,7 +29,9 @@ def record_speed(
     `random` weights there are no scores. Where the yardstick ran, a chart is written beside `out` as SVG. Raises SpecError
     for an unknown peer.
     """
-    racing = [peers.find(name) for name in chosen or peers.PEERS]
+    for name in chosen or ():
+        if name not in peers.PEERS:
+            raise SpecError(f"peer={name}: no such trainer; {closest(name, peers.PEERS)}")
     with tempfile.TemporaryDirectory() as folder:
         used = resolve_here(random_weights(spec, Path(folder)) if random else spec)
         floor = None
@@ -43,7 +45,7 @@ def record_speed(
             "floor_seconds": floor,
             "rows": [],
         }
-        for peer in racing:
+        for peer in (peers.PEERS[name] for name in chosen or peers.PEERS):
             row: Json = {"name": peer.name, "runs": []}
             document["rows"].append(row)
             for said in _measure(peer, used, seeds if peer.seeded else 1, row, scored=not random):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 from .. import units
 from ..base.models import UNITS
-from ..catalog import find_preset
+from ..catalog import PRESETS, entry_of
 from ..errors import SpecError
 from ..resolve import with_preset
 from ..spec import SETTINGS, Json, RunSpec
@@ -76,7 +76,7 @@ def spec_of(args: Namespace) -> RunSpec:
             raise SpecError(f"{name.replace('_', '-')} is empty; leave it out for automatic")
     spec = RunSpec.from_dict(values | flags)
     if args.preset:
-        spec = RunSpec.from_dict(with_preset(spec, find_preset(args.preset)).to_dict() | flags)
+        spec = RunSpec.from_dict(with_preset(spec, entry_of("preset", args.preset, PRESETS)).to_dict() | flags)
     return spec
 
 
@@ -113,14 +113,14 @@ def note(line: str) -> None:
 
 def note_event(event: Event) -> None:
     """Tells a person about an event of a training run; some kinds are not worth a line."""
-    from ..show import sentences
+    from ..show import runs
 
     match event["type"]:
         case "loading":
             note(f"loading {event['model']}")
         case "start":
             trained = f"{event['trainable_parameters']:,} parameters are trained"
-            note(f"{event['model']} from {event['source']}; {trained}, {sentences.gear([event])}")
+            note(f"{event['model']} from {event['source']}; {trained}, {runs.gear([event])}")
         case "step":
             left = units.seconds(event["eta_seconds"])
             note(f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {left} left")

@@ -1,19 +1,13 @@
 """`peftlab race`: several runs of one task side by side."""
 
-from __future__ import annotations
-
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from .. import units
 from ..errors import SpecError
 from ._shared import Commands, Output, check_writable, count, note, spec_of, table, verb
-
-if TYPE_CHECKING:
-    from ..race import Line
 
 
 def add(commands: Commands) -> None:
@@ -40,7 +34,7 @@ def run(args: Namespace) -> Output:
     if others := [line.name for line in known if line.spec not in [racer.spec.to_dict() for racer in racers]]:
         raise SpecError(f"out={args.out}: it has {others[0]}, which is not in this race; give another path")
     check_writable(args.out, args.csv)
-    lines: list[Line] = []
+    lines: list[race.Line] = []
     warm_up(racers[0].spec)
     with tempfile.TemporaryDirectory() as folder:
         for event in race.race(racers, Path(folder), args.seeds, args.seconds, args.latency, known):
@@ -54,14 +48,13 @@ def run(args: Namespace) -> Output:
     lines = race.ranked(lines, args.sort)
     if args.csv:
         args.csv.write_text(race.to_csv(lines), encoding="utf-8")
-    head = ("", "score", "95% interval", "loss", "trained", "training", "")
-    return race.document(axes, lines), table([head, *map(_row, lines)])
-
-
-def _row(line: Line) -> tuple[str, ...]:
-    trained = f"{line.trainable_parameters:,}"
-    if not line.scores:
-        return line.name, "", "", "", trained, "", line.error or "stopped"
-    low, high = map(units.score, line.interval)
-    loss, seconds = units.significant(fmean(line.loss)), units.seconds(fmean(line.training_seconds))
-    return line.name, units.score(line.score), f"{low} to {high}", loss, trained, seconds, ""
+    rows = [("", "score", "95% interval", "loss", "trained", "training", "")]
+    for line in lines:
+        trained = f"{line.trainable_parameters:,}"
+        if not line.scores:
+            rows.append((line.name, "", "", "", trained, "", line.error or "stopped"))
+            continue
+        low, high = map(units.score, line.interval)
+        loss, seconds = units.significant(fmean(line.loss)), units.seconds(fmean(line.training_seconds))
+        rows.append((line.name, units.score(line.score), f"{low} to {high}", loss, trained, seconds, ""))
+    return race.document(axes, lines), table(rows)

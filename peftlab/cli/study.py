@@ -1,19 +1,13 @@
 """`peftlab study`: what an adapter did to each matrix."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import adapters, units
 from ..base import weights
 from ..errors import SpecError
 from ..resolve import resolve
 from ._shared import Commands, Output, count, finish, note, table, verb
-
-if TYPE_CHECKING:
-    from ..compare.study import MatrixStudy
 
 HEAD = ("module", "shape", "rank", "rank for 90%", "‖ΔW‖/‖W‖", "amplification", "intruders")
 
@@ -46,12 +40,11 @@ def run(args: Namespace) -> Output:
         raise SpecError(f"adapter={args.adapter}: it changes {where}; name in --targets what it does change")
     args.out.write_text(found.to_json(), encoding="utf-8")
     note(f"study of {len(found.matrices)} matrices in {args.out}")
-    return found.to_dict(), table([HEAD, *map(_row, found.matrices)])
-
-
-def _row(m: MatrixStudy) -> tuple[object, ...]:
-    relative = "" if m.relative_size is None else units.percent(m.relative_size)
-    amplified = "" if m.amplification.factor is None else f"{units.significant(m.amplification.factor)}×"
-    intruders = f"{len(m.intruders.directions)} of {len(m.intruders.cosines)}"
-    shape = "×".join(map(str, m.shape))
-    return m.name, shape, m.delta.rank, m.delta.rank_for(0.9), relative, amplified, intruders
+    rows: list[tuple[object, ...]] = [HEAD]
+    for m in found.matrices:
+        shape = "×".join(map(str, m.shape))
+        relative = "" if m.relative_size is None else units.percent(m.relative_size)
+        amplified = "" if m.amplification.factor is None else f"{units.significant(m.amplification.factor)}×"
+        intruders = f"{len(m.intruders.directions)} of {len(m.intruders.cosines)}"
+        rows.append((m.name, shape, m.delta.rank, m.delta.rank_for(0.9), relative, amplified, intruders))
+    return found.to_dict(), table(rows)
