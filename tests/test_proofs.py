@@ -3,7 +3,9 @@
 import math
 from importlib.metadata import version
 
+import numpy as np
 import pytest
+import torch
 from tiny import digest, drain, ids_on, make_tokenizer, said, saved
 
 from peftlab import RunSpec, SpecError, adapters, methods, resolve
@@ -12,7 +14,6 @@ from peftlab.data import tasks
 from peftlab.run.generate import Decoding
 
 PROMPT = "what colour is the sky"
-MERGEABLE = sorted(key for key, method in methods.METHODS.items() if method.merge)
 
 
 @pytest.fixture
@@ -20,19 +21,14 @@ def lora(tiny_model, tmp_path):
     return saved(tiny_model, "lora", tmp_path, rank=4)
 
 
-def text_of(model, base, max_new_tokens, instruction=""):
-    ids = tasks.prompt_ids(base.tokenizer, instruction, PROMPT)
+def answered(model, base, adapter, max_new_tokens):
+    """The ids of the prompt, and of what a model says to it."""
+    ids = tasks.prompt_ids(base.tokenizer, tasks.find(adapter.spec.task).instruction, PROMPT)
     (tokens,) = said(model, [ids], Decoding(max_new_tokens), eos=base.tokenizer.eos_token_id)
-    return base.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def instruction_of(adapter):
-    return tasks.find(adapter.spec.task).instruction
+    return ids, tokens
 
 
 def test_the_merged_weight_is_w_plus_scaled_ba_and_the_dial_scales_it(lora):
-    import numpy as np
-
     base, adapter = lora
     apart, merged = adapters.apply(base, adapter), adapters.merge(base, adapter)
     half = proofs._between(base.model, merged, 0.5)
@@ -51,9 +47,6 @@ def test_the_merged_weight_is_w_plus_scaled_ba_and_the_dial_scales_it(lora):
 
 
 def test_agreement_counts_what_numpy_counts_on_a_small_matrix():
-    import numpy as np
-    import torch
-
     apart = np.array([[0.0, 2.0, 1.0], [3.0, 2.5, 0.0], [1.0, 0.0, 5.0]], dtype=np.float32)
     merged = apart + np.array([[0.1, 0.0, 0.0], [-0.25, 0.5, 0.0], [0.0, 0.0, -0.75]], dtype=np.float32)
     tokenizer = make_tokenizer(chat=False)
@@ -65,8 +58,6 @@ def test_agreement_counts_what_numpy_counts_on_a_small_matrix():
 
 
 def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_moves_the_logits(lora):
-    import torch
-
     base, adapter = lora
     before = digest(base.model)
     report = proofs.merge_check(adapter, PROMPT, max_new_tokens=8)
@@ -77,8 +68,7 @@ def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_mo
     assert 1e-4 < rounded.apart_off < report.adapter_moves and rounded.merged_off < 4 * rounded.apart_off
     assert whole.flips == () and report.adapter_moves > 0.5
     apart = adapters.apply(base, adapter)
-    prompt = tasks.prompt_ids(base.tokenizer, instruction_of(adapter), PROMPT)
-    (answer,) = said(apart, [prompt], Decoding(8), eos=base.tokenizer.eos_token_id)
+    prompt, answer = answered(apart, base, adapter, 8)
     assert whole.positions == rounded.positions == len(prompt + answer)
     ids = ids_on(base.model, [prompt + answer])
     with torch.no_grad():
@@ -89,40 +79,25 @@ def test_merging_is_exact_in_fp32_and_rounds_in_bf16_while_the_adapter_itself_mo
 
 
 def test_bf16_rounds_parameters_and_no_buffers_of_a_private_copy(lora):
-    import torch
-
     base, _ = lora
-    copy = proofs._rounded(base.model, torch.bfloat16)
+    copy = proofs._rounded(base.model)
     assert {str(p.dtype) for p in copy.parameters()} == {"torch.bfloat16"}
     assert {str(b.dtype) for b in copy.buffers()} == {"torch.float32"}
     assert {str(p.dtype) for p in base.model.parameters()} == {"torch.float32"}
 
 
-@pytest.mark.parametrize("method", MERGEABLE)
+@pytest.mark.parametrize("method", sorted(key for key, method in methods.METHODS.items() if method.merge))
 def test_every_method_that_merges_can_be_checked_and_dialled(method, gpt2_model, tiny_model, tmp_path):
     model = gpt2_model if method == "bitfit" else tiny_model  # the Llama has no biases
     base, adapter = saved(model, method, tmp_path, noise=0.02)
     before = digest(base.model)
     report = proofs.merge_check(adapter, PROMPT, max_new_tokens=4)
     assert report.adapter_moves > 0 and report.agreements[0].largest_difference < 1e-4
-    instruction = instruction_of(adapter)
     stops = dict(proofs.dial(adapter, PROMPT, stops=(0, 1), max_new_tokens=6))
-    assert stops[0] == text_of(base.model, base, 6, instruction)
-    assert stops[1] == text_of(adapters.apply(base, adapter), base, 6, instruction)
+    for stop, model in ((0, base.model), (1, adapters.apply(base, adapter))):
+        _, tokens = answered(model, base, adapter, 6)
+        assert stops[stop] == base.tokenizer.decode(tokens, skip_special_tokens=True)
     assert digest(base.model) == before
-
-
-def test_the_dial_goes_from_the_base_to_the_adapter_and_beyond_and_touches_neither(lora):
-    base, adapter = lora
-    apart = adapters.apply(base, adapter)
-    before = digest(base.model), digest(apart)
-    turned = proofs.dial(adapter, PROMPT, max_new_tokens=12)
-    first, text = next(turned)
-    assert first == 0 and text == text_of(base.model, base, 12, instruction_of(adapter))
-    stops = {first: text, **dict(turned)}
-    assert tuple(stops) == proofs.STOPS and stops[1] == text_of(apart, base, 12, instruction_of(adapter))
-    assert stops[0] != stops[1]
-    assert (digest(base.model), digest(apart)) == before
 
 
 def test_a_tied_head_stays_tied_at_every_stop(tied_model, tmp_path):
@@ -146,42 +121,24 @@ def test_latency_reports_all_four_with_what_they_add(lora):
     assert report.device and report.versions["torch"] == version("torch")
     added = {name: (s.added_modules > 0, s.added_parameters) for name, s in speeds.items()}
     rank_4 = 4 * (26_880 // 8)
-    assert added == {
-        "base": (False, 0), "merged": (False, 0), "apart": (True, rank_4), "serial": (True, 12_768),
-    }  # fmt: skip
+    nothing = (False, 0)
+    assert added == {"base": nothing, "merged": nothing, "apart": (True, rank_4), "serial": (True, 12_768)}
     assert digest(base.model) == before
 
 
-def test_the_merged_model_has_the_bases_own_tree_and_the_others_have_an_adapter_in_theirs(lora):
-    base, adapter = lora
-    models = proofs.contenders(base, adapter)
-    tree = {name: [(n, type(m)) for n, m in model.named_modules()] for name, model in models.items()}
-    assert tree["merged"] == tree["base"]
-    assert any("lora_A" in n for n, _ in tree["apart"])
-    assert sum(n.endswith(".adapter") for n, _ in tree["serial"]) == 2 * 3  # after each sub-layer of three layers
-    assert not any(p.requires_grad for model in models.values() for p in model.parameters())
-
-
-@pytest.mark.parametrize("method", ["houlsby", "prefix"])
-def test_what_cannot_be_merged_is_refused_in_words_by_every_proof(method, tiny_model, tmp_path):
-    settings = {"virtual_tokens": 4, "sequence_length": 64} if method == "prefix" else {}
-    _, adapter = saved(tiny_model, method, tmp_path, **settings)
-    for proof in (
-        lambda: proofs.merge_check(adapter, PROMPT),
-        lambda: next(proofs.dial(adapter, PROMPT)),
-        lambda: drain(proofs.latency(adapter, PROMPT)),
-    ):
-        with pytest.raises(SpecError, match=f"method={method}: it cannot be merged"):
-            proof()
-
-
-def test_values_that_prove_nothing_are_refused(lora):
-    _, adapter = lora
-    with pytest.raises(SpecError, match="rounds=1.*at least 2; try 5"):
-        next(proofs.latency(adapter, PROMPT, rounds=1))
-    with pytest.raises(SpecError, match="stop=nan.*finite.*from 0 to 2"):
-        next(proofs.dial(adapter, PROMPT, stops=(0, math.nan)))
-    with pytest.raises(SpecError, match="the prompt is empty"):
-        proofs.merge_check(adapter, " ")
-    with pytest.raises(SpecError, match="tokens=0"):
-        next(proofs.latency(adapter, PROMPT, tokens=0))
+@pytest.mark.parametrize(
+    "method, proof, words",
+    [
+        ("houlsby", lambda adapter: proofs.merge_check(adapter, PROMPT), "method=houlsby: it cannot be merged"),
+        ("houlsby", lambda adapter: next(proofs.dial(adapter, PROMPT)), "method=houlsby: it cannot be merged"),
+        ("houlsby", lambda adapter: drain(proofs.latency(adapter, PROMPT)), "method=houlsby: it cannot be merged"),
+        ("lora", lambda adapter: next(proofs.latency(adapter, PROMPT, rounds=1)), "rounds=1.*at least 2; try 5"),
+        ("lora", lambda adapter: next(proofs.latency(adapter, PROMPT, tokens=0)), "tokens=0"),
+        ("lora", lambda adapter: next(proofs.dial(adapter, PROMPT, (0, math.nan))), "stop=nan.*finite.*from 0 to 2"),
+        ("lora", lambda adapter: proofs.merge_check(adapter, " "), "the prompt is empty"),
+    ],
+)
+def test_what_proves_nothing_is_refused_in_words(method, proof, words, tiny_model, tmp_path):
+    _, adapter = saved(tiny_model, method, tmp_path)
+    with pytest.raises(SpecError, match=words):
+        proof(adapter)

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import digest, drain, rand, saved
+from tiny import digest, drain, saved
 
-from peftlab import AdapterError, SpecError, adapters
+from peftlab import AdapterError, RunSpec, SpecError, adapters
 from peftlab.base import architecture
 from peftlab.compare import lowrank, study
 from peftlab.methods import METHODS
-
-# updates
 
 
 def stored(base, name):
@@ -27,7 +25,7 @@ def stored(base, name):
 def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, request, tmp_path):
     folder = request.getfixturevalue(model)
     base, adapter = saved(folder, "lora", tmp_path, rank=4, alpha=12.0, precision=precision, adapter_precision="fp32")
-    before, found = digest(base.model), list(study.updates(base, adapter))
+    before, found = digest(base.model), study.updates(base, adapter)
     kinds = architecture.of(str(folder)).linear()
     assert {u.name for u in found} == {name for kind in kinds for _, name in kind.names()}
     tensors = load_file(adapter.folder / adapters.TENSORS)
@@ -36,9 +34,7 @@ def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, re
         assert u.delta.cpu().numpy() == pytest.approx(b @ a * (12 / 4), abs=1e-5) and u.delta.dtype == torch.float32
         assert u.weight.cpu().equal(stored(base, u.name)) and u.weight.shape == (u.module.d_out, u.module.d_in)
         assert lowrank.spectrum(u.delta).rank == 4 and f".{u.layer}." in u.name
-    assert digest(base.model) == before and base.model.dtype == getattr(
-        torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    )
+    assert digest(base.model) == before
 
 
 def test_a_small_update_keeps_its_rank(tiny_model, tmp_path):
@@ -47,13 +43,11 @@ def test_a_small_update_keeps_its_rank(tiny_model, tmp_path):
     assert {lowrank.spectrum(u.delta).rank for u in study.updates(base, adapter)} == {4}
 
 
-@pytest.mark.parametrize(
-    "model, method", [("tiny_model", "full"), ("gpt2_model", "full"), ("tied_model", "last-block")]
-)
+@pytest.mark.parametrize("model, method", [("gpt2_model", "full"), ("tied_model", "last-block")])
 def test_of_weights_trained_in_place_it_is_the_difference(model, method, request, tmp_path):
     folder = request.getfixturevalue(model)
     base, adapter = saved(folder, method, tmp_path)
-    before, found = digest(base.model), list(study.updates(base, adapter))
+    before, found = digest(base.model), study.updates(base, adapter)
     tensors = load_file(adapter.folder / adapters.TENSORS)
     linear = {n for kind in architecture.of(str(folder)).linear() for _, n in kind.names() if f"{n}.weight" in tensors}
     assert {u.name for u in found if not u.module.head} == linear
@@ -66,27 +60,19 @@ def test_of_weights_trained_in_place_it_is_the_difference(model, method, request
     assert digest(base.model) == before
 
 
-FOLDED = [key for key, method in METHODS.items() if method.merge and method.defaults.get("quantization") is None]
-NO_LINEAR = {"ln"}
+LIKE_LORA = {"lora", "lora-plus", "rslora", "qlora"}
 
 
-@pytest.mark.parametrize("method", [m for m in FOLDED if m != "bitfit"])
+@pytest.mark.parametrize("method", [key for key, m in METHODS.items() if m.merge and key not in {*LIKE_LORA, "bitfit"}])
 def test_whatever_merges_has_an_update_that_makes_the_merged_weight(method, tiny_model, tmp_path):
     base, adapter = saved(tiny_model, method, tmp_path, sequence_length=96)
-    found, merged = list(study.updates(base, adapter)), adapters.merge(base, adapter)
-    assert bool(found) == (method not in NO_LINEAR)
+    found, merged = study.updates(base, adapter), adapters.merge(base, adapter)
+    assert bool(found) == (method != "ln")
     for u in found:
-        assert (u.weight + u.delta).cpu().numpy() == pytest.approx(
-            merged.get_submodule(u.name).weight.cpu().numpy(), abs=1e-4
-        )
+        after = merged.get_submodule(u.name).weight.cpu().numpy()
+        assert (u.weight + u.delta).cpu().numpy() == pytest.approx(after, abs=1e-4)
     rest = {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {u.name for u in found}
     assert all(merged.get_submodule(n).weight.equal(base.model.get_submodule(n).weight) for n in rest)
-
-
-def test_a_method_that_cannot_be_merged_says_so(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, "prompt", tmp_path, sequence_length=96)
-    with pytest.raises(SpecError, match="cannot be merged"):
-        next(study.updates(base, adapter))
 
 
 def test_only_what_is_named(tiny_model, tmp_path):
@@ -95,10 +81,7 @@ def test_only_what_is_named(tiny_model, tmp_path):
     (only,) = study.updates(base, adapter, [value, "model.layers.0.self_attn.v_proj"])  # layer 0 has no adapter
     assert (only.name, only.layer, only.module.role) == (value, 2, "value")
     with pytest.raises(SpecError, match=r"v_proj is no linear map of .*; its first is model\.layers\.0"):
-        next(study.updates(base, adapter, ["v_proj"]))
-
-
-# the study
+        study.updates(base, adapter, ["v_proj"])
 
 
 def test_a_study_says_of_each_matrix_what_the_functions_do(tiny_model, tmp_path):
@@ -119,56 +102,36 @@ def test_a_study_says_of_each_matrix_what_the_functions_do(tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 2])
-def test_a_study_survives_json(keep, gpt2_model, tmp_path):
+def test_a_study_survives_its_file_whose_lines_are_its_matrices(keep, gpt2_model, tmp_path):
     base, adapter = saved(gpt2_model, "lora", tmp_path, target_modules="c_attn")
-    found = drain(study.study(base, adapter, ["transformer.h.1.attn.c_attn"], keep))[1]
-    text = json.dumps(found.to_dict(), allow_nan=False)
-    again = study.Study.from_dict(json.loads(text))
-    assert again.to_dict() == found.to_dict() and study.Study.from_dict(again.to_dict()) == again
-    (one,), (other,) = found.matrices, again.matrices
+    assert study.recorded(adapter) is None
+    found = drain(study.study(base, adapter, [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)], keep))[1]
+    text = found.to_json()
+    first, *lines, last = text.splitlines()
+    assert json.loads(text) == found.to_dict() and first.endswith('"matrices":[') and last == "]}"
+    assert [json.loads(line.rstrip(","))["name"] for line in lines] == [m.name for m in found.matrices]
+    assert ", " not in text and ": " not in text and "NaN" not in text
+    (adapter.folder / study.FILE).write_text(text)
+    again = study.recorded(adapter)
+    assert again.to_dict() == found.to_dict()
+    one, other = found.matrices[1], again.matrices[1]
     assert (other.directions, other.shape) == (one.directions, (192, 64)) and (one.directions is None) == (keep == 0)
     assert other.weight.values == pytest.approx(one.weight.values, rel=5e-4)
     assert other.amplification.factor == pytest.approx(one.amplification.factor, rel=2e-3)
     assert max(len(str(value)) for value in other.weight.values) <= 9
 
 
-def test_a_full_fine_tune_keeps_enough_to_compare_with_and_is_small(tiny_model, tmp_path):
-    """1.4 characters a number: 1.3 MB for 16 directions of the 60 query and value matrices of SmolLM2."""
-    base, adapter = saved(tiny_model, "full", tmp_path)
-    query = "model.layers.0.self_attn.q_proj"
-    (m,) = drain(study.study(base, adapter, [query], keep=16))[1].matrices
-    (u,) = study.updates(base, adapter, [query])
-    other = rand(64, 4) @ rand(4, 64, seed=1)
-    exact = lowrank.similarity(lowrank.factors(u.delta).v[:, :16], lowrank.factors(other).v[:, :4])
-    kept = lowrank.overlap(m.directions, lowrank.directions(other))
-    assert np.array(kept.grid) == pytest.approx(exact.cpu().numpy(), abs=2e-3)
-    assert len(m.directions.left) + len(m.directions.right) < 16 * (64 + 64) * 1.4
+def test_a_recorded_study_that_cannot_be_read_is_refused(tmp_path):
+    for text in ("", "{", "[]", "{}", '{"adapter":"a","model":"m","method":null,"matrices":[{}]}'):
+        (tmp_path / study.FILE).write_text(text)
+        with pytest.raises(
+            AdapterError, match=r"study\.json: cannot be read .*write it again with python -m peftlab study"
+        ):
+            study.recorded(adapters.Adapter(tmp_path, RunSpec(), {}))
 
 
-def test_a_files_lines_are_its_matrices_and_it_is_found_again(tiny_model, tmp_path):
-    base, adapter = saved(tiny_model, "lora", tmp_path, target_modules="query,value")
-    assert study.recorded(adapter) is None
-    found = drain(study.study(base, adapter, keep=2))[1]
-    text = found.to_json()
-    first, *lines, last = text.splitlines()
-    assert json.loads(text) == found.to_dict() and first.endswith('"matrices":[') and last == "]}"
-    assert [json.loads(line.rstrip(","))["name"] for line in lines] == [m.name for m in found.matrices]
-    assert ", " not in text and ": " not in text
-    (adapter.folder / study.FILE).write_text(text)
-    assert study.recorded(adapter) == study.Study.from_dict(found.to_dict())
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"adapter":"a","model":"m","method":null,"matrices":[{}]}'])
-def test_a_recorded_study_that_cannot_be_read_is_refused(text, tiny_model, tmp_path):
-    _, adapter = saved(tiny_model, "lora", tmp_path)
-    (adapter.folder / study.FILE).write_text(text)
-    with pytest.raises(
-        AdapterError, match=r"study\.json: cannot be read .*write it again with python -m peftlab study"
-    ):
-        study.recorded(adapter)
-
-
-# which matrices
+def of(model, method, **settings):
+    return adapters.Adapter(model, RunSpec(model=str(model), method=method, **settings), {})
 
 
 @pytest.mark.parametrize(
@@ -177,15 +140,13 @@ def test_a_recorded_study_that_cannot_be_read_is_refused(text, tiny_model, tmp_p
         ("tiny_model", "lora", {}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, 3),
         ("tiny_model", "lora", {"target_modules": "query,down", "layers": "last:2"}, {"q_proj", "down_proj"}, 2),
         ("tiny_model", "lora", {"target_modules": "value,lm_head"}, {"v_proj"}, 3),
-        ("tiny_model", "full", {}, {"q_proj", "v_proj"}, 3),
         ("tiny_model", "ia3", {}, {"k_proj", "v_proj", "down_proj"}, 3),
         ("tiny_model", "ln", {}, set(), 0),
         ("gpt2_model", "full", {}, {"c_attn"}, 3),
     ],
 )
-def test_unasked_it_is_what_the_adapter_adapts(model, method, settings, short_names, layers, request, tmp_path):
-    _, adapter = saved(request.getfixturevalue(model), method, tmp_path, **settings)
-    names = study.names(adapter)
+def test_unasked_it_is_what_the_adapter_adapts(model, method, settings, short_names, layers, request):
+    names = study.names(of(request.getfixturevalue(model), method, **settings))
     assert {name.rpartition(".")[2] for name in names} == short_names and len(names) == len(short_names) * layers
 
 
@@ -198,8 +159,8 @@ def test_of_an_unknown_method_it_is_every_linear_map_and_only_what_changed_is_st
     assert {u.module.role for u in study.updates(base, elsewhere, names)} == {"key"}
 
 
-def test_asked_it_is_what_is_named(tiny_model, tmp_path):
-    _, adapter = saved(tiny_model, "lora", tmp_path, target_modules="query")
+def test_asked_it_is_what_is_named(tiny_model):
+    adapter = of(tiny_model, "lora", target_modules="query")
     assert study.names(adapter, "lm_head") == ["lm_head"]
     assert study.names(adapter, "gate,v_proj")[::3] == [f"model.layers.0.{n}_proj" for n in ("mlp.gate", "self_attn.v")]
     with pytest.raises(SpecError, match="^targets=c_attn: .* it has q_proj, k_proj"):

@@ -1,23 +1,214 @@
-"""Base and adapted model side by side, what an adapter did to the weights, and proofs of what is said of LoRA."""
+"""Base and adapted model side by side: the same prompt, decoding and seed; the same held-out rows and metric."""
 
-from .answers import (
-    BASE,
-    ComparisonReport,
-    Exchange,
-    Reply,
-    Score,
-    instruction_of,
-    models_of,
-    on_prompt,
-    on_task,
-    prompt_tokens,
-    recorded,
-    score_of,
-    side_by_side,
-    wilson,
-)
+from __future__ import annotations
 
-__all__ = [
-    "BASE", "ComparisonReport", "Exchange", "Reply", "Score", "instruction_of", "models_of", "on_prompt", "on_task",
-    "prompt_tokens", "recorded", "score_of", "side_by_side", "wilson",
-]  # fmt: skip
+import math
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import adapters, fused
+from ..adapters import Adapter
+from ..base import weights
+from ..count import BYTES
+from ..data import tasks
+from ..data.tasks import Task
+from ..errors import SpecError
+from ..resolve import resolve_again
+from ..run.events import Work
+from ..run.generate import Decoding, stream
+from ..run.scoring import answer, nats_per_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Reply:
+    model: str
+    """BASE, or the adapter's name."""
+    text: str
+    seconds: float
+    """Time that the text took; 0 where it was not measured."""
+    score: float | None = None
+    """0 or 1 by the task's metric; None for a prompt without a reference."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    prompt: str
+    reference: str | None
+    """The right answer; None where there is none."""
+    replies: tuple[Reply, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean of 0/1 scores and its 95% Wilson interval."""
+
+    model: str
+    mean: float
+    low: float
+    high: float
+    items: int
+    forgetting: float | None
+    """Nats per token on public-domain prose, adapted minus base; None for the base and where it was not measured."""
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    task: str | None
+    """Key of the task whose held-out rows were asked; None for a prompt of one's own."""
+    metric: str | None
+    exchanges: tuple[Exchange, ...]
+    scores: tuple[Score, ...]
+    """One for each model; empty for a prompt of one's own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def wilson(successes: float, items: int) -> tuple[float, float]:
+    """95% interval of a proportion, sound for small samples and for 0 and 1. Wilson 1927."""
+    if not items:
+        return 0.0, 1.0
+    p, z = successes / items, 1.959964
+    middle = (p + z * z / (2 * items)) / (1 + z * z / items)
+    half = z / (1 + z * z / items) * math.sqrt(p * (1 - p) / items + z * z / (4 * items * items))
+    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # rounding must not put p outside
+
+
+def score_of(model: str, scores: list[float], forgetting: float | None = None) -> Score:
+    """The mean of at least one 0/1 score, with its interval."""
+    low, high = wilson(sum(scores), len(scores))
+    return Score(model, sum(scores) / len(scores), low, high, len(scores), forgetting)
+
+
+def models_of(chosen: list[Adapter], merged: bool = False) -> tuple[weights.Base, dict[str, PreTrainedModel]]:
+    """The base that `chosen` share, and models ready to generate by name, the base first.
+
+    The base has the widest precision of their runs. Raises AdapterError for an adapter that does not fit, and SpecError
+    where they were trained on different bases or where one that is to be `merged` cannot be.
+    """
+    bases = {f"{a.spec.model} {a.spec.quantization or 'none'}".removesuffix(" none") for a in chosen}
+    if len(bases) != 1:
+        raise SpecError(f"these adapters have different bases ({', '.join(sorted(bases))}); compare one base's")
+    put = adapters.merge if merged else adapters.apply
+    whole = {"quantization": "none"} if merged else {}
+    specs = [resolve_again(a.spec.but(**whole)) for a in chosen]
+    base = weights.load(max(specs, key=lambda spec: BYTES[spec.precision]))  # no adapter is rounded
+    models = {BASE: base.quick}
+    for a in chosen:
+        models[str(a.folder) if a.label in models else a.label] = put(base, a)
+    return base, models
+
+
+def prompt_tokens(
+    base: weights.Base, instruction: str, prompt: str, decoding: Decoding, virtual_tokens: int = 0
+) -> list[int]:
+    """Token ids of the prompt as the model reads it, after the task's instruction.
+
+    Raises SpecError for a prompt that is empty or that leaves no room for an answer after an adapter's virtual tokens.
+    """
+    if not prompt.strip():
+        raise SpecError("the prompt is empty: write a sentence, or take one of the held-out examples")
+    ids = tasks.prompt_ids(base.tokenizer, instruction, prompt)
+    context = (getattr(base.model.config, "max_position_embeddings", None) or 1024) - virtual_tokens
+    room = context - decoding.max_new_tokens
+    if room < 1:
+        raise SpecError(
+            f"max-new-tokens={decoding.max_new_tokens}: {base.entry.name} reads {context:,} tokens, prompt and answer "
+            f"together; set it to {context // 2:,} or less"
+        )
+    if len(ids) > room:
+        raise SpecError(
+            f"the prompt has {len(ids):,} tokens; {base.entry.name} reads {context:,} and the answer takes up to "
+            f"{decoding.max_new_tokens}: shorten it to {room:,} tokens"
+        )
+    return ids
+
+
+def instruction_of(adapter: Adapter) -> str:
+    """The system prompt that the adapter was trained with; empty where its task is not a bundled one."""
+    task = tasks.TASKS.get(adapter.spec.task or "")
+    return task.instruction if task else ""
+
+
+def side_by_side(
+    base: weights.Base, models: dict[str, PreTrainedModel], prompt: list[int], decoding: Decoding
+) -> Iterator[dict[str, Reply]]:
+    """Yields what each model has said so far, after each token.
+
+    A base and plain LoRA over it answer in one batch; other models take turns, a token each.
+    """
+    joint = fused.together(weights.share(base.model), list(models.values())[1:])
+    said = {name: Reply(name, "", 0.0) for name in models}
+    if joint is not None:
+        begun = time.perf_counter()
+        for all_texts in stream(joint, base.tokenizer, prompt, decoding, len(models)):
+            seconds = time.perf_counter() - begun
+            for name, text in zip(models, all_texts, strict=True):
+                if text != said[name].text or not said[name].seconds:
+                    said[name] = Reply(name, text, seconds)
+            yield dict(said)
+        return
+    streams = {name: stream(model, base.tokenizer, prompt, decoding) for name, model in models.items()}
+    while streams:
+        for name in list(streams):
+            begun = time.perf_counter()
+            texts = next(streams[name], None)
+            seconds = said[name].seconds + time.perf_counter() - begun
+            if texts is None:
+                del streams[name]
+            said[name] = Reply(name, texts[0] if texts else said[name].text, seconds)
+        yield dict(said)
+
+
+def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding, merged: bool = False) -> ComparisonReport:
+    """What the base and each adapter answer to one prompt. Raises what `models_of` and `prompt_tokens` do."""
+    base, models = models_of(chosen, merged)
+    virtual = max(a.spec.virtual_tokens or 0 for a in chosen)
+    ids = prompt_tokens(base, instruction_of(chosen[0]), prompt, decoding, virtual)
+    *_, said = side_by_side(base, models, ids, decoding)
+    return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
+
+
+def on_task(chosen: list[Adapter], task: Task, merged: bool = False) -> Generator[float, None, ComparisonReport]:
+    """Asks every model every held-out row. Yields the share done, from 0 to 1; returns the report.
+
+    Raises what `models_of` does.
+    """
+    base, models = models_of(chosen, merged)
+    replies: list[list[Reply]] = []
+    scores: list[Score] = []
+    prose: dict[str, float] = {}
+    for number, (name, model) in enumerate(models.items()):
+        begun = time.perf_counter()
+        for share in (told := Work(answer(model, base.tokenizer, task, task.heldout))):
+            yield (number + share) / len(models)
+        seconds = (time.perf_counter() - begun) / len(task.heldout)
+        prose[name] = nats_per_token(model, base.tokenizer)
+        forgetting = None if name == BASE else prose[name] - prose[BASE]
+        replies.append([Reply(name, a.text, seconds, a.score) for a in told.result])
+        scores.append(score_of(name, [a.score for a in told.result], forgetting))
+    rows = zip(task.heldout, *replies, strict=True)
+    exchanges = tuple(Exchange(row.prompt, row.answer, tuple(of_row)) for row, *of_row in rows)
+    return ComparisonReport(task.key, task.metric, exchanges, tuple(scores))
+
+
+def recorded(adapter: Adapter) -> ComparisonReport | None:
+    """The comparison that the adapter's own run measured on all held-out rows; None where its manifest has none."""
+    rows = adapter.result.get("heldout")
+    if not rows:
+        return None
+    sides = ((BASE, "base", None), (adapter.label, "adapted", adapter.result.get("forgetting")))
+    exchanges = []
+    for r in rows:
+        replies = tuple(Reply(name, r[side], 0.0, r[f"{side}_score"]) for name, side, _ in sides)
+        exchanges.append(Exchange(r["prompt"], r["reference"], replies))
+    scores = tuple(score_of(name, [r[f"{side}_score"] for r in rows], forgetting) for name, side, forgetting in sides)
+    task = tasks.find(adapter.spec.task or "")
+    return ComparisonReport(task.key, task.metric, tuple(exchanges), scores)

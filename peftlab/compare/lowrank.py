@@ -11,15 +11,11 @@ import base64
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ..errors import SpecError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ROUNDINGS = 100
-"""A singular value below this many roundings of the largest (1.2e-5 of it in fp32) counts as zero."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,8 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Singular values above rounding."""
-        import torch
-
-        return int((self.s > ROUNDINGS * torch.finfo(self.s.dtype).eps * self.s[0]).sum())
+        """Singular values above 100 roundings of the largest, 1.2e-5 of it in fp32."""
+        return int((self.s > 100 * torch.finfo(self.s.dtype).eps * self.s[0]).sum())
 
 
 @dataclass(frozen=True)
@@ -88,11 +82,11 @@ class Amplification:
     @property
     def factor(self) -> float | None:
         """The paper's amplification factor, ‖ΔW‖_F / ‖UᵀWV‖_F; None where W does nothing there."""
-        return _ratio(self.update, self.on_update)
+        return self.update / self.on_update if self.on_update else None
 
     @property
     def factor_of_random(self) -> float | None:
-        return _ratio(self.update, self.on_random)
+        return self.update / self.on_random if self.on_random else None
 
 
 @dataclass(frozen=True)
@@ -112,21 +106,15 @@ class Intruders:
 
 @dataclass(frozen=True)
 class Directions:
-    """The top singular vectors of ΔW, small enough to keep where ΔW itself is not.
-
-    A unit vector needs no scale: each is int8 in units of its largest number, and made a unit again when it is read.
-    """
+    """The top singular vectors of ΔW, each as int8 in units of its largest number, made a unit vector when it is read."""
 
     count: int
     left: str
-    """base64 of count × d_out int8."""
     right: str
-    """base64 of count × d_in int8."""
+    """base64 of count × d_out and of count × d_in int8."""
 
-    def vectors(self, side: str = "right") -> Tensor:
+    def vectors(self, side: str) -> Tensor:
         """n × count, unit columns: the `left` singular vectors (n = d_out), or the `right` ones (n = d_in)."""
-        import torch
-
         data = bytearray(base64.b64decode(self.left if side == "left" else self.right))
         rows = torch.frombuffer(data, dtype=torch.int8).reshape(self.count, -1).float()
         return torch.nn.functional.normalize(rows, dim=1).T
@@ -153,12 +141,10 @@ class Overlap:
 
 def factors(matrix: Tensor | Factors) -> Factors:
     """The singular value decomposition of a matrix. Factors are returned as they are."""
-    import torch
-
     if isinstance(matrix, Factors):
         return matrix
     m = matrix.detach() if matrix.dtype == torch.float64 else matrix.detach().float()
-    if not torch.isfinite(m).all():
+    if not m.isfinite().all():
         raise SpecError("the matrix has numbers that are not finite: train again at a lower learning rate")
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
     return Factors(u, s, vh.T)
@@ -175,7 +161,7 @@ def best(matrix: Tensor | Factors, rank: int) -> tuple[Tensor, float]:
     if not 0 <= rank <= len(f.s):
         raise SpecError(f"rank={rank}: {len(f.u)} × {len(f.v)} has ranks from 0 to {len(f.s)}; try {len(f.s)}")
     near = (f.u[:, :rank] * f.s[:rank]) @ f.v[:, :rank].T
-    return near, _ratio(float(f.s[rank:].norm()), float(f.s.norm())) or 0.0
+    return near, float(f.s[rank:].norm()) / (float(f.s.norm()) or 1.0)
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -184,15 +170,11 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     `a` is n × p and `b` n × q, each with orthonormal columns; the result is p × q with φ(i, j) at [i − 1, j − 1]. φ is 1
     where the smaller subspace lies in the larger, 0 where they are orthogonal. Hu et al. 2021, section 7.2, appendix G.
     """
-    import torch
-
     if len(a) != len(b):
-        raise SpecError(
-            f"the subspaces are of {len(a)} and {len(b)} dimensions: compare the same matrix, the same side"
-        )
+        raise SpecError(f"subspaces of {len(a)} and {len(b)} dimensions: compare the same matrix, the same side")
     sums = (a.T @ b).square().cumsum(0).cumsum(1)
-    ranks = [torch.arange(1, size + 1, device=sums.device) for size in sums.shape]
-    return sums / torch.minimum(ranks[0][:, None], ranks[1])
+    i, j = (sums.new_ones(size).cumsum(0) for size in sums.shape)
+    return sums / i[:, None].minimum(j)
 
 
 def amplification(weight: Tensor | Factors, delta: Tensor | Factors, directions: int) -> Amplification:
@@ -215,10 +197,7 @@ def amplification(weight: Tensor | Factors, delta: Tensor | Factors, directions:
 
 
 def intruders(weight: Tensor | Factors, tuned: Tensor | Factors, k: int = 10, threshold: float = 0.5) -> Intruders:
-    """Compares the top `k` left singular vectors of `tuned`, which is W + ΔW, with all left singular vectors of W.
-
-    How many intruders there are depends on k and on the threshold: Shuttleworth et al. 2024 vary both.
-    """
+    """Compares the top `k` left singular vectors of `tuned`, W + ΔW, with all of W's. The paper varies k and threshold."""
     w, t = factors(weight), factors(tuned)
     cosines = (w.u.T @ t.u[:, :k]).abs().amax(0).clamp(max=1)
     return Intruders(tuple(cosines.tolist()), threshold)
@@ -226,8 +205,6 @@ def intruders(weight: Tensor | Factors, tuned: Tensor | Factors, k: int = 10, th
 
 def directions(delta: Tensor | Factors, k: int = 16) -> Directions:
     """The top `k` ≥ 1 singular vectors of an update on both sides; all of them where it has fewer."""
-    import torch
-
     if k < 1:
         raise SpecError(f"k={k}: there is no direction to keep; try 16")
     d = factors(delta)
@@ -242,13 +219,6 @@ def directions(delta: Tensor | Factors, k: int = 16) -> Directions:
 
 
 def overlap(a: Directions, b: Directions, side: str = "right") -> Overlap:
-    """φ between two updates of the same matrix. The paper compares right singular vectors, what an update reads.
-
-    Raises SpecError for matrices of different sizes.
-    """
+    """φ between two updates of one matrix; the paper has it of right singular vectors, what an update reads."""
     of_a, of_b = a.vectors(side), b.vectors(side)
     return Overlap(tuple(tuple(row) for row in similarity(of_a, of_b).tolist()), len(of_a))
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None

@@ -12,25 +12,25 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .. import adapters, hardware, methods
+import torch
+from torch import Tensor
+
+from .. import adapters, fused, hardware, methods
 from ..adapters import Adapter
 from ..base import architecture, weights
 from ..errors import SpecError
 from ..resolve import resolve
 from ..run.generate import Decoding, decode, stream
 from ..spec import RunSpec
-from .answers import BASE as BASE
-from .answers import instruction_of, prompt_tokens
+from . import BASE as BASE
+from . import instruction_of, prompt_tokens
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
-    from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 APART, MERGED, SERIAL = "apart", "merged", "serial"
 """The models of `latency` beside the base: the adapter apart from the weights, merged into them, a new Houlsby adapter."""
 ALL = (BASE, APART, MERGED, SERIAL)
-STOPS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class Flip:
     position: int
     """Position of the token just read, from 0, in prompt and answer together."""
     apart: str
-    """The token that is likeliest where W₀ and BA are kept apart, as text."""
+    """The likeliest token where W₀ and BA are kept apart, as text."""
     merged: str
-    """The token that is likeliest with the merged weights."""
     margin: float
     """How far the logit of `apart` leads that of `merged` where W₀ and BA are kept apart, at least 0; 0 is a tie."""
 
@@ -56,9 +55,8 @@ class Agreement:
     largest_difference: float
     """The largest difference between the two models' logits of one token at one position."""
     positions: int
-    """How many positions were compared: the tokens of prompt and answer."""
+    """How many tokens prompt and answer have."""
     flips: tuple[Flip, ...]
-    """Where the likeliest token differs, in order."""
     apart_off: float
     """The largest difference of the logits kept apart from those in fp32 kept apart: what the precision itself costs."""
     merged_off: float
@@ -80,17 +78,16 @@ def merge_check(adapter: Adapter, prompt: str, max_new_tokens: int = 32) -> Merg
     for a few copies of the logits, tokens × vocabulary. A quantized run's adapter is put on the whole base. Raises SpecError
     for a method that cannot be merged and for a prompt that does not fit, AdapterError where the adapter does not.
     """
-    import torch
-
     base, decoding = _whole(adapter, "fp32"), Decoding(max_new_tokens)
-    apart, merged = _pair(base, adapter)
+    merged, apart = adapters.merge(base, adapter), adapters.apply(base, adapter)
     asked = prompt_tokens(base, instruction_of(adapter), prompt, decoding)
     said = [t for (t,) in decode(apart, [asked], base.tokenizer.eos_token_id, decoding) if t is not None]
     ids = asked + said
     true = _logits(apart, ids)
     moves = _gap(true, _logits(base.model, ids))
     whole = _agreement("fp32", true, _logits(merged, ids), true, base.tokenizer)
-    apart, merged = _pair(replace(base, model=_rounded(base.model, torch.bfloat16)), adapter)
+    half = replace(base, model=_rounded(base.model))
+    merged, apart = adapters.merge(half, adapter), adapters.apply(half, adapter)
     rounded = _agreement("bf16", _logits(apart, ids), _logits(merged, ids), true, base.tokenizer)
     return MergeReport(moves, (whole, rounded))
 
@@ -100,16 +97,8 @@ def _whole(adapter: Adapter, precision: str | None) -> weights.Base:
     return weights.load(resolve(adapter.spec.but(precision=precision, gpu=None, quantization="none")))
 
 
-def _pair(base: weights.Base, adapter: Adapter) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The base with the adapter kept apart, and with the adapter merged."""
-    merged = adapters.merge(base, adapter)  # first, since it refuses what cannot be merged
-    return adapters.apply(base, adapter), merged
-
-
 def _logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The logits in fp32, tokens × vocabulary."""
-    import torch
-
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].float()
 
@@ -122,29 +111,24 @@ def _agreement(
     precision: str, apart: Tensor, merged: Tensor, true: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> Agreement:
     """Compares logits, tokens × vocabulary; `true` are those of fp32 kept apart."""
-    first, other = apart.argmax(-1), merged.argmax(-1)
-    flips = tuple(
-        Flip(
-            position,
-            str(tokenizer.decode([int(first[position])])),
-            str(tokenizer.decode([int(other[position])])),
-            (apart[position, first[position]] - apart[position, other[position]]).item(),
-        )
-        for position in (first != other).nonzero().flatten().tolist()
-    )
-    return Agreement(precision, _gap(apart, merged), len(apart), flips, _gap(apart, true), _gap(merged, true))
+    flips = []
+    for position, (one, other) in enumerate(zip(apart.argmax(-1).tolist(), merged.argmax(-1).tolist(), strict=True)):
+        if one != other:
+            margin = (apart[position, one] - apart[position, other]).item()
+            flips.append(Flip(position, str(tokenizer.decode([one])), str(tokenizer.decode([other])), margin))
+    return Agreement(precision, _gap(apart, merged), len(apart), tuple(flips), _gap(apart, true), _gap(merged, true))
 
 
-def _rounded(model: PreTrainedModel, dtype: dtype) -> PreTrainedModel:
-    """A private copy with its parameters in `dtype`. Buffers stay: rotary frequencies in bf16 would be another model."""
+def _rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """A private copy with its parameters in bf16. Buffers stay: rotary frequencies in bf16 would be another model."""
     copy = weights.share(model)
     for parameter in copy.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.bfloat16()
     return copy
 
 
 def dial(
-    adapter: Adapter, prompt: str, stops: Sequence[float] = STOPS, max_new_tokens: int = 64
+    adapter: Adapter, prompt: str, stops: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0), max_new_tokens: int = 64
 ) -> Iterator[tuple[float, str]]:
     """Yields λ and what W₀ + λ·ΔW answers greedily, for each λ of `stops`; ΔW is what merging adds to W₀.
 
@@ -154,8 +138,7 @@ def dial(
     for stop in stops:
         if not math.isfinite(stop):
             raise SpecError(f"stop={stop}: the update is scaled by a finite number; try one from 0 to 2")
-    base = _whole(adapter, "fp32")
-    decoding = Decoding(max_new_tokens)
+    base, decoding = _whole(adapter, "fp32"), Decoding(max_new_tokens)
     ids = prompt_tokens(base, instruction_of(adapter), prompt, decoding)
     merged = adapters.merge(base, adapter)
     for stop in stops:
@@ -182,15 +165,13 @@ class Speed:
     seconds: float
     """Seconds a token: the median of the rounds."""
     lower: float
-    """The first quartile of the rounds, in seconds a token."""
     upper: float
-    """The third quartile, in seconds a token."""
+    """The first and the third quartile, in seconds a token."""
     ratio: float
     """This median over the base's; 1 is no cost."""
     added_modules: int
-    """Modules that the base does not have; 0 where nothing but the numbers is new."""
     added_parameters: int
-    """Parameters that the base does not have."""
+    """Modules and parameters that the base does not have; 0 where nothing but the numbers is new."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +179,7 @@ class LatencyReport:
     """What was measured on this machine and at this moment."""
 
     device: str
-    """The name of what it ran on."""
     versions: dict[str, str]
-    """Versions of the libraries it depends on."""
     precision: str
     """Number format of the weights: bf16 or fp32."""
     tokens: int
@@ -231,13 +210,20 @@ def latency(
     for number in range(rounds + 1):
         for place, (name, model) in enumerate(models.items()):
             yield (number + place / len(models)) / (rounds + 1)
-            spent = _seconds_a_token(model, ids, decoding)
+            steps = decode(model, [ids], -1, decoding)  # no token is −1, so that none ends the answer early
+            next(steps)
+            begun = time.perf_counter()
+            count = sum(1 for _ in steps)  # each token is read back, so that a GPU has finished it
             if number:  # round 0 warms up
-                seconds[name].append(spent)
+                seconds[name].append((time.perf_counter() - begun) / count)
     yield 1.0
-    device, versions = hardware.here().name, hardware.versions()
-    speeds = tuple(_speed(name, model, base.model, seconds) for name, model in models.items())
-    return LatencyReport(device, versions, _precision(base), tokens, rounds, speeds)
+    speeds = []
+    for name, model in models.items():
+        lower, median, upper = statistics.quantiles(seconds[name], method="inclusive")
+        modules = len(list(model.modules())) - len(list(base.model.modules()))
+        parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.model.parameters())
+        speeds.append(Speed(name, median, lower, upper, median / statistics.median(seconds[BASE]), modules, parameters))
+    return LatencyReport(hardware.here().name, hardware.versions(), _precision(base), tokens, rounds, tuple(speeds))
 
 
 def contenders(base: weights.Base, adapter: Adapter, what: Sequence[str] = ALL) -> dict[str, PreTrainedModel]:
@@ -264,29 +250,9 @@ def _serial(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
 
 
 def _fused(model: PreTrainedModel) -> PreTrainedModel:
-    from .. import fused
-
     fused.quicken(model)
     return model
 
 
 def _precision(base: weights.Base) -> str:
     return "bf16" if str(base.model.dtype) == "torch.bfloat16" else "fp32"
-
-
-def _seconds_a_token(model: PreTrainedModel, ids: list[int], decoding: Decoding) -> float:
-    """Seconds a token, without the first, which waits for the prompt. No token is −1, so none ends the answer early."""
-    steps = decode(model, [ids], -1, decoding)
-    next(steps)
-    begun = time.perf_counter()
-    count = sum(1 for _ in steps)  # each token is read back, so that a GPU has finished it
-    return (time.perf_counter() - begun) / count
-
-
-def _speed(name: str, model: Module, base: Module, seconds: dict[str, list[float]]) -> Speed:
-    lower, median, upper = statistics.quantiles(seconds[name], method="inclusive")
-    modules, parameters = (
-        sum(1 for _ in model.modules()) - sum(1 for _ in base.modules()),
-        sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters()),
-    )
-    return Speed(name, median, lower, upper, median / statistics.median(seconds[BASE]), modules, parameters)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from .. import adapters, methods
 from ..adapters import Adapter
@@ -16,15 +19,8 @@ from ..resolve import resolve
 from . import lowrank
 from .lowrank import Amplification, Directions, Intruders, Spectrum
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-AMPLIFIED = 8
-"""Directions of ΔW that a study looks for in W, or fewer where ΔW has fewer. Adapters compare only over as many of them."""
 FILE = "study.json"
 """Its name in an adapter's folder."""
-IN_PLACE = "query,value"
-"""What is studied by default where a method trains the base's own weights: all of them would take minutes and gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,22 @@ class Update:
     """None for a module outside the layers."""
     module: Module
     """The kind of module that it is."""
-    weight: Tensor
-    """W in fp32, d_out × d_in, however the model stores it."""
-    delta: Tensor
-    """ΔW in fp32, d_out × d_in."""
+    before: Tensor
+    after: Tensor
+    """Its weight without and with the adapter, in fp64, as the model stores it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W in fp32, d_out × d_in."""
+        return self._turned(self.before)
+
+    @property
+    def delta(self) -> Tensor:
+        """ΔW in fp32, d_out × d_in."""
+        return self._turned(self.after - self.before)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.float().T if self.module.kind == "conv1d" else matrix.float()
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,9 @@ class Study:
 
     def to_json(self) -> str:
         """`to_dict` as a small file, a matrix a line."""
-        data = self.to_dict()
-        matrices = ",\n".join(_compact(m) for m in data.pop("matrices"))
-        return f'{_compact(data)[:-1]},"matrices":[\n{matrices}\n]}}\n'
+        data, compact = self.to_dict(), json.JSONEncoder(separators=(",", ":")).encode
+        matrices = ",\n".join(map(compact, data.pop("matrices")))
+        return f'{compact(data)[:-1]},"matrices":[\n{matrices}\n]}}\n'
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
@@ -109,14 +117,15 @@ def names(adapter: Adapter, targets: str | None = None) -> list[str]:
     """Full names of the linear maps to study: those that `targets` names, as `Architecture.targets` takes it.
 
     By default those that the adapter adapts, never the head; query and value for a method that trains the base's own
-    weights; and all where the method is not known. Raises SpecError that lists what the model has.
+    weights, of which all would take minutes and gigabytes; and all where the method is not known. Raises SpecError that
+    lists what the model has.
     """
     shapes = architecture.of(adapter.spec.model or "")
     method = methods.METHODS.get(adapter.spec.method or "")
     if targets is None and method and not method.in_place:
         chosen = methods.targets(shapes, resolve(adapter.spec))
         return [name for t in chosen if t.module.is_linear and not t.module.head for name in t.names()]
-    wanted = (IN_PLACE if method else "all-linear") if targets is None else targets
+    wanted = ("query,value" if method else "all-linear") if targets is None else targets
     if not wanted.strip(" ,"):
         raise SpecError("targets is empty; leave it out for what the adapter trained")
     try:
@@ -139,18 +148,6 @@ def recorded(adapter: Adapter) -> Study | None:
         ) from None
 
 
-def updates(base: weights.Base, adapter: Adapter, names: Collection[str] | None = None) -> Iterator[Update]:
-    """Each linear map that the adapter changes; with `names`, only those of these full names.
-
-    ΔW is the merged weight minus the base's, so that any method that merges will do. Both are in fp64, because an fp32 sum
-    would round a ΔW of rank 8 to full rank. This takes 16 bytes of main memory for each number of the named maps. Raises
-    what `adapters.merge` does, and SpecError for a name that is no linear map.
-    """
-    found = _changed(base, adapter, names)
-    while found:
-        yield _update(*found.pop(0))
-
-
 def study(
     base: weights.Base, adapter: Adapter, names: Collection[str] | None = None, keep: int = 0
 ) -> Generator[float, None, Study]:
@@ -159,21 +156,21 @@ def study(
     Returns the study. Raises what `updates` does.
     """
     yield 0.0
-    found, done = _changed(base, adapter, names), []
+    found, done = updates(base, adapter, names), []
     total = len(found)
     while found:
-        done.append(_studied(_update(*found.pop(0)), keep))
+        done.append(_studied(found.pop(0), keep))
         yield len(done) / total
     return Study(adapter.label, adapter.spec.model or "", adapter.spec.method, tuple(done))
 
 
-Changed: TypeAlias = "tuple[str, int | None, Module, Tensor, Tensor]"
-"""A linear map's name, layer and kind, and its weight before and after, in fp64 and as the model stores it."""
+def updates(base: weights.Base, adapter: Adapter, names: Collection[str] | None = None) -> list[Update]:
+    """Each linear map that the adapter changes; with `names`, only those of these full names.
 
-
-def _changed(base: weights.Base, adapter: Adapter, names: Collection[str] | None) -> list[Changed]:
-    import torch
-
+    ΔW is the merged weight minus the base's, so that any method that merges will do. Both are in fp64, because an fp32 sum
+    would round a ΔW of rank 8 to full rank. This takes 16 bytes of main memory for each number of the named maps. Raises
+    what `adapters.merge` does, and SpecError for a name that is no linear map.
+    """
     kinds = [m for m in architecture.describe(base.model).modules if m.is_linear]
     places = {name: (layer, kind) for kind in kinds for layer, name in kind.names()}
     for name in sorted(set(names or ()) - set(places)):
@@ -185,35 +182,23 @@ def _changed(base: weights.Base, adapter: Adapter, names: Collection[str] | None
         if parameter.is_floating_point():
             parameter.data = parameter.data.to("cpu", torch.float64 if id(parameter) in wide else torch.float32)
     merged = adapters.merge(replace(base, model=model, device="cpu"), adapter)
-    pairs = {name: tuple(m.get_parameter(f"{name}.weight").data for m in (model, merged)) for name in wanted}
-    return [(name, *places[name], before, after) for name, (before, after) in pairs.items() if not before.equal(after)]
-
-
-def _update(name: str, layer: int | None, kind: Module, before: Tensor, after: Tensor) -> Update:
-    weight, delta = before.float(), (after - before).float()
-    if kind.kind == "conv1d":
-        weight, delta = weight.T, delta.T
-    return Update(name, layer, kind, weight, delta)
+    found = []
+    for name in wanted:
+        before, after = (m.get_parameter(f"{name}.weight").data for m in (model, merged))
+        if not before.equal(after):
+            found.append(Update(name, *places[name], before, after))
+    return found
 
 
 def _studied(update: Update, keep: int) -> MatrixStudy:
-    weight, delta = lowrank.factors(update.weight), lowrank.factors(update.delta)
+    module, w, d = update.module, update.weight, update.delta
+    weight, delta = lowrank.factors(w), lowrank.factors(d)
     return MatrixStudy(
-        name=update.name,
-        short_name=update.module.short_name,
-        role=update.module.role,
-        layer=update.layer,
-        shape=(update.module.d_out, update.module.d_in),
-        weight=lowrank.spectrum(weight),
-        delta=lowrank.spectrum(delta),
-        amplification=lowrank.amplification(weight, delta, min(AMPLIFIED, delta.rank)),
-        intruders=lowrank.intruders(weight, update.weight + update.delta),
-        directions=lowrank.directions(delta, keep) if keep else None,
-    )
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
+        update.name, module.short_name, module.role, update.layer, (module.d_out, module.d_in),
+        lowrank.spectrum(weight), lowrank.spectrum(delta),
+        lowrank.amplification(weight, delta, min(8, delta.rank)),  # adapters compare over as many directions
+        lowrank.intruders(weight, w + d), lowrank.directions(delta, keep) if keep else None,
+    )  # fmt: skip
 
 
 def _rounded(value: Any) -> Any:
