@@ -1,27 +1,24 @@
-"""What can go wrong, as one tree. Every message states the value, the limit and the fix.
-
-PeftlabError
-├── SpecError        a setting that cannot be run as asked (exit status 2)
-├── WeightsError     a base model that could not be found, fetched or verified
-├── AdapterError     an adapter folder that cannot be read or does not fit its base
-└── RunError         a run that failed after it started
-"""
+"""What can go wrong, as one tree. Every message states the value, the limit and the fix."""
 
 
 class PeftlabError(Exception):
     """Base of every error that is meant to be read by a person."""
 
 
-class SpecError(PeftlabError, ValueError): ...
+class SpecError(PeftlabError, ValueError):
+    """A setting that cannot be run as asked: exit status 2."""
 
 
-class WeightsError(PeftlabError): ...
+class WeightsError(PeftlabError):
+    """A base model that could not be found, fetched or verified."""
 
 
-class AdapterError(PeftlabError): ...
+class AdapterError(PeftlabError):
+    """An adapter folder that cannot be read or does not fit its base."""
 
 
-class RunError(PeftlabError): ...
+class RunError(PeftlabError):
+    """A run that failed after it started."""
 
 
 def plain(error: Exception) -> str:

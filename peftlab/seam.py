@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +30,11 @@ TURN = "peftlab_turn"
 """The attribute of a `sin` that holds the function to call in place of ROTARY."""
 _importing = threading.Lock()
 building = threading.Lock()
-"""The lock to hold while transformers builds a model. It changes torch's default type and every model's `tie_weights` for
-all threads meanwhile, so that another model built at the same time would be counted untied.
-"""
+"""To hold while transformers builds a model: it changes torch's default type and every `tie_weights` for all threads then."""
 
 
 def quiet() -> None:
-    """Keeps libraries from writing to the terminal, here and in processes started from here, unless the environment asks.
-
-    It has an effect only before the libraries are imported.
-    """
+    """Keeps libraries from writing to the terminal, unless the environment asks for it. To be called before their import."""
     asked = "PYTHONWARNINGS" in os.environ
     silence = {
         "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
@@ -148,17 +143,11 @@ def cache_name() -> str:
     return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class Output(Protocol):
-    """What a model that writes text returns."""
-
-    logits: Tensor
-
-
-def read(model: Module, held: Cache | None, **inputs: object) -> tuple[Output, Cache]:
-    """(the output of `model` for inputs that follow the tokens in `held`, the cache of all these tokens)"""
+def read(model: Module, held: Cache | None, **inputs: object) -> tuple[Tensor, Cache]:
+    """(logits for inputs that follow the tokens in `held`, the cache of all these tokens)"""
     name = cache_name()
     out = model(**inputs, use_cache=True, **({} if held is None else {name: held}))
-    return out, getattr(out, name)
+    return out.logits, getattr(out, name)
 
 
 def kept_by(held: Cache) -> list[tuple[Tensor, Tensor]]:
@@ -168,10 +157,7 @@ def kept_by(held: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
-    """An empty cache of `room` tokens for the layers of `held`.
-
-    All layers write at the same place `at`, a tensor with one number that the caller moves once a token, not once a layer.
-    """
+    """An empty cache of `room` tokens for the layers of `held`, which all write at `at`, a tensor that the caller moves."""
     from transformers.cache_utils import Cache, StaticLayer
 
     class Layer(StaticLayer):

@@ -51,8 +51,8 @@ def test_what_was_read_is_kept_and_gone_on_from(family):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         _, held = seam.read(model, None, input_ids=IDS[:, :3])
-        out, held = seam.read(model, held, input_ids=IDS[:, 3:])
-        assert out.logits[0, -1].allclose(model(input_ids=IDS).logits[0, -1], atol=1e-5)
+        logits, held = seam.read(model, held, input_ids=IDS[:, 3:])
+        assert logits[0, -1].allclose(model(input_ids=IDS).logits[0, -1], atol=1e-5)
     assert held.get_seq_length() == 4
     fixed = seam.fixed_cache(held, 9, torch.zeros((), dtype=torch.long))
     assert [layer.keys.shape[2] for layer in fixed.layers] == [9] * 3

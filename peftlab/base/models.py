@@ -85,8 +85,7 @@ MODELS = {
 def find(model: str) -> BaseModel:
     """The entry of a catalogue key, a Hub id, a folder, a config.json, a pasted config's key or a bare count.
 
-    A Hub id outside the catalogue asks the Hub for its config alone, for 5 s at most. Raises SpecError with the nearest
-    known names, or with what is wrong in the config.
+    The Hub is asked for a config alone, for 5 s at most. Raises SpecError with the nearest names, or what is wrong.
     """
     if model in MODELS:
         return MODELS[model]
@@ -95,8 +94,7 @@ def find(model: str) -> BaseModel:
             return entry
     if model.startswith(CONFIG):
         return _from_key(model)
-    count = re.fullmatch(r"(\d+(?:\.\d+)?)\s?([KMBT])", model.strip(), re.IGNORECASE)
-    if count:
+    if count := re.fullmatch(r"(\d+(?:\.\d+)?)\s?([KMBT])", model.strip(), re.IGNORECASE):
         total = float(count[1]) * UNITS[count[2].upper()]
         if not 1 <= total <= configs.MOST_PARAMETERS:
             raise SpecError(f"model={configs.shown(model)}: a count is 1 to 100T parameters; write one such as 7B")
@@ -109,10 +107,7 @@ def find(model: str) -> BaseModel:
 
 
 def from_config(text: str) -> BaseModel:
-    """The entry of a pasted config.json. Its key holds the whole config: `find` needs nothing else.
-
-    Raises SpecError where the text is no config, is too long, or makes no model.
-    """
+    """The entry of a pasted config.json, whose key holds all of it. Raises SpecError where it is too long or no model's."""
     if len(text.encode(errors="replace")) > PASTED_BYTES:
         raise SpecError(f"config.json: {len(text):,} characters; at most 64 kB are read; paste the config.json alone")
     name, config = _read(text)
@@ -121,9 +116,7 @@ def from_config(text: str) -> BaseModel:
     key = CONFIG + base64.urlsafe_b64encode(packed).decode().rstrip("=")
     if len(key) > KEY_LENGTH:
         largest = configs.shown(max(config, key=lambda field: len(json.dumps(config[field]))))
-        raise SpecError(
-            f"config.json: {len(key):,} characters packed; a link holds {KEY_LENGTH:,}; leave out {largest}"
-        )
+        raise SpecError(f"config.json: {len(key):,} bytes packed; a link holds {KEY_LENGTH:,}; leave out {largest}")
     configs.build_meta(config)  # what only building it shows is refused here and not later
     return find(key)
 

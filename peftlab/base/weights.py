@@ -53,8 +53,7 @@ _locks: dict[tuple[object, ...], threading.Lock] = {}
 def load(spec: Resolved) -> Base:
     """The base model of a resolved spec, in its precision or quantized, on this machine's device; loaded once and kept.
 
-    A loaded model is returned at once, even while others are being fetched or loaded. Raises SpecError for a model that
-    does not write text, and WeightsError where its weights cannot be had.
+    Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
     """
     entry = models.find(spec.model)
     if not entry.is_causal:
@@ -73,8 +72,7 @@ def _load(entry: BaseModel, spec: Resolved, device: str) -> Base:
     from .. import fused
 
     transformers = seam.library()
-    for _ in fetch(spec.model):
-        pass
+    list(fetch(spec.model))
     source = source_of(entry)
     assert source is not None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
@@ -129,9 +127,8 @@ def _quantized(spec: Resolved, dtype: torch.dtype, device: str) -> dict[str, obj
 def share(model: SomeModel) -> SomeModel:
     """A copy of `model` that shares its weights' storage and nothing else.
 
-    Each parameter becomes a new Parameter over the same storage, each buffer stays itself: the copy can be wrapped,
-    hooked and have parameters replaced, while the base keeps its modules, its flags and, as long as nobody writes in
-    place, its numbers. Whoever trains a parameter in place clones it first.
+    Each parameter becomes a new one over the same storage, each buffer stays itself: the copy can be wrapped and hooked, and
+    its parameters replaced. Whoever trains a parameter in place clones it first.
     """
     memo: dict[int, Any] = {id(parameter): _twin(parameter) for parameter in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import SpecError
 from ..spec import closest
 
+Entry = TypeVar("Entry")
 PRICE = 2.5
 """What an hour of any GPU is taken to cost until somebody types their own price. An assumption, without a currency."""
 FAMILIES = ("full", "additive", "selective", "prompt-based")
@@ -99,13 +100,8 @@ PAPERS = {key: Paper(key, **entry) for key, entry in read("papers").items()}
 PRESETS = {key: Preset(key, **entry) for key, entry in read("presets").items()}
 
 
-def find_gpu(key: str) -> GPU:
-    if key not in GPUS:
-        raise SpecError(f"gpu={key}: no such GPU; {closest(key, GPUS)}")
-    return GPUS[key]
-
-
-def find_preset(key: str) -> Preset:
-    if key not in PRESETS:
-        raise SpecError(f"preset={key}: no such preset; {closest(key, PRESETS)}")
-    return PRESETS[key]
+def entry_of(kind: str, key: str, entries: Mapping[str, Entry]) -> Entry:
+    """The entry of that key. Raises SpecError with the nearest keys."""
+    if key not in entries:
+        raise SpecError(f"{kind}={key}: no such {kind}; {closest(key, entries)}")
+    return entries[key]

@@ -11,7 +11,7 @@ from typing import Any
 from .. import units
 from ..base import architecture
 from ..base.models import find
-from ..catalog import PAPERS, find_preset
+from ..catalog import PAPERS, PRESETS, entry_of
 from ..count import BYTES, ParameterReport, count
 from ..memory import predict, storage
 from ..methods import METHODS
@@ -106,7 +106,7 @@ def paper(method: str, authors: str, year: int) -> Finding:
 
 def preset(key: str, **wanted: float) -> Finding:
     """The published settings that the app offers are the lecture's."""
-    found = find_preset(key)
+    found = entry_of("preset", key, PRESETS)
     own = {**found.settings, "alpha_over_rank": found.alpha_over_rank, "epochs": found.epochs}
     return decided(all(own.get(name) == value for name, value in wanted.items()), f"{found.name}: {found.says}")
 

@@ -15,11 +15,11 @@ from .. import methods
 from ..base import architecture as architectures
 from ..base import models
 from ..base.architecture import Architecture, Module
-from ..catalog import GPUS, find_gpu
+from ..catalog import GPUS, entry_of
 from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import Json, Resolved, RunSpec
-from .case import follows_layers
+from .case import decoder, follows_layers
 
 Place = tuple[float, int]
 """(layer, stage in it) at which a token meets a module. The embedding is in layer -1, the head after the last."""
@@ -66,11 +66,6 @@ class Compute:
         """Operations of the whole run on all GPUs."""
         return self.per_token * self.tokens
 
-    @property
-    def per_step(self) -> float:
-        """Operations of one optimizer step on all GPUs."""
-        return self.total / self.spec.steps
-
     def time(self, gpu: str, utilisation: float) -> float:
         """Seconds at that share, above 0 and up to 1, of each GPU's bf16 peak. Raises SpecError for a GPU without bf16."""
         if not 0 < utilisation <= 1:
@@ -94,15 +89,13 @@ def compute(spec: Resolved) -> Compute:
         once = 2.0 * (entry.total_parameters or 0)  # a third of 6N; gradients of frozen weights are never computed
         recomputed, weights = once * spec.gradient_checkpointing, once * method.in_place
         return Compute(spec, spec.sequence_length, once, recomputed, input_gradients=once, weight_gradients=weights)
-    if not entry.is_causal:
-        raise SpecError(f"model={spec.model}: only models that write text are trained here; name one such as gpt2")
-    shape = architectures.of(spec.model)
-    return _of_layers(spec, shape, methods.targets(shape, spec, entry.name))
+    return _of_layers(spec, methods.targets(architectures.of(spec.model), spec, decoder(spec.model).name))
 
 
-def _of_layers(spec: Resolved, shape: Architecture, chosen: list[methods.Target]) -> Compute:
+def _of_layers(spec: Resolved, chosen: list[methods.Target]) -> Compute:
     """The arithmetic of a model whose layers are known, with the method's targets."""
-    method, facts, n = methods.find(spec.method), shape.facts, shape.n_layers
+    method, shape = methods.find(spec.method), architectures.of(spec.model)
+    facts, n = shape.facts, shape.n_layers
     embedding = any(t.module.kind == "embedding" for t in chosen)
     inserted = spec.virtual_tokens if embedding else 0
     length, prefix = spec.sequence_length + inserted, spec.virtual_tokens - inserted  # every token sees the prefix
@@ -130,14 +123,8 @@ def _of_layers(spec: Resolved, shape: Architecture, chosen: list[methods.Target]
     seen = (n - facts.windowed) * _seen(length) + facts.windowed * _seen(length, facts.window) + n * prefix
     attention = 4.0 * facts.heads * facts.head_size * seen
     reached = sum((layer, ATTENTION) >= lowest for layer in range(n)) / n
-    return Compute(
-        spec,
-        length,
-        forward + attention,
-        (recomputed + attention) * spec.gradient_checkpointing,
-        inputs + 2 * attention * reached,
-        weights,
-    )
+    again = (recomputed + attention) * spec.gradient_checkpointing
+    return Compute(spec, length, forward + attention, again, inputs + 2 * attention * reached, weights)
 
 
 def _elements(m: Module, shape: Architecture) -> float:
@@ -151,10 +138,7 @@ def _elements(m: Module, shape: Architecture) -> float:
 
 
 def _adapter(m: Module, spec: Resolved) -> tuple[int, int]:
-    """Weights of the adapter on one `m`: of the matrix that reads, and of the one that writes. VeRA's count as trained.
-
-    The method's width is the one of these settings that it reads.
-    """
+    """Weights of the adapter on one `m`: of the matrix that reads, and of the one that writes. VeRA's count as trained."""
     if spec.rank:
         return spec.rank * m.d_in, spec.rank * m.d_out
     if spec.bottleneck:
@@ -178,20 +162,17 @@ def _seen(length: int, window: int = 0) -> float:
 
 def peak(gpu: str) -> float:
     """Dense bf16 operations a second. Raises SpecError for a GPU without bf16."""
-    found = find_gpu(gpu)
+    found = entry_of("gpu", gpu, GPUS)
     if found.bf16_tflops is None:
         raise SpecError(f"gpu={gpu}: {found.name} has no bf16, whose peak is the measure; choose one that has, as l4")
     return found.bf16_tflops * 1e12
 
 
 def utilisation(rows: Iterable[Json]) -> Iterator[tuple[Resolved, float]]:
-    """(run, operations a second, recomputed ones too, over the GPU's bf16 peak) of rows of assets/measured/memory-*.json.
-
-    Left out are rows without `measured.step_seconds`, and GPUs without bf16.
-    """
+    """(run, operations a second, recomputed ones too, over the GPU's bf16 peak) of those recorded rows that have both."""
     for row in rows:
         seconds = (row.get("measured") or {}).get("step_seconds")
         gpu = GPUS.get(row["spec"].get("gpu") or "")
         if seconds and gpu and gpu.bf16_tflops:
             run = compute(resolve(RunSpec.from_dict(row["spec"])))
-            yield run.spec, run.per_step / (seconds * run.n_gpus * peak(gpu.key))
+            yield run.spec, run.total / (run.spec.steps * seconds * run.n_gpus * peak(gpu.key))

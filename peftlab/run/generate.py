@@ -1,6 +1,4 @@
-"""Decoding, the one way a model's text is made: token by token, with a cache that grows or, on a GPU, as a CUDA graph over one
-of fixed size.
-"""
+"""The one way a model's text is made: token by token, with a cache that grows or, on a GPU, a CUDA graph over a fixed one."""
 
 from __future__ import annotations
 
@@ -53,10 +51,7 @@ class Decoding:
 
 
 class Reader:
-    """A model that reads token by token, with a cache that grows. It begins with the prompts, and what they share is read once.
-
-    `logits` reads what was fed last, `feed` gives it the next token of each row, `close` ends the reading.
-    """
+    """A model that reads token by token, with a cache that grows. It begins with the prompts, and what they share is read once."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, alike: bool = True) -> None:
         self.model, device = model, model.device
@@ -66,9 +61,9 @@ class Reader:
         shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
         common = len(shared) if len(shared) >= SHARED else 0
         if common:
-            ids = torch.tensor([shared], device=device)
-            at = {"position_ids": torch.arange(common, device=device)[None], "attention_mask": torch.ones_like(ids)}
-            _, self.cache = seam.read(model, None, input_ids=ids, logits_to_keep=1, **at)
+            self.ids = torch.tensor([shared], device=device)
+            self.mask, self.positions = torch.ones_like(self.ids), torch.arange(common, device=device)[None]
+            self.logits()
             self.cache.batch_repeat_interleave(len(prompts))
         rest = [p[common:] for p in prompts]
         width = max(map(len, rest))
@@ -78,13 +73,13 @@ class Reader:
         self.positions = common + (own.cumsum(1) - 1).clamp(min=0)
 
     def logits(self) -> Tensor:
-        """Logits of each row's next token, rows × vocabulary, in fp32."""
+        """Reads what was fed last: logits of each row's next token, rows × vocabulary, in fp32."""
         last = torch.full((1,), -1, device=self.ids.device)  # as a slice, the head would copy its weight for each row
-        out, self.cache = seam.read(
+        logits, self.cache = seam.read(
             self.model, self.cache, input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
             logits_to_keep=last,
         )  # fmt: skip
-        return out.logits[:, -1].float()
+        return logits[:, -1].float()
 
     def seen(self) -> int:
         """How many tokens are in the cache, virtual ones too."""
