@@ -6,9 +6,10 @@ from tiny import run_of, small, steps
 
 from peftlab import RunSpec, resolve
 from peftlab.methods import METHODS
+from peftlab.run import train
 from peftlab.run.batches import Batch
 from peftlab.run.gears import CaptureError, Eager, Graph, why_eager
-from peftlab.show import sentences
+from peftlab.show import runs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
 
@@ -31,16 +32,11 @@ def test_why_a_step_cannot_be_one_graph(settings, said):
     assert why_eager(spec, "cpu") == "no CUDA GPU here"
 
 
-def test_the_start_says_the_gear(toy_spec, tmp_path):
-    from peftlab.run import train
-
+def test_the_start_says_the_gear_and_words_follow_one_that_changed(toy_spec, tmp_path):
     start = next(e for e in train(resolve(toy_spec), tmp_path) if e["type"] == "start")
     if not torch.cuda.is_available():
         assert (start["gear"], start["why_eager"]) == ("eager", "no CUDA GPU here")
         assert sentences.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
-
-
-def test_words_follow_a_gear_that_changed():
     graph = {"type": "start", "gear": "graph", "why_eager": ""}
     assert sentences.gear([graph]) == "each step one CUDA graph"
     changed = {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}
@@ -72,25 +68,18 @@ def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, t
     assert run.gear.name == "eager"
 
 
+STEPS = [{"accumulation": 2}, {"dropout": 0.1}, {"gradient_checkpointing": True}]
+
+
 @needs_cuda
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "bitfit"])
-def test_the_graphs_losses_are_the_eager_gears(method, tiny_model, toy_task, tmp_path):
-    settings = {"steps": 60, "precision": "fp32", "batch_size": 2}
-    eager = run_of(small(tiny_model, method, **settings), tmp_path / "a")
-    eager.gear = Eager(eager.gear.step, "asked for")
-    graph = run_of(small(tiny_model, method, **settings), tmp_path / "b")
-    assert isinstance(graph.gear, Graph) == (method != "adalora")
+@pytest.mark.parametrize("settings", [*({"method": m} for m in METHODS if m != "bitfit"), *STEPS], ids=str)
+def test_the_graphs_losses_are_the_eager_gears(settings, tiny_model, toy_task, tmp_path, monkeypatch):
+    if "dropout" in settings:
+        monkeypatch.setattr(Batch, "trimmed", lambda self: self)  # or it would draw for other positions
+    spec = small(tiny_model, **{"method": "lora", "steps": 60, "batch_size": 2, **settings})
+    eager, graph = run_of(spec, tmp_path / "a", eager=True), run_of(spec, tmp_path / "b")
+    assert isinstance(graph.gear, Graph) == (spec.method != "adalora")
     assert steps(graph, 60) == pytest.approx(steps(eager, 60), rel=1e-3, abs=1e-4)
-
-
-@needs_cuda
-@pytest.mark.parametrize("settings", [{"accumulation": 2}, {"dropout": 0.1}, {"gradient_checkpointing": True}], ids=str)
-def test_whatever_the_step_does(settings, tiny_model, toy_task, tmp_path, monkeypatch):
-    monkeypatch.setattr(Batch, "trimmed", lambda self: self)  # or dropout would draw for other positions
-    eager = run_of(small(tiny_model, "lora", precision="fp32", **settings), tmp_path / "a")
-    eager.gear = Eager(eager.gear.step, "asked for")
-    graph = run_of(small(tiny_model, "lora", precision="fp32", **settings), tmp_path / "b")
-    assert steps(graph, 20) == pytest.approx(steps(eager, 20), rel=1e-3, abs=1e-4)
 
 
 @needs_cuda

@@ -11,9 +11,8 @@ from ..compare import BASE, ComparisonReport, Reply, proofs
 from ..compare.proofs import LatencyReport, MergeReport
 from ..data.tasks import METRICS, Task
 from ..race import scores
-from . import sentences
 from .figures import PALETTE, QUARTERS, blank, themed
-from .marks import explained, graded, how, libraries, table
+from .marks import bold, explained, graded, how, libraries, table
 
 NAMES = {
     proofs.BASE: "base",
@@ -48,10 +47,27 @@ def whence(adapter: Adapter) -> str:
     return f"{mark} Recorded on {escape(recorded.hardware)}: {recorded.settings()}. {more}"
 
 
+def compare_sentence(report: ComparisonReport) -> str:
+    """On how many items the last adapter is better than the base, and on how many worse, and how much it forgot."""
+    adapted = [s for s in report.scores if s.model != BASE][-1]
+    scores = [{r.model: r.score or 0 for r in e.replies} for e in report.exchanges]
+    wins = sum(score[adapted.model] > score[BASE] for score in scores)
+    losses = sum(score[adapted.model] < score[BASE] for score in scores)
+    text = f"{bold('The adapter', 'trained')} wins {bold(str(wins))} of {len(scores)}, loses {bold(str(losses))}"
+    change = adapted.forgetting
+    if change is None:
+        return f"{text}."
+    if change <= 0:
+        return f"{text}, and reads ordinary text no worse than before."
+    # nats per token: 0.05 is a 5% and 0.3 a 35% rise of perplexity
+    much = "almost nothing" if change < 0.05 else "a little" if change < 0.3 else "a lot"
+    return f"{text}, and on ordinary text is {units.significant(change, 2)} nats a token worse: it forgot {much}."
+
+
 def scored_value(report: ComparisonReport, task: Task) -> dict[str, object]:
     """What the panels of a score show, by name."""
     return {
-        "sentence": explained(sentences.compare_sentence(report)),
+        "sentence": explained(compare_sentence(report)),
         "chart": themed(score_bars, report, METRICS[task.metric].name),
         "every": _answers(report, task),
     }

@@ -1,7 +1,7 @@
 """What a run costs, in tables: memory by kind, GPUs, room, time, money, disk, serving, conventions and measurements."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
 
@@ -39,12 +39,9 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
         for kind, colour, name in COMPONENTS
         if any(part.get(kind) for part in parts)
     ]
-    sums = (
-        {"allocated": "allocated at the peak", "reserved": "reserved by PyTorch", "process": "what nvidia-smi shows"}
-        if full.peak
-        else {"states": "sum"}
-    )
-    rows += [(name, *(bold(units.size(getattr(r, key))) for r in reports)) for key, name in sums.items()]
+    sums = {"allocated": "allocated at the peak", "reserved": "reserved by PyTorch", "process": "what nvidia-smi shows"}
+    for key, name in (sums if full.peak else {"states": "sum"}).items():
+        rows.append((name, *(bold(units.size(getattr(r, key))) for r in reports)))
     rows.append(("trained parameters", *(f"{r.trainable_parameters:,}" for r in reports)))
     return table(("", *map(method_name, reports)), rows) + (_derivation(form) if form else "")
 
@@ -61,11 +58,8 @@ def _derivation(form: ClosedForm) -> str:
         for line in lines
     ]
     written = " ".join(line.symbols for line in lines)
-    known = ", ".join(
-        f"{symbol}: {meaning}"
-        for symbol, meaning in SYMBOLS.items()
-        if re.search(rf"(?<![^\W\d]){symbol}(?!\w)", written)
-    )
+    used = [symbol for symbol in SYMBOLS if re.search(rf"(?<![^\W\d]){symbol}(?!\w)", written)]
+    known = ", ".join(f"{symbol}: {SYMBOLS[symbol]}" for symbol in used)
     run = f"B = {spec.batch_size}, S = {spec.sequence_length:,}, r = {spec.rank or 'none'}"
     legend = f'<p class="note">{run}; {escape(known)}. The bytes at the closed form’s peak, on one GPU.</p>'
     return legend + table(("component", "symbols, then numbers", "bytes"), rows, "derivation") + _between_gpus(form)
@@ -148,20 +142,17 @@ def compute_and_disk(
     `streams` answers are written at once, of `context` tokens each; `price` is that of an hour of the GPU, and
     `utilisation` the share of its peak that it reaches, in percent.
     """
-    said = (
-        _or_refusal(lambda: _time_and_money(chosen.spec, price, utilisation)),
-        storage_line(chosen, tasks),
-        _or_refusal(lambda: _serving(chosen.spec, tasks, streams, context)),
-    )
-    return "".join(f"<p>{line}</p>" for line in said)
-
-
-def _or_refusal(say: Callable[[], str]) -> str:
-    """What `say` says, or why that cannot be said of this run."""
-    try:
-        return say()
-    except SpecError as error:
-        return escape(str(error))
+    said = ""
+    for line in (
+        lambda: _time_and_money(chosen.spec, price, utilisation),
+        lambda: storage_line(chosen, tasks),
+        lambda: _serving(chosen.spec, tasks, streams, context),
+    ):
+        try:
+            said += f"<p>{line()}</p>"
+        except SpecError as error:
+            said += f"<p>{escape(str(error))}</p>"
+    return said
 
 
 def _time_and_money(spec: Resolved, price: float, utilisation: float) -> str:
@@ -169,13 +160,11 @@ def _time_and_money(spec: Resolved, price: float, utilisation: float) -> str:
     run = compute(spec)
     seconds, money = run.time(gpu.key, utilisation / 100), run.money(gpu.key, utilisation / 100, price)
     saved = compute(resolve(spec.but(method="full", quantization=None))).per_token / run.per_token - 1
-    more = (
-        f" Full fine-tuning computes {units.percent(saved)} more: frozen weights need no gradient." if saved > 0 else ""
-    )
+    more = f" Full fine-tuning computes {units.percent(saved)} more: frozen weights need no gradient."
     return (
         f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {units.operations(run.per_token)} each: "
-        f"{bold(units.seconds(seconds))} and {bold(f'{money:,.2f}')} on {gpu_name(gpu)} at {utilisation:g}% of its peak.{more}"
-    )
+        f"{bold(units.seconds(seconds))} and {bold(f'{money:,.2f}')} on {gpu_name(gpu)} at {utilisation:g}% of its peak."
+    ) + (more if saved > 0 else "")
 
 
 def _serving(spec: Resolved, tasks: int, streams: int, context: int) -> str:

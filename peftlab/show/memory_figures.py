@@ -1,13 +1,13 @@
-"""What the Memory tab draws: two runs as polynomials in batch, length and rank, with words, and memory through a step."""
+"""What the Memory tab says and draws: its opening sentence, surprises, bars, and memory through one training step."""
 
 from html import escape
 
 from .. import units
+from ..base import architecture
 from ..catalog import GPUS
 from ..memory import ClosedForm, MemoryReport, Moment
-from . import sentences
 from .figures import PALETTE, Chart, look
-from .marks import explained, how
+from .marks import bold, explained, how
 from .settings import gpu_name, method_name
 
 COMPONENTS = (
@@ -29,9 +29,103 @@ CLOSED = how(
     "A closed form: polynomials in batch, length and rank, worked out from what autograd keeps. The allocator's reserve is "
     "taken as usual. Once you pause, a trace of the whole step takes its place.",
 ) + explained(" at once, from the closed form. The exact figure follows when you pause.")
+SENTENCES = {
+    "full": "Full fine-tuning of {model} needs {full}.",
+    "chosen": "{method} needs {chosen}: {ratio}× {less}{where}.",
+    "one": "{it} one {gpu}",
+    "several": "{it_takes} {n} × {gpu}",
+}
+"""The parts of Memory's opening sentence. The page fills the same words on every move of a slider."""
 
-NOT_COUNTED = "<b>Not in these bars:</b> activations, logits and the CUDA context. "
-BARE, LEFT_OUT = "A bare count has no layers to predict them from.", "The convention leaves them out."
+
+def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
+    """What full fine-tuning needs, what the chosen method needs, and which GPUs hold that.
+
+    An estimate is marked as one and names no GPU: the exact figure, which follows it on the page, may name another.
+    """
+    estimated = chosen.peak is not None and chosen.source == "closed-form"
+    about = "about " if estimated else ""
+    begin = SENTENCES["full"].format(model=bold(full.model_name), full=about + bold(units.size(full.needed)))
+    where = "" if estimated else _where(chosen)
+    if chosen.spec.method == "full":
+        return begin + (f" {where[0].upper()}{where[1:]}." if where else "")
+    ratio = full.needed / chosen.needed
+    return f"{begin} " + SENTENCES["chosen"].format(
+        method=bold(method_name(chosen), "trained"),
+        chosen=about + bold(units.size(chosen.needed), "trained"),
+        ratio=about + units.significant(max(ratio, 1 / ratio)),
+        less="less" if ratio >= 1 else "more",
+        where=f", and {where}" if where else "",
+    )
+
+
+def it(report: MemoryReport) -> dict[str, str]:
+    """What the sentence says of the run: that it fits as a whole, or that its states alone do."""
+    if report.process is None:
+        return {"it": "these alone fit", "it_takes": "these alone take"}
+    return {"it": "it fits", "it_takes": "it takes"}
+
+
+def _where(report: MemoryReport) -> str:
+    """The smallest GPU that holds the run, or how many of the largest one do."""
+    *_, largest = GPUS.values()
+    if one := next((g for g in GPUS.values() if report.needed <= g.memory_bytes), None):
+        return SENTENCES["one"].format(**it(report), gpu=gpu_name(one))
+    n = -(-report.needed // largest.memory_bytes)
+    return SENTENCES["several"].format(**it(report), n=f"{n:,}", gpu=gpu_name(largest))
+
+
+def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:
+    """What a reader would not expect of these two predictions, the most surprising first; none where a convention counts."""
+    peak, spec = chosen.peak, chosen.spec
+    if full.peak is None or peak is None:
+        return []
+    logits, facts = peak.bytes["logits"], architecture.of(spec.model).facts
+    batch = peak.bytes["activations"] + logits
+    found = _against_full(full, chosen, full.peak, peak)
+    if logits > 0.25 * peak.total:
+        found.append(
+            f"The logits alone take {units.size(logits)}: a number for each of {spec.batch_size * spec.sequence_length:,} "
+            "tokens and every word of the vocabulary, in fp32, then its softmax, then its gradient."
+        )
+    if batch > 0.5 * peak.total:
+        found.append(
+            f"Activations and logits are {units.percent(batch / peak.total)} of the peak. They follow batch × length, not "
+            "the number of trained parameters."
+        )
+    if spec.rank and spec.precision == "bf16" and spec.adapter_precision == "fp32" and not spec.gradient_checkpointing:
+        found.append(
+            "A frozen linear layer keeps nothing for the backward pass. An adapted one keeps its input a second time, cast "
+            "to the adapter's fp32."
+        )
+    if facts.experts:
+        each = f"All {facts.experts} experts of every layer weigh"
+        found.append(f"{each}, though a token meets {facts.experts_per_token} of them.")
+    if chosen.outside:
+        paged = f"{units.size(chosen.outside)} of optimizer states are paged"
+        found.append(f"{paged}: they move to the CPU when the GPU is full.")
+    return found
+
+
+def _against_full(full: MemoryReport, chosen: MemoryReport, a: Moment, b: Moment) -> list[str]:
+    """That a method needs more at its peak `b` than full fine-tuning does at its peak `a`, or hardly less."""
+    saved = full.gradients + full.optimizer - chosen.gradients - chosen.optimizer
+    more = sum(b.bytes[kind] - a.bytes[kind] for kind in ("activations", "logits"))  # what follows the batch
+    spared = more - (b.total - a.total)
+    if chosen.spec.method == "full" or b.total <= 0.75 * a.total or (saved <= 0 and b.total <= a.total):
+        return []
+    if b.total <= a.total:
+        return [
+            f"{units.size(saved)} of gradients and optimizer states are gone, and memory is only "
+            f"{units.percent(1 - b.total / a.total)} lower: the rest does not depend on how much is trained."
+        ]
+    reason = (
+        f"at the peak it spares {units.size(spared)} of weights, gradients and optimizer states, and keeps "
+        f"{units.size(more)} more for the backward pass."
+        if spared > 0
+        else f"it trains {chosen.trainable_parameters:,} numbers, beside a model of {chosen.total_parameters:,}."
+    )
+    return [f"{chosen.method_name} needs more memory than full fine-tuning here. The reason: {reason}"]
 
 
 def bars_value(
@@ -47,15 +141,17 @@ def bars_value(
     if reports[-1].spec.method == "full":
         reports, forms = reports[:1], forms[:1]
     chosen = reports[-1]
+    bare = chosen.convention == "exact"
+    why = "A bare count has no layers to predict them from." if bare else "The convention leaves them out."
     return {
         "at": at,
         "ranked": any(r.spec.rank for r in reports),
         "model": escape(chosen.model_name),
         "runs": [_run(r, f, share) for r, f in zip(reports, forms, strict=True)],
         "gpus": [[gpu_name(g), g.memory_bytes] for g in GPUS.values()],
-        "words": sentences.SENTENCES | sentences.it(chosen),
+        "words": SENTENCES | it(chosen),
         "kinds": [*COMPONENTS, *OVERHEAD],
-        "closed": CLOSED if forms[-1] else NOT_COUNTED + (BARE if chosen.convention == "exact" else LEFT_OUT),
+        "closed": CLOSED if forms[-1] else f"<b>Not in these bars:</b> activations, logits and the CUDA context. {why}",
         "exact": _compared(chosen, forms[-1]),
     }
 

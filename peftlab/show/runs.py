@@ -16,10 +16,8 @@ from ..resolve import resolve
 from ..room import jobs
 from ..run.events import Event
 from ..spec import RunSpec
-from . import sentences
 from .figures import PALETTE, QUARTERS, Chart, blank, themed
-from .marks import explained, failure, graded, how, libraries, progress, remarks, table
-from .sentences import last_of
+from .marks import bold, explained, failure, graded, how, libraries, progress, remarks, table
 from .settings import method_name
 
 Events = Sequence[Event]
@@ -29,6 +27,52 @@ def card(task: str) -> str:
     """What a task teaches, and how many rows it has."""
     t = TASKS[task]
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
+
+
+def gear(events: Events) -> str:
+    """How the steps of a run are launched, and why, and which operations are not fused, from its events."""
+    said = [e for e in events if "gear" in e]
+    if not said:
+        return "steps launched one operation at a time"
+    apart = [name for e in events for name in e.get("not_fused", ())]
+    rest = f"; not fused: {escape(', '.join(apart))}" if apart else ""
+    if said[-1]["gear"] == "graph":
+        return "each step one CUDA graph" + rest
+    return f"steps launched one operation at a time ({escape(said[-1]['why_eager'])}){rest}"
+
+
+def last_of(events: Events, kind: str) -> Event | None:
+    """The last event of a kind, None where there is none."""
+    return next((e for e in reversed(events) if e["type"] == kind), None)
+
+
+def live_sentence(events: Events) -> str:
+    """What a run has achieved so far, from its events."""
+    if not events:
+        return "Loading the model."
+    start, step, last = last_of(events, "start"), last_of(events, "step"), events[-1]
+    if last["type"] == "error":
+        steps = sum(e["type"] == "step" for e in events)
+        return f"The run ended after {steps} steps." if steps else "The run ended before it had learned anything."
+    if last["type"] == "queued":
+        ahead = last["ahead"]
+        return f"Waiting: {ahead} run{'s' if ahead != 1 else ''} ahead of yours." if ahead else "Starting the run."
+    if start is None:
+        return f"Loading {escape(last.get('model', 'the model'))}."
+    if last["type"] == "done" and not last["steps"]:
+        return escape(last["message"])
+    name = bold(start["model"], "frozen")
+    if step is None:
+        return f"{name} answers {start['heldout']} held-out items before it has learned anything."
+    total = sum(e["seconds"] for e in events if e["type"] == "step")
+    read = f"{name} has read {step['examples']} examples in {units.seconds(total)}."
+    scores = [units.score(next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
+    if not scores:
+        return read
+    metric, before = METRICS[start["metric"]].name, bold(scores[0], "frozen")
+    if len(scores) == 1:
+        return f"{read} {metric} before: {before}."
+    return f"{read} {metric}: {before} → {bold(scores[-1], 'trained')} on items it has never seen."
 
 
 def status(events: Events) -> str:
@@ -44,7 +88,7 @@ def status(events: Events) -> str:
         left = f"about {units.seconds(last['eta_seconds'])} of training left"
     elif last and last["type"] == "done" and last["steps"]:
         kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
-        speed = f"{units.significant(last['tokens_per_second'])} tokens/s, {sentences.gear(events)}"
+        speed = f"{units.significant(last['tokens_per_second'])} tokens/s, {gear(events)}"
         what = f"{kept} {units.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
         done = last["steps"]
     far = f"step {step['step']} of {steps}" if step else "before the first step" if start else ""
@@ -80,22 +124,13 @@ def charts(events: Events) -> dict[str, dict[str, Chart]]:
     start = last_of(events, "start")
     steps = start["spec"]["steps"] if start else 40
     name = METRICS[start["metric"]].name if start else "Score"
-    return {
-        "loss": themed(loss_curve, events, steps),
-        "metric": themed(metric_curve, events, steps, name),
-    }
+    return {"loss": themed(loss_curve, events, steps), "metric": themed(metric_curve, events, steps, name)}
 
 
 @lru_cache(maxsize=32)
 def charts_of(job: jobs.Job, seen: int) -> dict[str, dict[str, Chart]]:
     """The charts of a job's first `seen` events."""
     return charts(job.events[:seen])
-
-
-def _drawn(job: jobs.Job) -> dict[str, dict[str, Chart]]:
-    """The charts of a job, which are drawn anew only where there is a new point."""
-    events = list(job.events)
-    return charts_of(job, max((n for n, e in enumerate(events, 1) if e["type"] in ("step", "eval")), default=0))
 
 
 @lru_cache(maxsize=len(TASKS) + 8)
@@ -111,7 +146,7 @@ def recording(task: str) -> dict[str, object]:
         f"{units.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}."
     )
     return {
-        "sentence": f"Recorded on {escape(run['hardware'])}: {sentences.live_sentence(events)}",
+        "sentence": f"Recorded on {escape(run['hardware'])}: {live_sentence(events)}",
         "bar": f'{remarks(about)}<div class="note">{explained(escape(scores.elsewhere(recorded)))}</div>',
         "said": _answers(events),
         **charts(events),
@@ -141,11 +176,12 @@ def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, object]:
         old = recording(spec.task or tasks.DEFAULT)
         return {**old, "bar": f"{waiting(job, spec)}{old['bar']}"}
     events = list(job.events)
+    points = [n for n, e in enumerate(events, 1) if e["type"] in ("step", "eval")]  # drawn anew for a new one only
     return {
-        "sentence": sentences.live_sentence(events),
+        "sentence": live_sentence(events),
         "bar": remarks(f"<b>Your run:</b> {_named(job.spec)}") + (failure(events) or explained(status(events))),
         "said": _answers(events),
-        **_drawn(job),
+        **charts_of(job, max(points, default=0)),
     }
 
 

@@ -14,13 +14,11 @@ from ..compare.lowrank import Overlap, Spectrum
 from ..compare.study import MatrixStudy, Study
 from ..data import tasks
 from ..errors import SpecError
-from . import sentences
 from .figures import PALETTE, Chart, blank, themed
-from .marks import how, table
+from .marks import bold, how, table
 from .methods import paper_link
 
 Spectra = Mapping[str, Spectrum]
-Value = Callable[[Spectrum, int], float]
 DASHES = ("solid", "dash", "dot", "dashdot")
 """These tell several updates apart, which all have the colour of what is trained."""
 YOURS = "yours"
@@ -107,7 +105,7 @@ def pictures(mine: Study | None, role: str, layer: int) -> dict[str, object]:
     deltas = {name: m.delta for name, m in here.items()}
     shared, said = _shared(here)
     return {
-        "study": sentences.study_sentence(role, layer, weight, deltas, SHARE),
+        "study": _sentence(role, layer, weight, deltas),
         "energy": themed(energy, weight, deltas),
         "singular_values": themed(singular_values, weight, deltas),
         "update_sizes": themed(sizes, {name: every[name] for name in here}, role),
@@ -115,6 +113,23 @@ def pictures(mine: Study | None, role: str, layer: int) -> dict[str, object]:
         "shared_said": said,
         "matrix_table": _table(here, every, role),
     }
+
+
+def _sentence(role: str, layer: int, weight: Spectrum, deltas: Spectra) -> str:
+    """How many directions hold SHARE of the energy of W, and of each update by name."""
+    most = weight.rank_for(SHARE)
+    needs = {name: delta.rank_for(SHARE) for name, delta in deltas.items()}
+    said = ", ".join(f"of {escape(name)} {bold(str(n), 'trained')}" for name, n in needs.items())
+    widest = max(needs.values())
+    end = (
+        f"Only the updates are low-rank: W needs {units.significant(most / widest, 2)} times as many as the widest of them."
+        if widest < most / 2
+        else "Not every update here is low-rank."
+    )
+    return (
+        f"{units.percent(SHARE)} of the energy of layer {layer}'s {escape(role)} matrix needs {bold(str(most), 'frozen')} of "
+        f"its {len(weight.values)} directions; of the update {said}. {end}"
+    )
 
 
 def _shared(here: dict[str, MatrixStudy]) -> tuple[dict[str, Chart] | None, str]:
@@ -190,7 +205,9 @@ def singular_values(weight: Spectrum, deltas: Spectra, theme: str) -> go.Figure:
     return chart.update_layout(title="Singular values over the largest (log scales)")
 
 
-def _by_rank(weight: Spectrum, deltas: Spectra, value: Value, hover: str, theme: str) -> go.Figure:
+def _by_rank(
+    weight: Spectrum, deltas: Spectra, value: Callable[[Spectrum, int], float], hover: str, theme: str
+) -> go.Figure:
     """A line for W and one for each update: `value` of its spectrum by rank, on a log scale."""
     c, chart = PALETTE[theme], blank(theme, 360)
     looks = [{"color": c["frozen"], "width": 4}, *({"color": c["trained"], "width": 3, "dash": d} for d in DASHES)]
