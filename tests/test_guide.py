@@ -8,7 +8,6 @@ from peftlab.catalog import FAMILIES
 from peftlab.lectures import facts
 from peftlab.lectures.findings import finding
 from peftlab.lectures.guide import CASES, GROUPS, OF_MODEL, SIDES, SPECTRUM, beside, of_benchmark
-from peftlab.lectures.statements import STATEMENTS
 from peftlab.methods import METHODS
 from peftlab.show import guide
 
@@ -65,6 +64,5 @@ def test_every_sentence_beside_the_advice_is_used_and_what_was_raced_here_follow
     pieces = [piece for piece in (*CASES.values(), *SIDES) if piece.raced]
     assert {piece.raced for piece in pieces} >= {"near-full", "forgets-less", "trains-faster", "prompts-small"}
     for piece in pieces:
-        assert STATEMENTS[piece.raced].lesson
         end = f"In the race recorded here on NVIDIA H100 80GB HBM3: {finding(piece.raced).words}."
         assert beside(piece, "gpt2").endswith(end)

@@ -29,13 +29,6 @@ def test_rounding_is_no_direction(shape):
     assert s.values == pytest.approx(np.linalg.svd(product.numpy(), compute_uv=False)[:8], rel=1e-5)
 
 
-def test_it_computes_in_fp32_and_in_fp64_where_given_it():
-    tiny = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
-    assert lowrank.spectrum(tiny).values == pytest.approx((1, 1e-9)) and lowrank.spectrum(tiny.float()).rank == 1
-    half = rand(6, 4).bfloat16()
-    assert lowrank.spectrum(half).values == lowrank.spectrum(half.float()).values
-
-
 @pytest.mark.parametrize(
     "wrong, words",
     [

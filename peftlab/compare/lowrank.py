@@ -1,8 +1,8 @@
 """The mathematics of low-rank updates: spectra, subspaces, amplification and intruders.
 
-W is a linear map's weight, d_out × d_in; ΔW is what an adapter adds to it. The functions on matrices take 2-D tensors of
-any type and compute in fp32 (fp64 stays fp64). They also take `Factors`, so that nothing is decomposed twice. They raise
-SpecError for a rank or a size that the matrix does not have, and for numbers that are not finite.
+W is a linear map's weight, d_out × d_in; ΔW is what an adapter adds to it. The functions on matrices take 2-D tensors of any
+type and compute in fp32; or `Factors`, so that nothing is decomposed twice. They raise SpecError for a rank or a size that
+the matrix does not have, and for numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def factors(matrix: Tensor | Factors) -> Factors:
     """The singular value decomposition of a matrix. Factors are returned as they are."""
     if isinstance(matrix, Factors):
         return matrix
-    m = matrix.detach() if matrix.dtype == torch.float64 else matrix.detach().float()
+    m = matrix.detach().float()
     if not m.isfinite().all():
         raise SpecError("the matrix has numbers that are not finite: train again at a lower learning rate")
     u, s, vh = torch.linalg.svd(m, full_matrices=False)

@@ -233,12 +233,11 @@ def contenders(base: weights.Base, adapter: Adapter, what: Sequence[str] = ALL) 
     """
     make: dict[str, Callable[[], PreTrainedModel]] = {
         BASE: lambda: base.quick,
-        MERGED: lambda: _fused(adapters.merge(base, adapter)),  # made first, since it refuses what cannot be merged
+        MERGED: lambda: _fused(adapters.merge(base, adapter)),
         APART: lambda: adapters.apply(base, adapter),
         SERIAL: lambda: _fused(_serial(base, adapter)),
     }
-    made = {name: work() for name, work in make.items() if name in what}
-    return {name: made[name] for name in what}
+    return {name: make[name]() for name in what}
 
 
 def _serial(base: weights.Base, adapter: Adapter) -> PreTrainedModel:

@@ -219,11 +219,9 @@ def all_tasks(
 ) -> Finding:
     """One base and an adapter for each task take less room than copies of the model."""
     of = storage(predict(resolve(RunSpec.from_dict(spec)), convention, trainable), tasks)
-    one, each = of.base + of.adapters, units.size(of.adapters / tasks)
-    text = (
-        f"{tasks:,} tasks: {units.size(one)} with the one base, {each} a task, against {units.size(of.full)} of copies"
-    )
-    return decided(one < of.full, text)
+    one = of.base + of.adapters
+    text = f"{tasks:,} tasks: {units.size(one)} with the one base, {units.size(of.adapters / tasks)} a task"
+    return decided(one < of.full, f"{text}, against {units.size(of.full)} of copies")
 
 
 def cheaper(method: str, than: str, model: str) -> Finding:

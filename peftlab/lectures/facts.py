@@ -127,5 +127,5 @@ def predicted(*specs: Resolved) -> tuple[MemoryReport, ...]:
 
 def needed(report: MemoryReport) -> str:
     """What a run needs, as the Memory tab says it: `about` before the closed form's number."""
-    is_about = report.source != "trace" and report.process is not None
-    return ("about " if is_about else "") + units.size(report.needed)
+    about = "" if report.source == "trace" or report.process is None else "about "
+    return about + units.size(report.needed)

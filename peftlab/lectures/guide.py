@@ -26,13 +26,11 @@ GROUPS = {
     "peft": "What matters most",
     "gemma": "What lecture 11.2 says of Gemma 3 270M",
 }
-"""The groups of situations."""
 
 
 @dataclass(frozen=True)
 class Family:
     key: str
-    """One of FAMILIES."""
     idea: str
     """Its idea in a word."""
     says: str
@@ -114,10 +112,9 @@ def of_benchmark() -> dict[str, str]:
 
 def small_memory(model: str) -> str:
     full, lora = facts.predicted(*facts.small())
-    tokens = f"{facts.STEP.batch_size} × {facts.STEP.sequence_length} tokens"
     return (
-        f"{full.model_name}, 16-bit, {tokens}: full fine-tuning is predicted to need {facts.needed(full)}, "
-        f"LoRA of rank 16 on every linear layer {facts.needed(lora)}."
+        f"{full.model_name}, 16-bit, {facts.STEP.batch_size} × {facts.STEP.sequence_length} tokens: full fine-tuning is "
+        f"predicted to need {facts.needed(full)}, LoRA of rank 16 on every linear layer {facts.needed(lora)}."
     )
 
 
@@ -135,8 +132,8 @@ def suits(model: str) -> str:
 
 def quantized(model: str) -> str:
     lora, qlora = facts.predicted(*facts.automatic(model, "lora", "qlora"))
-    memory = f"LoRA {facts.needed(lora)}, QLoRA {facts.needed(qlora)}"
-    return f"Predicted for {lora.model_name} at automatic settings: {memory}."
+    found = f"LoRA {facts.needed(lora)}, QLoRA {facts.needed(qlora)}"
+    return f"Predicted for {lora.model_name} at automatic settings: {found}."
 
 
 def latency(model: str) -> str:

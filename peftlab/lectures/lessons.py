@@ -29,9 +29,8 @@ class Lesson:
     question: str
     options: tuple[str, ...]
     answer: str
-    """The function of ANSWERS that finds which of the options came out."""
     given: Mapping[str, Any] = field(default_factory=dict)
-    """Its arguments."""
+    """The function of ANSWERS that finds which of the options came out, and its arguments."""
 
     @property
     def statements(self) -> list[Statement]:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .. import units
-from ..catalog import FAMILIES
-from ..errors import SpecError
+from ..catalog import FAMILIES, entry_of
 from ..methods import METHODS
 from ..places import ASSETS
-from ..spec import closest
 
 SOURCE = (
     "the PEFT project's own method comparison: Llama-3.2-3B on MetaMathQA and GSM8K, one run each on an NVIDIA L40S"
@@ -70,7 +68,6 @@ class Run:
 
 @dataclass(frozen=True)
 class Metric:
-    key: str
     title: str
     of: Callable[[Run], float]
     show: Callable[[float], str]
@@ -85,23 +82,18 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    m.key: m
-    for m in (
-        Metric("accuracy", "accuracy, %", lambda r: r.accuracy, lambda v: f"{100 * v:.1f}%", 0.01, high_is_good=True),
-        Metric("parameters", "trained parameters", lambda r: r.trainable_parameters, lambda v: f"{v:,.0f}", log=True),
-        Metric("memory", "peak memory, GB", lambda r: r.peak_bytes, units.size, 1e9),
-        Metric("time", "training time, minutes", lambda r: r.seconds, units.seconds, 60),
-        Metric("file", "adapter file, MB", lambda r: r.file_bytes, units.size, 1e6, log=True),
-        Metric("forgetting", "forgetting, nats per token", lambda r: r.forgetting, units.significant, log=True),
-    )
+    "accuracy": Metric("accuracy, %", lambda r: r.accuracy, lambda v: f"{100 * v:.1f}%", 0.01, high_is_good=True),
+    "parameters": Metric("trained parameters", lambda r: r.trainable_parameters, "{:,.0f}".format, log=True),
+    "memory": Metric("peak memory, GB", lambda r: r.peak_bytes, units.size, 1e9),
+    "time": Metric("training time, minutes", lambda r: r.seconds, units.seconds, 60),
+    "file": Metric("adapter file, MB", lambda r: r.file_bytes, units.size, 1e6, log=True),
+    "forgetting": Metric("forgetting, nats per token", lambda r: r.forgetting, units.significant, log=True),
 }
 
 
 def metric(key: str) -> Metric:
     """Raises SpecError where there is none."""
-    if key not in METRICS:
-        raise SpecError(f"metric={key}: no such metric; {closest(key, METRICS)}")
-    return METRICS[key]
+    return entry_of("metric", key, METRICS)
 
 
 @lru_cache
