@@ -52,7 +52,7 @@ def make_model(folder: Path, config: dict, seed: int = 0, chat: bool = False) ->
     """A model with random weights and its tokenizer, as the Hugging Face libraries save them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = built(config)
+        model = fresh(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -61,11 +61,11 @@ def make_model(folder: Path, config: dict, seed: int = 0, chat: bool = False) ->
     return folder
 
 
-def built(config: dict):
-    """A randomly initialized model, in memory only."""
-    values = dict(config)
+def fresh(config: str | dict):
+    """A randomly initialized model of a config, or of one of CONFIGS by name, in memory only."""
+    values = dict(CONFIGS[config] if isinstance(config, str) else config)
     parsed = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    return getattr(transformers, config["architectures"][0])(parsed)
+    return getattr(transformers, values["architectures"][0])(parsed)
 
 
 def make_tokenizer(chat: bool):
@@ -117,11 +117,6 @@ def digest(model) -> str:
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
         total.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def fresh(name: str):
-    """A randomly initialized model of one of CONFIGS, in memory only."""
-    return built(CONFIGS[name])
 
 
 def attached(name: str, spec: RunSpec):
