@@ -5,48 +5,33 @@ import re
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
 import yaml
+from tiny import ROOT
 
-from peftlab import units
 from peftlab.bench.chart import chart
 from peftlab.bench.peers import YARDSTICK
 from peftlab.data.tasks import TASKS
 from peftlab.lectures.lessons import LESSONS
 from peftlab.methods import METHODS
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_front_matter_is_a_gradio_space():
     front = yaml.safe_load(README.split("---")[1])
-    assert front["sdk"] == "gradio" and front["app_file"] == "app.py"
-    assert (ROOT / front["app_file"]).exists()
+    assert front["sdk"] == "gradio" and (ROOT / front["app_file"]).exists() and front["license"] == "apache-2.0"
     required = re.search(r"gradio>=([\d.]+)", (ROOT / "requirements.txt").read_text())[1]
     assert front["sdk_version"].startswith(required)
     assert len(front["short_description"]) <= 60  # the Hub's limit
-    assert front["license"] == "apache-2.0"
 
 
-def test_every_path_of_the_tree_exists():
-    tree = README.split("## The tree")[1].split("```")[1]
-    folder = ROOT
-    for line in tree.strip().splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = ROOT / name if name.endswith("/") else ROOT
-            path = ROOT / name
-        else:
-            path = folder / name
-        assert path.exists(), line
-
-
-def test_pictures_exist():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).exists()
+def test_every_path_of_the_tree_and_every_picture_exists():
+    paths, folder = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README), ""
+    for line in README.split("## The tree")[1].split("```")[1].strip().splitlines():
+        folder = folder if line.startswith(" ") else line.split()[0]
+        paths.append(folder + line.split()[0] if line.startswith(" ") else folder)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_its_numbers_are_those_of_the_recordings():
@@ -55,44 +40,33 @@ def test_its_numbers_are_those_of_the_recordings():
     assert (done.returncode, done.stderr) == (0, ""), "run .ci/readme"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32", "amp"])
-def test_the_reason_for_amp_is_measured(precision):
-    done = recording(f"precision-full-{precision}-h100")["events"][-1]
-    source = (ROOT / "peftlab/resolve.py").read_text(encoding="utf-8")
-    assert f"{units.score(done['eval']['after']['exact_match'])} in {precision}" in source
-
-
 def recording(name):
     return json.loads((ROOT / f"assets/measured/{name}.json").read_text())
 
 
-def runs(name, trainer):
-    return next(row["runs"] for row in recording(f"speed-{name}")["rows"] if row["name"] == trainer)
+def test_the_reason_for_amp_is_measured():
+    """Weights that are trained in bf16 lose small updates to rounding."""
+    ends = (recording(f"precision-full-{precision}-h100")["events"][-1] for precision in ("bf16", "fp32", "amp"))
+    bf16, fp32, amp = (done["eval"]["after"]["exact_match"] for done in ends)
+    assert bf16 < min(fp32, amp) / 2
 
 
-def step(name, trainer):
-    return statistics.median(run["step_seconds"] for run in runs(name, trainer))
+def runs(name, trainer, key):
+    found = next(row["runs"] for row in recording(f"speed-{name}")["rows"] if row["name"] == trainer)
+    return [run[key] for run in found]
 
 
-@pytest.mark.parametrize("name, faster", [("h100", 15), ("1.7b-h100", 2.5), ("8b-nf4-h100", 1)])
-def test_the_recorded_speed_is_what_it_is_built_for(name, faster):
-    peer = "TRL SFTTrainer" if "8b" in name else YARDSTICK
-    assert step(name, peer) >= faster * step(name, "peftlab")
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_on_a_cpu_it_is_faster_too(task):
-    ours, theirs = (runs(f"{task}-cpu", name)[0]["tokens_per_second"] for name in ("peftlab", YARDSTICK))
-    assert recording(f"speed-{task}-cpu")["spec"]["task"] == task and ours >= 1.2 * theirs
-
-
-def test_a_click_on_a_gpu_is_an_adapter_within_seconds():
-    clicks = [run["click_to_saved_seconds"] for run in runs("h100", "peftlab")]
-    assert len(clicks) == len(runs("h100", YARDSTICK)) == 5 and max(clicks) <= 5
+def test_the_recorded_speed_is_what_it_is_built_for():
+    peers = (("h100", YARDSTICK, 15), ("1.7b-h100", YARDSTICK, 2.5), ("8b-nf4-h100", "TRL SFTTrainer", 1))
+    for name, peer, faster in peers:
+        ours, theirs = (statistics.median(runs(name, trainer, "step_seconds")) for trainer in ("peftlab", peer))
+        assert theirs >= faster * ours, name
+    for task in TASKS:
+        ours, theirs = (runs(f"{task}-cpu", trainer, "tokens_per_second")[0] for trainer in ("peftlab", YARDSTICK))
+        assert recording(f"speed-{task}-cpu")["spec"]["task"] == task and ours >= 1.2 * theirs
+    clicks = runs("h100", "peftlab", "click_to_saved_seconds")
+    assert len(clicks) == len(runs("h100", YARDSTICK, "seed")) == 5 and max(clicks) <= 5
     assert (ROOT / "assets/measured/speed-h100.svg").read_text() == chart(recording("speed-h100"), YARDSTICK)
-
-
-def test_decoding_is_faster_and_says_the_same():
     document = recording("generation-h100")
     first = document["rows"][0]
     assert document["same_text_in_fp32"] and first["peftlab"] >= max(450, 15 * first["transformers"])
