@@ -9,6 +9,7 @@ from peftlab.bench import calculators
 from peftlab.bench.calculators import Calculator, NotCovered, compare, markdown, summarize
 
 MIB = 2**20
+PARAMETERS = 134_515_008  # of SmolLM2-135M
 
 
 def row(method="lora", measured=1000, model="smollm2-135m", **settings):
@@ -19,7 +20,7 @@ def row(method="lora", measured=1000, model="smollm2-135m", **settings):
 
 
 def fake(ask, *quantities, module="json"):
-    return Calculator("fake", module, "pytest", quantities or ("peak allocated",), ask)
+    return Calculator("fake", module, "pytest", quantities, ask)
 
 
 def lines(comparison):
@@ -38,33 +39,28 @@ def test_a_table_by_hand():
     def ask(row):
         if row["spec"]["method"] == "ia3":
             raise NotCovered("it has never heard of IA³")
-        return {"peak allocated": 1100, "peak reserved": 1100}
+        return {"peak allocated": 1100, "peak reserved": 1100, "process": 5}
 
-    rows = [row("full", 1000), row("lora", 2200), row("lora", 1000), row("ia3")]
+    rows = [row("full", 1000), row("lora", 2200), row("vera", 1000), row("ia3"), row("qlora"), row(quantization="int8")]
     failed = {"spec": rows[0]["spec"], "error": "out of memory"}
     document = {"hardware": "a GPU", "rows": [rows[0], failed, *rows[1:]]}
-    found = compare(document, [fake(ask, "peak allocated", "peak reserved")])
+    found = compare(document, [fake(ask, "peak allocated", "peak reserved", "process")])
     table = lines(found)
     groups = [table["peak allocated", group] for group in calculators.GROUPS]
-    assert [(group["covered"], group["rows"]) for group in groups] == [(1, 1), (2, 2), (0, 0), (0, 1), (3, 4)]
+    assert [(group["covered"], group["rows"]) for group in groups] == [(1, 1), (2, 2), (2, 2), (0, 1), (5, 6)]
     lora, whole = table["peak allocated", "LoRA-like"], table["peak allocated", "all"]
     assert (lora["worst_error"], lora["mean_absolute_error"], lora["bias"]) == pytest.approx((-0.5, 0.3, -0.2))
-    assert (whole["worst_error"], whole["mean_absolute_error"], whole["bias"]) == pytest.approx((-0.5, 0.7 / 3, -0.1))
+    assert (whole["worst_error"], whole["mean_absolute_error"], whole["bias"]) == pytest.approx((-0.5, 0.18, -0.02))
     assert table["peak reserved", "full"]["bias"] == pytest.approx(1100 / 2000 - 1)
     answers = [kept["answers"]["fake"] for kept in found["rows"]]
     assert answers[3] == {"why_not": "it has never heard of IA³"}
     assert answers[1]["peak allocated"] == {"predicted_bytes": 1100, "measured_bytes": 2200, "error": -0.5}
+    assert answers[1]["process"] == {"predicted_bytes": 5, "measured_bytes": None, "error": None}
+    assert table["process", "all"]["covered"] == 0  # what was not measured
     assert json.loads(json.dumps(found)) == found and found["source"]["hardware"] == "a GPU"
     text = markdown(found)
     assert "| peak allocated | LoRA-like | 2 of 2 | 30.0% | -50.0% | -20.0% |" in text
     assert "other methods" not in text and pytest.__version__ in text
-
-
-def test_what_was_not_measured_is_not_covered():
-    found = compare({"rows": [row()]}, [fake(lambda row: {"process": 5}, "process")])
-    assert lines(found)["process", "all"]["covered"] == 0
-    unknown = {"predicted_bytes": 5, "measured_bytes": None, "error": None}
-    assert found["rows"][0]["answers"]["fake"]["process"] == unknown
 
 
 def test_a_calculator_that_is_not_installed_is_left_out():
@@ -73,61 +69,38 @@ def test_a_calculator_that_is_not_installed_is_left_out():
     assert "fake is left out: No module named 'no_such_calculator'." in markdown(found)
 
 
-def test_our_own_line():
+def test_our_own_line_and_model_states():
+    """Full bf16: 2 bytes of weights and 4 of Adam's states stay, with the workspace; 2 of gradients are added."""
     ours = next(c for c in calculators.CALCULATORS if c.name == "peftlab")
     assert ours.ask(row()) == {"peak allocated": 900, "peak reserved": 1800}
+    assert calculators.measured(row("full", 6 * PARAMETERS + 64 * MIB), "model states") == 8 * PARAMETERS
 
 
-@pytest.mark.parametrize(
-    "settings, group",
-    [
-        ({"method": "full"}, "full"),
-        ({"method": "dora"}, "LoRA-like"),
-        ({"method": "vera"}, "LoRA-like"),
-        ({"method": "qlora"}, "QLoRA and int8"),
-        ({"method": "lora", "quantization": "int8"}, "QLoRA and int8"),
-        ({"method": "ia3"}, "other methods"),
-        ({"method": "prefix"}, "other methods"),
-    ],
-)
-def test_groups(settings, group):
-    found = compare({"rows": [row(**settings)]}, [])
-    assert found["rows"][0]["group"] == group
+def test_formulas_of_mixed_precision_adam_cover_nothing_else():
+    for settings in ({}, {"method": "full", "optimizer": "sgd"}, {"method": "full", "precision": "fp32"}):
+        with pytest.raises(NotCovered, match="alone"):
+            calculators._full_adam(row(**settings), "amp")
 
 
-def test_model_states():
-    """Full bf16: 2 bytes of weights and 4 of Adam's states stay, with the workspace; 2 of gradients are added."""
-    left = 6 * 134_515_008 + 64 * MIB
-    assert calculators.measured(row("full", left), "model states") == 8 * 134_515_008
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"method": "full", "optimizer": "sgd"}, {"method": "full", "precision": "fp32"}]
-)
-def test_formulas_of_mixed_precision_adam_cover_nothing_else(settings):
-    with pytest.raises(NotCovered, match="alone"):
-        calculators._full_adam(row(**settings), "amp")
-
-
-@pytest.mark.parametrize("precision, each", [("fp32", 16), ("bf16", 8), ("amp", 8)])
-def test_accelerate(precision, each):
+def test_accelerate():
     """4 × the fp32 weights, or 2 × them in 16 bits; the buffers of the rotary embedding are counted with the weights."""
     pytest.importorskip("accelerate")
-    found = calculators._accelerate(row("full", precision=precision))
-    assert found["model states"] == found["peak allocated"] == pytest.approx(each * 134_515_008, rel=1e-5)
+    for precision, each in (("fp32", 16), ("amp", 8)):
+        found = calculators._accelerate(row("full", precision=precision))
+        assert found["model states"] == found["peak allocated"] == pytest.approx(each * PARAMETERS, rel=1e-5)
 
 
 def test_deepspeed():
     pytest.importorskip("deepspeed")
     amp = row("full", precision="amp")
-    assert calculators._zero2(amp) == {"model states": 20 * 134_515_008}
-    assert calculators._zero3(amp) == {"model states": 18 * 134_515_008 + 4 * 49152 * 576}
+    assert calculators._zero2(amp) == {"model states": 20 * PARAMETERS}
+    assert calculators._zero3(amp) == {"model states": 18 * PARAMETERS + 4 * 49152 * 576}
 
 
 def test_fitcheck():
     """Its SPEC's formulas for SmolLM2-135M, 4 × 512 tokens, rank 8 on every linear map."""
     pytest.importorskip("fitcheck")
-    weights, trained = 2 * 134_515_008, 8 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    weights, trained = 2 * PARAMETERS, 8 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
     layer = 2 * 2048 * (12 * 576 + 3 * 576 + 192 + 3 * 1536)
     activations = 30 * layer + 3.5 * 4 * 2048 * 49152
     found = calculators._fitcheck(row(batch_size=4, sequence_length=512, rank=8))
@@ -135,11 +108,10 @@ def test_fitcheck():
     assert found["peak allocated"] == pytest.approx(tensors, abs=4)
     assert found["peak reserved"] == pytest.approx(tensors + 0.05 * (weights + activations), abs=4)
     assert found["process"] - found["peak reserved"] == 500 * MIB
-    # in 16 bits: weights, gradients, two states, and the fp32 master copy that it always adds
-    full = calculators._fitcheck(row("full", batch_size=4, sequence_length=512))
-    assert full["peak allocated"] == pytest.approx((2 + 2 + 4 + 4) * 134_515_008 + activations, abs=4)
-    mixed = calculators._fitcheck(row("full", batch_size=4, sequence_length=512, precision="amp"))
-    assert mixed["peak allocated"] == pytest.approx((2 + 2 + 8 + 4) * 134_515_008 + activations, abs=4)
+    # weights, gradients, two states, and the fp32 master copy that it always adds
+    for precision, each in (("bf16", 2 + 2 + 4 + 4), ("amp", 2 + 2 + 8 + 4)):
+        full = calculators._fitcheck(row("full", batch_size=4, sequence_length=512, precision=precision))
+        assert full["peak allocated"] == pytest.approx(each * PARAMETERS + activations, abs=4)
 
 
 @pytest.mark.parametrize(

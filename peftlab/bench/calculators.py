@@ -94,7 +94,7 @@ def _fitcheck(row: Row) -> dict[str, int]:
         batch_size=spec.batch_size,
         seq_len=spec.sequence_length,
         lora_rank=None if full else spec.rank,
-        lora_targets=[m.short_name for m in shape.targets(spec.target_modules)],
+        lora_targets=[m.short_name for m in shape.targets(spec.target_modules or "all-linear")],
         grad_checkpoint=spec.gradient_checkpointing,
         flash_attn=spec.attention == "sdpa",  # what it measured under this flag
     )
