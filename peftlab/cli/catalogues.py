@@ -32,9 +32,9 @@ def _entries(catalogue: str) -> Iterator[tuple[Json, tuple[str, ...]]]:
                 yield about | {"licence": m.licence, "trainable": m.is_causal}, row
         case "methods":
             for key, method in METHODS.items():
-                about, papers = method.about, [PAPERS[paper].url for paper in method.about.papers]
+                words, papers = method.about, [PAPERS[paper].url for paper in method.about.papers]
                 more = {"papers": papers, "settings": method.settings, "merges": method.merge is not None}
-                yield {"key": key, **asdict(about), **more}, (key, about.family, about.name, about.hypothesis)
+                yield {"key": key, **asdict(words), **more}, (key, words.family, words.name, words.hypothesis)
         case "gpus":
             for g in GPUS.values():
                 yield asdict(g), (g.key, f"{g.memory_gb:g} GB", g.name, g.source)
