@@ -17,13 +17,12 @@ def pairs(lengths, prompt=3):
 
 def rows(batch):
     """The rows of a batch: (prompt, answer) without padding."""
-    ids, labels = batch.data.tolist()
     found = []
-    for row, label in zip(ids, labels, strict=True):
-        first = next(i for i, token in enumerate(label) if token != IGNORED)
-        last = max(i for i, token in enumerate(label) if token != IGNORED)
-        assert label[first : last + 1] == row[first : last + 1] and set(row[last + 1 :]) <= {0}
-        found.append((row[:first], row[first : last + 1]))
+    for row, label in zip(*batch.data.tolist(), strict=True):
+        learned = [i for i, token in enumerate(label) if token != IGNORED]
+        first, end = learned[0], learned[-1] + 1
+        assert label[first:end] == row[first:end] and set(row[end:]) <= {0}
+        found.append((row[:first], row[first:end]))
     return found
 
 
@@ -35,8 +34,14 @@ def test_every_row_comes_once_an_epoch_but_for_what_waits(size, pieces):
     for step in itertools.islice(made, 200):
         assert len(step) == pieces and len({batch.shape for batch in step}) == 1
         for batch in step:
-            assert batch.shape[0] == size
-            for prompt, answer in rows(batch):
+            found, narrow = rows(batch), batch.trimmed()
+            assert len(found) == size and batch.start == 2 == narrow.start and rows(narrow) == found
+            assert narrow.data.shape[2] == max(len(p) + len(a) for p, a in found)
+            assert (batch.tokens, batch.answers) == (
+                sum(len(p) + len(a) for p, a in found),
+                sum(len(a) for _, a in found),
+            )
+            for prompt, answer in found:
                 assert len(prompt + answer) == lengths[prompt[0] - 1] and set(prompt) == set(answer)
                 seen.append(prompt[0])
     counts = [seen.count(i) for i in range(1, 51)]
@@ -44,33 +49,19 @@ def test_every_row_comes_once_an_epoch_but_for_what_waits(size, pieces):
     assert max(counts) - min(counts) <= 1 + waiting // 10 and min(counts) >= 1
 
 
-def test_counts_and_starts_are_those_of_the_rows():
-    made = Batches(pairs([5, 9, 9, 12], prompt=4), 2, 1, seed=0, pad=0)
-    for (batch,) in itertools.islice(made, 10):
-        found = rows(batch)
-        assert batch.tokens == sum(len(p) + len(a) for p, a in found) and batch.answers == sum(len(a) for _, a in found)
-        assert batch.start == 3 == batch.trimmed().start
-        assert batch.trimmed().data.shape[2] == max(len(p) + len(a) for p, a in found)
-        assert rows(batch.trimmed()) == found
-
-
-def test_order_hangs_on_the_seed():
+def test_order_hangs_on_the_seed_and_a_batch_may_be_larger_than_the_task():
     def first(seed):
-        return rows(next(iter(Batches(pairs([6] * 64), 16, 1, seed, pad=0)))[0])
+        return rows(next(iter(Batches(pairs([6] * 64), 80, 1, seed, pad=0)))[0])
 
     assert first(1) == first(1) != first(2)
-
-
-def test_a_batch_may_be_larger_than_the_task():
-    (batch,) = next(iter(Batches(pairs([6, 6, 6]), 20, 1, 0, pad=0)))
-    assert batch.shape[0] == 20 and {p[0] for p, _ in rows(batch)} == {1, 2, 3}
+    assert len(first(1)) == 80 and len({prompt[0] for prompt, _ in first(1)}) == 64
 
 
 def padding(lengths, found):
     return sum(min(w for w in found if w >= n) - n for n in lengths) / sum(lengths)
 
 
-@pytest.mark.parametrize("limit", [0.5, 0.1, 0.02, 0.0])
+@pytest.mark.parametrize("limit", [math.inf, 0.5, 0.1, 0.02, 0.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_widths_are_the_fewest_that_keep_padding_low(limit, seed):
     """Against every choice of widths."""
@@ -81,10 +72,6 @@ def test_the_widths_are_the_fewest_that_keep_padding_low(limit, seed):
     assert padding(lengths, found) <= limit
     for fewer in itertools.combinations(sorted(set(lengths))[:-1], len(found) - 2) if len(found) > 1 else ():
         assert padding(lengths, [*fewer, max(lengths)]) > limit
-
-
-def test_one_width_where_any_padding_will_do():
-    assert widths([50, 60, 104], math.inf) == [104]
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

@@ -13,13 +13,8 @@ pytestmark = pytest.mark.real
 
 def peftlab(*argv):
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")}
-    done = subprocess.run(
-        [sys.executable, "-m", "peftlab", *map(str, argv), "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "-m", "peftlab", *map(str, argv), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -40,10 +35,8 @@ def test_the_real_model_is_the_catalogues():
     from peftlab import RunSpec, resolve
     from peftlab.base import models, weights
 
-    base = weights.load(resolve(RunSpec()))
-    assert (
-        sum(p.numel() for p in base.model.parameters()) == models.find(models.DEFAULT).total_parameters == 134_515_008
-    )
+    parameters = sum(p.numel() for p in weights.load(resolve(RunSpec())).model.parameters())
+    assert parameters == models.find(models.DEFAULT).total_parameters == 134_515_008
 
 
 def test_it_learns_tickets_it_has_never_seen(done):

@@ -36,11 +36,11 @@ def test_the_start_says_the_gear_and_words_follow_one_that_changed(toy_spec, tmp
     start = next(e for e in train(resolve(toy_spec), tmp_path) if e["type"] == "start")
     if not torch.cuda.is_available():
         assert (start["gear"], start["why_eager"]) == ("eager", "no CUDA GPU here")
-        assert sentences.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
+        assert runs.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
     graph = {"type": "start", "gear": "graph", "why_eager": ""}
-    assert sentences.gear([graph]) == "each step one CUDA graph"
+    assert runs.gear([graph]) == "each step one CUDA graph"
     changed = {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}
-    assert sentences.gear([graph, changed]).endswith("(a &lt;sync&gt;)")
+    assert runs.gear([graph, changed]).endswith("(a &lt;sync&gt;)")
 
 
 def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, tmp_path):
@@ -68,18 +68,18 @@ def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, t
     assert run.gear.name == "eager"
 
 
-STEPS = [{"accumulation": 2}, {"dropout": 0.1}, {"gradient_checkpointing": True}]
+SETTINGS = [{"accumulation": 2}, {"dropout": 0.1}, {"gradient_checkpointing": True}]
 
 
 @needs_cuda
-@pytest.mark.parametrize("settings", [*({"method": m} for m in METHODS if m != "bitfit"), *STEPS], ids=str)
+@pytest.mark.parametrize("settings", [*({"method": m} for m in METHODS if m != "bitfit"), *SETTINGS], ids=str)
 def test_the_graphs_losses_are_the_eager_gears(settings, tiny_model, toy_task, tmp_path, monkeypatch):
     if "dropout" in settings:
         monkeypatch.setattr(Batch, "trimmed", lambda self: self)  # or it would draw for other positions
-    spec = small(tiny_model, **{"method": "lora", "steps": 60, "batch_size": 2, **settings})
+    spec = small(tiny_model, **{"method": "lora", "steps": 20, "batch_size": 2, **settings})
     eager, graph = run_of(spec, tmp_path / "a", eager=True), run_of(spec, tmp_path / "b")
     assert isinstance(graph.gear, Graph) == (spec.method != "adalora")
-    assert steps(graph, 60) == pytest.approx(steps(eager, 60), rel=1e-3, abs=1e-4)
+    assert steps(graph, 20) == pytest.approx(steps(eager, 20), rel=1e-3, abs=1e-4)
 
 
 @needs_cuda

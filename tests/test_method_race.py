@@ -3,10 +3,11 @@
 import csv
 import io
 import queue
-import time
 from html import escape
+from itertools import cycle
 
 import pytest
+from tiny import wait_for
 
 pytest.importorskip("gradio")
 
@@ -19,7 +20,6 @@ from peftlab.race import COLUMNS, ranked
 from peftlab.room import jobs
 from peftlab.show import races
 from peftlab.show.marks import TERMS
-from peftlab.show.races import board
 
 STORE = blocks(Race()).store
 TAB = STORE.tabs["race"]
@@ -39,10 +39,8 @@ def shown(kept=None, **state):
 @pytest.mark.parametrize(
     "state",
     [
-        {},
-        {"lesson": "rank", "sort": "forgetting"},
         {"lesson": "modules", "values": "query,value;query,key;all-linear", "seconds": "5", "seeds": "2"},
-        {"lesson": "rate", "values": "1e-3;3e-3", "guess": "about the same"},
+        {"lesson": "rate", "values": "1e-3;3e-3", "guess": "about the same", "sort": "forgetting"},
         {"lesson": "rank", "guess": "none"},
         {"device": "cpu"},
     ],
@@ -61,7 +59,6 @@ def test_the_link_carries_the_choices(state):
         ({"seconds": "-1"}, "seconds=-1"),
         ({"seconds": "inf"}, "seconds=inf"),
         ({"seeds": "99"}, "from 1 to 5"),
-        ({"seeds": "x"}, "seeds=x"),
         ({"device": "tpu"}, "device=tpu"),
         ({"lesson": "rank", "guess": "LoRA"}, "guess=LoRA"),
         ({"lesson": "rank", "values": "8"}, "takes 2 to 24 racers, not 1"),
@@ -98,18 +95,12 @@ def test_the_recording_is_the_device_s():
     assert shown(lesson="rank")["device"]["visible"] is (len(races.devices("rank")) > 1)
 
 
-def test_the_score_of_other_tabs_is_explained_where_it_is_seen():
-    assert "in Live" in shown()["bar"]["value"] and "in Compare" in shown()["bar"]["value"]
-    assert "in Live" not in shown(guess=NONE)["bar"]["value"]
-
-
-def test_units_are_explained():
+def test_units_and_the_score_of_other_tabs_are_explained_where_they_are_seen():
     found = shown()
+    assert "in Live" in found["bar"]["value"] and "in Compare" in found["bar"]["value"]
+    assert "in Live" not in shown(guess=NONE)["bar"]["value"]
     assert TERMS["nats"] in found["board"]["value"]["html"]
     assert TERMS["nats"] in found["tested"]["value"] and TERMS["amp"] in found["tested"]["value"]
-
-
-# --- what the presses do
 
 
 @pytest.fixture
@@ -140,13 +131,6 @@ def held(monkeypatch, tmp_path):
     for job in list(jobs._jobs.values()):
         told.put(None)
         wait_for(lambda job=job: job.over)  # while RACE is still ours
-
-
-def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def press(work, kept, **state):
@@ -185,23 +169,17 @@ def test_race_here_starts_the_race_on_screen_and_says_when_it_is_not_yet_there(h
     assert shown(kept, **RANKS)["board"] == shown(**RANKS)["board"]
 
 
-def test_a_race_stands_on_its_lesson_only(held):
+def test_a_race_stands_on_its_lesson_only_and_a_second_press_finds_it(held):
     _, kept = press(TAB.begin, {"visitor": "b"}, **RANKS)
-    job = jobs.find(kept["race"])
-    held.say({"type": "racers", "lines": lines(), "seeds": 2}, job)
-    assert "0 of 4 runs" in shown(kept, lesson="rank", guess=NONE)["bar"]["value"]
-    assert shown(kept, lesson="rank", guess=NONE)["result"]["visible"] is True
+    held.say({"type": "racers", "lines": lines(), "seeds": 2}, jobs.find(kept["race"]))
+    hidden = shown(kept, lesson="rank", guess=NONE)
+    assert "0 of 4 runs" in hidden["bar"]["value"] and hidden["result"]["visible"] is True
     other = shown(kept, lesson="rate")
     assert "Recorded on" in other["bar"]["value"] and "Until yours" not in other["bar"]["value"]
     assert other["go"]["value"] == "Racing" and other["stop"]["interactive"] is True
-
-
-def test_a_second_press_finds_the_race_that_is_under_way(held):
-    _, kept = press(TAB.begin, {"visitor": "c"}, **RANKS)
-    _, again = press(TAB.begin, {"visitor": "c"}, lesson="rate")  # a double click: the browser has not kept the first
-    assert again["race"] == kept["race"]
+    _, again = press(TAB.begin, {"visitor": "b"}, lesson="rate")  # a double click: the browser has not kept the first
     _, other = press(TAB.begin, {"visitor": "d"}, **RANKS)
-    assert other["race"] != kept["race"]
+    assert again["race"] == kept["race"] != other["race"]
     jobs.find(other["race"]).stop()
 
 
@@ -226,12 +204,10 @@ def test_a_race_that_fails_says_why(held):
     wait_for(lambda: jobs.find(kept["race"]).over)
     found = shown(kept, **RANKS)
     assert "the run ended without a word" in found["bar"]["value"] and found["go"]["interactive"]
-
-
-def test_what_cannot_race_is_refused_and_nothing_starts():
-    with pytest.raises(SpecError, match="not 1"):
-        press(TAB.begin, {"visitor": "g"}, lesson="rank", values="8")
-    assert jobs.running("g") is None
+    with pytest.raises(SpecError, match="not 1"):  # what cannot race is refused, and nothing starts
+        press(TAB.begin, {"visitor": "f"}, lesson="rank", values="8")
+    assert jobs.running("f") is None
+    assert "Recorded on" in shown({"visitor": "f", "race": "no-such-race"})["bar"]["value"]
 
 
 def test_a_training_of_ones_own_comes_first(held, monkeypatch):
@@ -243,30 +219,20 @@ def test_a_training_of_ones_own_comes_first(held, monkeypatch):
     wait_for(lambda: waiting.over)
 
 
-def test_nobody_sees_a_job_that_is_no_race():
-    assert "Recorded on" in shown({"visitor": "i", "race": "no-such-race"})["bar"]["value"]
-
-
-# --- the board
-
-
-@pytest.mark.parametrize("key", LESSONS)
-@pytest.mark.parametrize("sort", [c.key for c in COLUMNS])
+@pytest.mark.parametrize("sort, key", zip([c.key for c in COLUMNS], cycle(LESSONS)))
 def test_the_board_is_sorted_as_asked(key, sort):
-    lines = races.recorded(key).lines
-    made = board(lines, sort)
-    rows = list(csv.DictReader(io.StringIO(made["csv"])))
-    order = [line.name for line in ranked(lines, sort)]
-    assert [row["racer"] for row in rows] == order
+    made = shown(lesson=key, sort=sort)["board"]["value"]
+    order = [line.name for line in ranked(races.recorded(key).lines, sort)]
+    assert [row["racer"] for row in csv.DictReader(io.StringIO(made["csv"]))] == order
     places = [made["html"].index(f"<b>{escape(name)}</b>") for name in order[:3]]
-    assert places == sorted(places) and shown(lesson=key, sort=sort)["board"]["value"] == made
+    assert places == sorted(places)
 
 
-@pytest.mark.parametrize("key", LESSONS)
-def test_each_lesson_runs_live_whatever_is_set(key):
+@pytest.mark.parametrize("lesson", LESSONS.values(), ids=LESSONS)
+def test_each_lesson_runs_live_whatever_is_set(lesson):
     """On a model and method that other tabs may have chosen, and with only names that the chooser knows."""
     spec = RunSpec(model="llama-3.1-8b", method="ia3")
-    field = racers(spec, LESSONS[key])
-    raced = set(LESSONS[key].values) if key == "size" else {"smollm2-135m-instruct"}
-    assert len(field) == len(LESSONS[key].values) and {r.spec.model for r in field} == raced
-    assert set(LESSONS[key].values) <= {value for _, value in suited(LESSONS[key], spec)}
+    field = racers(spec, lesson)
+    raced = set(lesson.values) if lesson.key == "size" else {"smollm2-135m-instruct"}
+    assert len(field) == len(lesson.values) and {r.spec.model for r in field} == raced
+    assert set(lesson.values) <= {value for _, value in suited(lesson, spec)}

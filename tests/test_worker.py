@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from tiny import wait_for
 
 from peftlab.errors import PeftlabError
 from peftlab.room import worker
@@ -76,15 +78,11 @@ def test_it_ends_with_the_server_even_when_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
         pid = int(server.stdout.readline())
         server.kill()
-    until = time.monotonic() + 20
-    while time.monotonic() < until and _lives(pid):
-        time.sleep(0.2)
-    assert not _lives(pid)
+    wait_for(lambda: not _lives(pid))
 
 
 def _lives(pid):
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

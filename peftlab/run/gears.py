@@ -96,9 +96,10 @@ def _optimizer(model: PreTrainedModel, spec: Resolved, capturable: bool) -> Opti
         if parameter.requires_grad:
             groups.setdefault(method.rate(name, spec), []).append(parameter)
     parameters = [{"params": group, "scale": scale} for scale, group in groups.items()]
-    on_cpu = model.device.type == "cpu"
-    options = optimizers.capturable(spec) if capturable else optimizers.fused(spec) if on_cpu else {}
-    made = optimizers.find(spec).make(parameters, rate, **(options or {}))
+    options = optimizers.capturable(spec) or {}
+    if not capturable:  # on a CPU, an optimizer that can be fused takes its step in one operation
+        options = {"fused": True} if options and model.device.type == "cpu" else {}
+    made = optimizers.find(spec).make(parameters, rate, **options)
     for group in made.param_groups if capturable else ():
         group["lr"] = torch.tensor(rate, device=group["params"][0].device)
     return made
