@@ -19,7 +19,7 @@ def test_the_files_runs_have_names_of_their_own_and_those_that_are_named_are_the
     assert all(0 <= r.accuracy <= 1 and r.peak_bytes > 2e10 and r.file_bytes and r.seconds for r in runs)
     plain, full = published.plain(), published.full()
     assert (plain.label, plain.trainable_parameters, plain.peak_bytes) == ("LoRA rank 32", 9_175_040, 22_292_725_760)
-    assert (full.kind, full.accuracy, len(published.adapted())) == ("FULL", 0.4715693707354056, 62)
+    assert (full.kind, full.accuracy) == ("FULL", 0.4715693707354056)
     best = published.best(published.runs())
     assert (best.kind, round(best.accuracy, 4)) == ("LILY", 0.5262)
     assert [run for _, run in published.notable()][:3] == [best, full, plain]

@@ -100,7 +100,7 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, numbers to four digits: a chart shows three."""
-        return _rounded(asdict(self))
+        return json.loads(json.dumps(asdict(self)), parse_float=lambda digits: float(f"{float(digits):.4g}"))
 
     def to_json(self) -> str:
         """`to_dict` as a small file, a matrix a line."""
@@ -199,12 +199,3 @@ def _studied(update: Update, keep: int) -> MatrixStudy:
         lowrank.amplification(weight, delta, min(8, delta.rank)),  # adapters compare over as many directions
         lowrank.intruders(weight, w + d), lowrank.directions(delta, keep) if keep else None,
     )  # fmt: skip
-
-
-def _rounded(value: Any) -> Any:
-    """JSON with every float to four digits."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,8 +16,9 @@ from ..methods import METHODS
 from ..race import recordings
 from ..resolve import resolve
 from ..spec import RunSpec
-from . import data, facts, published
+from . import data, facts
 from .findings import finding
+from .published import of_benchmark
 from .statements import STATEMENTS
 
 GROUPS = {
@@ -53,7 +54,7 @@ class Case:
     methods: tuple[str, ...] = ()
     """The methods to use, the first one first; none where the advice is not to train."""
     here: str = ""
-    """The sentence of OF_MODEL or `of_benchmark` that stands beside it; empty where there is nothing to compute."""
+    """The sentence of OF_MODEL or of `of_benchmark` that stands beside it; empty where there is nothing to compute."""
     raced: str = ""
     """The id of the statement whose recorded race stands beside it too; empty for none."""
     model: str = ""
@@ -84,30 +85,6 @@ SPECTRUM = tuple(Family(**entry) for entry in _entries["families"])
 """The families, in the order of how deep they reach."""
 CASES = {entry["key"]: Case(**entry) for entry in _entries["cases"]}
 SIDES = tuple(Sides(**entry) for entry in _entries["sides"])
-
-
-@lru_cache
-def of_benchmark() -> dict[str, str]:
-    """Sentences of the published benchmark, which are the same for every model, by name."""
-    full, plain, others = published.full(), published.plain(), published.adapted()
-    best, prompt = published.best(others), published.best(published.of_method("prompt"))
-    worst = max(others, key=lambda r: r.forgetting)
-    better, slower = sum(r.accuracy > full.accuracy for r in others), sum(r.seconds > full.seconds for r in others)
-    more = sum(r.forgetting > full.forgetting for r in others)
-    score, lost = published.METRICS["accuracy"].told, published.METRICS["forgetting"].told
-    return {
-        "beats_full": f"In the published benchmark {better} of {len(others)} PEFT runs score above full fine-tuning "
-        f"({score(full)}); the best, {best.label}, reaches {score(best)}.",
-        "near_full": f"In the published benchmark {plain.label} scores {score(plain)}, full fine-tuning {score(full)}.",
-        "forgetting": f"In the published benchmark full fine-tuning, at its low learning rate, forgets {lost(full)} nats per "
-        f"token, {plain.label} forgets {lost(plain)}, and {more} of {len(others)} PEFT runs more than full; "
-        f"the most is {lost(worst)}, {worst.label}.",
-        "quick": f"In the published benchmark {plain.label} trains in {units.seconds(plain.seconds)}, full fine-tuning in "
-        f"{units.seconds(full.seconds)}, and {slower} of {len(others)} PEFT runs take longer than full.",
-        "steering": f"On Llama-3.2-3B, in the published benchmark, the best prompt-tuning run scores {score(prompt)}, "
-        f"{plain.label} {score(plain)}.",
-        "not_memory": published.not_memory(),
-    }
 
 
 def small_memory(model: str) -> str:
@@ -164,7 +141,7 @@ def beside_adapters(model: str) -> str:
     )
 
 
-OF_MODEL: dict[str, Callable[[str], str]] = {
+OF_MODEL: Mapping[str, Callable[[str], str]] = {
     sentence.__name__: sentence
     for sentence in (small_memory, suits, quantized, latency, storage, smallest, beside_adapters)
 } | {"no_bias": partial(facts.counted, "bitfit")}

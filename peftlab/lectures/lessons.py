@@ -72,7 +72,5 @@ def _rate_ratio(board: Board) -> int:
 
 
 ANSWERS: dict[str, Callable[..., int]] = {"change": _change, "best_group": _best_group, "rate_ratio": _rate_ratio}
-
-
 LESSONS: dict[str, Lesson] = {entry["key"]: Lesson(**entry) for entry in data("lessons.json")}
 """Every lesson by its key, in the order in which they are shown."""

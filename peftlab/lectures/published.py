@@ -121,11 +121,6 @@ def full() -> Run:
     return of_method("full")[0]
 
 
-def adapted() -> tuple[Run, ...]:
-    """Every run but full fine-tuning's."""
-    return tuple(r for r in runs() if r.family != FAMILIES[0])
-
-
 def best(of: Sequence[Run]) -> Run:
     """The most accurate run."""
     return max(of, key=METRICS["accuracy"].of)
@@ -168,3 +163,26 @@ def not_memory() -> str:
         f"{units.size(few.peak_bytes)}, {relation} than {many.label} with {many.trainable_parameters:,} at "
         f"{units.size(many.peak_bytes)}."
     )
+
+
+@lru_cache
+def of_benchmark() -> dict[str, str]:
+    """The benchmark in sentences, by name."""
+    whole, lora, others = full(), plain(), [r for r in runs() if r.family != FAMILIES[0]]
+    top, prompt, worst = best(others), best(of_method("prompt")), max(others, key=lambda r: r.forgetting)
+    better = sum(r.accuracy > whole.accuracy for r in others)
+    slower, more = sum(r.seconds > whole.seconds for r in others), sum(r.forgetting > whole.forgetting for r in others)
+    score, lost = METRICS["accuracy"].told, METRICS["forgetting"].told
+    return {
+        "beats_full": f"In the published benchmark {better} of {len(others)} PEFT runs score above full fine-tuning "
+        f"({score(whole)}); the best, {top.label}, reaches {score(top)}.",
+        "near_full": f"In the published benchmark {lora.label} scores {score(lora)}, full fine-tuning {score(whole)}.",
+        "forgetting": f"In the published benchmark full fine-tuning, at its low learning rate, forgets {lost(whole)} nats "
+        f"per token, {lora.label} forgets {lost(lora)}, and {more} of {len(others)} PEFT runs more than full; "
+        f"the most is {lost(worst)}, {worst.label}.",
+        "quick": f"In the published benchmark {lora.label} trains in {units.seconds(lora.seconds)}, full fine-tuning in "
+        f"{units.seconds(whole.seconds)}, and {slower} of {len(others)} PEFT runs take longer than full.",
+        "steering": f"On Llama-3.2-3B, in the published benchmark, the best prompt-tuning run scores {score(prompt)}, "
+        f"{lora.label} {score(lora)}.",
+        "not_memory": not_memory(),
+    }
