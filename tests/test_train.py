@@ -194,7 +194,7 @@ def fails(*args):
     raise MemoryError("no more")
 
 
-@pytest.mark.parametrize("module, part", [(loop, "choose"), (loop, "draws"), (engine, "nats_per_token")])
+@pytest.mark.parametrize("module, part", [(loop, "why_eager"), (loop, "draws"), (engine, "nats_per_token")])
 def test_a_run_that_fails_leaves_no_model_and_no_stop(module, part, toy_spec, tmp_path, attached, monkeypatch):
     """Nor does the error, which holds whatever was at work."""
     weights.load(resolve(toy_spec)).measured.clear()

@@ -1,7 +1,6 @@
 """Fine-tunings of one task held side by side, and the board that says what came of each."""
 
-from .board import BY_KEY, COLUMNS, Column, Line, bootstrap, column, ranked, to_csv
-from .recordings import document, read, record
+from .recordings import BY_KEY, COLUMNS, Column, Line, bootstrap, column, document, ranked, read, record, to_csv
 from .runner import Racer, along, race
 
 __all__ = [

@@ -1,10 +1,16 @@
-"""Recorded races: written as they go on, read from assets/measured/, and their lines found by what they ran with."""
+"""A race's board: a line for each racer, with columns to show and to rank by; written as it goes on, and read again.
+
+Recorded races are read from assets/measured/, and their lines found by what they ran with.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +18,113 @@ from typing import Any
 
 from ..errors import SpecError
 from ..measured import documents, provenance
-from ..spec import Json
-from .board import Line
+from ..spec import Json, closest
+
+RESAMPLES = 9999
+
+
+@dataclass
+class Line:
+    """A racer's line of the board. Lists have an entry for each seed that it has finished."""
+
+    name: str
+    spec: Json
+    trainable_parameters: int
+    trainable_percent: float
+    adapter_bytes: int  # predicted; what is written is that and a header
+    predicted_peak_bytes: int  # of a step, by the closed form where the run itself predicted none
+    measured_peak_bytes: int | None = None  # on a GPU
+    steps: int = 0
+    training_seconds: list[float] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)  # seeds × steps, in nats per answer token of the batch
+    base_loss: float | None = None  # the base's loss on the held-out rows, in nats per answer token
+    loss: list[float] = field(default_factory=list)  # the same after training
+    base_scores: list[float] = field(default_factory=list)  # 0 or 1 by the task's metric, for each held-out row
+    scores: list[list[float]] = field(default_factory=list)  # seeds × held-out rows
+    forgetting: list[float] = field(default_factory=list)  # nats per token that ordinary prose costs more than before
+    apart: float | None = None  # seconds a token over the base's, the adapter beside its weights
+    merged: float | None = None  # the same with the adapter in the weights; None where it cannot be merged
+    error: str | None = None  # why it did not finish
+
+    @property
+    def score(self) -> float:
+        """The mean over seeds and held-out rows, from 0 to 1; NaN before the first seed is finished."""
+        return fmean(map(fmean, self.scores)) if self.scores else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the mean score over held-out rows, each of which has its mean over the seeds."""
+        return bootstrap(tuple(map(fmean, zip(*self.scores, strict=True))))
+
+
+@lru_cache(maxsize=4096)
+def bootstrap(values: tuple[float, ...]) -> tuple[float, float]:
+    """The 95% percentile interval of a mean (Efron 1979); NaN for no values."""
+    import numpy as np
+
+    if not values:
+        return math.nan, math.nan
+    draw, numbers = np.random.default_rng(0), np.asarray(values, dtype=float)
+    means = numbers[draw.integers(len(numbers), size=(RESAMPLES, len(numbers)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str
+    title: str
+    unit: str
+    of: Callable[[Line], float | None]
+    """A number to sort by; None where the line has none."""
+    high_is_good: bool = False
+
+
+def _finished(of: Callable[[Line], float]) -> Callable[[Line], float | None]:
+    return lambda line: of(line) if line.scores else None
+
+
+COLUMNS = (
+    Column("score", "held-out score", "", _finished(lambda line: line.score), high_is_good=True),
+    Column("low", "at least", "", _finished(lambda line: line.interval[0]), high_is_good=True),
+    Column("high", "at most", "", _finished(lambda line: line.interval[1]), high_is_good=True),
+    Column("loss", "held-out loss", "nats per answer token", _finished(lambda line: fmean(line.loss))),
+    Column("forgetting", "forgetting", "nats per token", _finished(lambda line: fmean(line.forgetting))),
+    Column("trainable_parameters", "trainable parameters", "", lambda line: line.trainable_parameters),
+    Column("adapter_bytes", "adapter", "bytes", lambda line: line.adapter_bytes),
+    Column("predicted_peak_bytes", "peak memory, predicted", "bytes", lambda line: line.predicted_peak_bytes),
+    Column("measured_peak_bytes", "peak memory, measured", "bytes", lambda line: line.measured_peak_bytes),
+    Column("steps", "steps", "", _finished(lambda line: line.steps), high_is_good=True),
+    Column("training_seconds", "training", "seconds", _finished(lambda line: fmean(line.training_seconds))),
+    Column("apart", "time a token, apart", "× the base's", lambda line: line.apart),
+    Column("merged", "time a token, merged", "× the base's", lambda line: line.merged),
+)
+BY_KEY = {c.key: c for c in COLUMNS}
+
+
+def column(key: str) -> Column:
+    """Raises SpecError where there is none."""
+    if key not in BY_KEY:
+        raise SpecError(f"sort={key}: no such column; {closest(key, BY_KEY)}")
+    return BY_KEY[key]
+
+
+def ranked(lines: Sequence[Line], key: str = "score") -> list[Line]:
+    """The best first by a column; lines without a number last, in their own order. Raises SpecError for no such column."""
+    chosen = column(key)
+    sign = -1 if chosen.high_is_good else 1
+    return sorted(lines, key=lambda line: math.inf if (value := chosen.of(line)) is None else sign * value)
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    """The board, a column for each of COLUMNS with its unit, and the error of those that did not finish."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    titles = [f"{c.title} ({c.unit})" if c.unit else c.title for c in COLUMNS]
+    writer.writerow(["racer", *titles, "error"])
+    for line in lines:
+        writer.writerow([line.name, *(c.of(line) for c in COLUMNS), line.error])  # None is written as nothing
+    return text.getvalue()
 
 
 class Board:

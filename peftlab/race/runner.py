@@ -25,7 +25,7 @@ from ..run import STOP, Event, pace, train
 from ..run.events import progress
 from ..run.scoring import answer_loss
 from ..spec import SETTINGS, Resolved, RunSpec, closest
-from .board import Line
+from .recordings import Line
 
 TOKENS, ROUNDS = 8, 3
 """How long each finisher's tokens are timed: enough to tell 1.0× from 1.5×, and no longer."""

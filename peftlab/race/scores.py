@@ -12,7 +12,7 @@ from ..compare import wilson
 from ..methods.selection import WHERE
 from ..spec import Json
 from . import recordings
-from .board import Line
+from .recordings import Line
 
 SAME = ("task", "method", "model")
 """Scores are compared where these settings are the same."""

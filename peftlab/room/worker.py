@@ -1,7 +1,6 @@
-"""Long work (traces of training steps, decompositions) in one process beside the server's, which comes first.
+"""Long work (traces of training steps, decompositions), each once, in one process beside the server's, which comes first.
 
-Equal work is done once, and its result kept. The process begins with the first work, ends with the server's, and is replaced
-when it is lost.
+The process begins with the first work, ends with the server's, and is replaced when it is lost.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A task's rows as tensors: tokenized once, in batches of like length, padded to few widths or packed.
 
-Every row of a task begins with the same instruction, whose tokens attend to the same in each row. Packed, a batch is one
-sequence in which that beginning is read once, and nothing is padded: losses and gradients are those of the rows side by side,
-up to rounding. This is for a CPU, where a step takes as long as its arithmetic.
+Packed, the rows are one sequence in which the instruction that all begin with is read once. Losses and gradients are those of
+rows side by side, up to rounding. It pays on a CPU, where a step takes as long as its arithmetic.
 """
 
 from __future__ import annotations

@@ -217,10 +217,3 @@ def why_eager(spec: Resolved, device: str) -> str:
         "int8 looks for outliers at each product": spec.quantization == "int8",
     }
     return next((why for why, holds in reasons.items() if holds), "")
-
-
-def choose(model: PreTrainedModel, spec: Resolved, device: str) -> Eager:
-    """The fastest gear that the run can use, with the reason where that is not the graph."""
-    if why := why_eager(spec, device):
-        return Eager(Step(model, spec), why)
-    return Graph(Step(model, spec, capturable=True))

@@ -51,7 +51,7 @@ class Decoding:
 
 
 class Reader:
-    """A model that reads token by token, with a cache that grows. It begins with the prompts, and what they share is read once."""
+    """A model that reads token by token, with a cache that grows. What the prompts share is read once."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, alike: bool = True) -> None:
         self.model, device = model, model.device
@@ -84,9 +84,6 @@ class Reader:
     def seen(self) -> int:
         """How many tokens are in the cache, virtual ones too."""
         return int(self.cache.get_seq_length())
-
-    def close(self) -> None:
-        """Ends the reading."""
 
     def feed(self, token: Tensor) -> None:
         """Gives each row its next token, which `logits` reads."""
@@ -127,22 +124,19 @@ class Replayed(Reader):
         rows, masked = reader.mask.shape
         width = math.ceil((masked + tokens) / STRIDE) * STRIDE
         made = _kept.setdefault(reader.model, {}).pop((rows, width), None) or cls(reader, width)
-        made.take(reader)
-        return made
-
-    def take(self, reader: Reader) -> None:
-        """Copies what `reader` has read, and the token that it was fed."""
-        self.model, self.masked = reader.model, reader.mask.shape[1]
-        seen, held = reader.seen(), _held(self.cache)
+        made.model, made.masked = reader.model, masked
+        seen, held = reader.seen(), _held(made.cache)
         torch._foreach_zero_(held)  # what is masked counts nothing, unless it is NaN
         torch._foreach_copy_([t[:, :, :seen] for t in held], _held(reader.cache))
-        self.at.fill_(seen)
-        self.mask.fill_(0)
-        self.mask[:, : self.masked] = reader.mask
-        self.ids.copy_(reader.ids)
-        self.positions.copy_(reader.positions)
+        made.at.fill_(seen)
+        made.mask.fill_(0)
+        made.mask[:, :masked] = reader.mask
+        made.ids.copy_(reader.ids)
+        made.positions.copy_(reader.positions)
+        return made
 
     def close(self) -> None:
+        """Ends the reading."""
         model = self.model
         del self.model  # or the model, of which this is kept, would never be let go
         if self.graph:  # its last step may be under way, and it may be the last of its graph
@@ -205,7 +199,7 @@ def decode(
         for fetched in under_way:
             yield fetched.column()
     finally:
-        if reader:
+        if isinstance(reader, Replayed):
             reader.close()
 
 

@@ -47,9 +47,8 @@ def follow() -> None:
 def recording(graph: CUDAGraph, pool: _POOL_HANDLE | None = None) -> Iterator[None]:
     """Records what is launched within into `graph`; use it `apart`. Raises RuntimeError.
 
-    `torch.cuda.graph` does the same, but first gives all cached memory back to the driver, which takes time to get it again.
-    A graph cannot use what is cached for others, and needs no more than the same work has left there: here the cache is
-    given back only where less than that is free.
+    `torch.cuda.graph` first gives all cached memory back to the driver, which takes time to get it again; here that is done
+    only where less is free than is cached, since a graph needs no more than the same work has left there.
     """
     torch.cuda.synchronize()
     free, _ = torch.cuda.mem_get_info()

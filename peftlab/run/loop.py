@@ -32,7 +32,7 @@ from ..seeded import seeded
 from ..spec import Json, Resolved
 from .batches import Batch, Batches, encode, why_not_packed
 from .events import Event
-from .gears import CaptureError, Eager, Step, choose, schedule
+from .gears import CaptureError, Eager, Graph, Step, schedule, why_eager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,10 +55,9 @@ SMALL = 64e6
 
 
 def attached(base: weights.Base, spec: Resolved) -> PreTrainedModel:
-    """A private copy of the base with the method attached; only the method's own parameters require gradients.
+    """A private copy of the base with the method attached, whose own parameters alone require gradients; peft wraps it.
 
-    peft wraps the copy in a module of its own, which passes on what it lacks itself. Raises SpecError for a method that
-    does not suit the model.
+    Raises SpecError for a method that does not suit the model.
     """
     targets = methods.targets(architecture.of(spec.model), spec, base.entry.name)
     with seeded(spec.seed):
@@ -161,7 +160,8 @@ class Run:
         spec = self.spec
         self.model = model = attached(self.base, spec)
         self.fused = quickened(model, spec, plain)
-        self.gear: Eager = Eager(Step(model, spec), "asked for") if eager else choose(model, spec, self.base.device)
+        why = "asked for" if eager else why_eager(spec, self.base.device)
+        self.gear: Eager = Eager(Step(model, spec), why) if why else Graph(Step(model, spec, capturable=True))
         self.draws = draws(model)
         if not eager and not plain and self.base.device == "cpu":
             why = "dropout draws for each" if self.draws else why_not_packed(model, self.batches.widths[-1])
