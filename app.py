@@ -47,8 +47,8 @@ def chip() -> str:
 
 def watch() -> tuple[str, gr.Timer, gr.Button]:
     """The chip; a timer, which ticks until the model is ready; and the button for a second try, after a failure."""
-    settled = preparation.ready or preparation.error is not None
-    return chip(), gr.Timer(active=not settled), gr.Button(visible=preparation.error is not None)
+    failed = preparation.error is not None
+    return chip(), gr.Timer(active=not (preparation.ready or failed)), gr.Button(visible=failed)
 
 
 def try_again() -> tuple[str, gr.Timer, gr.Button]:

@@ -19,25 +19,21 @@ from demos.page.gpu import on_gpu
 from demos.page.tab import Asked, Draw, Tab, Values
 from peftlab import RunSpec, adapters, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
+from peftlab.catalog import PRESETS
 from peftlab.data import tasks
-from peftlab.data.tasks import TASKS
 from peftlab.resolve import set_aside
 from peftlab.room import jobs
 from peftlab.run import train
-from peftlab.show.methods import method_card, method_panel, method_value, preset_says
-from peftlab.show.runs import card, shown
-from peftlab.show.settings import aside_said, settings_line
+from peftlab.show import runs, settings
+from peftlab.show.methods import PUBLISHED, method_card, method_panel, method_value, preset_says
 
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods whose controls stand next to the method."""
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
 """Settings of some methods whose controls are under More settings."""
-LARGEST = 2_000_000_000
-"""Parameters of the largest model offered for a live run."""
-MINE = 8
-"""How many adapters a browser keeps: the newest."""
-POLL = 0.5
-"""Seconds between two looks at a run."""
+LARGEST = 2_000_000_000  # parameters of the largest model offered for a live run
+MINE = 8  # how many adapters a browser keeps: the newest
+POLL = 0.5  # seconds between two looks at a run
 TRAIN = on_gpu(train)
 
 
@@ -55,17 +51,17 @@ def here(spec: RunSpec) -> RunSpec:
 def note(spec: RunSpec) -> str:
     """What a live run with the settings of `spec` uses, and which of them are set aside."""
     fit, reasons = set_aside(spec, [key for _, key in runnable()])
-    return aside_said(spec, reasons) + settings_line(fit)
+    return settings.aside_said(spec, reasons) + settings.settings_line(fit)
 
 
 def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, stop: str) -> Values:
     """The buttons `go` and `stop`. The texts are those of `go` before, during and after a run, and that of `stop`."""
-    runs = job is not None and not job.over
+    is_on = job is not None and not job.over
     stopping = job is not None and job.stopping
-    go = under_way if runs else once_more if job else start
+    go = under_way if is_on else once_more if job else start
     return {
-        "go": gr.update(interactive=not runs, value=go),
-        "stop": gr.update(interactive=runs and not stopping, value="Stopping" if stopping else stop),
+        "go": gr.update(interactive=not is_on, value=go),
+        "stop": gr.update(interactive=is_on and not stopping, value="Stopping" if stopping else stop),
     }
 
 
@@ -79,23 +75,20 @@ class Live(Tab):
 
     key, title = "live", "Live"
     choices, clears = methods.PRESET, methods.PRESET_CLEARS
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[str, FileDataDict] = {}
-        """Where the adapter of a job is to be downloaded, by the job's id."""
+    files: dict[str, FileDataDict] = {}  # where the adapter of a job is to be downloaded, by the job's id
 
     def settings(self) -> None:
         method = address.METHOD
-        self.control("task", gr.Radio(controls.choices_of(TASKS), value=tasks.DEFAULT, label="Task"))
-        self.panel("lesson", controls.note(card(tasks.DEFAULT)))
+        self.control("task", gr.Radio(controls.choices_of(tasks.TASKS), value=tasks.DEFAULT, label="Task"))
+        self.panel("lesson", controls.note(runs.card(tasks.DEFAULT)))
         self.control("method", methods.method_choice("live", method, DEFAULT))
         self.panel("about", controls.note(method_card(method, DEFAULT)))
         self.control_all(methods.method_settings(method, OWN))
         self.control_all({name: controls.setting(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
             self.control("model", controls.choice("model", runnable(), DEFAULT))
-            self.control("preset", methods.preset_choice())
+            presets = [("none", ""), *controls.choices_of(PRESETS)]
+            self.control("preset", gr.Dropdown(presets, value="", label="Preset", info=PUBLISHED))
             self.control_all(methods.method_settings(method, FOLDED))
             self.control_all({name: controls.setting(name) for name in ("batch_size", "quantization", "seed")})
         self.panel("note", controls.note())
@@ -159,11 +152,11 @@ class Live(Tab):
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec, job = here(asked.spec), self.job(asked)
         run = resolve(spec)
-        picture = {**shown(job, spec), **buttons(job, "Train", "Training", "Train again", "Stop and keep")}
+        picture = {**runs.shown(job, spec), **buttons(job, "Train", "Training", "Train again", "Stop and keep")}
         return {
             **{name: partial(picture.get, name) for name in picture},
             "keep": lambda: controls.seen(self.download(job)),
-            "lesson": lambda: card(run.task),
+            "lesson": lambda: runs.card(run.task),
             "about": lambda: method_card(run.method, run.model),
             "how": lambda: method_panel(run.method),
             "note": lambda: note(asked.spec),

@@ -15,10 +15,7 @@ from demos.page.tab import Asked, Draw, Slow, Tab
 from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import MODELS, find
 from peftlab.lectures import from_scratch
-from peftlab.show.lora import by_size, code, flows, notes
-from peftlab.show.settings import changed
-from peftlab.show.shapes import of_family, value
-from peftlab.show.statements import tab_table
+from peftlab.show import lora, settings, shapes, statements
 
 LESSONS = {
     "Lecture 11.2: Gemma 3 270M, q and v": RunSpec(model="gemma-3-270m", rank=16, target_modules="q_proj,v_proj"),
@@ -68,7 +65,7 @@ class Lora(Tab):
             raise SpecError(
                 f"model={entry.key}: a bare count has no matrices to draw; {shown} is shown, or choose a model"
             )
-        count(resolve(of_family(asked.spec)))
+        count(resolve(shapes.of_family(asked.spec)))
         real_weights.check(asked)
 
     def fill(self, asked: Asked) -> dict[str, object]:
@@ -78,14 +75,14 @@ class Lora(Tab):
     def draw(self, asked: Asked) -> dict[str, Draw]:
         spec = asked.spec
         return {
-            "picture": lambda: value(spec, asked.refused),
-            "changed": lambda: changed(spec),
-            "flows": lambda: flows(asked.run.model),
-            "by_size": lambda: by_size(spec),
+            "picture": lambda: shapes.value(spec, asked.refused),
+            "changed": lambda: settings.changed(spec),
+            "flows": lambda: lora.flows(asked.run.model),
+            "by_size": lambda: lora.by_size(spec),
             **real_weights.draw(asked),
             **proving.draw(asked),
-            "code": lambda: code(spec),
-            "tables": lambda: tab_table("lora").html + notes(),
+            "code": lambda: lora.code(spec),
+            "tables": lambda: statements.tab_table("lora").html + lora.notes(),
         }
 
     def slow(self, asked: Asked) -> list[Slow]:

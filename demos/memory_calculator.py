@@ -17,8 +17,9 @@ from demos.page.tab import QUIET, Asked, Draw, Slow, Tab
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
 from peftlab.base.models import find, from_config
 from peftlab.catalog import GPUS, PRICE
-from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact, measured
-from peftlab.memory.conventions import EXACT
+from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
+from peftlab.memory.closed_form import EXACT
+from peftlab.memory.compute import measured_utilisation
 from peftlab.room import worker
 from peftlab.show import costs, figures, marks, memory_figures, settings, statements
 from peftlab.show.methods import method_card, method_panel, method_value
@@ -28,8 +29,7 @@ FOLDED = (
     "precision", "adapter_precision", "quantization", "optimizer", "optimizer_precision", "accumulation", "attention",
     "gpu", "n_gpus", "sharding", "offload",
 )  # fmt: skip
-ON = "h100-80gb"
-"""A run is predicted for this GPU unless another one is chosen: its steps were measured."""
+ON = "h100-80gb"  # a run is predicted for this GPU unless another one is chosen: its steps were measured
 LESSONS = {
     "Llama 3.1 8B": (RunSpec(model="llama-3.1-8b"), EXACT),
     "LoRA takes more than full": (
@@ -48,15 +48,14 @@ COSTS = {
     "streams": choice.number("streams", 16, 1, 256),
     "context": choice.number("context", 2048, 256, 32768),
     "price": choice.number("price", PRICE, 0, 1e6, whole=False),
-    "utilisation": choice.number("utilisation", round(100 * measured.measured_utilisation(), 1), 0.1, 100, whole=False),
+    "utilisation": choice.number("utilisation", round(100 * measured_utilisation(), 1), 0.1, 100, whole=False),
 }
 """Assumptions about use: how many tasks and streams, at what price and speed."""
 SLIDERS = ("batch_size", "sequence_length", "rank")
 DRAW = f"const SLIDERS = {json.dumps(SLIDERS)};\n" + look.script("words.js", "memory_bars.js")
 """Draws the sentence and the bars from polynomials, so that a slider that moves asks the server nothing."""
 Reports = tuple[MemoryReport, MemoryReport]
-Forms = tuple[ClosedForm | None, ClosedForm | None]
-"""Of full fine-tuning and of the chosen method."""
+Forms = tuple[ClosedForm | None, ClosedForm | None]  # of full fine-tuning and of the chosen method
 closed = lru_cache(maxsize=128)(closed_form)
 """Kept, because a question is first checked and then drawn, both with the same two forms."""
 
@@ -107,7 +106,7 @@ class Memory(Tab):
         self.control("model", controls.model_choice(model))
         self.control("batch_size", gr.Slider(1, 64, batch, step=1, **controls.described("batch_size")))
         self.control("sequence_length", gr.Slider(16, 16384, length, step=16, **controls.described("sequence_length")))
-        self.control("gradient_checkpointing", gr.Checkbox(False, **controls.described("gradient_checkpointing")))
+        self.control("gradient_checkpointing", controls.setting("gradient_checkpointing"))
         self.control("method", methods.method_choice("memory", method, model))
         self.panel("about", controls.note(method_card(method, model)))
         self.control_all(methods.method_settings(method, methods.BY_METHOD))

@@ -19,19 +19,15 @@ from peftlab.lectures import facts, published
 from peftlab.lectures.guide import CASES, GROUPS
 from peftlab.memory import exact
 from peftlab.room import worker
-from peftlab.show import guide
-from peftlab.show.marks import explained, how
+from peftlab.show import guide, marks, statements
 from peftlab.show.methods import method_panel, unsuited
-from peftlab.show.statements import tab_table
 from peftlab.spec import Resolved
 
-AXES = {"across": "parameters", "up": "accuracy"}
-"""The benchmark's axes, and their metrics at first."""
+AXES = {"across": "parameters", "up": "accuracy"}  # the benchmark's axes, and their metrics at first
 MAP = """
 let last = null;
 const all = () => [...element.querySelectorAll('button[data-method]')];
 const why = (text) => { element.querySelector('.why-not').textContent = text; };
-const mark = () => all().forEach((b) => b.setAttribute('aria-pressed', b.dataset.method === props.value.method));
 element.addEventListener('click', (e) => {
   const chip = e.target.closest('button[data-method]');
   if (!chip) return;
@@ -47,7 +43,7 @@ element.addEventListener('keydown', (e) => {
   all()[(at + step + all().length) % all().length].focus();
 });
 watch('value', () => {
-  mark();
+  all().forEach((b) => b.setAttribute('aria-pressed', b.dataset.method === props.value.method));
   const lost = document.activeElement === document.body && all().find((b) => b.dataset.method === last);
   if (lost) lost.focus();
 });
@@ -62,7 +58,7 @@ SPECTRUM = (
     '<div class="spectrum"><p class="ends"><span>touches nothing inside</span><span>changes the computation</span></p>'
     '<div class="families" role="group" aria-label="Methods, by how deep they reach">${value.families}</div>'
     f'<p class="note">Bars: the share that is trained, on a log scale from {facts.LEAST:.4f}% to 100%. '
-    f'{how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>'
+    f'{marks.how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>'
 )
 
 
@@ -95,9 +91,8 @@ class Methods(Tab):
         super().build()
         self._published()
         self.fold_of("Pros and cons, as the lectures have them", "sides")
-        with self.fold("The lectures' tables, checked") as accordion:
-            self.panel("checked", gr.HTML())
-        self.panel("counted", accordion)
+        self.fold_of("The lectures' tables, checked", "checked")
+        self.panel("counted", self.folds["methods.checked"])
 
     def settings(self) -> None:
         self.control("model", controls.model_choice(address.MODEL))
@@ -122,9 +117,8 @@ class Methods(Tab):
             with gr.Column(min_width=320):
                 for group, name in TICKS.items():
                     cases = [(CASES[key].when, key) for key in in_group(group)]
-                    self.control(
-                        name, gr.CheckboxGroup(cases, value=list(self.choices[name].usual), label=GROUPS[group])
-                    )
+                    usual = list(self.choices[name].usual)
+                    self.control(name, gr.CheckboxGroup(cases, value=usual, label=GROUPS[group]))
             with gr.Column(min_width=320):
                 self.panel("advice", gr.HTML(min_height=400))
         gr.HTML("<h2>What others measured</h2>", js_on_load=None, elem_classes="part")
@@ -134,8 +128,7 @@ class Methods(Tab):
             for name, metric in AXES.items():
                 made = gr.Dropdown(metrics, value=metric, label=name.capitalize(), scale=0, min_width=240)
                 self.control(name, made)
-        label = "The published runs by two metrics; the sentence below names the best"
-        self.panel("runs", controls.plot(None, label))
+        self.panel("runs", controls.plot(None, "The published runs by two metrics; the sentence below names the best"))
         self.panel("marks", controls.note())
         self.panel("front", controls.note())
         self.fold_of(f"All {len(published.runs())} runs as a table", "all_runs")
@@ -150,7 +143,7 @@ class Methods(Tab):
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
         model, method = asked.run.model, asked.run.method
-        checked = tab_table("methods", traced(model))
+        checked = statements.tab_table("methods", traced(model))
         chart, front = guide.benchmark(asked["across"], asked["up"])
         return {
             "sentence": lambda: guide.map_sentence(facts.places(model)),
@@ -162,7 +155,7 @@ class Methods(Tab):
             "not_memory": lambda: f"<p>{escape(published.not_memory())}</p>",
             "runs": lambda: chart,
             "marks": guide.marks,
-            "front": lambda: explained(front),
+            "front": lambda: marks.explained(front),
             "all_runs": guide.all_runs,
             "sides": lambda: guide.pros_and_cons(model, traced(model)),
             "counted": lambda: gr.update(label=f"The lectures' tables, checked: {checked.counted}"),
@@ -174,9 +167,11 @@ class Methods(Tab):
         specs: dict[Resolved, None] = {}
         for case in map(CASES.__getitem__, situations(asked)):
             model = case.model or asked.run.model
+            entry = find(model)
             if case.here == "small_memory":
                 specs |= dict.fromkeys(facts.small())
-            if case.here == "quantized" and is_traced(model):
+            is_traced = entry.is_causal and entry.config and not any(why_not(key, model) for key in ("lora", "qlora"))
+            if case.here == "quantized" and is_traced:
                 specs |= dict.fromkeys(facts.automatic(model, "lora", "qlora"))
         return [Slow(exact, (spec,)) for spec in specs]
 
@@ -184,12 +179,6 @@ class Methods(Tab):
 def situations(asked: Asked) -> list[str]:
     """The keys of the situations that are ticked."""
     return [key for name in TICKS.values() for key in asked[name]]
-
-
-def is_traced(model: str) -> bool:
-    """True where a training step of LoRA and of QLoRA can be traced."""
-    entry = find(model)
-    return bool(entry.is_causal and entry.config) and not any(why_not(key, model) for key in ("lora", "qlora"))
 
 
 if __name__ == "__main__":

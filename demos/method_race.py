@@ -22,9 +22,7 @@ from peftlab.lectures.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.room import jobs
-from peftlab.show import races
-from peftlab.show.marks import failure
-from peftlab.show.settings import settings_line, terms
+from peftlab.show import marks, races, settings
 from peftlab.spec import closest
 
 FIRST = next(iter(LESSONS))
@@ -90,11 +88,7 @@ class Race(Tab):
         "guess": choice.words("guess", SHOW, most=100),
     }
     clears = {"lesson": ("device", "values", "seconds", "seeds", "guess")}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.raced: dict[str, str] = {}
-        """The lesson of each race that was started here, by the job's id."""
+    raced: dict[str, str] = {}  # the lesson of each race that was started here, by the job's id
 
     def build(self) -> None:
         super().build()
@@ -111,8 +105,9 @@ class Race(Tab):
             self.go = self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
             self.stop = self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
         self.control("task", gr.Radio(controls.choices_of(TASKS), value=DEFAULT, label="Task"))
-        info = asked_for(LESSONS[FIRST])
-        values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=info)
+        values = gr.Dropdown(
+            [], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST])
+        )
         self.control("values", values)
         self.control("steps", controls.setting("steps"))
         with gr.Accordion("More settings", open=False):
@@ -134,14 +129,13 @@ class Race(Tab):
         with gr.Column() as result:
             with gr.Row(elem_classes="panes"):
                 with gr.Column(scale=3):
-                    label = "The held-out score of each racer, with 95% intervals"
-                    self.panel("scores", controls.plot(None, label))
+                    self.panel("scores", controls.plot(None, "The held-out score of each racer, with 95% intervals"))
                 with gr.Column(scale=2):
                     self.panel("losses", controls.plot(None, "Training loss of each racer by step"))
             self.panel("tested", gr.HTML())
             gr.HTML("<h3>The board</h3>", js_on_load=None)
-            board = gr.HTML({"html": "", "csv": ""}, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD)
-            self.panel("board", board)
+            none = {"html": "", "csv": ""}
+            self.panel("board", gr.HTML(none, html_template=TOOLBAR + "${value.html}", js_on_load=BOARD))
         self.panel("result", result)
 
     def check(self, asked: Asked) -> None:
@@ -150,7 +144,7 @@ class Race(Tab):
             raise SpecError(f"device={asked['device']}: no such recording; {closest(asked['device'], known)}")
         if guess not in (known := [*lesson.options, SHOW, NONE]):
             raise SpecError(f"guess={guess}: no answer to the question; {closest(guess, known)}")
-        settings_line(here(asked.spec))  # refuses what cannot run
+        settings.settings_line(here(asked.spec))  # refuses what cannot run
         if asked["values"] is not None:
             racers(asked.spec, lesson, asked["values"])
 
@@ -186,11 +180,10 @@ class Race(Tab):
         record, guess = races.recorded(lesson.key, asked["device"]), asked["guess"]
         told = "" if guess == NONE else races.revealed(lesson, record.lines, None if guess == SHOW else guess)
         parts = {"told": told, "result": gr.update(visible=guess != NONE)}
-        bar = ""
+        bar, events = "", list(job.events) if job else []
         if job:
-            events = list(job.events)
             lines = races.so_far(events)
-            bar = failure(events) or races.status(events, lines, jobs.ahead(job))
+            bar = marks.failure(events) or races.status(events, lines, jobs.ahead(job))
             if lines:
                 live = races.live_picture(job, len(events), lesson.key, asked["sort"])
                 return parts | live | {"bar": bar, "result": gr.update(visible=True)}
@@ -234,7 +227,7 @@ class Race(Tab):
 def asked_for(lesson: Lesson) -> str:
     """What the racers may be, and the licences of models among them."""
     models = lesson.values if lesson.setting == "model" else ()
-    return f"Two or more of: {lesson.name.lower()}.{''.join(map(terms, models))}"
+    return f"Two or more of: {lesson.name.lower()}.{''.join(map(settings.terms, models))}"
 
 
 def suited(lesson: Lesson, spec: RunSpec) -> list[tuple[str, str]]:

@@ -13,11 +13,10 @@ from demos.page.gpu import on_gpu, with_result
 from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab, Values
 from peftlab import PeftlabError, units
 from peftlab.compare import proofs
-from peftlab.compare.proofs import LatencyReport, MergeReport
 from peftlab.show.comparisons import dialled, merged_said, timed
 
 
-def merge(key: str, prompt: str) -> MergeReport:
+def merge(key: str, prompt: str) -> proofs.MergeReport:
     return proofs.merge_check(of(key), prompt)
 
 
@@ -25,7 +24,7 @@ def dial(key: str, prompt: str) -> Iterator[tuple[float, str]]:
     yield from proofs.dial(of(key), prompt)
 
 
-def latency(key: str, prompt: str) -> Iterator[tuple[float, LatencyReport | None]]:
+def latency(key: str, prompt: str) -> Iterator[tuple[float, proofs.LatencyReport | None]]:
     yield from with_result(proofs.latency(of(key), prompt))
 
 

@@ -15,14 +15,12 @@ from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab, Values
 from peftlab import PeftlabError, adapters, resolve, units
 from peftlab.base import architecture, weights
 from peftlab.compare import study
-from peftlab.compare.study import Study
 from peftlab.room import worker
 from peftlab.show import studies as shown
-from peftlab.show.weight_figures import images, is_here
+from peftlab.show.studies import images, is_here
 
 ADD = "Add it"
-KEEP = 12
-"""Directions of each update that its study keeps, to compare them with another's."""
+KEEP = 12  # directions of each update that its study keeps, to compare them with another's
 PANELS = ("study", "energy", "singular_values", "update_sizes", "shared_said", "matrix_table")
 LAST_LAYER, WIDTH = 29, 576
 """Of the model whose adapters are studied."""
@@ -36,7 +34,7 @@ DECOMPOSING = '<p class="note">W is being decomposed.</p>'
 NOT_HERE = '<p class="note">The base model is not here yet; the foot of the page says how far it is.</p>'
 
 
-def work(key: str) -> Iterator[tuple[float, Study | None]]:
+def work(key: str) -> Iterator[tuple[float, study.Study | None]]:
     """Studies an adapter, and keeps the study beside it."""
     adapter = of(key)
     if found := study.recorded(adapter):
@@ -52,7 +50,7 @@ def work(key: str) -> Iterator[tuple[float, Study | None]]:
 WORK = on_gpu(work)
 
 
-def added(asked: Asked) -> Study | None:
+def added(asked: Asked) -> study.Study | None:
     """The study of the adapter that the visitor chose, where there is one."""
     try:
         folder = of(asked.kept.get("studied")).folder
@@ -62,7 +60,7 @@ def added(asked: Asked) -> Study | None:
 
 
 @lru_cache(maxsize=8)
-def _recorded(folder: Path, written: float) -> Study | None:
+def _recorded(folder: Path, written: float) -> study.Study | None:
     return study.recorded(adapters.read(folder))
 
 

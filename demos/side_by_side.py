@@ -19,8 +19,7 @@ from peftlab import compare, hardware, units
 from peftlab.compare import ComparisonReport, Reply
 from peftlab.data.tasks import Task
 from peftlab.run.generate import Decoding
-from peftlab.show.comparisons import recorded_pair, reference, scored_value, whence
-from peftlab.show.marks import how
+from peftlab.show import comparisons, marks
 
 
 def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
@@ -112,7 +111,7 @@ class Compare(Tab):
         for base, adapted in GENERATE(key, prompt, decoding):
             source = f"Base {units.seconds(base.seconds)}, adapter {units.seconds(adapted.seconds)}, just now"
             yield {"left": base.text.strip(), "right": adapted.text.strip(), "asking": ""}
-        yield {"said": reference(task, prompt, source)}
+        yield {"said": comparisons.reference(task, prompt, source)}
 
     def score(self, asked: Asked) -> Iterator[Values]:
         """Gives every held-out row to both."""
@@ -121,8 +120,10 @@ class Compare(Tab):
             if report is None:
                 yield {"measuring": f"Scoring, {units.score(share)}"}
             else:
-                mark = how("measured", f"{hardware.here().name}, just now")
-                yield scored_value(report, task_of(of(key))) | {"whence": f"{mark} Measured here, just now."}
+                mark = marks.how("measured", f"{hardware.here().name}, just now")
+                yield comparisons.scored_value(report, task_of(of(key))) | {
+                    "whence": f"{mark} Measured here, just now."
+                }
 
     def check(self, asked: Asked) -> None:
         task_of(of(chosen(asked)))
@@ -136,19 +137,19 @@ class Compare(Tab):
         adapter = of(chosen(asked))
         task, report = task_of(adapter), compare.recorded(adapter)
         prompt, rows = prompt_of(asked, task), [row.prompt for row in task.heldout]
-        pair = recorded_pair(report, prompt)
+        pair = comparisons.recorded_pair(report, prompt)
         source = "Recorded when the adapter was made" if pair else "Press Ask both"
         unscored = "This adapter has no recorded score: press Score to measure it."
         nothing = {"sentence": unscored, "chart": gr.update(value=None), "every": ""}
-        picture = scored_value(report, task) if report else nothing
+        picture = comparisons.scored_value(report, task) if report else nothing
         examples = gr.update(choices=[[row, row] for row in rows], value=prompt if prompt in rows else None)
         return {
             **{name: partial(picture.get, name) for name in nothing},
-            "whence": lambda: whence(adapter) if report else "",
+            "whence": lambda: comparisons.whence(adapter) if report else "",
             "example": lambda: examples,
             "left": lambda: _said_to(prompt, pair and pair[0]),
             "right": lambda: _said_to(prompt, pair and pair[1]),
-            "said": lambda: reference(task, prompt, source),
+            "said": lambda: comparisons.reference(task, prompt, source),
             "measure": lambda: f"Score all {len(rows)} held-out items here",
         }
 

@@ -1,5 +1,7 @@
 """The LoRA tab outside its picture: what it answers, charts and words of real studies, the proofs, the layer from scratch."""
 
+import shutil
+
 import pytest
 
 gr = pytest.importorskip("gradio")
@@ -8,10 +10,10 @@ from demos import proving, real_weights
 from demos.lora_visualizer import LESSONS, Lora
 from demos.page import adapter_choice, address
 from demos.page.store import blocks
-from peftlab import PeftlabError, SpecError, adapters
+from peftlab import PeftlabError, adapters
 from peftlab.compare import study
 from peftlab.room import worker
-from peftlab.show import shapes, studies, weight_figures
+from peftlab.show import shapes, studies
 
 STORE = blocks(Lora()).store
 TAB = STORE.tabs["lora"]
@@ -26,8 +28,7 @@ def read(kept=None, **state):
     return STORE.read(state, kept)
 
 
-def test_folded_panels_are_left_out_until_they_are_open():
-    assert not set(TAB.folded) & {name.removeprefix("lora.") for name in answer()["show"]}
+def test_the_matrix_that_is_asked_for_is_shown():
     shown = answer(MATHEMATICS, matrix="value", layer="3")["show"]
     assert "layer 3's value matrix" in shown["lora.study"]["value"] and "lora.weight_pictures" not in shown
     assert (shown["lora.matrix"]["value"], shown["lora.layer"]["value"]) == ("value", 3)
@@ -38,7 +39,7 @@ def test_a_matrix_is_decomposed_in_the_other_process_and_only_where_its_picture_
     fold = TAB.folded["weight_pictures"]
     assert answer(MATHEMATICS)["slow"] is False and answer(fold)["slow"] is True
     assert "being decomposed" in answer(fold)["show"]["lora.weight_pictures"]["value"]
-    asked = (weight_figures.images, "value", 3, 5)
+    asked = (studies.images, "value", 3, 5)
     monkeypatch.setattr(worker, "known", lambda *work: "<img>" if work == asked else None)
     seen = answer(fold, matrix="value", layer="3", directions="5")
     assert seen["slow"] is False and seen["show"]["lora.weight_pictures"]["value"] == "<img>"
@@ -48,10 +49,8 @@ def test_a_matrix_is_decomposed_in_the_other_process_and_only_where_its_picture_
 
 def test_the_bounds_are_those_of_the_model_that_is_studied():
     every = [m for s in studies.bundled().values() for m in s.matrices]
-    assert (max(m.layer for m in every), max(max(m.shape) for m in every)) == (
-        real_weights.LAST_LAYER,
-        real_weights.WIDTH,
-    )
+    bounds = max(m.layer for m in every), max(max(m.shape) for m in every)
+    assert bounds == (real_weights.LAST_LAYER, real_weights.WIDTH)
 
 
 def test_a_bare_count_has_nothing_to_draw_here_and_the_opening_model_is_shown():
@@ -62,7 +61,7 @@ def test_a_bare_count_has_nothing_to_draw_here_and_the_opening_model_is_shown():
     assert shown["state"] == {"model": "100B", "rank": "4"}
 
 
-@pytest.mark.parametrize("rank", ["abc", "0", "100000", "1000000000"])
+@pytest.mark.parametrize("rank", ["abc", "100000"])
 def test_a_refused_rank_is_in_the_link_in_its_box_and_in_the_refusal(rank):
     shown = answer(rank=rank, alpha="3")
     assert f"rank={rank}" in shown["problems"]["rank"] and shown["state"] == {"rank": rank, "alpha": "3"}
@@ -77,27 +76,22 @@ def test_past_break_even_is_past_it_in_every_matrix():
     assert len(of) == 7 and all(rank * (m["d_in"] + m["d_out"]) > m["d_in"] * m["d_out"] for m in of)
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_every_lesson_can_be_shown(lesson):
-    shown = answer(**address.link(LESSONS[lesson]))
-    assert not shown["problems"] and shown["show"]["lora.picture"]["value"]["key"] == LESSONS[lesson].model
+def test_every_lesson_can_be_shown():
+    for spec in LESSONS.values():
+        shown = answer(**address.link(spec))
+        assert not shown["problems"] and shown["show"]["lora.picture"]["value"]["key"] == spec.model
 
 
 def test_a_matrix_that_no_adapter_changes_is_refused_and_another_one_is_shown():
     shown = answer(MATHEMATICS, matrix="up")
     assert "matrix=up: no studied adapter changes it" in shown["problems"]["matrix"]
     assert "query matrix" in shown["show"]["lora.study"]["value"]
-    with pytest.raises(SpecError, match="matrix=up"):
-        real_weights.check(read(matrix="up"))
 
 
 def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, tmp_path):
     mine = adapter_choice.bundled()["voice-lora"]
     folder = tmp_path / "mine-1" / "adapter"
-    folder.mkdir(parents=True)
-    for file in mine.folder.iterdir():
-        if file.name != study.FILE:
-            (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(mine.folder, folder, ignore=shutil.ignore_patterns(study.FILE))
     monkeypatch.setattr(adapter_choice.jobs, "RUNS", tmp_path)
     kept = {"studied": "mine-1", "adapters": ["mine-1"]}
     shown = answer(MATHEMATICS, kept=kept)["show"]
@@ -110,15 +104,12 @@ def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, tmp_path
         yield 1.0, study.recorded(adapters.read(folder))
 
     monkeypatch.setattr(real_weights, "WORK", studying)
+    with pytest.raises(PeftlabError, match="no adapter is chosen"):
+        list(real_weights.adding(read()))
     told = list(real_weights.adding(read(kept)))
     assert told[0]["add"]["value"] == "Studying, 50%" and told[-1] == {"kept": {"studied": "mine-1"}}
     assert "of yours" in answer(MATHEMATICS, kept=kept)["show"]["lora.study"]["value"]
     assert "mine-1" not in str(answer(kept=kept)["state"])  # ids of runs are in no link
-
-
-def test_without_a_choice_there_is_nothing_to_add():
-    with pytest.raises(PeftlabError, match="no adapter is chosen"):
-        list(real_weights.adding(read()))
 
 
 @pytest.mark.parametrize("mine", [None, 3, [3, None], ["../x"], ["gone"]])
@@ -130,14 +121,10 @@ def test_adapters_that_are_not_here_are_not_offered(mine):
         adapter_choice.of("../adapters")
 
 
-def test_the_prompt_is_the_adapters_own_until_one_is_written():
-    first = adapter_choice.task_of(adapter_choice.bundled()["ticket-lora"]).heldout[0].prompt
-    assert proving.prompt(read({"proof_adapter": "ticket-lora"})) == first
-    assert proving.prompt(read({"proof_adapter": "ticket-lora"}, proof_prompt="Hello")) == "Hello"
-
-
 def test_a_proof_tells_how_it_goes_on_with_the_adapter_and_the_prompt_that_were_chosen(monkeypatch):
     asked = read({"proof_adapter": "ticket-lora"}, proof_prompt="Hello")
+    first = adapter_choice.task_of(adapter_choice.bundled()["ticket-lora"]).heldout[0].prompt
+    assert (proving.prompt(read({"proof_adapter": "ticket-lora"})), proving.prompt(asked)) == (first, "Hello")
     monkeypatch.setattr(proving, "DIAL", lambda *of: iter([(0.0, "base"), (1.0, "-".join(of))]))
     begins, first, both = (shown["proved"] for shown in proving.prove("dial", asked))
     assert "Answering five times" in begins and "base" in first and "ticket-lora-Hello" in both

@@ -1,5 +1,6 @@
 """What the presses of Live and Compare do, and what these tabs show before, during and after."""
 
+import shutil
 import threading
 
 import pytest
@@ -40,19 +41,17 @@ class Trainer:
         self.go = threading.Semaphore(0)
 
     def __call__(self, spec, folder):
-        assert self.go.acquire(timeout=20)
-        yield START
-        assert self.go.acquire(timeout=20)
-        yield STEP
-        assert self.go.acquire(timeout=20)
+        for event in (START, STEP, None):
+            assert self.go.acquire(timeout=20)
+            if event:
+                yield event
         (folder / "adapter").mkdir(parents=True)
         (folder / "adapter" / "numbers").write_text("1")
         yield DONE | {"stopped": (folder / STOP).exists()}
 
     def goes(self, job, steps, events):
         """Once it has gone on so often and so many events are known."""
-        for _ in range(steps):
-            self.go.release()
+        self.go.release(steps)
         wait_for(lambda: job.over or len(job.events) >= events)
 
 
@@ -65,9 +64,8 @@ class Visit:
 
     def press(self, work):
         """What a press shows, the last of each panel; the browser keeps what it is to keep."""
-        last = {}
-        for values in work(self.store.read(self.state, self.kept)):
-            last |= values
+        asked = self.store.read(self.state, self.kept)
+        last = {name: value for values in work(asked) for name, value in values.items()}
         self.kept |= last.pop("kept", {})
         return last
 
@@ -113,9 +111,7 @@ def test_a_run_from_the_press_to_its_download(trainer):
     ann.state = {"task": "voice"}
     seen = ann.sees()  # another task leaves one's own run on screen
     assert "read 4 examples" in seen["sentence"]["value"] and "step 1 of 2" in seen["bar"]["value"]
-    assert seen["loss"]["value"]["light"]["data"][0]["y"] == (1.5,) or list(
-        seen["loss"]["value"]["light"]["data"][0]["y"]
-    ) == [1.5]
+    assert list(seen["loss"]["value"]["light"]["data"][0]["y"]) == [1.5]
     trainer.goes(ann.job, 1, 4)
     seen = ann.sees()  # so does a page that is loaded again
     assert seen["again"] is None and seen["go"]["value"] == "Train again" and seen["go"]["interactive"]
@@ -180,27 +176,14 @@ def test_looking_again_draws_charts_only_for_a_new_point(trainer, monkeypatch):
     runs.charts_of.cache_clear()
 
 
-def test_a_preset_is_named_while_its_settings_hold(trainer):
-    ann = Visit(Live())
-    ann.state = {"preset": "alpha-qlora", "rank": "64", "alpha": "16"}
-    assert ann.sees()["preset"]["value"] == "alpha-qlora"
-    ann.state |= {"rank": "32"}
-    assert ann.sees()["preset"]["value"] == ""
-
-
 def test_every_tab_says_why_its_score_is_another_one():
     live = next(r for r in recorded_runs() if r["spec"]["task"] == "ticket" and r["spec"]["method"] == "lora")
     said = scores.elsewhere(scores.of_run(live))
-    assert said.startswith(
-        "The same task and method: 88% in Compare (rank 2, 60 steps of 8 examples, learning rate 0.004"
-    )
+    assert "The same task and method: 88% in Compare (rank 2, 60 steps of 8 examples, learning rate 0.004" in said
     assert "82% in Race (mean of 3 seeds)" in said and "78% is known only to lie between 62% and 88%" in said
     assert said in runs.recording("ticket")["bar"].replace("&#x27;", "'")
     adapter = next(a for a in adapters.bundled() if a.name == "ticket-lora")
     assert "78% in Live (rank 8, 40 steps of 4 examples, learning rate 0.003" in comparisons.whence(adapter)
-
-
-# --- Compare
 
 
 def answers(*texts):
@@ -213,9 +196,8 @@ def test_ask_both_streams_and_says_how_long_it_took(monkeypatch):
     monkeypatch.setattr(side_by_side, "GENERATE", lambda *all: asked.append(all) or answers("a", "ab "))
     ann.state = {"prompt": "Hello", "temperature": "0.5", "tokens": "16", "decoding_seed": "7"}
     seen = ann.press(ann.tab.ask)
-    assert (seen["left"], seen["right"]) == ("ab", "AB") and seen["said"].startswith(
-        "Base 1.0 s, adapter 2.0 s, just now"
-    )
+    assert (seen["left"], seen["right"]) == ("ab", "AB")
+    assert seen["said"].startswith("Base 1.0 s, adapter 2.0 s, just now")
     ((key, prompt, decoding),) = asked
     assert (key, prompt) == ("ticket-lora", "Hello")
     assert (decoding.max_new_tokens, decoding.temperature, decoding.seed) == (16, 0.5, 7)
@@ -224,26 +206,19 @@ def test_ask_both_streams_and_says_how_long_it_took(monkeypatch):
 def test_a_recorded_answer_is_shown_where_there_is_one_and_none_to_another_prompt():
     ann = Visit(Compare())
     first = ann.sees()
-    assert '"name"' in first["right"]["value"] and first["said"]["value"].startswith(
-        "Recorded when the adapter was made"
-    )
+    assert '"name"' in first["right"]["value"] and "Recorded when the adapter was made" in first["said"]["value"]
     assert first["example"]["value"] == first["prompt"]["value"]
     ann.state = {"prompt": "Hello"}
     other = ann.sees()
-    assert (
-        other["right"]["value"] == ""
-        and other["example"]["value"] is None
-        and other["said"]["value"].startswith("Press Ask")
-    )
+    assert (other["right"]["value"], other["example"]["value"]) == ("", None) and "Press Ask" in other["said"]["value"]
     ann.state = {"prompt": "Hello!"}
     assert ann.sees()["right"] != other["right"]  # so that the page takes a press's answer to the last prompt away
 
 
 def test_score_shows_how_far_it_is_and_then_the_report(monkeypatch):
     rows = tuple(Exchange("p", "r", (Reply("base", "", 0, 0), Reply("mine", "x", 0, 1))) for _ in range(4))
-    report = ComparisonReport(
-        "ticket", "exact_match", rows, (score_of("base", [0] * 4), score_of("mine", [1] * 4, 0.2))
-    )
+    scored = score_of("base", [0] * 4), score_of("mine", [1] * 4, 0.2)
+    report = ComparisonReport("ticket", "exact_match", rows, scored)
     monkeypatch.setattr(side_by_side, "SCORED", lambda key: iter([(0.5, None), (1.0, report)]))
     seen = Visit(tab := Compare()).press(tab.score)
     assert seen["measuring"] == "Scoring, 50%" and "wins <b>4</b> of 4" in seen["sentence"]
@@ -259,18 +234,14 @@ def test_a_press_that_fails_frees_its_button(work, button, monkeypatch):
     monkeypatch.setattr(side_by_side, work, fails)
     tab = Compare()
     demo = blocks(tab)
-    panels = {component: name for name, component in tab.panels.items()}
     press = next(f for f in demo.fns.values() if tab.panels[button]._id in {i for i, _ in f.targets if i} and f.fn)
-    seen = {}
-    for values in press.fn({"state": {}, "kept": {}}):
-        seen |= {panels[component]: value for component, value in values.items() if component in panels}
+    last = {component: value for values in press.fn({"state": {}, "kept": {}}) for component, value in values.items()}
+    seen = {name: last.get(component) for name, component in tab.panels.items()}
     assert seen[button]["interactive"] and seen["problem"] == "no &lt;model&gt;"
     assert seen["asking" if button == "ask" else "measuring"] == ""
 
 
 def test_an_adapter_trained_here_is_chosen_where_nothing_else_was(tmp_path):
-    import shutil
-
     for key in ("run-1", "run-2"):
         shutil.copytree(adapters.bundled()[-1].folder, tmp_path / key / "adapter")
     ann = Visit(Compare())
@@ -279,12 +250,3 @@ def test_an_adapter_trained_here_is_chosen_where_nothing_else_was(tmp_path):
     assert seen["value"] == "run-2" and [key for _, key in seen["choices"]][:2] == ["run-2", "run-1"]
     ann.state = {"adapter": "ticket-lora"}
     assert ann.sees()["adapter"]["value"] == "ticket-lora"
-
-
-@pytest.mark.parametrize(
-    "state", [{"temperature": "9"}, {"tokens": "1"}, {"decoding_seed": "x"}, {"prompt": "a" * 3000}]
-)
-def test_a_bad_choice_is_refused_beside_its_control(state):
-    ann = Visit(Compare())
-    ann.state = state
-    assert list(ann.sees()["problems"]) == list(state)

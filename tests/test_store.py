@@ -10,11 +10,12 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 import app
-from demos.memory_calculator import LESSONS, Memory, exact, own_config
+from demos.memory_calculator import LESSONS, exact, own_config
 from demos.page import address
 from peftlab import resolve
 from peftlab.memory import closed_form
 from peftlab.room import worker
+from peftlab.spec import SETTINGS
 
 STORE = app.demo.store
 TABS = list(STORE.tabs)
@@ -26,59 +27,42 @@ def answer(tab, opened=(), kept=None, **state):
 
 @pytest.mark.parametrize("tab", TABS)
 def test_every_tab_answers_with_what_a_browser_can_take(tab):
-    folds = [fold for of in STORE.tabs.values() for fold in of.folded.values()]
-    for opened in ((), folds):
-        shown = answer(tab, opened)
-        assert not shown["problems"] and shown["show"]
-        json.dumps(shown["show"])
-        assert all(update["__type__"] == "update" for update in shown["show"].values())
-
-
-@pytest.mark.parametrize("tab", TABS)
-def test_equal_questions_have_equal_answers(tab):
-    one, other = answer(tab, model="gpt2", rank="4"), answer(tab, rank="4", model="gpt2")
-    assert json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-
-
-@pytest.mark.parametrize("tab", TABS)
-def test_controls_and_panels_have_names_of_their_own(tab):
+    """And draws what is folded once that is open. Controls and panels have names of their own."""
     of = STORE.tabs[tab]
     assert not set(of.controls) & set(of.panels)
-    assert set(of.fill(address.opening(STORE))) <= {*of.controls, *of.panels}
-    assert set(of.draw(address.opening(STORE))) <= set(of.panels)
+    folded = {f"{tab}.{name}" for name in of.folded}
+    closed, opened = answer(tab), answer(tab, of.folds)
+    assert not opened["problems"] and closed["show"] and not folded & set(closed["show"])
+    assert set(opened["show"]) <= {f"{tab}.{name}" for name in (*of.controls, *of.panels)}
+    assert all(update["__type__"] == "update" for update in json.loads(json.dumps(opened["show"])).values())
+    assert answer(tab, model="gpt2", rank="4") == answer(tab, rank="4", model="gpt2")
 
 
 def test_no_choice_has_the_name_of_a_setting():
-    from peftlab.spec import SETTINGS
-
     assert not set(STORE.choices) & set(SETTINGS)
     assert len(STORE.choices) == sum(len(tab.choices) for tab in STORE.tabs.values())
 
 
-def test_folded_panels_are_drawn_once_they_are_open():
-    memory = STORE.tabs["memory"]
-    fold = memory.folded["room"]
-    assert "memory.room" not in answer("memory")["show"]
-    assert "cheapest change" in answer("memory", [fold])["show"]["memory.room"]["value"]
-
-
-def test_settings_that_the_method_does_not_read_are_left_out():
-    assert answer("memory", method="prompt", rank="4", virtual_tokens="8")["state"] == {
-        "method": "prompt", "virtual_tokens": "8",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ({"model": "", "convention": "", "rank": ""}, {}),
+        ({"method": "prompt", "rank": "4", "virtual_tokens": "8"}, {"method": "prompt", "virtual_tokens": "8"}),
+        ({"method": "prompt", "rank": "x"}, {"method": "prompt", "rank": "x"}),
+        ({"rank": "0", "batch_size": "x", "steps": "8"}, {"steps": "8", "rank": "0", "batch_size": "x"}),
+    ],
+)
+def test_a_link_says_what_is_not_as_usual_and_what_is_refused(said, kept):
+    answered = answer("memory", **said)
+    assert answered["state"] == kept and set(answered["problems"]) == {n for n, v in kept.items() if v in ("x", "0")}
+    assert answered["show"]["memory.rank"]["visible"] is (said.get("method") != "prompt")
 
 
 def test_what_is_refused_stays_in_its_box():
-    shown = answer("memory", rank="100000")
-    box = shown["show"]["memory.rank"]
+    box = answer("memory", rank="100000")["show"]["memory.rank"]
     assert (box["value"], box["minimum"], box["maximum"]) == (100000, 1, 100000)
-    assert shown["state"] == {"rank": "100000"}
     beyond = answer("memory", sequence_length="100000")  # further than the slider usually reaches, and right
     assert beyond["show"]["memory.sequence_length"]["maximum"] == 100000 and not beyond["problems"]
-
-
-def test_of_several_refusals_each_is_said():
-    assert set(answer("memory", rank="0", batch_size="x", steps="8")["problems"]) == {"rank", "batch_size"}
 
 
 def test_a_bare_count_has_no_step_to_draw_and_no_rank():
@@ -96,27 +80,16 @@ def test_a_config_that_is_none_is_refused_where_it_is_pasted(text, says):
 def test_the_exact_figure_takes_the_estimates_place(monkeypatch):
     fresh = {"model": "smollm2-135m", "batch_size": "3"}
     assert answer("memory", **fresh)["slow"] is True
-    reports = {spec: closed_form(resolve(spec)).report() for spec in (s.arguments[0] for s in _slow(fresh))}
+    traced = [slow.arguments[0] for slow in STORE.tabs["memory"].slow(STORE.read(fresh))]
+    reports = {spec: closed_form(resolve(spec)).report() for spec in traced}
     monkeypatch.setattr(worker, "known", lambda work, spec: reports[spec] if work is exact else None)
     assert answer("memory", **fresh)["slow"] is False
 
 
-def _slow(state):
-    return STORE.tabs["memory"].slow(STORE.read(state))
-
-
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_every_lesson_of_memory_is_what_its_button_writes(lesson):
-    spec, rule = LESSONS[lesson]
-    asked = STORE.read(address.link(spec, convention=rule))
-    assert (asked.spec, asked["convention"]) == (spec.but(method=spec.method or "lora"), rule)
-
-
-def test_a_tab_runs_alone():
-    from demos.page.store import blocks
-
-    alone = blocks(Memory()).store
-    assert alone.answer({"number": 1, "tab": "memory", "state": {}})["show"]
+def test_every_lesson_of_memory_is_what_its_button_writes():
+    for spec, rule in LESSONS.values():
+        asked = STORE.read(address.link(spec, convention=rule))
+        assert (asked.spec, asked["convention"]) == (spec.but(method=spec.method or "lora"), rule)
 
 
 def test_what_ends_while_it_is_drawn_is_looked_at_once_more(monkeypatch):
@@ -135,14 +108,6 @@ def test_any_number_is_answered_in_json_and_stays_in_its_box(tab, name, typed):
     if typed in ("-3", "8.5"):
         box = answered["show"][f"{tab}.{name}"]
         assert answered["problems"][name] and box["minimum"] <= box["value"] == float(typed) <= box["maximum"]
-
-
-def test_a_refused_setting_that_the_method_does_not_read_is_not_shown():
-    assert answer("memory", method="prompt", rank="x")["show"]["memory.rank"]["visible"] is False
-
-
-def test_what_is_empty_in_a_link_is_left_as_usual():
-    assert answer("lora", model="", convention="", rank="")["state"] == {}
 
 
 def test_a_preset_is_one_write_and_what_is_set_after_it_stays():

@@ -21,10 +21,7 @@ def bundled() -> dict[str, Adapter]:
 
 
 def of(key: object) -> Adapter:
-    """A bundled adapter by name, or one trained here by its run's id; nothing else on the disk can be named.
-
-    Raises PeftlabError for any other key.
-    """
+    """A bundled adapter by name, or one trained here by its run's id. Raises PeftlabError for any other key."""
     if isinstance(key, str) and key in bundled():
         return bundled()[key]
     if not _is_here(key):

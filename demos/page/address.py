@@ -14,8 +14,7 @@ from peftlab.data import tasks
 from peftlab.spec import closest
 
 MODEL, METHOD = "llama-3.1-8b", "lora"
-OPENING = RunSpec(model=MODEL, method=METHOD)
-"""What the page opens with: a model so large that the difference matters."""
+OPENING = RunSpec(model=MODEL, method=METHOD)  # what the page opens with: a model so large that the difference matters
 NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?\s?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
 """What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
 

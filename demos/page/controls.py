@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
 import gradio as gr
+from gradio.components import Component
 
 from peftlab import RunSpec
 from peftlab.base.models import DEFAULT, MODELS, find
@@ -16,8 +17,7 @@ from peftlab.show.settings import label, short
 from peftlab.spec import SETTINGS
 
 PLOT = "const begin = () => window.peftlab ? peftlab.plot(element, props, watch) : setTimeout(begin, 20); begin();"
-Update: TypeAlias = dict[str, Any]
-"""An update of a component, as `gr.update` makes it."""
+Update: TypeAlias = dict[str, Any]  # an update of a component, as `gr.update` makes it
 
 
 class Named(Protocol):
@@ -107,9 +107,11 @@ def choice(name: str, choices: Sequence[tuple[str, str]], value: str | None = No
     return gr.Dropdown(choices, value=value, allow_custom_value=own, **described(name))
 
 
-def setting(name: str) -> gr.Dropdown | gr.Textbox:
-    """A dropdown of the setting's own choices, or a box, which is empty for automatic: a hidden gr.Number would send 0."""
+def setting(name: str) -> Component:
+    """A switch, a dropdown of the setting's choices, or a box, empty for automatic: a hidden gr.Number would send 0."""
     about = SETTINGS[name]
+    if about.type is bool:
+        return gr.Checkbox(False, **described(name))
     if about.choices:
         return gr.Dropdown([(f"automatic: {about.automatic}", ""), *about.choices], value="", **described(name))
     return gr.Textbox(placeholder=about.automatic, max_lines=1, **described(name))

@@ -8,8 +8,7 @@ from typing import ParamSpec, TypeVar
 
 from peftlab.run.events import Work
 
-SECONDS = 120
-"""Longest that one run may hold a shared GPU."""
+SECONDS = 120  # longest that one run may hold a shared GPU
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -14,8 +14,7 @@ from peftlab.methods import METHODS
 from peftlab.show.methods import PUBLISHED, preset_says
 from peftlab.show.shapes import FAMILY, WORDS
 
-ALPHA = {key: preset for key, preset in PRESETS.items() if key.startswith("alpha")}
-"""Published rules for alpha."""
+ALPHA = {key: preset for key, preset in PRESETS.items() if key.startswith("alpha")}  # published rules for alpha
 CONSTANTS = {
     "WORDS": WORDS,
     "OPENING": {"method": address.METHOD},

@@ -13,7 +13,7 @@ from peftlab.base.models import find
 from peftlab.catalog import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, with_preset
-from peftlab.show.methods import PUBLISHED, method_value
+from peftlab.show.methods import method_value
 from peftlab.spec import SETTINGS
 
 CHOOSER = """
@@ -55,8 +55,6 @@ def method_settings(method: str, names: Sequence[str]) -> dict[str, Component]:
     for name in names:
         if name in SLIDERS:
             made[name] = gr.Slider(*SLIDERS[name], step=1, **controls.described(name))
-        elif name == "train_norms":
-            made[name] = gr.Checkbox(False, **controls.described(name))
         elif name == "target_modules":
             made[name] = controls.choice(name, TARGETS, "all-linear", own=True)
         else:
@@ -78,10 +76,6 @@ def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, controls.Up
             update = gr.update(value=controls.blank(NEVER_EMPTY.get(name) if value is None else value))
         updates[name] = update | {"visible": name in uses or name not in METHOD_SETTINGS}
     return updates
-
-
-def preset_choice() -> gr.Dropdown:
-    return gr.Dropdown([("none", ""), *controls.choices_of(PRESETS)], value="", label="Preset", info=PUBLISHED)
 
 
 def of_preset(key: str, run: Mapping[str, str]) -> tuple[RunSpec, str]:

@@ -21,19 +21,16 @@ from peftlab.room import worker
 from peftlab.show.marks import term
 from peftlab.spec import SETTINGS
 
-SCRIPT = look.script("plot.js", "store.js")
-LONGEST = 20_000
-"""Letters of a value that is read at all."""
+SCRIPT = look.script("store.js")
+LONGEST = 20_000  # letters of a value that is read at all
 CLEARS = {
     "method": (*METHOD_SETTINGS, "learning_rate", "quantization", "preset"),
     "model": ("target_modules", "layers"),
 }
 """Settings that become automatic again when another method or model is chosen."""
 log = logging.getLogger(__name__)
-Shown: TypeAlias = dict[str, controls.Update]
-"""Updates of components, by tab and name."""
-Answer: TypeAlias = dict[str, Any]
-"""What a page gets as JSON; `Store.answer` says what is in it."""
+Shown: TypeAlias = dict[str, controls.Update]  # updates of components, by tab and name
+Answer: TypeAlias = dict[str, Any]  # what a page gets as JSON; `Store.answer` says what is in it
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
+from gradio.events import Dependency
 
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank
 from peftlab import PeftlabError, RunSpec, resolve
 from peftlab.spec import Resolved
 
-if TYPE_CHECKING:
-    from gradio.events import Trigger
-
 log = logging.getLogger(__name__)
 Values: TypeAlias = Mapping[str, object]
 """What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
 Draw: TypeAlias = Callable[[], Any]
 """Gives what one panel shows. Raises PeftlabError."""
-On: TypeAlias = "gr.Button | list[Trigger]"
-"""What starts a press: a button, or several events."""
+On: TypeAlias = gr.Button | Sequence[Callable[..., Dependency]]  # what starts a press: a button, or several events
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
 
@@ -39,8 +36,7 @@ class Asked:
     """What a page asks to see: a run's settings, every tab's own choices, and what the browser keeps for itself."""
 
     spec: RunSpec
-    choices: Mapping[str, Any]
-    """The tabs' own choices by name, the usual ones included."""
+    choices: Mapping[str, Any]  # the tabs' own choices by name, the usual ones included
     kept: Mapping[str, Any]
     """`visitor`, a name that the browser made up; `adapters`, `run` and `race`, ids of what was started from it."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -66,8 +62,7 @@ class Slow:
 
     work: Callable[..., object]
     arguments: tuple[Hashable, ...]
-    panel: str = ""
-    """The one panel that shows the result; while that is folded, the work is not begun."""
+    panel: str = ""  # the one panel that shows the result; while that is folded, the work is not begun
 
 
 def said(error: Exception) -> str:
@@ -78,8 +73,7 @@ def said(error: Exception) -> str:
     return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
 
 
-Work: TypeAlias = Callable[[Asked], Iterator[Values]]
-"""What a press does: it yields what controls and panels show."""
+Work: TypeAlias = Callable[[Asked], Iterator[Values]]  # what a press does: it yields what controls and panels show
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 ONE_AT_A_TIME: dict[str, Any] = QUIET | {"concurrency_id": "generate", "concurrency_limit": 1}
 """Options for presses that compute with a model: two at once would only be slower."""
@@ -93,25 +87,21 @@ class Tab:
     drawn once that is opened.
     """
 
-    key = ""
-    title = ""
+    key, title = "", ""
     choices: Mapping[str, Choice] = {}
     clears: Mapping[str, tuple[str, ...]] = {}
     """The choices that become usual again when another one is written, by that one's name."""
     question: Component
     keeper: Component
     """These carry the settings to a press, and what the press gives the browser to keep. The store sets both."""
-    read: Callable[..., Asked]
-    """`Store.read`."""
+    read: Callable[..., Asked]  # `Store.read`
 
     def __init__(self) -> None:
         self.controls: dict[str, Component] = {}
-        self.also: dict[str, dict[str, str]] = {}
-        """What a control writes besides its own setting."""
+        self.also: dict[str, dict[str, str]] = {}  # what a control writes besides its own setting
         self.panels: dict[str, Block] = {}
         self.folds: dict[str, gr.Accordion] = {}
-        self.folded: dict[str, str] = {}
-        """The name of the fold that a panel is inside, by the panel's name."""
+        self.folded: dict[str, str] = {}  # the name of the fold that a panel is inside, by the panel's name
 
     def control(self, name: str, component: AnyControl, **also: str) -> AnyControl:
         """`component` writes the setting `name`, and `also` with it. The page hears a text box letter by letter."""
@@ -139,11 +129,11 @@ class Tab:
         return component
 
     @contextmanager
-    def fold(self, title: str) -> Iterator[gr.Accordion]:
+    def fold(self, title: str) -> Iterator[None]:
         """A closed accordion around the panels that are made inside it. It is named after the first of them."""
         before = set(self.panels)
         with gr.Accordion(title, open=False, elem_classes="fold") as accordion:
-            yield accordion
+            yield
         inside = [name for name in self.panels if name not in before]
         if inside:
             name = f"{self.key}.{inside[0]}"
@@ -151,12 +141,11 @@ class Tab:
             self.folds[name] = accordion
             self.folded = dict.fromkeys(inside, name) | self.folded  # a fold within this one keeps its own panels
 
-    def fold_of(self, title: str, *names: str) -> gr.Accordion:
+    def fold_of(self, title: str, *names: str) -> None:
         """A fold that holds nothing but panels of HTML."""
-        with self.fold(title) as accordion:
+        with self.fold(title):
             for name in names:
                 self.panel(name, gr.HTML())
-        return accordion
 
     def build(self) -> None:
         """Settings in a column at the left on a desktop, in a drawer at the foot of a phone's screen; and the pictures."""
@@ -223,6 +212,6 @@ class Tab:
                 yield shown({**after, problem: escape(said(error))})
 
         gr.on(
-            on if isinstance(on, list) else [on.click], pressed, self.question, [named[n] for n in names],
+            [on.click] if isinstance(on, gr.Button) else on, pressed, self.question, [named[n] for n in names],
             js="() => [peftlab.question()]", **(QUIET | {"trigger_mode": "multiple"} | options),
         ).then(None, self.keeper, None, js="(text) => { if (text) peftlab.keep(JSON.parse(text)); }", **QUIET)  # fmt: skip

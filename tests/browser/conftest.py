@@ -32,18 +32,12 @@ class App:
             port = s.getsockname()[1]
         environment = {k: v for k, v in os.environ.items() if k not in ("PEFTLAB_CACHE", "HF_HUB_OFFLINE")}
         environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT)}
-        if cache:
-            environment["PEFTLAB_CACHE"] = cache
+        environment |= {"PEFTLAB_CACHE": cache} if cache else {}
         self.url = f"http://127.0.0.1:{port}/"
         self.log = folder / "app.log"
         begun = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, str(program), *arguments],
-            cwd=folder,
-            env=environment,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        command, log = [sys.executable, str(program), *arguments], self.log.open("w")
+        self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         while time.monotonic() - begun < 90:
             try:
                 if urllib.request.urlopen(self.url, timeout=2).status == 200:
@@ -80,11 +74,6 @@ def app(chromium, tmp_path_factory) -> Iterator[App]:
     running = App(REAL_CACHE, tmp_path_factory.mktemp("app"))
     yield running
     running.end()
-
-
-@pytest.fixture(params=[(1440, 900), (390, 844)], ids=["desktop", "phone"])
-def size(request):
-    return request.param
 
 
 @pytest.fixture

@@ -10,13 +10,16 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import sys
+import tempfile
 import time
 import urllib.request
 from html import unescape
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+TABS = ("memory", "lora", "live", "compare", "methods", "race")
 ACTIONS = 14
 PATIENCE = 5.0
 """Seconds of rest after which everything must be right."""
@@ -113,9 +116,8 @@ class Visitor:
         return [] if before == after else [f"settings changed by themselves from {before} to {after}"]
 
     def wrong(self) -> list[str]:
-        state = self.page.evaluate("peftlab.get()")
-        found = self.within(state["tab"])
-        for tab in ("memory", "lora", "live", "compare", "methods", "race"):
+        found = self.within(self.on())
+        for tab in TABS:
             if not found and tab != self.on():
                 self.go(tab)
                 found = self.within(tab)
@@ -146,7 +148,7 @@ class Visitor:
 
     def sentence(self, tab: str, show: dict) -> list[str]:
         """The tab's own instrument, which draws what no other place says."""
-        text = self.page.locator(".sentence:visible").first.inner_text()
+        text, wanted = self.page.locator(".sentence:visible").first.inner_text(), ""
         if tab == "memory":
             drawn = show["memory.bars"]["value"]
             run = drawn["runs"][-1]
@@ -155,19 +157,15 @@ class Visitor:
                 from peftlab.units import size
 
                 wanted += f" needs {size(sum(run['exact'].values()))}"
-            return [] if wanted in text else [f"the sentence says {text!r}, without {wanted}"]
         if tab == "lora":
             wanted = f"ank {show['lora.picture']['value']['at']['rank']}"
-            return [] if wanted in text else [f"the sentence says {text!r}, without r{wanted}"]
-        return []
+        return [] if wanted in text else [f"the sentence says {text!r}, without {wanted}"]
 
     def arrived(self) -> None:
         """Once the document is there that a link, Back or Forward has opened."""
         self.page.wait_for_timeout(100)
         self.page.wait_for_load_state()
         self.page.wait_for_function("window.peftlab")
-
-    # --- what visitors do
 
     def on(self) -> str:
         return self.page.evaluate("peftlab.get().tab")
@@ -176,13 +174,7 @@ class Visitor:
         self.page.get_by_role("tab", name=tab.capitalize().replace("Lora", "LoRA"), exact=True).click()
 
     def tab(self) -> None:
-        self.go(self.draw.choice(["memory", "lora", "live", "compare", "methods", "race"]))
-
-    def fill(self, place: str, value: str) -> None:
-        box = self.page.locator(place)
-        with contextlib.suppress(Exception):  # it may not be on screen for this method
-            box.fill(value, timeout=300)
-            box.blur(timeout=300)
+        self.go(self.draw.choice(TABS))
 
     def number(self) -> None:
         value = str(self.draw.choice([1, 3, 8, 24, 64, 200, "-3", "0.5"]))
@@ -190,20 +182,20 @@ class Visitor:
             "memory": "#memory-rank input[type=number]", "lora": "[data-knob=rank][type=number]:visible",
             "live": "#live-steps input, #live-steps textarea", "race": "#race-steps input, #race-steps textarea",
         }.get(self.on())  # fmt: skip
-        if place:
-            self.fill(place, value)
-        else:
-            self.page.evaluate("(rank) => peftlab.write({rank})", value)
+        if not place:
+            return self.page.evaluate("(rank) => peftlab.write({rank})", value)
+        box = self.page.locator(place)
+        with contextlib.suppress(Exception):  # it may not be on screen for this method
+            box.fill(value, timeout=300)
+            box.blur(timeout=300)
 
     def slide(self) -> None:
-        places = ("#memory-batch_size input[type=range]", "[data-knob=rank][type=range]:visible")
-        for place in places:
-            slider = self.page.locator(place)
-            if slider.count() and slider.first.is_visible():
-                slider.first.focus()
-                for _ in range(self.draw.randint(1, 9)):
-                    self.page.keyboard.press("ArrowRight")
-                    self.page.wait_for_timeout(20)
+        slider = self.page.locator("#memory-batch_size input[type=range]:visible, [data-knob=rank][type=range]:visible")
+        if slider.count():
+            slider.first.focus()
+            for _ in range(self.draw.randint(1, 9)):
+                self.page.keyboard.press("ArrowRight")
+                self.page.wait_for_timeout(20)
 
     def method(self) -> None:
         select = self.page.locator(f"#{self.on()}-method select:visible, [data-knob=method]:visible").first
@@ -224,10 +216,8 @@ class Visitor:
         self.arrived()
 
     def link(self) -> None:
-        query = {
-            "rank": self.draw.choice([2, 5, 77]),
-            "model": self.draw.choice(["gpt2", "smollm2-135m", "llama-2-7b"]),
-        }
+        models = ["gpt2", "smollm2-135m", "llama-2-7b"]
+        query = {"rank": self.draw.choice([2, 5, 77]), "model": self.draw.choice(models)}
         query |= self.draw.choice([{}, {"tab": "lora"}, {"convention": "12n"}, {"tab": "race", "sort": "forgetting"}])
         self.page.goto(self.server.url + "?" + urlencode(query))
         self.arrived()
@@ -263,35 +253,31 @@ def sequence(browser, server: Server, seed: int) -> list[str]:
         context.close()
 
 
-def _spin() -> None:
+def spin() -> None:
     while True:
-        sum(range(10**6))
+        pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int)
-    parser.add_argument("--url")
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    import shutil
-    import tempfile
-
     from conftest import App
     from playwright.sync_api import sync_playwright
 
     from peftlab.measured import provenance
 
-    app = None if args.url else App(None, Path(tempfile.mkdtemp()))
-    spinning = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(args.busy)]
+    app = App(None, Path(tempfile.mkdtemp()))
+    spinning = [multiprocessing.Process(target=spin, daemon=True) for _ in range(args.busy)]
     for process in spinning:
         process.start()
     results = {}
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        server = Server(args.url or app.url)
+        server = Server(app.url)
         for seed in range(args.first, args.last + 1):
             results[seed] = sequence(browser, server, seed)
             print(seed, results[seed] or "right", flush=True)
@@ -304,8 +290,7 @@ def main() -> None:
                 }  # fmt: skip
                 args.out.write_text(json.dumps(document, indent=1) + "\n")
         browser.close()
-    if app:
-        app.end()
+    app.end()
     sys.exit(any(results.values()))
 
 
