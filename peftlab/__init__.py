@@ -3,7 +3,7 @@
     from peftlab import RunSpec, count, predict
     count(RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj")).trainable_parameters  # 4194304
 
-Training and generation live in `peftlab.run` and `peftlab.compare`; they import torch when they are used.
+`peftlab.run` trains and `peftlab.compare` generates; they import torch when they are used.
 """
 
 from .count import ParameterReport, count

@@ -36,10 +36,8 @@ class Adapter:
 
     folder: Path
     spec: RunSpec
-    result: Json
-    """The last event of its run; empty when unknown."""
-    saved: str = ""
-    """The time when it was saved, in UTC; empty when unknown."""
+    result: Json  # the last event of its run; empty when unknown
+    saved: str = ""  # the time when it was saved, in UTC; empty when unknown
 
     @property
     def name(self) -> str:
@@ -113,10 +111,7 @@ def read(folder: Path | str) -> Adapter:
 
 
 def apply(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
-    """A private copy of the base with the adapter on it, ready to generate. Raises AdapterError where it does not fit.
-
-    Its operations are fused as in training, so that it gives the same answers as then.
-    """
+    """A private copy of the base with the adapter on it, fused as in training. Raises AdapterError where it does not fit."""
     from . import fused
 
     model = _applied(base, adapter)

@@ -14,8 +14,7 @@ from .errors import SpecError
 from .resolve import resolve
 from .spec import Json, Resolved, RunSpec
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "amp": 4}
-"""Bytes of one parameter. AMP keeps fp32 weights and casts them for each operation."""
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "amp": 4}  # of a parameter; AMP casts fp32 weights for each operation
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class ModuleCount:
 
     module: Module
     adapted_layers: int
-    trainable: int
-    """Trained parameters, over all layers."""
+    trainable: int  # parameters, over all layers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,17 +36,14 @@ class ParameterReport:
     spec: Resolved
     model_name: str
     method_name: str
-    total_parameters: int
-    """Parameters of the base model."""
+    total_parameters: int  # of the base model
     trainable_parameters: int
-    added_parameters: int
-    """Trained parameters that the base model does not have."""
-    adapter_bytes: int
-    """Bytes of the tensors in the saved adapter. The safetensors header adds about 100 bytes a tensor; AdaLoRA saves less,
-    since it prunes."""
+    added_parameters: int  # trained ones that the base model does not have
+    adapter_bytes: (
+        int  # of its file's tensors; the header adds about 100 bytes a tensor, and AdaLoRA prunes what it saves
+    )
     modules: tuple[ModuleCount, ...]
-    names: tuple[tuple[str, int], ...]
-    """(full module name, trained parameters) of each trained module."""
+    names: tuple[tuple[str, int], ...]  # (full module name, trained parameters) of each trained module
 
     @property
     def frozen_parameters(self) -> int:

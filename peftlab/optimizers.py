@@ -14,30 +14,23 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer as TorchOptimizer
 
-BLOCK = 256
-"""Numbers that share a scale in an 8-bit state: bitsandbytes' block, arXiv 2110.02861 section 2."""
-SMALLEST_8BIT = 4096
-"""Parameters of a tensor below which bitsandbytes keeps its states in 32 bits."""
-SMALLEST_PAGED = 100_000
-"""Parameters of a tensor below which bitsandbytes does not page its states."""
+BLOCK = 256  # numbers that share a scale in an 8-bit state: bitsandbytes' block, arXiv 2110.02861 section 2
+SMALLEST_8BIT = 4096  # parameters of a tensor below which bitsandbytes keeps its states in 32 bits
+SMALLEST_PAGED = 100_000  # parameters of a tensor below which bitsandbytes does not page its states
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    kind: str
-    """Name of the class in `library`.optim."""
-    states: int
-    """Numbers kept for each trained parameter; 0 for Adafactor, whose rows and columns are no multiple of them."""
-    bits: int | None = None
-    """Bits of a state; None where it has its parameter's own format."""
-    paged: bool = False
-    """Large states live in memory that the GPU and the CPU share, outside PyTorch's allocator."""
+    kind: str  # name of the class in `library`.optim
+    states: (
+        int  # numbers kept for each trained parameter; 0 for Adafactor, whose rows and columns are no multiple of them
+    )
+    bits: int | None = None  # of a state; None where it has its parameter's own format
+    paged: bool = False  # large states live in memory that the GPU and the CPU share, outside PyTorch's allocator
     library: str = "torch"
-    together: bool = False
-    """On CUDA, torch updates all parameters at once."""
+    together: bool = False  # on CUDA, torch updates all parameters at once
     options: Mapping[str, float] = field(default_factory=lambda: {"weight_decay": 0.0})
-    in_graph: Mapping[str, bool] | None = None
-    """Further options with which it can be part of a CUDA graph; None where it cannot, since it counts steps in Python."""
+    in_graph: Mapping[str, bool] | None = None  # more options in a CUDA graph; None where it counts steps in Python
 
     def make(
         self, parameters: Iterable[Tensor] | Iterable[dict[str, Any]], rate: float, **more: bool
@@ -56,8 +49,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer("SGD", 0, together=True, in_graph={"fused": True}),
     "sgd-momentum": Optimizer("SGD", 1, together=True, options={"momentum": 0.9}, in_graph={"fused": True}),
 }
-ADAMW_FP32 = _bitsandbytes("AdamW", 2, 32)
-"""AdamW whose states stay in fp32 when its parameters do not."""
+ADAMW_FP32 = _bitsandbytes("AdamW", 2, 32)  # its states stay in fp32 when its parameters do not
 
 
 def find(spec: Resolved) -> Optimizer:
@@ -70,11 +62,6 @@ def find(spec: Resolved) -> Optimizer:
 def capturable(spec: Resolved) -> Mapping[str, bool] | None:
     """Options of the run's optimizer as part of a CUDA graph; None where it cannot be one."""
     return None if spec.optimizer_precision == "fp32" else find(spec).in_graph
-
-
-def fused(spec: Resolved) -> dict[str, bool]:
-    """Options with which the run's optimizer takes its step in one operation on a CPU."""
-    return {"fused": True} if capturable(spec) else {}
 
 
 class BlockwiseStates:

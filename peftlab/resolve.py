@@ -12,10 +12,7 @@ from .data import tasks
 from .methods.selection import USUAL_RANK
 from .spec import SETTINGS, Json, Resolved, RunSpec
 
-METHOD_SETTINGS = (
-    "rank", "alpha", "dropout", "target_modules", "layers", "virtual_tokens", "bottleneck", "block_size", "lr_ratio",
-    "train_norms", "adapter_precision",
-)  # fmt: skip
+METHOD_SETTINGS = tuple(name for name in SETTINGS if any(name in m.settings for m in methods.METHODS.values()))
 """Settings that only some methods read."""
 
 
@@ -87,8 +84,7 @@ def set_aside(spec: RunSpec, offered: Collection[str] | None = None) -> tuple[Ru
 def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
     """The spec of an earlier run, resolved so that its adapter can be used on this machine.
 
-    It keeps the run's precision where this machine can run that, so that base and adapter answer as they did then. Elsewhere
-    the precision is automatic: a CPU has no amp, and is slow with 16-bit numbers for which it has no instructions.
+    It keeps the run's precision where this machine can run that at speed, so that the adapter answers as it did then.
     """
     machine = machine or hardware.here()
     whole = (spec.quantization or "none") == "none"

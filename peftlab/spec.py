@@ -22,17 +22,13 @@ class Setting:
     """What a field of RunSpec means and which values it takes."""
 
     meaning: str
-    automatic: str
-    """What `None` becomes, in words."""
-    type: type = str
-    """Taken from the field's annotation."""
+    automatic: str  # what `None` becomes, in words
+    type: type = str  # taken from the field's annotation
     low: float | None = None
     high: float | None = None
-    above: float | None = None
-    """An open lower limit: the value must be larger than this."""
+    above: float | None = None  # an open lower limit: the value must be larger than this
     choices: tuple[str, ...] = ()
-    example: str = ""
-    """A value that works, named when another one is refused; the automatic one where that is a number."""
+    example: str = ""  # a value that works, named when another one is refused; the automatic one where that is a number
 
 
 def setting(meaning: str, automatic: str, **rest: Any) -> Any:
@@ -43,10 +39,9 @@ def setting(meaning: str, automatic: str, **rest: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A fine-tuning run. A field left at `None` is automatic; `resolve` fills it.
+    """A fine-tuning run. A field left at `None` is automatic; `resolve` fills it, and checks names of registries.
 
-    Raises SpecError when a value is outside its range. Names that live in a registry (model, method, task, gpu) are
-    checked by `resolve`, so that registries can grow while a spec is in flight.
+    Raises SpecError when a value is outside its range.
     """
 
     model: str | None = setting(
@@ -151,9 +146,8 @@ class RunSpec:
 class Resolved(RunSpec):
     """A run as it is counted, predicted and trained: `resolve` makes it, and no setting is None.
 
-    What the run does not read is 0, empty or False: a setting of another method, `training_rows` where all are used, `gpu`
-    where there is none. `but` gives a RunSpec again, since one setting may decide others; `dataclasses.replace` changes a
-    number and nothing else.
+    What the run does not read is 0, empty or False. `but` gives a RunSpec again, since one setting may decide others;
+    `dataclasses.replace` changes a number and nothing else.
     """
 
     model: str = ""
@@ -189,8 +183,7 @@ class Resolved(RunSpec):
     n_gpus: int = 0
     sharding: str = ""
     offload: str = ""
-    unread: frozenset[str] = frozenset()
-    """Names of the settings that the run does not read."""
+    unread: frozenset[str] = frozenset()  # names of the settings that the run does not read
 
     @property
     def trained_precision(self) -> str:
@@ -245,10 +238,7 @@ def closest(value: str, known: Iterable[str]) -> str:
 
 
 def parse_layers(text: str, n_layers: int | None) -> tuple[int, ...]:
-    """Layer indices of `all`, `first:4`, `last:4` or `0-3,7`. With `n_layers` None only the form is checked.
-
-    Raises SpecError for another form, and for layers that the model does not have.
-    """
+    """Layer indices of `all`, `first:4`, `last:4` or `0-3,7`. Without `n_layers` only the form is checked. Raises SpecError."""
     if text == "all":
         return tuple(range(n_layers or 0))
     limit = 10**6 if n_layers is None else n_layers

@@ -1,9 +1,7 @@
-"""The same functions in fewer operations, put in place of a model's own: norms, rotary positions, masks, linear maps and
-the loss.
+"""The same functions in fewer operations, put in place of a model's own: norms, rotary positions, masks, maps, the loss.
 
-A model of 30 layers launches thousands of small kernels a step, and each takes longer than its arithmetic. Everything here
-is made of torch's own operations, so nothing is compiled. Results differ from the model's own by rounding alone. Each
-module is tried out; one that is not known to do the same keeps its own operations, and `Fused.kept` says so.
+Everything is made of torch's own operations, so nothing is compiled, and results differ by rounding alone. Each module is
+tried out; one that is not known to do the same keeps its own operations, and `Fused.kept` says so.
 """
 
 from __future__ import annotations
@@ -31,16 +29,11 @@ class Fused:
     """How many modules of a model were given fused operations, by kind."""
 
     norms: int = 0
-    rotary: int = 0
-    """Attention modules whose rotary positions are fused."""
-    attention: int = 0
-    """Configs whose attention takes its mask as the kernels want it."""
-    lora: int = 0
-    """Linear maps that are computed with their LoRA in place."""
-    joined: int = 0
-    """Groups of linear maps of one input that are one product."""
-    kept: tuple[str, ...] = ()
-    """What keeps the model's or peft's own operations, in words."""
+    rotary: int = 0  # attention modules whose rotary positions are fused
+    attention: int = 0  # configs whose attention takes its mask as the kernels want it
+    lora: int = 0  # linear maps that are computed with their LoRA in place
+    joined: int = 0  # groups of linear maps of one input that are one product
+    kept: tuple[str, ...] = ()  # what keeps the model's or peft's own operations, in words
 
     def counts(self) -> dict[str, int]:
         """The numbers, by name."""
@@ -50,25 +43,24 @@ class Fused:
 def quicken(model: Module, logits: bool = False) -> Fused:
     """Fuses what it knows in a private copy of a model. The copy's modules stay the same objects.
 
-    Unless `logits` are asked for, the copy may have a `head` from then on. In training it then gives hidden states, which
-    `cross_entropy` takes.
+    Unless `logits` are asked for, it may give hidden states in training from then on: `cross_entropy` takes them with a `head`.
     """
     found = functions.Found(model)
     attending, other_attention = attention.take(model)
-    for module, forward in found.forwards.items():
+    for module, forward in (found.norms | found.rotary).items():
         maps.give_forward(module, forward)
-    apart = list(maps.kept(model))
+    apart = maps.kept(model)
     groups = maps.take(model)
     last, why = (None, "") if logits else last_map(model)
     if last:
         last.__class__ = Head
     return Fused(
-        norms=found.norms,
-        rotary=found.rotary,
+        norms=len(found.norms),
+        rotary=len(found.rotary),
         attention=attending,
         lora=sum(len(group.updates) for group in groups),
         joined=sum(len(group.members) > 1 for group in groups),
-        kept=(*found.kept(), *other_attention, *apart, *([f"the loss ({why})"] if why else ())),
+        kept=(*found.kept, *other_attention, *apart, *([f"the loss ({why})"] if why else ())),
     )
 
 

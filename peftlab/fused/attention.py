@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-NAME = "peftlab"
-"""The name under which transformers knows our attention."""
+NAME = "peftlab"  # the name under which transformers knows our attention
 ROWS = "peftlab_rows"
-"""The attribute of the mask of a packed sequence that says how its tokens make rows: (rows × width, the token at each place;
-for each token, its place among all those).
-"""
+"""The attribute of a packed sequence's mask: (rows × width, the token at each place; for each token, its place there)."""
 
 
 def take(model: Module) -> tuple[int, list[str]]:
@@ -27,24 +23,17 @@ def take(model: Module) -> tuple[int, list[str]]:
     configs = seam.configs_of(model)
     for config in configs:
         if seam.attention_of(config) == "sdpa":
-            _register()
+            seam.register_attention(NAME, attend, _mask)
             seam.set_attention(config, NAME)
     ways = [seam.attention_of(config) for config in configs]
     return ways.count(NAME), [f"masks of {way} attention" for way in sorted({*ways} - {NAME})]
 
 
-@cache
-def _register() -> None:
-    seam.register_attention(NAME, attend, _mask)
-
-
 def attend(
     module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa, with two exceptions: the rows of a packed sequence are read side by side, and the heads of a
-    single token that share keys are read as that many tokens of one head.
-
-    Queries are rows × heads × length × d; the output is rows × length × heads × d.
+    """transformers' sdpa, but the rows of a packed sequence are read side by side, and a single token's heads that share keys
+    as so many tokens of one head. Queries are rows × heads × length × d; the output is rows × length × heads × d.
     """
     rows, heads, length, _ = query.shape
     if (packed := getattr(mask, ROWS, None)) is not None:

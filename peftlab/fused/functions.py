@@ -1,14 +1,13 @@
 """Finds the modules of a model that are RMS norms, or rotate heads as Llama does, by trying each kind on numbers.
 
-A norm is tried with a small weight of its own type, an attention module with stand-ins for the maps it is made of, in its
-real sizes. Neither needs the model's numbers, so a model on the meta device can be tried too.
+None of it needs the model's own numbers, so a model on the meta device can be tried too.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -16,53 +15,42 @@ from torch import rms_norm
 from torch.nn import Linear, Module, Parameter
 
 from .. import seam
-from .context import Context
+from .lora import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEADS_FIRST = 1
-"""The dimension that cos and sin get for the heads where queries are batch × heads × length × d."""
-TOKENS = 3
-"""Length of the text that attention is tried on."""
-CLOSE = 1e-5
-"""Most that two results of the same function may differ by."""
-SIGNED = "signed"
-"""The attribute of a `sin` that holds it with the sign that the first half of each head gets in a rotation."""
+TOKENS = 3  # length of the text that attention is tried on
+CLOSE = 1e-5  # most that two results of the same function may differ by
+SIGNED = "signed"  # the attribute of a `sin` that holds it with the sign that a head's first half gets in a rotation
 Forward = Callable[..., Any]
 
 
 class Found:
-    """The modules of a model whose functions are known, each with its fused forward, and how many are not known."""
+    """The modules of a model whose functions are known, each with its fused forward, and in words which are not."""
 
     def __init__(self, model: Module) -> None:
-        self.forwards: dict[Module, Forward] = {}
-        self.norms = self.rotary = self.other_norms = self.other_rotary = 0
+        self.norms: dict[Module, Forward] = {}
+        self.rotary: dict[Module, Forward] = {}
+        other_norms = other_rotary = 0
         sizes = seam.rotary_sizes(model)
         told = {id(config): str(config.to_dict()) for config in seam.configs_of(model)}
         for module in model.modules():
             if _may_be_norm(module):
                 forward, norms = _norm(module)
-                self.norms += forward is not None
-                self.other_norms += norms and forward is None
+                if forward:
+                    self.norms[module] = forward
+                other_norms += norms and not forward
             elif sizes and any(map(_is_map, module._modules.values())):
                 forward, rotates = _rotary(module, sizes, told.get(id(getattr(module, "config", None)), ""))
-                self.rotary += forward is not None
-                self.other_rotary += rotates and forward is None
-            else:
-                continue
-            if forward:
-                self.forwards[module] = forward
-        self._has_positions = bool(sizes)
-
-    def kept(self) -> Iterator[str]:
-        """What was tried and is not known, in words."""
-        if self.other_norms:
-            yield f"norms in {self.other_norms} places"
-        if self.other_rotary:
-            yield f"rotary positions in {self.other_rotary} attention modules"
-        elif self._has_positions and not self.rotary:
-            yield "rotary positions"
+                if forward:
+                    self.rotary[module] = forward
+                other_rotary += rotates and not forward
+        self.kept = [f"norms in {other_norms} places"] if other_norms else []
+        if other_rotary:
+            self.kept.append(f"rotary positions in {other_rotary} attention modules")
+        elif sizes and not self.rotary:
+            self.kept.append("rotary positions")
 
 
 class _Norm(Module):
@@ -80,13 +68,11 @@ def _may_be_norm(module: Module) -> TypeGuard[_Norm]:
 
 
 _norms: dict[tuple[type, torch.dtype], tuple[Forward | None, bool]] = {}
+"""What `_norm` found of each kind of module in each type."""
 
 
 def _norm(module: _Norm) -> tuple[Forward | None, bool]:
-    """(torch's fused RMS norm where it is this module's function, whether the module is a norm at all)
-
-    Each kind of module is tried once in each type.
-    """
+    """(torch's fused RMS norm where it is this module's function, whether the module is a norm at all)"""
     dtype = module.weight.dtype
     if (type(module), dtype) not in _norms:
         like = copy.copy(module)
@@ -122,13 +108,11 @@ def _is_map(module: Module | None) -> TypeGuard[Linear]:
 
 
 _tried: dict[tuple[object, ...], tuple[Forward | None, bool]] = {}
+"""What `_rotary` found of each kind of module with these shapes, this config and these sizes that its model rotates."""
 
 
 def _rotary(module: Module, sizes: set[int], config: str) -> tuple[Forward | None, bool]:
-    """(the module's forward with `rotate` in it where that is what it does, whether the module rotates at all)
-
-    Each kind of module is tried once for its shapes and its config, with each of the `sizes` that the model rotates.
-    """
+    """(the module's forward with `rotate` in it where that is what it does, whether the module rotates at all)"""
     kind = type(module)
     shapes = tuple((name, _is_map(m) and (m.in_features, m.out_features)) for name, m in module._modules.items())
     key = (kind, shapes, config, frozenset(sizes))
@@ -168,7 +152,12 @@ def _seen(module: Module, cos: Tensor, sin: Tensor) -> list[Tensor]:
     """The inputs that the maps of an attention module get while a copy of it, with random numbers, reads a short text."""
     seen: list[Tensor] = []
     like: Any = copy.copy(module)
-    like._modules = {name: _stand_in(child, seen) for name, child in module._modules.items()}
+    like._modules = dict(module._modules)
+    for name, child in module._modules.items():
+        if _is_map(child):
+            like._modules[name] = _Map(child.out_features, seen)
+        elif child is not None and _may_be_norm(child):
+            like._modules[name] = torch.nn.Identity()
     for held in ("_parameters", "_buffers"):
         own = getattr(module, held).items()
         setattr(like, held, {name: t if t is None else torch.rand(t.shape, generator=_drawn()) for name, t in own})
@@ -185,12 +174,6 @@ def _seen(module: Module, cos: Tensor, sin: Tensor) -> list[Tensor]:
 
 def _drawn() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def _stand_in(child: Module | None, seen: list[Tensor]) -> Module | None:
-    if _is_map(child):
-        return _Map(child.out_features, seen)
-    return torch.nn.Identity() if child is not None and _may_be_norm(child) else child
 
 
 class _Map(Module):
@@ -231,10 +214,10 @@ def _marked(sin: Tensor, rotation: Forward) -> Tensor:
 
 
 def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = HEADS_FIRST, **_: object
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **_: object
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys, batch × heads × length × d, turned by their positions; `sin` is `_marked`. Su et al. 2021."""
-    swapped = unsqueeze_dim == HEADS_FIRST  # in memory, length comes before heads all the same
+    swapped = unsqueeze_dim == 1  # heads come before length, but in memory after it all the same
     both = [x.transpose(1, 2) if swapped else x for x in (q, k)]
     turned = _Rotated.apply(torch.cat(both, 2), cos.unsqueeze(2), getattr(sin, SIGNED).unsqueeze(2))
     new_q, new_k = turned.split([x.shape[2] for x in both], 2)

@@ -11,17 +11,28 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import linear
-
-from .context import Context
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as LoraLinear
     from torch import Tensor
     from torch.nn import Linear, Module
 
-NAME = "default"
-"""peft's name for a model's only adapter."""
+NAME = "default"  # peft's name for a model's only adapter
+
+
+class Context(FunctionCtx):
+    """torch passes such an object as `ctx`. What stands below the tensors is there in the Functions that set it."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    columns: list[slice]
+    ranks: list[list[int]]
+    sizes: list[int]
+    shape: torch.Size
+    scales: list[float]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +85,8 @@ def is_nf4(module: Module) -> bool:
 class Cast(Function):
     """Every A and s B of a model in the type of its base, made at once, and gradients in the parameters' own type.
 
-    `parameters` are, for each group of maps that read one input, all its A and then all its B; `sizes` are the numbers of maps
-    in the groups. It gives for each group its As one below the other as one matrix, and then each s B. Layer follows layer, so
-    that the trace of a few layers stands for all.
+    `parameters` are, for each group of maps that read one input, all A and then all B; `sizes` are the groups' numbers of maps.
+    It gives for each group its As one below the other, then each s B. Layer follows layer, so that a few stand for all.
     """
 
     @staticmethod

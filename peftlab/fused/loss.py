@@ -10,13 +10,12 @@ from torch.nn import Linear, Module
 from torch.nn.functional import linear
 
 from .. import seam
-from .context import Context
+from .lora import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOGITS = 32_000_000
-"""How many logits a loss makes at a time."""
+LOGITS = 32_000_000  # how many a loss makes at a time
 
 
 def head(model: Module) -> Head | None:
@@ -89,9 +88,7 @@ def last_map(model: Module) -> tuple[Linear | None, str]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum of −log softmax(x Wᵀ + bias) at the labels, with frozen W. The gradient of x is made in forward, from the same
-    logits. Hsu et al. 2024 (Liger).
-    """
+    """The sum of −log softmax(x Wᵀ + bias) at the labels, W frozen; forward makes x's gradient too. Hsu et al. 2024, Liger."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

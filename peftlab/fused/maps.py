@@ -18,12 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of linear maps that most families give the same input."""
-WIDE = 1024
-"""Outputs above which a map stays alone on a CPU, where writing rows of a joined product would take longer than it saves."""
-GROUP = "peftlab_group"
-"""The attribute of a taken map that holds its Group."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # maps that most families give the same input
+WIDE = 1024  # outputs above which a map stays alone on a CPU, where writing rows of a joined product takes too long
+GROUP = "peftlab_group"  # the attribute of a taken map that holds its Group
 
 _kinds: dict[tuple[type, Callable[..., object]], type] = {}
 
@@ -67,12 +64,10 @@ def take(model: Module) -> list[Group]:
     return groups
 
 
-def kept(model: Module) -> Iterator[str]:
+def kept(model: Module) -> list[str]:
     """In words, the LoRA that stays with peft, because no group can compute it."""
     whys = Counter(lora.why_apart(module) for module in model.modules() if lora.is_lora(module))
-    for why, n in sorted(whys.items()):
-        if why:
-            yield f"LoRA on {n} linear maps ({why})"
+    return [f"LoRA on {n} linear maps ({why})" for why, n in sorted(whys.items()) if why]
 
 
 def _side_by_side(parent: Module) -> Iterator[list[Module]]:
@@ -82,7 +77,9 @@ def _side_by_side(parent: Module) -> Iterator[list[Module]]:
         plain = type(child) is torch.nn.Linear and name != "base_layer"
         if not (plain or lora.update_of(child)) or any(p.requires_grad for p in lora.base_of(child).parameters()):
             continue
-        if maps and not _can_join(maps[-1], child):
+        last, base = lora.base_of(maps[-1] if maps else child), lora.base_of(child)
+        whole = not lora.is_nf4(last) and not lora.is_nf4(base) and _follows(last.weight, base.weight)
+        if maps and not (whole and (last.weight.device.type != "cpu" or last.out_features <= WIDE)):
             yield maps
             maps = []
         maps.append(child)
@@ -90,18 +87,8 @@ def _side_by_side(parent: Module) -> Iterator[list[Module]]:
         yield maps
 
 
-def _can_join(one: Module, other: Module) -> bool:
-    first, second = lora.base_of(one), lora.base_of(other)
-    if lora.is_nf4(first) or lora.is_nf4(second) or not _follows(first.weight, second.weight):
-        return False
-    return first.weight.device.type != "cpu" or first.out_features <= WIDE
-
-
 class Group:
-    """Linear maps of one input, which are computed together when the first of them is called.
-
-    What that gives for the others waits until they are called with the same input.
-    """
+    """Linear maps of one input, computed together when one of them is called; what that gives the others waits for them."""
 
     def __init__(self, members: list[Module]) -> None:
         self.members = members
@@ -111,11 +98,9 @@ class Group:
         both = zip(self.columns, map(lora.update_of, members), strict=True)
         pairs = [(columns, update) for columns, update in both if update]
         self.adapted_columns, self.updates = [columns for columns, _ in pairs], [update for _, update in pairs]
-        self.cast: Sequence[Tensor] = ()
-        """All A one below the other, then each s B, in the type of the base."""
+        self.cast: Sequence[Tensor] = ()  # all A one below the other, then each s B, in the type of the base
         self.of_rows: list[_OfRows] = []
-        self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
-        """An input, and by the id of a member what that gives for it."""
+        self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None  # an input; by a member's id, what that gives
         self.weight = self.bias = None
         if lora.is_nf4(bases[0]):
             self.dtype: torch.dtype = getattr(bases[0], "compute_dtype")  # noqa: B009  bitsandbytes has no types
@@ -168,14 +153,10 @@ def _cast(groups: list[Group]) -> None:
 class _OfRows:
     """The LoRA of several models on one map, each for its own row of a batch."""
 
-    columns: slice
-    """Of the group's output."""
-    a: Tensor
-    """All A, one below the other: ranks × d_in."""
-    b: Tensor
-    """All s B, side by side: d_out × ranks."""
-    mask: Tensor
-    """rows × 1 × ranks: 1 where this row has this rank, 0 elsewhere."""
+    columns: slice  # of the group's output
+    a: Tensor  # all A, one below the other: ranks × d_in
+    b: Tensor  # all s B, side by side: d_out × ranks
+    mask: Tensor  # rows × 1 × ranks: 1 where this row has this rank, 0 elsewhere
 
 
 RowUpdates = dict[str, list[tuple[int, Update]]]

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from .. import seam
-from ..fused.context import Context
+from ..fused.lora import Context
 
 NAME = "peftlab-trace"
 """The name under which transformers knows the attention below."""

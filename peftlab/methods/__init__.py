@@ -9,8 +9,9 @@ from ..base.architecture import Architecture
 from ..catalog import ABOUT
 from ..errors import SpecError
 from ..spec import Resolved, closest
+from . import selection
 from .method import SIZES, Drawing, Keep, Method, Select, Term
-from .selection import Target, Unsuited, by_role, check_rank, in_layers, linear_targets, once_a_layer
+from .selection import Target, Unsuited, by_role, in_layers, linear_targets, once_a_layer
 
 __all__ = [
     "METHODS", "SIZES", "Drawing", "Keep", "Method", "Select", "Target", "Term", "Unsuited", "by_role", "find", "in_layers",
@@ -46,7 +47,11 @@ def targets(architecture: Architecture, spec: Resolved, model_name: str = "the m
     if not any(method.trained(t.module, spec) for t in chosen):
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
     if method.rank_limit:
-        check_rank(spec.rank, method.rank_limit, chosen)
+        extreme, which = selection.RANK_LIMITS[method.rank_limit]
+        limit = extreme(min(t.module.d_in, t.module.d_out) for t in chosen)
+        if spec.rank > limit:
+            usual = min(limit, selection.USUAL_RANK)
+            raise SpecError(selection.RANK_REFUSAL.format(rank=spec.rank, which=which, limit=limit, usual=usual))
     return chosen
 
 

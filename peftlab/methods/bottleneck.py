@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
-KRONECKER = 4
-"""Compacter's n: how many small matrices a weight is a sum of products of. The paper's choice."""
+KRONECKER = 4  # Compacter's n, the paper's choice: how many small matrices a weight is a sum of products of
 
 
 def _beside(last: Module, parent: Module, adapter: Module) -> None:
@@ -67,10 +66,7 @@ def divided(architecture: Architecture, spec: Resolved) -> list[Target]:
 def attach(
     model: PreTrainedModel, targets: list[Target], spec: Resolved, beside: bool = False, kronecker: bool = False
 ) -> PreTrainedModel:
-    """Adds a Bottleneck before a vocabulary head, `beside` the feed-forward that ends in a target, or after a target.
-
-    Its weights may be sums of `kronecker` products with the same n × n × n numbers in all of them.
-    """
+    """Adds a Bottleneck before a vocabulary head, `beside` the feed-forward that ends in a target, or after a target."""
     import torch
 
     from ._layers import Bottleneck

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-SURVIVING = 2 / 3
-"""Share of AdaLoRA's initial ranks that its final budget pays for: peft's 8 of 12."""
-ORTHOGONALITY = 0.5
-"""Weight of AdaLoRA's penalty on A and B that are not orthogonal: peft's default."""
+SURVIVING = 2 / 3  # share of AdaLoRA's initial ranks that its final budget pays for: peft's 8 of 12
+ORTHOGONALITY = 0.5  # weight of AdaLoRA's penalty on A and B that are not orthogonal: peft's default
 
 
 def quantized(architecture: Architecture, spec: Resolved) -> list[Target]:
@@ -87,11 +85,7 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 
 def rate_of_rank(spec: Mapping[str, Any]) -> float:
-    """The best learning rate for LoRA's rank, at an α of twice the rank.
-
-    The higher the rank, the farther a step of each weight moves the product of A and B. From the recorded races over rank
-    and rate (assets/measured/race-rank-*.json).
-    """
+    """The best learning rate for LoRA's rank at an α of twice the rank, by the recorded races (race-rank-*.json)."""
     return next(rate for most, rate in ((16, 3e-3), (64, 1e-3), (math.inf, 3e-4)) if spec["rank"] <= most)
 
 

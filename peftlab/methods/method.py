@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-SIZES = ("d_in", "d_out", "weight", "bias")
-"""The sizes of a module that a term may name; any other factor is a setting of the run."""
-
+SIZES = ("d_in", "d_out", "weight", "bias")  # of a module; a term's other factors are settings of the run
 Select: TypeAlias = Callable[[Architecture, Resolved], list[Target]]
 Attach: TypeAlias = "Callable[[PreTrainedModel, list[Target], Resolved], nn.Module]"
 
@@ -29,11 +27,9 @@ Attach: TypeAlias = "Callable[[PreTrainedModel, list[Target], Resolved], nn.Modu
 class Term:
     """A number of parameters in one module: the coefficient times all factors."""
 
-    factors: tuple[str, ...]
-    """Names out of SIZES, and names of settings such as `rank`."""
+    factors: tuple[str, ...]  # names out of SIZES, and of settings such as `rank`
     coefficient: float = 1
-    roles: tuple[str, ...] = ()
-    """The roles of the modules that have this term; empty for all modules."""
+    roles: tuple[str, ...] = ()  # of the modules that have this term; empty for all modules
 
     def value(self, module: Module, spec: Resolved) -> float:
         if self.roles and module.role not in self.roles:
@@ -56,33 +52,29 @@ class Keep(Term):
     each: str = "token"
     """How often they are made: for each `token`; once for each `module`; once for the whole `model`, as large as its
     largest module asks, and never freed; or, for `pass`, at each module, which frees them when it has run."""
-    dropout: bool | None = None
-    """True where they are made only in a run with dropout, False only without, None in both."""
+    dropout: bool | None = None  # True: made only in a run with dropout; False: only without; None: in both
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """The path of the data through one adapted place, left to right.
+    """The path of the data through one adapted place, left to right. Gap 0 comes before the first box of `main`.
 
-    A box whose text starts with `*` is trained; one that starts with `~` is an operation without parameters; the others
-    are frozen. Gaps are numbered: 0 before the first box of `main`, 1 after it, and so on.
+    A box whose text starts with `*` is trained, one with `~` an operation without parameters; the others are frozen.
     """
 
     main: tuple[str, ...]
-    branch: tuple[str, ...] = ()
-    """Boxes of a second line. A line without boxes is a skip connection."""
-    leaves: int | None = None
-    """Gap where the second line starts; None where it starts from nothing, as learned vectors do."""
-    joins: int | None = None
-    """Gap where it joins; None where there is no second line."""
+    branch: tuple[str, ...] = ()  # boxes of a second line; one without boxes is a skip connection
+    leaves: int | None = (
+        None  # gap where the second line starts; None where it starts from nothing, as learned vectors do
+    )
+    joins: int | None = None  # gap where it joins; None where there is no second line
     how: str = "+"
 
 
 @dataclass(frozen=True)
 class Method:
     key: str
-    terms: tuple[Term, ...]
-    """Trained parameters of one target module."""
+    terms: tuple[Term, ...]  # trained parameters of one target module
     select: Select
     """The modules it trains or adapts. Raises SpecError for names the model lacks and for models it does not suit."""
     attach: Attach
@@ -90,30 +82,24 @@ class Method:
     drawing: Drawing
     merge: Callable[[nn.Module], nn.Module] | None = None
     """The model with the method folded into its weights; None where that cannot be."""
-    settings: tuple[str, ...] = ()
-    """The fields of a spec that this method reads, besides those that every run has."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values of automatic fields; a function of the others' values where it depends on them."""
-    keeps: tuple[Keep, ...] = ()
-    """What it holds at each adapted module beside its parameters, as peft's or our code lets autograd save it."""
-    in_place: bool = False
-    """Trains the base model's own parameters instead of new ones."""
-    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Name and shape of trained parameters that all targets share."""
-    saved: tuple[Term, ...] | None = None
-    """Parameters a module has in the saved adapter, where they are not those that were trained."""
-    rate: Callable[[str, Resolved], float] = lambda name, spec: 1.0
-    """Factor of the run's learning rate for the parameter of that name."""
-    penalty: Callable[[nn.Module], Tensor] | None = None
-    """A term to add to the loss, from the model."""
+    settings: tuple[str, ...] = ()  # the fields of a spec that this method reads, besides those that every run has
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of automatic fields; some are functions of the others' values
+    keeps: tuple[Keep, ...] = ()  # what autograd saves at each adapted module beside its parameters
+    in_place: bool = False  # trains the base model's own parameters instead of new ones
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of parameters that all targets share
+    saved: tuple[Term, ...] | None = None  # a module's in the saved adapter, where they are not those that were trained
+    rate: Callable[[str, Resolved], float] = lambda name, spec: (
+        1.0
+    )  # a parameter's factor of the learning rate, by its name
+    penalty: Callable[[nn.Module], Tensor] | None = None  # a term to add to the loss, from the model
     after_step: Callable[[nn.Module, int], None] | None = None
     """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""
     rank_limit: str = ""
     """A key of RANK_LIMITS: which of the adapted matrices' own ranks the run's may not exceed; empty for none."""
-    before_layers: bool = False
-    """It makes tensors for all layers before the first of them runs."""
-    if_nothing: str = ""
-    """Why there may be nothing to train, and what to do about it."""
+    before_layers: bool = False  # it makes tensors for all layers before the first of them runs
+    if_nothing: str = ""  # why there may be nothing to train, and what to do about it
 
     @property
     def about(self) -> About:

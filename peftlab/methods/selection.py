@@ -10,8 +10,7 @@ from ..base.architecture import Architecture, Module
 from ..errors import SpecError
 from ..spec import Resolved, parse_layers
 
-FUSED = "query+key+value"
-"""The role of a projection that makes queries, keys and values at once."""
+FUSED = "query+key+value"  # the role of a projection that makes queries, keys and values at once
 WHERE = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v_proj": "q and v"}
 """Target modules that have a name of their own."""
 USUAL_RANK = 8
@@ -81,11 +80,3 @@ def where(spec: Resolved) -> str:
     runs = architectures.runs(parse_layers(spec.layers, n_layers))
     numbers = ",".join(f"{first}-{last}" if first < last else str(first) for first, last in runs)
     return text if runs == [[0, n_layers - 1]] else f"{text} of layers {numbers}"
-
-
-def check_rank(rank: int, limited_by: str, chosen: list[Target]) -> None:
-    """Raises SpecError for a rank above what the chosen matrices can have. `limited_by` is a key of RANK_LIMITS."""
-    extreme, which = RANK_LIMITS[limited_by]
-    limit = extreme(min(t.module.d_in, t.module.d_out) for t in chosen)
-    if rank > limit:
-        raise SpecError(RANK_REFUSAL.format(rank=rank, which=which, limit=limit, usual=min(limit, USUAL_RANK)))

@@ -38,10 +38,7 @@ def adapter_dtype(spec: Resolved) -> dtype:
 
 
 def attach(model: PreTrainedModel, spec: Resolved, config: str, **settings: object) -> PeftModel:
-    """A PeftModel on `model`'s device whose trained parameters, and fixed ones of its own, are in `adapter_precision`.
-
-    `config` is the name of one of peft's, and `settings` are its own.
-    """
+    """A PeftModel by peft's `config` and its settings, on `model`'s device. Its own numbers are in `adapter_precision`."""
     import peft
 
     device, old = next(model.parameters()).device, _tensors(model)
@@ -62,9 +59,8 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A PeftModel on `model`'s device with the adapter of `folder`, in the wider of the file's type and the base's.
 
     peft loads some numbers in the base's type: a norm in bf16 would lose what it has learned. What it loads into the
-    model's own tensors, such as the biases that were trained with LoRA, goes into copies of them, because their storage
-    is shared. Raises what peft and safetensors raise for files that do not fit: OSError, ValueError, KeyError or
-    RuntimeError.
+    model's own tensors, such as biases, goes into copies of them, because their storage is shared. Raises OSError,
+    ValueError, KeyError or RuntimeError for files that do not fit.
     """
     import torch
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -109,10 +105,9 @@ def check_names(saved: Collection[str], own: Collection[str]) -> None:
 def own_tensors(
     model: nn.Module, names: Collection[str], train: bool = False, only: Iterable[nn.Module] | None = None
 ) -> None:
-    """Gives `model` clones of the named parameters and buffers, in a storage of their own.
+    """Gives `model` clones of the named parameters and buffers, trained where they are to `train`.
 
-    Every module that holds one of them gets the same clone, so that tied modules stay tied; with `only`, just those modules
-    get it. Cloned parameters require gradients where they are to `train`.
+    Every module that holds one of them gets the same clone, so that tied modules stay tied; with `only`, just those modules.
     """
     import torch
 
