@@ -17,7 +17,7 @@ from peftlab.compare.study import MatrixStudy, Study
 from peftlab.count import why_not
 from peftlab.measured import runs as recorded_runs
 from peftlab.memory import exact
-from peftlab.show import figures, studies, weight_figures
+from peftlab.show import figures, studies
 from peftlab.show.comparisons import score_bars
 from peftlab.show.lora import percent_by_size
 from peftlab.show.memory_figures import COMPONENTS, memory_timeline
@@ -174,7 +174,7 @@ def test_shared_shows_phi_beside_what_chance_gives():
 
 
 def test_a_picture_has_a_pixel_a_number():
-    uri = weight_figures.picture(torch.tensor([[0.0, -1.0, 0.5], [2.0, 0.1, 0.0]]), 1.0, "#0072B2")
+    uri = studies.picture(torch.tensor([[0.0, -1.0, 0.5], [2.0, 0.1, 0.0]]), 1.0, "#0072B2")
     image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
     assert image.size == (3, 2) and image.getpixel((1, 0)) == (0, 0x72, 0xB2, 255)
     assert [image.getpixel((x, y))[3] for y in range(2) for x in range(3)] == [0, 255, 127, 255, 25, 0]

@@ -17,7 +17,7 @@ from peftlab.lectures import published
 from peftlab.lectures.guide import CASES
 from peftlab.lectures.lessons import LESSONS
 from peftlab.methods.selection import where
-from peftlab.show import comparisons, guide, lora, marks, memory_figures, races, runs, settings, studies, weight_figures
+from peftlab.show import comparisons, guide, lora, marks, memory_figures, races, runs, settings, studies
 from peftlab.show.statements import statements_table
 
 
@@ -46,9 +46,6 @@ def test_layers_are_named_by_their_numbers():
     for layers, said in {"first:4": " of layers 0-3", "1,3-4": " of layers 1,3-4", "0-31": "", None: ""}.items():
         spec = RunSpec(model="llama-2-7b", target_modules="q_proj,v_proj", layers=layers)
         assert where(resolve(spec)) == "q and v" + said
-
-
-# --- memory
 
 
 def memory(convention="exact", source="trace", **settings):
@@ -100,33 +97,22 @@ def at_peak(report, *kinds):
 
 def kept_and_spared(full, chosen):
     """What is kept for fp32 adapters outweighs the states that are spared."""
-    more, less = (
-        [at_peak(report, *kinds) for report in (chosen, full)]
-        for kinds in (
-            ("activations", "logits"),
-            ("frozen_weights", "trainable_weights", "gradients", "optimizer", "temporaries", "workspace"),
-        )
-    )
-    assert chosen.allocated > full.allocated
-    return [units.size(more[0] - more[1]), units.size(less[1] - less[0])]
+    more = at_peak(chosen, "activations", "logits") - at_peak(full, "activations", "logits")
+    spared = more - (chosen.allocated - full.allocated)
+    assert 0 < spared < more
+    return [units.size(more), units.size(spared)]
 
 
 SMALL = {"precision": "bf16", "batch_size": 4, "sequence_length": 512}
+GEMMA = {"model": "gemma-3-270m", **SMALL}
 SURPRISES = {
     "LoRA needs more memory than full fine-tuning": ({"model": "smollm2-135m", "rank": 16, **SMALL}, kept_and_spared),
     "memory is only": ({"model": "qwen3-0.6b", **SMALL}, lambda f, c: [units.percent(1 - c.allocated / f.allocated)]),
-    "The logits alone take": (
-        {"model": "gemma-3-270m", **SMALL}, lambda f, c: [units.size(at_peak(c, "logits")), "2,048 tokens"],
-    ),
-    "Activations and logits are": (
-        {"model": "gemma-3-270m", **SMALL},
-        lambda f, c: [units.percent(at_peak(c, "activations", "logits") / c.allocated)],
-    ),
+    "The logits alone take": (GEMMA, lambda f, c: [units.size(at_peak(c, "logits")), "2,048 tokens"]),
+    "Activations and logits are": (GEMMA, lambda f, c: [units.percent(at_peak(c, "activations", "logits") / c.allocated)]),
     "An adapted one keeps its input a second time": ({"precision": "bf16", "rank": 16}, lambda f, c: []),
     "experts of every layer": ({"model": "olmoe-1b-7b"}, lambda f, c: ["All 64 experts", "a token meets 8 of"]),
-    "of optimizer states are paged": (
-        {"method": "full", "optimizer": "paged-adamw-8bit"}, lambda f, c: [units.size(c.outside)],
-    ),
+    "are paged": ({"method": "full", "optimizer": "paged-adamw-8bit"}, lambda f, c: [units.size(c.outside)]),
 }  # fmt: skip
 """What each finding says, a run that it is found in, and the numbers that it gives."""
 
@@ -145,9 +131,6 @@ def test_nothing_is_a_surprise_where_a_convention_counts_or_little_is_kept():
     quiet = {"method": "full", "gradient_checkpointing": True, "batch_size": 1, "sequence_length": 64}
     for asked in ({"convention": "12n"}, quiet):
         assert memory_figures.memory_surprises(*memory(**asked)[:2]) == []
-
-
-# --- runs and comparisons
 
 
 def test_the_live_sentence_follows_a_recorded_run():
@@ -186,9 +169,6 @@ def test_the_comparison_sentence_is_true(forgetting, said):
     assert text.startswith("The adapter wins 2 of 4, loses 1") and said in text
 
 
-# --- races
-
-
 def test_the_board_leaves_out_empty_columns_and_escapes_what_is_not_ours():
     line = races.recorded("rank").lines[0]
     html = races.board([replace(line, name="<script>", error="<b>no")], "score")["html"]
@@ -223,9 +203,6 @@ def test_the_bar_counts_runs_and_names_who_runs():
     assert "Waiting: 3 ahead of yours" in races.status([{"type": "queued"}], races.so_far([]), ahead=3)
 
 
-# --- the guide
-
-
 def test_advice_is_of_what_is_ticked():
     ticked = [key for key, case in CASES.items() if case.ticked]
     text = guide.advice(iter(ticked), "gpt2")
@@ -243,20 +220,17 @@ def test_pros_and_cons_have_counts_and_every_run_of_the_chart_is_in_its_table():
     assert guide.all_runs().count("<tr>") == 1 + len(published.runs())
 
 
-# --- LoRA: studies, proofs, code
-
-
 def test_the_picture_of_a_matrix_is_of_the_base_as_it_is_stored(tiny_model, monkeypatch):
     loaded = weights.load(resolve(RunSpec(model=str(tiny_model), precision="fp32", quantization="none")))
-    monkeypatch.setattr(weight_figures, "MODELS", {DEFAULT: loaded.entry})
-    monkeypatch.setattr(weight_figures, "architecture", SimpleNamespace(of=lambda _: architecture.of(str(tiny_model))))
-    weight_figures._decomposed.cache_clear()
-    weight, _ = weight_figures._decomposed("query", 1)
+    monkeypatch.setattr(studies, "MODELS", {DEFAULT: loaded.entry})
+    monkeypatch.setattr(studies, "architecture", SimpleNamespace(of=lambda _: architecture.of(str(tiny_model))))
+    studies._decomposed.cache_clear()
+    weight, _ = studies._decomposed("query", 1)
     assert weight.equal(loaded.model.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().cpu())
-    assert weight_figures.images("query", 1, 4).count("<img") == 2
+    assert studies.images("query", 1, 4).count("<img") == 2
     with pytest.raises(PeftlabError, match="no query of layer 9"):
-        weight_figures._decomposed("query", 9)
-    weight_figures._decomposed.cache_clear()
+        studies._decomposed("query", 9)
+    studies._decomposed.cache_clear()
 
 
 def test_the_sentence_and_the_table_are_of_the_bundled_studies():

@@ -8,7 +8,6 @@ import plotly.graph_objects as go
 from .. import units
 from ..adapters import Adapter
 from ..compare import BASE, ComparisonReport, Reply, proofs
-from ..compare.proofs import LatencyReport, MergeReport
 from ..data.tasks import METRICS, Task
 from ..race import scores
 from .figures import PALETTE, QUARTERS, blank, themed
@@ -110,7 +109,7 @@ def score_bars(report: ComparisonReport, name: str, theme: str) -> go.Figure:
     return figure.update_yaxes(showgrid=False, showticklabels=False, range=[-0.5, len(scores) - 0.2])
 
 
-def merged_said(report: MergeReport) -> str:
+def merged_said(report: proofs.MergeReport) -> str:
     """How far merging moves the logits, in words, in a table, and token by token where it changes the likeliest."""
     whole, half = report.agreements
     said = (
@@ -154,7 +153,7 @@ def dialled(stops: list[tuple[float, str]]) -> str:
     return table(("W₀ + λΔW", "answer"), rows, "answers dial")
 
 
-def timed(report: LatencyReport) -> str:
+def timed(report: proofs.LatencyReport) -> str:
     """The time of a token in each way to serve an adapter, over the base's time."""
     base = report.speeds[0].seconds
     mark = how(
@@ -165,6 +164,6 @@ def timed(report: LatencyReport) -> str:
     rows = []
     for s in report.speeds:
         ratio = f"<b>{s.ratio:.2f}×</b> <small>({s.lower / base:.2f} to {s.upper / base:.2f})</small>"
-        added = (f"{s.added_modules:,}", f"{s.added_parameters:,}")
+        added = f"{s.added_modules:,}", f"{s.added_parameters:,}"
         rows.append((NAMES[s.what], ratio, f"{1000 * s.seconds:.1f} ms", *added))
     return table((mark, "time a token over the base's", "a token", "modules added", "parameters added"), rows)

@@ -13,7 +13,7 @@ from ..measured import documents
 from ..memory import ClosedForm, Fit, MemoryReport
 from ..memory.case import SYMBOLS
 from ..memory.compute import compute
-from ..memory.measured import summary
+from ..memory.report import summary
 from ..resolve import resolve
 from ..room import jobs
 from ..spec import Resolved
@@ -49,14 +49,11 @@ def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -
 def _derivation(form: ClosedForm) -> str:
     """Every component at the closed form's peak: its formula in symbols, with this run's numbers, and in bytes."""
     lines, spec = form.lines(), form.states.spec
-    rows = [
-        (
-            f'<span class="key {line.kind}"></span>{escape(line.name)}{small(line.note) if line.note else ""}',
-            f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>",
-            units.size(form.value(line.size)),
-        )
-        for line in lines
-    ]
+    rows = []
+    for line in lines:
+        name = f'<span class="key {line.kind}"></span>{escape(line.name)}{small(line.note) if line.note else ""}'
+        formula = f"<code>{escape(line.symbols)}</code><br><code>{escape(line.numbers)}</code>"
+        rows.append((name, formula, units.size(form.value(line.size))))
     written = " ".join(line.symbols for line in lines)
     used = [symbol for symbol in SYMBOLS if re.search(rf"(?<![^\W\d]){symbol}(?!\w)", written)]
     known = ", ".join(f"{symbol}: {SYMBOLS[symbol]}" for symbol in used)
@@ -107,16 +104,11 @@ def room(form: ClosedForm) -> str:
     for gpu in map(GPUS.__getitem__, ROOM):
         most = [memory.largest(form, name, gpu.memory_bytes) for name in ("batch_size", "sequence_length")]
         model = memory.largest_model(spec, gpu.memory_bytes)
-        rows.append(
-            (
-                gpu_name(gpu),
-                *(f"{n:,}" if n else "none" for n in most),
-                escape(MODELS[model].name) if model else "none",
-                "fits as it is" if needed <= gpu.memory_bytes else _cheapest(spec, gpu),
-            )
-        )
-    change = "cheapest change that makes this run fit"
-    heads = ("GPU", "largest batch", "longest sequence", "largest model of the catalogue", change)
+        largest = escape(MODELS[model].name) if model else "none"
+        change = "fits as it is" if needed <= gpu.memory_bytes else _cheapest(spec, gpu)
+        rows.append((gpu_name(gpu), *(f"{n:,}" if n else "none" for n in most), largest, change))
+    cheapest = "cheapest change that makes this run fit"
+    heads = ("GPU", "largest batch", "longest sequence", "largest model of the catalogue", cheapest)
     return (
         f'<p class="note">Each with the other settings as they are: batch {spec.batch_size}, {spec.sequence_length:,} tokens. '
         f"{how('estimated', 'From the closed form; it keeps the allocator’s usual reserve.')}</p>"
@@ -189,14 +181,10 @@ def conventions(reports: tuple[MemoryReport, MemoryReport]) -> str:
     """What each lecture's convention makes of the same run, beside the prediction."""
     full, chosen = reports
     given = None if chosen.spec.method == "full" or chosen.peak else chosen.trainable_parameters
-    rows: list[Sequence[str]] = [
-        (
-            f"{escape(rule.name)}{small(f'{rule.note} {rule.source}')}",
-            units.size(memory.predict(full.spec, key).states),
-            units.size(memory.predict(chosen.spec, key, given).states),
-        )
-        for key, rule in memory.CONVENTIONS.items()
-    ]
+    rows: list[Sequence[str]] = []
+    for key, rule in memory.CONVENTIONS.items():
+        counted = memory.predict(full.spec, key).states, memory.predict(chosen.spec, key, given).states
+        rows.append((f"{escape(rule.name)}{small(f'{rule.note} {rule.source}')}", *map(units.size, counted)))
     if chosen.process is not None:
         predicted = (bold(units.size(r.process)) for r in reports)
         rows.append(("<b>predicted</b>, activations and overhead included", *predicted))
@@ -225,14 +213,10 @@ def _recorded() -> str:
     parts = []
     for document in documents("memory"):
         found = summary(document)
-        rows = [
-            (
-                _run(row["spec"], row["settings"]),
-                *(units.size(row[key]) for key in ("predicted", "measured")),
-                *(f"{row[key]:+.2%}" for key in ("error", "reserved_error")),
-            )
-            for row in found["rows"]
-        ]
+        rows = []
+        for row in found["rows"]:
+            sizes, off = (row["predicted"], row["measured"]), (row["error"], row["reserved_error"])
+            rows.append((_run(row["spec"], row["settings"]), *map(units.size, sizes), *(f"{e:+.2%}" for e in off)))
         tip = f"{document['date']}; {libraries(document['versions'])}; {document['command']}"
         mean, worst = bold(f"{found['mean']:.2%}"), bold(f"{found['worst']:+.2%}")
         parts.append(

@@ -1,7 +1,4 @@
-"""What every chart shares: the palette, a plotly template for each theme, and log axes.
-
-A function that draws is pure: results and a theme go in, a figure comes out.
-"""
+"""What every chart shares: palette, plotly templates, log axes. What draws is pure: results and a theme in, a figure out."""
 
 from collections.abc import Callable
 from functools import cache

@@ -14,7 +14,6 @@ from ..base.models import find
 from ..catalog import FAMILIES
 from ..count import count
 from ..lectures import facts, published
-from ..lectures.facts import Place
 from ..lectures.guide import CASES, SIDES, SPECTRUM, Case, Family, beside
 from ..lectures.published import METRICS, Metric, Run
 from ..lectures.statements import FAILS
@@ -34,7 +33,7 @@ DEEP, LINE = 380, 20
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
-def map_sentence(on: Sequence[Place]) -> str:
+def map_sentence(on: Sequence[facts.Place]) -> str:
     """How many methods there are, how many ideas, and how far apart they reach."""
     reports = [p.report for p in on if p.report]
     least, most = (f(reports, key=lambda r: r.trainable_parameters) for f in (min, max))
@@ -53,7 +52,7 @@ def spectrum(model: str, chosen: str | None) -> dict[str, str]:
     return {"method": chosen or "lora", "families": families}
 
 
-def _family(family: Family, on: Sequence[Place], chosen: str | None) -> str:
+def _family(family: Family, on: Sequence[facts.Place], chosen: str | None) -> str:
     """A family's chips; its reparameterized methods, if it has any, stand under a heading of their own."""
     mine = [p for p in on if METHODS[p.key].about.family == family.key]
     chips = ""
@@ -67,7 +66,7 @@ def _family(family: Family, on: Sequence[Place], chosen: str | None) -> str:
     )
 
 
-def _chip(place: Place, chosen: str | None) -> str:
+def _chip(place: facts.Place, chosen: str | None) -> str:
     if report := place.report:
         state, title = "", f"{report.trainable_parameters:,} trained parameters"
         share = units.percent(report.trainable_percent / 100)
@@ -148,10 +147,8 @@ def benchmark(x: str, y: str) -> tuple[dict[str, Chart], str]:
 def all_runs() -> str:
     """The chart's text equivalent."""
     metrics = published.METRICS.values()
-    rows = [
-        (escape(r.label), *(m.show(m.of(r)) for m in metrics))
-        for r in sorted(published.runs(), key=lambda r: -r.accuracy)
-    ]
+    ranked = sorted(published.runs(), key=lambda r: -r.accuracy)
+    rows = [(escape(r.label), *(m.show(m.of(r)) for m in metrics)) for r in ranked]
     return table(("run", *(escape(m.title.split(",")[0]) for m in metrics)), rows, "runs")
 
 

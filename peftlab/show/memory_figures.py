@@ -39,11 +39,8 @@ SENTENCES = {
 
 
 def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
-    """What full fine-tuning needs, what the chosen method needs, and which GPUs hold that.
-
-    An estimate is marked as one and names no GPU: the exact figure, which follows it on the page, may name another.
-    """
-    estimated = chosen.peak is not None and chosen.source == "closed-form"
+    """What full fine-tuning needs, what the chosen method needs, and, unless that is an estimate, which GPUs hold it."""
+    estimated = chosen.peak is not None and chosen.source == "closed-form"  # the exact figure may name another GPU
     about = "about " if estimated else ""
     begin = SENTENCES["full"].format(model=bold(full.model_name), full=about + bold(units.size(full.needed)))
     where = "" if estimated else _where(chosen)
@@ -61,9 +58,8 @@ def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
 
 def it(report: MemoryReport) -> dict[str, str]:
     """What the sentence says of the run: that it fits as a whole, or that its states alone do."""
-    if report.process is None:
-        return {"it": "these alone fit", "it_takes": "these alone take"}
-    return {"it": "it fits", "it_takes": "it takes"}
+    alone = {"it": "these alone fit", "it_takes": "these alone take"}
+    return alone if report.process is None else {"it": "it fits", "it_takes": "it takes"}
 
 
 def _where(report: MemoryReport) -> str:

@@ -12,7 +12,6 @@ import plotly.graph_objects as go
 
 from .. import race, units
 from ..data import tasks
-from ..data.tasks import METRICS
 from ..lectures.lessons import LESSONS, Lesson
 from ..race import Line, scores
 from ..race.recordings import Recording
@@ -24,9 +23,8 @@ from .runs import last_of
 from .statements import statements_table
 
 Events = Sequence[Event]
-ROW = 25
-"""The height of a racer's row in pixels. Names in two lines take ROW_LINE more."""
-ROW_LINE = 16
+ROW, ROW_LINE = 25, 16
+"""The height of a racer's row in pixels, and what a name in two lines takes more."""
 WRAPPED = 24
 """A name with more letters is written in two lines."""
 NAMED = 6
@@ -124,7 +122,7 @@ def race_sentence(lines: Sequence[Line]) -> str:
 
 def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, object]:
     """What the panels show of any race, recorded or live, by their names."""
-    metric = METRICS[tasks.find(lines[0].spec["task"]).metric].name
+    metric = tasks.METRICS[tasks.find(lines[0].spec["task"]).metric].name
     steps = max([len(losses) for line in lines for losses in line.losses] + [lines[0].spec["steps"] or 1])
     finished = [line for line in lines if line.scores]
     return {

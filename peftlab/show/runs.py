@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 from .. import measured, units
 from ..count import count
 from ..data import tasks
-from ..data.tasks import METRICS, TASKS
 from ..race import scores
 from ..resolve import resolve
 from ..room import jobs
@@ -25,7 +24,7 @@ Events = Sequence[Event]
 
 def card(task: str) -> str:
     """What a task teaches, and how many rows it has."""
-    t = TASKS[task]
+    t = tasks.TASKS[task]
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
 
 
@@ -69,7 +68,7 @@ def live_sentence(events: Events) -> str:
     scores = [units.score(next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
     if not scores:
         return read
-    metric, before = METRICS[start["metric"]].name, bold(scores[0], "frozen")
+    metric, before = tasks.METRICS[start["metric"]].name, bold(scores[0], "frozen")
     if len(scores) == 1:
         return f"{read} {metric} before: {before}."
     return f"{read} {metric}: {before} → {bold(scores[-1], 'trained')} on items it has never seen."
@@ -123,7 +122,7 @@ def charts(events: Events) -> dict[str, dict[str, Chart]]:
     """The loss and the metric of a run so far, by panel."""
     start = last_of(events, "start")
     steps = start["spec"]["steps"] if start else 40
-    name = METRICS[start["metric"]].name if start else "Score"
+    name = tasks.METRICS[start["metric"]].name if start else "Score"
     return {"loss": themed(loss_curve, events, steps), "metric": themed(metric_curve, events, steps, name)}
 
 
@@ -133,7 +132,7 @@ def charts_of(job: jobs.Job, seen: int) -> dict[str, dict[str, Chart]]:
     return charts(job.events[:seen])
 
 
-@lru_cache(maxsize=len(TASKS) + 8)
+@lru_cache(maxsize=len(tasks.TASKS) + 8)
 def recording(task: str) -> dict[str, object]:
     """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
     run = next((r for r in measured.runs() if r["spec"]["task"] == task), None)

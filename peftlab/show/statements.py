@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from itertools import groupby
+from typing import NamedTuple
 
 from ..lectures.findings import finding
 from ..lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, Finding, Statement, Verdict
@@ -43,8 +43,7 @@ def _cells(statement: Statement, found: Finding) -> tuple[str, ...]:
     return first, escape(statement.says), escape(found.words) + remark, verdict_mark(found.verdict) + reading + interval
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """The statements that a tab shows."""
 
     counted: str

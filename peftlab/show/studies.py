@@ -1,24 +1,30 @@
 """What adapters did to the weights of the bundled model: one matrix, its updates, what these share, by layer."""
 
+import base64
+import io
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from html import escape
 
 import plotly.graph_objects as go
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
 
 from .. import adapters, units
+from ..base import architecture, fetching
 from ..base.models import DEFAULT, MODELS
 from ..compare import lowrank, study
-from ..compare.lowrank import Overlap, Spectrum
 from ..compare.study import MatrixStudy, Study
 from ..data import tasks
-from ..errors import SpecError
+from ..errors import PeftlabError, SpecError
 from .figures import PALETTE, Chart, blank, themed
 from .marks import bold, how, table
 from .methods import paper_link
 
-Spectra = Mapping[str, Spectrum]
+Spectra = Mapping[str, lowrank.Spectrum]
 DASHES = ("solid", "dash", "dot", "dashdot")
 """These tell several updates apart, which all have the colour of what is trained."""
 YOURS = "yours"
@@ -115,7 +121,7 @@ def pictures(mine: Study | None, role: str, layer: int) -> dict[str, object]:
     }
 
 
-def _sentence(role: str, layer: int, weight: Spectrum, deltas: Spectra) -> str:
+def _sentence(role: str, layer: int, weight: lowrank.Spectrum, deltas: Spectra) -> str:
     """How many directions hold SHARE of the energy of W, and of each update by name."""
     most = weight.rank_for(SHARE)
     needs = {name: delta.rank_for(SHARE) for name, delta in deltas.items()}
@@ -183,7 +189,7 @@ def telling() -> int:
     return max(smallest, key=lambda m: m.relative_size or 0).layer or 0
 
 
-def energy(weight: Spectrum, deltas: Spectra, theme: str) -> go.Figure:
+def energy(weight: lowrank.Spectrum, deltas: Spectra, theme: str) -> go.Figure:
     """Share of the energy that the first r directions keep, in percent, for W and for each update by name."""
     hover = ": the first %{x} keep %{y:.1f}%"
     chart = _by_rank(weight, deltas, lambda of, r: 100 * of.energy(r), hover, theme)
@@ -196,7 +202,7 @@ def energy(weight: Spectrum, deltas: Spectra, theme: str) -> go.Figure:
     return chart.update_layout(title=title, showlegend=True, legend=legend)
 
 
-def singular_values(weight: Spectrum, deltas: Spectra, theme: str) -> go.Figure:
+def singular_values(weight: lowrank.Spectrum, deltas: Spectra, theme: str) -> go.Figure:
     """Singular values over the largest of each matrix, so that their shapes compare."""
     hover = ", number %{x}: %{y:.3g} of the largest"
     chart = _by_rank(weight, deltas, lambda of, r: of.values[r - 1] / of.values[0], hover, theme)
@@ -206,7 +212,7 @@ def singular_values(weight: Spectrum, deltas: Spectra, theme: str) -> go.Figure:
 
 
 def _by_rank(
-    weight: Spectrum, deltas: Spectra, value: Callable[[Spectrum, int], float], hover: str, theme: str
+    weight: lowrank.Spectrum, deltas: Spectra, value: Callable[[lowrank.Spectrum, int], float], hover: str, theme: str
 ) -> go.Figure:
     """A line for W and one for each update: `value` of its spectrum by rank, on a log scale."""
     c, chart = PALETTE[theme], blank(theme, 360)
@@ -245,7 +251,7 @@ def sizes(studies: Mapping[str, Study], role: str, theme: str) -> go.Figure:
     return chart.update_layout(showlegend=len(studies) > 1, legend=legend)
 
 
-def shared(overlap: Overlap, rows: str, columns: str, theme: str) -> go.Figure:
+def shared(overlap: lowrank.Overlap, rows: str, columns: str, theme: str) -> go.Figure:
     """φ(i, j): how much of the first i directions of one update lies in the first j of the other, from 0 to 1."""
     c, (height, width) = PALETTE[theme], (len(overlap.grid), len(overlap.grid[0]))
     chart = blank(theme, 340, title="φ(i, j): what the two updates share, 0 to 1")
@@ -258,3 +264,52 @@ def shared(overlap: Overlap, rows: str, columns: str, theme: str) -> go.Figure:
     )  # fmt: skip
     chart.update_xaxes(title_text=f"j, of {columns}", showgrid=False)
     return chart.update_yaxes(title_text=f"i, of {rows}", showgrid=False)
+
+
+def is_here() -> bool:
+    """Whether the weights of the bundled base are on this disk."""
+    return fetching.source_of(MODELS[DEFAULT]) is not None
+
+
+@lru_cache(maxsize=8)
+def _decomposed(role: str, layer: int) -> tuple[Tensor, lowrank.Factors]:
+    """W of the bundled base, d_out × d_in, and its singular value decomposition. One matrix is read, not the whole model.
+
+    Raises PeftlabError where the weights on this disk have no such matrix.
+    """
+    kinds = [m for m in architecture.of(DEFAULT).linear() if m.role == role]
+    name = next((f"{name}.weight" for m in kinds for number, name in m.names() if number == layer), "")
+    for file in sorted(fetching.folder_of(MODELS[DEFAULT]).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118  it is no dict
+                weight = tensors.get_tensor(name).float()
+                return weight, lowrank.factors(weight)
+    raise PeftlabError(f"{MODELS[DEFAULT].name} has no {role} of layer {layer} on this disk; choose another one")
+
+
+def images(role: str, layer: int, rank: int) -> str:
+    """W beside its best approximation of a rank, number for number. It takes seconds, and a process of its own."""
+    weight, found = _decomposed(role, layer)
+    rank = min(int(rank), len(found.s))
+    near, off = lowrank.best(found, rank)
+    limit, (d_out, d_in) = 3 * float(weight.std()), weight.shape
+
+    def shown(matrix: Tensor, caption: str, spoken: str) -> str:
+        source = picture(matrix, limit, PALETTE["light"]["frozen"])
+        return f'<figure><img src="{source}" alt="{spoken}"><figcaption>{caption}</figcaption></figure>'
+
+    whole = shown(weight, f"<b>W</b>, {d_out} × {d_in}", f"{d_out} by {d_in} numbers without a visible pattern")
+    caption = f"<b>the nearest of rank {rank}</b>: off by {units.percent(off)} of ‖W‖"
+    nearest = shown(near, caption, f"the nearest matrix of rank {rank}, which is off by {units.percent(off)}")
+    return f'<div class="weight-pictures">{whole}{nearest}</div>'
+
+
+def picture(matrix: Tensor, limit: float, colour: str) -> str:
+    """A matrix as a PNG in a data URI, a pixel a number: clear at 0, the palette's `colour` at ±`limit` and beyond."""
+    strength = (matrix.float().abs() / limit).clamp(max=1) * 255
+    image = torch.empty((*matrix.shape, 4), dtype=torch.uint8)
+    image[..., :3] = torch.tensor(list(bytes.fromhex(colour[1:])), dtype=torch.uint8)
+    image[..., 3] = strength.to(torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image.numpy(), "RGBA").save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
