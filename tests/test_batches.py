@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from peftlab.data.tasks import TASKS
-from peftlab.run.batches import IGNORED, PADDING, Batches, Pair, widths
+from peftlab.run.batches import IGNORED, Batches, Pair, widths
 
 
 def pairs(lengths, prompt=3):
@@ -72,10 +71,3 @@ def test_the_widths_are_the_fewest_that_keep_padding_low(limit, seed):
     assert padding(lengths, found) <= limit
     for fewer in itertools.combinations(sorted(set(lengths))[:-1], len(found) - 2) if len(found) > 1 else ():
         assert padding(lengths, [*fewer, max(lengths)]) > limit
-
-
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_the_bundled_tasks_need_few_widths(task):
-    """By words, of which a token is about a part."""
-    lengths = [len((task.instruction + row.prompt + row.answer).split()) for row in task.train]
-    assert len(widths(lengths)) <= 3 and padding(lengths, widths(lengths)) <= PADDING

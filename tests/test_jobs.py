@@ -125,11 +125,6 @@ def test_a_run_that_starts_while_the_table_is_read_does_no_harm(read, trainer, m
     assert len(jobs._jobs) == 2
 
 
-def test_a_real_run(toy_spec, tmp_path):
-    job = jobs.start(toy_spec, "ann")
-    assert ends(job)[-1]["type"] == "done" and (tmp_path / job.id / "adapter").exists()
-
-
 def test_a_preparation_that_failed_can_begin_again(tiny_model, monkeypatch):
     def fails(model):
         raise WeightsError("no network; do this")

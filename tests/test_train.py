@@ -140,27 +140,29 @@ def test_a_stop_before_the_first_step_measures_nothing_and_leaves_no_adapter(aft
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_stop_midway_keeps_what_was_learned_and_a_second_ends_the_evaluation(twice, toy_spec, tmp_path):
+@pytest.fixture
+def under_way(toy_spec, tmp_path):
+    """The events of a run of 50 steps that has taken its first ones."""
     events = train(resolve(toy_spec.but(steps=50)), tmp_path)
     advance(events, "step")
+    return events
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_stop_midway_keeps_what_was_learned_and_a_second_ends_the_evaluation(twice, tmp_path, under_way):
     (tmp_path / STOP).touch()
     if twice:
-        assert advance(events, "progress")["what"] == "measuring the held-out score"
+        assert advance(under_way, "progress")["what"] == "measuring the held-out score"
         (tmp_path / STOP).touch()
-    (*_, done) = events
+    (*_, done) = under_way
     assert done["stopped"] and 1 <= done["steps"] < 50 and adapters.read(done["adapter"]).result["stopped"]
     assert (done["eval"]["after"] is None) == (done["forgetting"] is None) == twice
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_closed_page_keeps_what_was_learned(toy_spec, tmp_path):
-    events = train(resolve(toy_spec.but(steps=50)), tmp_path)
-    advance(events, "step")
-    advance(events, "step")
-    events.close()
-    adapter = adapters.read(tmp_path / "adapter")
-    assert adapters.apply(weights.load(resolve(toy_spec)), adapter) is not None
+def test_a_closed_page_keeps_what_was_learned(toy_spec, tmp_path, under_way):
+    under_way.close()
+    assert adapters.apply(weights.load(resolve(toy_spec)), adapters.read(tmp_path / "adapter")) is not None
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -221,13 +223,11 @@ def test_a_rehearsal_that_fails_leaves_no_model(work, toy_spec, attached, monkey
     assert [model() for model in attached] == [None], error
 
 
-def test_a_save_that_fails_at_the_end_still_cleans_up(toy_spec, tmp_path, attached, monkeypatch):
-    events = train(resolve(toy_spec.but(steps=50)), tmp_path)
-    advance(events, "step")
+def test_a_save_that_fails_at_the_end_still_cleans_up(tmp_path, attached, under_way, monkeypatch):
     (tmp_path / STOP).touch()
     monkeypatch.setattr(adapters, "save", fails)
     with pytest.raises(MemoryError, match="no more") as error:
-        events.close()
+        under_way.close()
     assert list(tmp_path.iterdir()) == [] and [model() for model in attached] == [None], error
 
 
@@ -272,29 +272,20 @@ def saved(out, spec):
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_divergence_before_a_step_is_known_to_be_sound_leaves_no_adapter(at, toy_spec, tmp_path, spoiled):
-    """The next step's loss shows whether a step was sound, so at the second step the last sound state is the start."""
-    spoiled(lambda step, loss: loss * math.inf, at=[at])
-    seen, said = ending(toy_spec, tmp_path)
-    assert seen == list(range(1, at)) and not (tmp_path / "adapter").exists()
-    assert f"loss is inf at step {at}: " in said and "learning rate of 0.01; try 0.0025." in said
-    assert said.endswith("Nothing had been learned before that.")
-
-
-@pytest.mark.parametrize("method, at", [("lora", 8), ("houlsby", 17), ("full", 17), ("prompt", 8)])
+@pytest.mark.parametrize(
+    "method, at", [("lora", 1), ("lora", 2), ("lora", 8), ("houlsby", 17), ("full", 17), ("prompt", 8)]
+)
 def test_what_was_learned_before_a_divergence_is_kept(method, at, toy_spec, tmp_path, spoiled):
-    """At step 8 no adapter was saved yet, at 17 that of the middle was."""
+    """The next step's loss shows whether a step was sound. At step 8 no adapter was saved yet, at 17 that of the middle was."""
     after = spoiled(lambda step, loss: loss * math.nan, at=[at])
-    spec = toy_spec.but(method=method, steps=20)
+    spec = toy_spec.but(method=method, steps=20 if at > 2 else 4)
     seen, said = ending(spec, tmp_path)
     assert seen == list(range(1, at))
-    named = re.fullmatch(
-        rf"the loss is nan at step {at}: training diverged at a learning rate of 0\.01; try 0\.0025\. "
-        r"The adapter as it was after step (\d+) is kept\.",
-        said,
-    )
-    step = int(named[1])
+    assert said.startswith(f"the loss is nan at step {at}: training diverged at a learning rate of 0.01; try 0.0025. ")
+    if at <= 2:  # the last sound state is the start
+        assert said.endswith(". Nothing had been learned before that.") and list(tmp_path.iterdir()) == []
+        return
+    step = int(re.search(r"\. The adapter as it was after step (\d+) is kept\.$", said)[1])
     assert at - 1 - 20 / loop.SNAPSHOTS <= step < at
     kept, then = saved(tmp_path, spec), after[step]
     if method != "prompt":
@@ -372,25 +363,21 @@ def test_two_at_once_train_as_each_alone(toy_spec, tmp_path):
         assert list(pool.map(losses, specs, (tmp_path / "both-0", tmp_path / "both-1"))) == alone
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "oft"])  # which GPT-2 does not suit
-def test_bf16_trains_too(method, toy_spec, gpt2_model, tmp_path):
-    spec = toy_spec.but(model=str(gpt2_model), method=method, precision="bf16", learning_rate=0.01, steps=8)
-    seen = losses(spec, tmp_path)
-    assert all(map(math.isfinite, seen)) and min(seen) < seen[0]
+PRECISIONS = [
+    (m, p) for m in METHODS if m != "bitfit" for p in ("bf16", "fp32") if p == "bf16" or not METHODS[m].in_place
+]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].in_place])
-def test_an_fp32_adapter_on_a_bf16_base(method, tiny_model, toy_task, tmp_path):
+@pytest.mark.parametrize("method, precision", PRECISIONS)
+def test_an_adapter_on_a_bf16_base(method, precision, tiny_model, toy_task, tmp_path):
     """Trains, is saved, and runs again in bf16."""
-    spec = small(tiny_model, method, precision="bf16", adapter_precision="fp32")
+    spec = small(tiny_model, method, precision="bf16", adapter_precision=precision)
     run = run_of(spec, tmp_path)
-    assert {p.dtype for p in run.trained} == {torch.float32}
-    assert run.base.model.dtype == torch.bfloat16
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    assert {p.dtype for p in run.trained} == {dtype} and run.base.model.dtype == torch.bfloat16
     assert all(map(math.isfinite, steps(run, 2)))
     learned = logits(run.model)
     assert learned.dtype == torch.bfloat16 and learned.isfinite().all()
     again = adapters.apply(run.base, adapters.read(adapters.save(run.model, spec, tmp_path / "adapter")))
-    assert logits(again).dtype == torch.bfloat16
-    assert torch.allclose(logits(again).float(), learned.float(), atol=1e-2)
-    (tokens,) = zip(*decode(again, [[5, 6, 7]], -1, Decoding(3)), strict=True)
-    assert len(tokens) == 3
+    assert torch.allclose(logits(again), learned, atol=1e-2)
+    assert len(list(decode(again, [[5, 6, 7]], -1, Decoding(3)))) == 3
