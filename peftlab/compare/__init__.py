@@ -1,4 +1,4 @@
-"""Base and adapted model side by side: the same prompt, decoding and seed; the same held-out rows and metric."""
+"""Base and adapted model side by side, what an adapter did to the weights, and proofs of what is said of LoRA."""
 
 from __future__ import annotations
 
