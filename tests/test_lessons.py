@@ -79,6 +79,7 @@ def test_verdicts_turn_with_the_figures():
 
     assert verdict("near-full", line("lora", 0.8), line("full", 0.8)) == HOLDS
     assert verdict("near-full", line("lora", 0.4), line("full", 0.8)) == FAILS
+    assert verdict("full-better", line("lora", 0.8), line("full", 0.4)) == FAILS  # than the best of all others
     assert verdict("forgets-less", line("lora", forgetting=[0.1]), line("full", forgetting=[0.2])) == HOLDS
     assert verdict("forgets-less", line("lora", forgetting=[0.3]), line("full", forgetting=[0.2])) == FAILS
     ranks = [line(score=0.7, settings={"rank": rank}) for rank in (4, 8, 32, 64)]

@@ -33,9 +33,9 @@ def test_loras_update_is_ba_times_its_scale_and_of_its_rank(model, precision, al
     assert {u.name for u in found} == {name for kind in kinds for _, name in kind.names()}
     tensors = load_file(adapter.folder / adapters.TENSORS)
     for u in found:
-        a, b = (tensors[f"base_model.model.{u.name}.lora_{side}.weight"].cpu().numpy() for side in "AB")
-        assert u.delta.cpu().numpy() == pytest.approx(b @ a * (alpha / 4), abs=1e-6 * alpha)
-        assert u.weight.cpu().equal(stored(base, u.name)) and u.weight.shape == (u.module.d_out, u.module.d_in)
+        a, b = (tensors[f"base_model.model.{u.name}.lora_{side}.weight"].cpu() for side in "AB")
+        assert u.delta.allclose(b @ a * (alpha / 4), rtol=0, atol=1e-6 * alpha)
+        assert u.weight.equal(stored(base, u.name)) and u.weight.shape == (u.module.d_out, u.module.d_in)
         assert lowrank.spectrum(u.delta).rank == 4 and f".{u.layer}." in u.name and u.delta.dtype == torch.float32
     assert digest(base.model) == before
 
@@ -50,7 +50,7 @@ def test_of_weights_trained_in_place_it_is_the_difference(model, method, request
     assert {u.name for u in found} == linear and digest(base.model) == before
     for u in found:
         tuned = tensors[f"{u.name}.weight"].T if u.module.kind == "conv1d" else tensors[f"{u.name}.weight"]
-        assert u.delta.cpu().numpy() == pytest.approx((tuned - stored(base, u.name)).cpu().numpy(), abs=1e-6)
+        assert u.delta.allclose(tuned.cpu() - stored(base, u.name), rtol=0, atol=1e-6)
         assert lowrank.spectrum(u.delta).rank == min(u.delta.shape)
     assert {u.layer for u in found} == ({2} if method == "last-block" else {0, 1, 2})
 
@@ -64,8 +64,7 @@ def test_whatever_merges_has_an_update_that_makes_the_merged_weight(method, tiny
     found, merged = study.updates(base, adapter), adapters.merge(base, adapter)
     assert bool(found) == (method != "ln")
     for u in found:
-        after = merged.get_submodule(u.name).weight.cpu().numpy()
-        assert (u.weight + u.delta).cpu().numpy() == pytest.approx(after, abs=1e-4)
+        assert (u.weight + u.delta).allclose(merged.get_submodule(u.name).weight.cpu(), rtol=0, atol=1e-4)
     rest = {n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {u.name for u in found}
     assert all(merged.get_submodule(n).weight.equal(base.model.get_submodule(n).weight) for n in rest)
 
