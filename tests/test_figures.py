@@ -24,7 +24,6 @@ from peftlab.show.memory_figures import COMPONENTS, memory_timeline
 from peftlab.show.runs import loss_curve, metric_curve
 
 EVENTS = [
-    {"type": "start", "spec": {"steps": 4}},
     {"type": "eval", "step": 0, "metrics": {"exact_match": 0.1}},
     {"type": "step", "step": 1, "loss": 4.0},
     {"type": "step", "step": 2, "loss": 1.0},

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.page.store import blocks
 from peftlab import RunSpec, SpecError, count, resolve, units
@@ -16,22 +17,11 @@ from peftlab.lectures.guide import CASES
 from peftlab.memory import exact, predict
 from peftlab.methods import METHODS
 from peftlab.room import worker
-from peftlab.show import guide
-from peftlab.show.marks import TERMS
-from peftlab.show.methods import method_panel
-from peftlab.show.statements import tab_table
+from peftlab.show import guide, marks, methods, statements
 
 STORE = blocks(Methods()).store
 TAB = STORE.tabs["methods"]
 CHIP = re.compile(r'<button type="button" data-method="([^"]+)"([^>]*)>(.*?)</button>', re.DOTALL)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """Tests change the registry, of which the map is kept."""
-    facts.places.cache_clear()
-    yield
-    facts.places.cache_clear()
 
 
 def chips(model, chosen="lora"):
@@ -67,6 +57,7 @@ def test_the_spectrum_goes_from_the_least_to_the_most_intrusive_and_one_chip_is_
 def test_a_method_new_to_the_registry_appears_by_itself_with_its_name_escaped(monkeypatch):
     monkeypatch.setitem(ABOUT, "mine", replace(ABOUT["ln"], name="<b>&"))
     monkeypatch.setitem(METHODS, "mine", replace(METHODS["ln"], key="mine"))
+    monkeypatch.setattr(facts, "places", facts.places.__wrapped__)  # what is kept is without it
     assert "&lt;b&gt;&amp;" in chips("gpt2")["mine"][1]
     assert f"{len(METHODS)} methods" in shown(model="gpt2", method="mine")["sentence"]
 
@@ -87,7 +78,7 @@ def test_the_tab_shows_the_settings():
     assert "GPT-2" in found["sentence"] and found["method"]["method"] == "houlsby"
     assert f"{count(resolve(spec)).trainable_parameters:,}" in found["chosen"]
     assert units.size(count(resolve(spec)).adapter_bytes) in found["chosen"]
-    assert found["card"] == method_panel("houlsby")
+    assert found["card"] == methods.method_panel("houlsby")
     assert "7 of 63 runs" in found["front"]
     assert (found["when_none"], found["when_peft"]) == ([], ["default", "latency"])
     assert found["advice"].count('<section class="case">') == 2
@@ -103,7 +94,10 @@ def test_nothing_folded_is_drawn_before_it_is_open():
     folded, first = {"methods.all_runs", "methods.sides", "methods.checked"}, answer()["show"]
     assert not folded & set(first) and folded <= set(answer(TAB.folds)["show"])
     label = first["methods.counted"]["label"]
-    assert label == f"The lectures' tables, checked: {tab_table('methods').counted}" and "statements hold" in label
+    assert (
+        label == f"The lectures' tables, checked: {statements.tab_table('methods').counted}"
+        and "statements hold" in label
+    )
 
 
 @pytest.mark.parametrize("model, method", [("llama-2-7b", "bitfit"), ("gpt2", "oft")])
@@ -119,8 +113,6 @@ def test_a_method_that_does_not_suit_the_model_is_refused_and_lora_shown(model, 
 
 def test_memory_is_what_the_memory_tab_says(monkeypatch):
     """Its exact figure once that is known; until then it is said to be about right."""
-    from demos.memory_calculator import Memory
-
     asked, memory = STORE.read({}), Memory()
     about = predict(resolve(facts.automatic("llama-3.1-8b", "lora")[0]))
     assert f"LoRA about {units.size(about.needed)}" in shown()["advice"]
@@ -144,5 +136,5 @@ def test_what_is_not_in_the_advice_is_not_traced():
 
 def test_units_are_explained():
     found = shown(when_peft="keep")
-    assert 'class="how term"' in found["advice"] and TERMS["nats"] in found["advice"]
-    assert TERMS["nats"] in found["sides"] and TERMS["amp"] in found["sides"]
+    assert 'class="how term"' in found["advice"] and marks.TERMS["nats"] in found["advice"]
+    assert marks.TERMS["nats"] in found["sides"] and marks.TERMS["amp"] in found["sides"]

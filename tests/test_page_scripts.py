@@ -13,8 +13,7 @@ pytest.importorskip("gradio")
 
 from demos import memory_calculator
 from demos.lora_visualizer import Lora
-from demos.page import address, lora_widget
-from demos.page.store import CLEARS, blocks
+from demos.page import address, lora_widget, store
 from demos.page.tab import Asked
 from peftlab import RunSpec, SpecError, count, predict, resolve, units
 from peftlab.base import architecture
@@ -25,10 +24,7 @@ from peftlab.memory import exact
 from peftlab.methods import METHODS
 from peftlab.methods.selection import where
 from peftlab.resolve import with_preset
-from peftlab.show import shapes
-from peftlab.show.marks import bold
-from peftlab.show.memory_figures import bars_value, memory_sentence
-from peftlab.show.settings import method_name
+from peftlab.show import marks, memory_figures, settings, shapes
 from peftlab.spec import parse_layers
 
 BROWSER = """
@@ -79,7 +75,9 @@ const of = ({value, points}) => {
 def value_of(spec, convention="exact"):
     """The reports, and the page's data with the sliders where the spec has them."""
     reports, forms = memory_calculator.seen(Asked(spec, {"convention": convention, "share": 0.5}, {}))
-    return reports, json.loads(json.dumps(bars_value(reports, forms, memory_calculator.at(resolve(spec)))))
+    return reports, json.loads(
+        json.dumps(memory_figures.bars_value(reports, forms, memory_calculator.at(resolve(spec))))
+    )
 
 
 def moved(spec, at):
@@ -99,7 +97,7 @@ def test_a_convention_and_a_bare_count_have_states_alone():
 
 def test_names_are_escaped():
     report = replace(predict(resolve(RunSpec(model="gpt2"))), model_name="<b>", method_name="<i>")
-    value = bars_value((report,), (None,), (1, 1, 1))
+    value = memory_figures.bars_value((report,), (None,), (1, 1, 1))
     assert value["model"] == "&lt;b&gt;" and value["runs"][0]["name"].startswith("&lt;i&gt;")
 
 
@@ -121,16 +119,16 @@ def test_the_bars_script_says_what_python_does():
             for parts, report in zip(answer["parts"], reports, strict=False):
                 assert sum(parts.values()) == pytest.approx(report.process, rel=1e-9, abs=16)
                 assert {k: parts.get(k, 0) for k in report.peak.bytes} == pytest.approx(report.peak.bytes, abs=16)
-            assert answer["sentence"].replace(' class=""', "") == memory_sentence(*reports)
+            assert answer["sentence"].replace(' class=""', "") == memory_figures.memory_sentence(*reports)
             names = re.findall(r'<div class="bar-name">(.*?) <small>', answer["bars"])
-            assert names == [method_name(r) for r in reports][: len(names)]
+            assert names == [settings.method_name(r) for r in reports][: len(names)]
 
 
 def test_the_exact_parts_add_up_to_the_process_and_are_shown_only_where_they_hold(tiny_model):
     spec = RunSpec(model=str(tiny_model), batch_size=2, sequence_length=64, rank=4)
     both = memory_calculator.both(spec)
     reports = tuple(exact(resolve(s)) for s in both)
-    value = bars_value(reports, tuple(map(memory_calculator.closed, both)), (2, 64, 4))
+    value = memory_figures.bars_value(reports, tuple(map(memory_calculator.closed, both)), (2, 64, 4))
     whole = [run["exact"] for run in value["runs"]]
     assert [sum(parts.values()) for parts in whole] == [r.process for r in reports]
     assert units.size(reports[1].allocated) in value["exact"] and re.search("The .*closed form.* had", value["exact"])
@@ -138,7 +136,7 @@ def test_the_exact_parts_add_up_to_the_process_and_are_shown_only_where_they_hol
     (answers,) = in_node(BARS, memory_calculator.DRAW, [case])
     shown = [answer["parts"] for answer in answers]
     assert shown[0] == shown[3] == whole and shown[1][1] != whole[1] and shown[2][0] != whole[0]
-    assert answers[0]["sentence"].replace(' class=""', "") == memory_sentence(*reports)
+    assert answers[0]["sentence"].replace(' class=""', "") == memory_figures.memory_sentence(*reports)
 
 
 DECODERS = [key for key, entry in MODELS.items() if entry.config is not None and entry.is_causal]
@@ -179,7 +177,7 @@ const of = ({value, points}) => {
 """
 """Each point is settings that the server sends, and perhaps what the reader does: to `untick` a module, what another
 control `writes`, and `then` by knob; `asked` is the method of the address."""
-STORE = blocks(Lora()).store
+STORE = store.blocks(Lora()).store
 SPEC = RunSpec(model="smollm2-135m", method="lora")
 HERE = shapes.value(SPEC)["at"]
 
@@ -203,7 +201,7 @@ def point(spec):
 def written(spec, patch):
     """The settings once the page has written `patch` to those of `spec`."""
     state = address.link(spec)
-    for name in (cleared for written in patch for cleared in CLEARS.get(written, ())):
+    for name in (cleared for written in patch for cleared in store.CLEARS.get(written, ())):
         state.pop(name, None)
     return STORE.read(state | {n: v for n, v in patch.items() if v is not None}).spec.but(
         **{n: None for n, v in patch.items() if v is None}
@@ -216,9 +214,9 @@ def sentence(report):
     return shapes.WORDS["sentence"].format(
         what=f"Rank {rank}" if name == "LoRA" else f"{name}, rank {rank},",
         where=where(report.spec),
-        trained=bold(f"{report.trainable_parameters:,}", "trained"),
-        total=bold(f"{report.total_parameters:,}", "frozen"),
-        percent=bold(units.percent(report.trainable_percent / 100), "trained"),
+        trained=marks.bold(f"{report.trainable_parameters:,}", "trained"),
+        total=marks.bold(f"{report.total_parameters:,}", "frozen"),
+        percent=marks.bold(units.percent(report.trainable_percent / 100), "trained"),
         size=units.size(report.adapter_bytes),
     )
 
@@ -334,9 +332,7 @@ def test_a_preset_writes_its_settings_and_shows_while_they_are_set():
     asked = [(spec, key) for key in lora_widget.ALPHA for spec in (SPEC, SPEC.but(rank=32))]
     after = [with_preset(spec, PRESETS[key]) for spec, key in asked]
     chosen = page([(spec, [point(spec) | {"then": {"preset": key}}]) for spec, key in asked])
-    left = page(
-        [(spec, [point(then) | {"then": {"preset": ""}}]) for (spec, _), then in zip(asked, after, strict=True)]
-    )
+    left = page([(then, [point(then) | {"then": {"preset": ""}}]) for then in after])
     for (spec, key), then, (answer,), (gone,) in zip(asked, after, chosen, left, strict=True):
         assert written(spec, answer["reported"]) == then and answer["preset"] == key
         assert gone["reported"]["alpha"] is None and gone["preset"] == ""
@@ -351,9 +347,8 @@ def test_modules_of_a_model_that_is_gone_are_not_written():
 def test_what_was_not_written_does_not_outlive_what_another_control_writes():
     """Reset after the last module was unticked: the settings are as they were, so that no answer redraws them."""
     spec = SPEC.but(target_modules="q_proj")
-    alone, reset = answers(
-        spec, point(spec) | {"untick": "q_proj"}, point(spec) | {"untick": "q_proj", "writes": {"rank": ""}}
-    )
+    at = point(spec) | {"untick": "q_proj"}
+    alone, reset = answers(spec, at, at | {"writes": {"rank": ""}})
     assert "no target module" in alone["refused"] and alone["reported"] is None
     assert reset["refused"] == "" and reset["reported"]["target_modules"] == "q_proj"
 
@@ -424,10 +419,8 @@ def test_the_page_gets_what_it_draws():
     assert value["at"]["method"] == "lora" and [m["swapped"] for m in value["modules"]] == [True] * 4
     value = shapes.value(SPEC)
     shape = architecture.of(SPEC.model)
-    every = sum(m["parameters"] * len(m["layers"]) for m in value["modules"]) + sum(
-        r["parameters"] for r in value["rest"]
-    )
-    assert every == value["total"] == shape.total_parameters
+    linear = sum(m["parameters"] * len(m["layers"]) for m in value["modules"])
+    assert linear + sum(r["parameters"] for r in value["rest"]) == value["total"] == shape.total_parameters
     with pytest.raises(SpecError, match="it has q_proj, k_proj"):
         shapes.value(SPEC.but(target_modules="nosuch"))
     with pytest.raises(SpecError, match="bare count"):

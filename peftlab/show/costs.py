@@ -25,14 +25,9 @@ ROOM = ("t4", "l4", "rtx-4090", "a100-40gb", "h100-80gb", "h200")
 """The GPUs for which `room` answers what they hold."""
 
 
-def _different(full: MemoryReport, chosen: MemoryReport) -> list[MemoryReport]:
-    """Both reports, or one where the chosen method is full fine-tuning itself."""
-    return [full] if chosen.spec.method == "full" else [full, chosen]
-
-
 def numbers(full: MemoryReport, chosen: MemoryReport, form: ClosedForm | None) -> str:
     """Every component in bytes; and how each comes about, in symbols and in this run's numbers."""
-    reports = _different(full, chosen)
+    reports = [full] if chosen.spec.method == "full" else [full, chosen]
     parts = [(r.peak.bytes if r.peak else vars(r)) for r in reports]
     rows = [
         (f'<span class="key {colour}"></span>{explained(name)}', *(units.size(part.get(kind, 0)) for part in parts))
@@ -88,7 +83,7 @@ def gpus(full: MemoryReport, chosen: MemoryReport) -> str:
         said = f"needs {fit.n_gpus:,}" if fit.n_gpus else "too small, even shared"
         return f'<span class="bad">{said}{" with checkpointing" if fit.checkpointed else ""}</span>'
 
-    reports = _different(full, chosen)
+    reports = [full] if chosen.spec.method == "full" else [full, chosen]
     rows = [
         (gpu_name(fits[0].gpu), f"{fits[0].gpu.memory_gb:g} GB", *map(cell, fits))
         for fits in zip(*map(memory.gpu_grid, reports), strict=True)

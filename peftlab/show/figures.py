@@ -26,7 +26,8 @@ PALETTE = {
 """A colour for each meaning, after Okabe and Ito, which colour-blind readers can tell apart. The CSS has the same values."""
 QUARTERS = [0, 25, 50, 75, 100]
 """Ticks of an axis in percent."""
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+"""These tell lines of one colour apart."""
 
 
 def themed(draw: Callable[..., go.Figure | Chart], *args: object) -> dict[str, Chart]:
@@ -50,7 +51,7 @@ def look(theme: str) -> Chart:
     }  # fmt: skip
     return {
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "xaxis": axis, "yaxis": axis,
-        "font": {"family": FONT, "size": 16, "color": c["text"]},
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 16, "color": c["text"]},
         "title": {"font": {"size": 17}, "x": 0, "xref": "container", "xanchor": "left"},
         "margin": {"l": 8, "r": 8, "t": 12, "b": 8}, "showlegend": False, "bargap": 0.35,
         "uniformtext": {"minsize": 13, "mode": "hide"},

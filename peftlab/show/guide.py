@@ -15,7 +15,6 @@ from ..catalog import FAMILIES
 from ..count import count
 from ..lectures import facts, published
 from ..lectures.guide import CASES, SIDES, SPECTRUM, Case, Family, beside
-from ..lectures.published import METRICS, Metric, Run
 from ..lectures.statements import FAILS
 from ..methods import METHODS
 from ..resolve import resolve
@@ -192,18 +191,18 @@ def benchmark_chart(x_key: str, y_key: str, theme: str) -> go.Figure:
     return chart.update_xaxes(title_text=x.title)
 
 
-def _values(of: Sequence[Run], m: Metric) -> list[float]:
+def _values(of: Sequence[published.Run], m: published.Metric) -> list[float]:
     """The runs' values in the unit of the axis."""
     return [m.of(r) / m.scale for r in of]
 
 
-def _all_of(run: Run) -> str:
+def _all_of(run: published.Run) -> str:
     """What hovering over a run's point tells: all its figures."""
-    figures = "<br>".join(f"{m.title.split(',')[0]} {m.show(m.of(run))}" for m in METRICS.values())
+    figures = "<br>".join(f"{m.title.split(',')[0]} {m.show(m.of(run))}" for m in published.METRICS.values())
     return f"<b>{escape(run.label)}</b><br>{figures}<br>{escape(run.date)}"
 
 
-def _names(chart: go.Figure, x: Metric, y: Metric, c: dict[str, str]) -> None:
+def _names(chart: go.Figure, x: published.Metric, y: published.Metric, c: dict[str, str]) -> None:
     """Writes names above their points, one under another where they would overlap on a narrow screen."""
     (left, right), (low, high) = _range(x), _range(y)
     named = sorted(published.notable(), key=lambda pair: -y.of(pair[1]))
@@ -220,7 +219,7 @@ def _names(chart: go.Figure, x: Metric, y: Metric, c: dict[str, str]) -> None:
         )  # fmt: skip
 
 
-def _range(m: Metric) -> tuple[float, float]:
+def _range(m: published.Metric) -> tuple[float, float]:
     """The ends of an axis with some room around the runs; powers of ten on a logarithmic one."""
     values = _values(published.runs(), m)
     low, high = min(values), max(values)

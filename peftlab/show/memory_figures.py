@@ -22,8 +22,6 @@ COMPONENTS = (
     ("workspace", "overhead", "cuBLAS workspace"),
 )
 """Each kind of allocated memory with its colour in the palette and its name."""
-OVERHEAD = (("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context"))
-"""What stands above the kinds of allocated memory in a bar, in the form of COMPONENTS."""
 CLOSED = how(
     "estimated",
     "A closed form: polynomials in batch, length and rank, worked out from what autograd keeps. The allocator's reserve is "
@@ -146,7 +144,7 @@ def bars_value(
         "runs": [_run(r, f, share) for r, f in zip(reports, forms, strict=True)],
         "gpus": [[gpu_name(g), g.memory_bytes] for g in GPUS.values()],
         "words": SENTENCES | it(chosen),
-        "kinds": [*COMPONENTS, *OVERHEAD],
+        "kinds": [*COMPONENTS, ("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context")],
         "closed": CLOSED if forms[-1] else f"<b>Not in these bars:</b> activations, logits and the CUDA context. {why}",
         "exact": _compared(chosen, forms[-1]),
     }
@@ -216,11 +214,6 @@ def memory_timeline(report: MemoryReport, theme: str) -> Chart:
         },
         "yaxis": {"range": [0, 1.28 * peak.total / 1e9], "rangemode": "tozero"},
     }  # fmt: skip
-    return {"data": _areas(points, report, theme), "layout": layout}
-
-
-def _areas(points: list[tuple[float, Moment]], report: MemoryReport, theme: str) -> list[Chart]:
-    """A stacked area for each kind that has bytes at any point; the lowest one also tells where in the step a point is."""
     areas: list[Chart] = []
     for kind, colour, name in COMPONENTS:
         values = [m.bytes.get(kind, 0) for _, m in points]
@@ -229,16 +222,12 @@ def _areas(points: list[tuple[float, Moment]], report: MemoryReport, theme: str)
                 "type": "scatter", "mode": "lines", "stackgroup": "memory", "name": name,
                 "fillcolor": PALETTE[theme][colour],
                 "line": {"width": 0.5, "color": PALETTE[theme][colour], "shape": "linear"},
-                "x": [x for x, _ in points],
-                "y": [v / 1e9 for v in values],
-                "customdata": [units.size(v) for v in values],
-                "hovertemplate": "%{customdata}",
+                "x": [x for x, _ in points], "y": [v / 1e9 for v in values],
+                "customdata": [units.size(v) for v in values], "hovertemplate": "%{customdata}",
             })  # fmt: skip
-    areas[0] |= {
-        "text": [_place(m, report) for _, m in points],
-        "hovertemplate": "<b>%{text}</b><br>%{customdata}",
-    }
-    return areas
+    told = {"text": [_place(m, report) for _, m in points], "hovertemplate": "<b>%{text}</b><br>%{customdata}"}
+    areas[0] |= told  # the lowest area also tells where in the step a point is
+    return {"data": areas, "layout": layout}
 
 
 def _place(moment: Moment, report: MemoryReport) -> str:

@@ -16,13 +16,11 @@ from ..lectures.lessons import LESSONS, Lesson
 from ..race import Line, scores
 from ..race.recordings import Recording
 from ..room import jobs
-from ..run import Event
-from .figures import PALETTE, QUARTERS, Chart, blank, themed
+from .figures import DASHES, PALETTE, QUARTERS, Chart, blank, themed
 from .marks import bold, explained, how, libraries, progress, remarks
-from .runs import last_of
+from .runs import Events, last_of
 from .statements import statements_table
 
-Events = Sequence[Event]
 ROW, ROW_LINE = 25, 16
 """The height of a racer's row in pixels, and what a name in two lines takes more."""
 WRAPPED = 24
@@ -34,7 +32,6 @@ MOST = 24
 BELOW = {"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"}
 """A legend below the chart, where it hides nothing."""
 INSIDE = {"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def board(lines: Sequence[Line], sort: str) -> dict[str, str]:
@@ -124,10 +121,9 @@ def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, objec
     """What the panels show of any race, recorded or live, by their names."""
     metric = tasks.METRICS[tasks.find(lines[0].spec["task"]).metric].name
     steps = max([len(losses) for line in lines for losses in line.losses] + [lines[0].spec["steps"] or 1])
-    finished = [line for line in lines if line.scores]
     return {
         "sentence": race_sentence(lines),
-        "scores": themed(score_chart, finished, lesson.setting, metric),
+        "scores": themed(score_chart, lines, lesson.setting, metric),
         "losses": themed(loss_chart, lines, steps),
         "tested": statements_table(lesson.findings(lines)),
         "board": board(lines, sort),
@@ -182,8 +178,8 @@ def status(events: Events, lines: Sequence[Line], ahead: int = 0) -> str:
         ended = "Stopped; what has finished stands." if events[-1]["stopped"] else "Done."
         share, what = 1.0, f"{ended} Run here, live."
     elif last is not None:
-        step = last["event"].get("step")
-        what = lines[last["racer"]].name + (f", step {step}" if last["event"]["type"] == "step" else "")
+        step = f", step {last['event']['step']}" if last["event"]["type"] == "step" else ""
+        what = lines[last["racer"]].name + step
     elif events and events[-1]["type"] == "queued" and ahead:
         what = f"Waiting: {ahead} ahead of yours"
     return remarks(f"{over} of {seeds * len(lines)} runs", escape(what)) + progress("race", share)

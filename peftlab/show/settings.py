@@ -59,8 +59,7 @@ def aside_said(spec: RunSpec, reasons: Mapping[str, str]) -> str:
     """Which settings of `spec` a run here leaves aside, and why, as a sentence; empty where there are none."""
     said = []
     for name, why in reasons.items():
-        model = name == "model"
-        value = find(spec.model or DEFAULT).name if model else f"{label(name)} {short(getattr(spec, name))}"
+        value = find(spec.model or DEFAULT).name if name == "model" else f"{label(name)} {short(getattr(spec, name))}"
         said.append(f"{bold(value)} ({why.partition('; ')[0]})")
     return f"Set aside here: {', '.join(said)}. " if said else ""
 

@@ -20,14 +20,11 @@ from ..compare import lowrank, study
 from ..compare.study import MatrixStudy, Study
 from ..data import tasks
 from ..errors import PeftlabError, SpecError
-from .figures import PALETTE, Chart, blank, themed
+from .figures import DASHES, PALETTE, Chart, blank, themed
 from .marks import bold, how, table
 from .methods import paper_link
 
 Spectra = Mapping[str, lowrank.Spectrum]
-DASHES = ("solid", "dash", "dot", "dashdot")
-"""These tell several updates apart, which all have the colour of what is trained."""
-YOURS = "yours"
 SHOWN = ("ticket-lora-r8", "ticket-lora-r64", "ticket-full")
 """Bundled adapters of one task and the same matrices, each of its own seed: the smallest rank first, full fine-tuning last."""
 SHARE = 0.9
@@ -73,7 +70,7 @@ def bundled() -> dict[str, Study]:
 
 def studies(mine: Study | None) -> dict[str, Study]:
     """Every study by name, a visitor's own first."""
-    return {**({YOURS: mine} if mine else {}), **bundled()}
+    return {**({"yours": mine} if mine else {}), **bundled()}
 
 
 def roles(mine: Study | None) -> list[str]:
