@@ -135,8 +135,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, task_instruction: str, prompt
     turns = [{"role": "user", "content": prompt}]
     if task_instruction:
         turns.insert(0, {"role": "system", "content": task_instruction})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template says itself how a text begins
+    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(chat, add_special_tokens=False)["input_ids"]  # the template says itself how a text begins
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
