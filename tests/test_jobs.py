@@ -114,7 +114,7 @@ def test_a_run_that_starts_while_the_table_is_read_does_no_harm(read, trainer, m
         if not started:
             started.append(threading.Thread(target=jobs.start, args=(RunSpec(), "bob", trainer)))
             started[0].start()
-            started[0].join(0.1)
+            started[0].join(0.3)
         return True
 
     trainer.go.set()

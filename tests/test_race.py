@@ -52,11 +52,10 @@ def test_a_race_of_two_seeds_that_goes_on_from_one(spec, tmp_path):
     gc.collect()
     before, first = adapted(), list(race(racers[:1], tmp_path))
     gc.disable()
-    events = []
-    for event in race(racers, tmp_path, seeds=2, known=lines_of(first)):
-        events.append(event)
-        assert event["type"] != "line" or adapted() == before
+    told = [(event, adapted()) for event in race(racers, tmp_path, seeds=2, known=lines_of(first))]
     gc.enable()
+    assert all(left == before for event, left in told if event["type"] == "line")
+    events = [event for event, _ in told]
     assert not list(tmp_path.iterdir())  # a full fine-tuning is as large as its base
     assert [e["racer"] for e in events if e["type"] == "line"] == [1, 0, 1]  # all have a seed before one has two
     own = [e["event"] for e in first + events if e["type"] == "run"]

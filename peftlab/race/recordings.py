@@ -1,7 +1,4 @@
-"""A race's board: a line for each racer, with columns to show and to rank by; written as it goes on, and read again.
-
-Recorded races are read from assets/measured/, and their lines found by what they ran with.
-"""
+"""A race's board: a line for each racer, with columns to rank by; written as it goes on, read again from assets/measured/."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from typing import Any
 from ..errors import SpecError
 from ..measured import documents, provenance
 from ..spec import Json, closest
-
-RESAMPLES = 9999
 
 
 @dataclass
@@ -59,13 +54,13 @@ class Line:
 
 @lru_cache(maxsize=4096)
 def bootstrap(values: tuple[float, ...]) -> tuple[float, float]:
-    """The 95% percentile interval of a mean (Efron 1979); NaN for no values."""
+    """The 95% percentile interval of a mean by 9999 resamples (Efron 1979); NaN for no values."""
     import numpy as np
 
     if not values:
         return math.nan, math.nan
     draw, numbers = np.random.default_rng(0), np.asarray(values, dtype=float)
-    means = numbers[draw.integers(len(numbers), size=(RESAMPLES, len(numbers)))].mean(1)
+    means = numbers[draw.integers(len(numbers), size=(9999, len(numbers)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -166,10 +161,6 @@ class Recording:
         finished = [len(line.scores) for line in self.lines if line.scores]
         return min(finished, default=0), max(finished, default=0)
 
-    @property
-    def runs(self) -> int:
-        return sum(len(line.scores) for line in self.lines)
-
 
 @lru_cache
 def of(key: str) -> list[Recording]:
@@ -180,16 +171,14 @@ def of(key: str) -> list[Recording]:
     found: dict[str, list[Json]] = {}
     for one in documents(f"race-{key}"):
         found.setdefault(one["hardware"], []).append(one)
-    return sorted(map(_recording, found.values()), key=lambda r: (-r.runs, r.device != "cuda"))
-
-
-def _recording(together: Sequence[Json]) -> Recording:
-    lines = [Line(**line) for one in together for line in one["lines"] if line["scores"] or line["error"]]
-    last = max(together, key=lambda one: one["date"])
-    return Recording(
-        tuple({json.dumps(line.spec | {"seed": 0}): line for line in lines}.values()),
-        last["hardware"], last["device"], last["date"], last["versions"], tuple(one["command"] for one in together),
-    )  # fmt: skip
+    made = []
+    for together in found.values():
+        told = [line for one in together for line in one["lines"] if line["scores"] or line["error"]]
+        lines = {json.dumps(line["spec"] | {"seed": 0}): Line(**line) for line in told}
+        last, commands = max(together, key=lambda one: one["date"]), tuple(one["command"] for one in together)
+        about = last["hardware"], last["device"], last["date"], last["versions"]
+        made.append(Recording(tuple(lines.values()), *about, commands))
+    return sorted(made, key=lambda r: (-sum(len(line.scores) for line in r.lines), r.device != "cuda"))
 
 
 def document(axes: Mapping[str, Sequence[str]], lines: Sequence[Line]) -> Json:

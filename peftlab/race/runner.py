@@ -27,9 +27,6 @@ from ..run.scoring import answer_loss
 from ..spec import SETTINGS, Resolved, RunSpec, closest
 from .recordings import Line
 
-TOKENS, ROUNDS = 8, 3
-"""How long each finisher's tokens are timed: enough to tell 1.0× from 1.5×, and no longer."""
-
 
 @dataclass(frozen=True)
 class Racer:
@@ -82,11 +79,10 @@ def race(
 ) -> Iterator[Event]:  # fmt: skip
     """Runs each racer on each seed, one after another, and yields events. An error ends the racer that it happens to.
 
-    With `seconds`, each racer takes as many steps as fit into so much training by the pace of its first ones, instead of its
-    spec's. Without `latency` no tokens are timed, for racers that differ in what they read only. `known` are lines of the same
-    race begun earlier, to go on from. No adapter is kept. A STOP file in `out` ends the race after the step under way.
-    Events: `racers` with the lines to begin with, `run` (an event of a racer's own training), `line` when one has changed,
-    and `done` with all of them. Raises SpecError where racers differ in what they are to learn.
+    With `seconds`, each racer takes as many steps as fit into so much training by its pace. Without `latency` no tokens are
+    timed. `known` are lines of the same race, to go on from. No adapter is kept. A STOP file in `out` ends the race after the
+    step under way. Events: `racers` with the lines to begin with, `run` (an event of a racer's own training), `line` when one
+    has changed, and `done` with all of them. Raises SpecError for racers of several tasks.
     """
     if len(found := {racer.spec.task for racer in racers}) > 1:
         raise SpecError(f"task={', '.join(sorted(found))}: a race is of one task; choose one")
@@ -161,7 +157,7 @@ def _run(spec: Resolved, line: Line, out: Path, folder: Path, latency: bool) -> 
     if latency and line.apart is None:
         merges = methods.find(spec.method).merge is not None
         what = (proofs.BASE, proofs.APART, proofs.MERGED) if merges else (proofs.BASE, proofs.APART)
-        timed = proofs.latency(adapter, task.heldout[0].prompt, TOKENS, ROUNDS, what)
+        timed = proofs.latency(adapter, task.heldout[0].prompt, 8, 3, what)  # enough to tell 1.0× from 1.5×
         report = yield from progress(timed, "timing its tokens")
         ratios = {speed.what: speed.ratio for speed in report.speeds} if report else {}
         line.apart, line.merged = ratios.get(proofs.APART), ratios.get(proofs.MERGED)

@@ -14,9 +14,6 @@ from ..spec import Json
 from . import recordings
 from .recordings import Line
 
-SAME = ("task", "method", "model")
-"""Scores are compared where these settings are the same."""
-
 
 @dataclass(frozen=True)
 class Recorded:
@@ -86,7 +83,7 @@ def elsewhere(here: Recorded) -> str:
     """Why other tabs show other scores for the same task, method and model, as one sentence; empty where none does."""
     seen: dict[str, Recorded] = {}
     for other in recorded():
-        if other.tab != here.tab and all(other.spec[name] == here.spec[name] for name in SAME):
+        if other.tab != here.tab and all(other.spec[name] == here.spec[name] for name in ("task", "method", "model")):
             seen.setdefault(other.tab, other)
     if not seen:
         return ""

@@ -166,9 +166,6 @@ class Packed:
     """The places whose next token is to be learned: logits are needed there and nowhere else."""
     labels: Tensor
     """1 × places: those next tokens."""
-    answers: int
-    tokens: int
-    """How many tokens the rows have: what is shared counts in each, as in Batch."""
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model is called with."""
@@ -181,8 +178,8 @@ class Packed:
 
 
 def pack(batch: Batch) -> Packed:
-    """Packs the rows of a batch, on its device. The mask also says which tokens make which row, for `fused.attention`."""
-    device, (ids, labels) = batch.data.device, batch.data.cpu()
+    """Packs the rows of a batch on a CPU. The mask also says which tokens make which row, for `fused.attention`."""
+    ids, labels = batch.data
     learned = labels != IGNORED
     ends = (learned * torch.arange(1, learned.shape[1] + 1)).amax(1, keepdim=True)  # padding comes after the answer
     place = torch.arange(int(ends.max()))
@@ -193,28 +190,25 @@ def pack(batch: Batch) -> Packed:
     row, at = own.nonzero(as_tuple=True)
     row_of, positions = torch.cat((torch.full((shared,), -1), row)), torch.cat((place[:shared], at))
     order = torch.arange(len(positions))
-    mask = ((order[:, None] >= order) & ((row_of[:, None] == row_of) | (row_of < 0)))[None, None].to(device)
+    mask = ((order[:, None] >= order) & ((row_of[:, None] == row_of) | (row_of < 0)))[None, None]
     side = torch.zeros(own.shape, dtype=torch.int64)  # where each token of each row stands in the sequence
     side[:, :shared], side[own] = place[:shared], order[shared:]
     back = torch.cat((place[:shared], row * len(place) + at))  # the inverse
-    setattr(mask, attention.ROWS, (side.to(device), back.to(device)))
+    setattr(mask, attention.ROWS, (side, back))
     rows, places = learned.nonzero(as_tuple=True)
     tokens, predicting = torch.cat((ids[0, :shared], ids[own])), side[rows, places - 1]
-    return Packed(
-        tokens[None].to(device), positions[None].to(device), mask, predicting.to(device), labels[learned][None].to(device),
-        batch.answers, batch.tokens,
-    )  # fmt: skip
+    return Packed(tokens[None], positions[None], mask, predicting, labels[learned][None])
 
 
 def why_not_packed(model: PreTrainedModel, longest: int) -> str:
-    """Why a model in training cannot read its rows packed; empty where it can. It is tried on two short rows.
+    """Why a model in training on a CPU cannot read its rows packed; empty where it can. It is tried on two short rows.
 
     `longest` is the most tokens of a row: what a token attends to may depend on how far away it is.
     """
     nearest = min(chain.from_iterable(map(seam.windows, seam.configs_of(model))), default=longest)
     if nearest < longest:
         return f"tokens attend to {nearest} others at most"
-    ids = torch.tensor([[5, 11, 3, 7, 2, 9], [5, 11, 8, 4, 4, 1]], device=model.device) % model.config.vocab_size
+    ids = torch.tensor([[5, 11, 3, 7, 2, 9], [5, 11, 8, 4, 4, 1]]) % model.config.vocab_size
     labels = ids.clone()
     labels[:, :3] = labels[1, 5] = IGNORED
     was, tried = model.training, Batch(torch.stack((ids, labels)), 2, 5, 11)

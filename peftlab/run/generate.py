@@ -53,10 +53,11 @@ class Decoding:
 class Reader:
     """A model that reads token by token, with a cache that grows. What the prompts share is read once."""
 
+    cache: Any = None
+    """transformers' Cache, once something was read."""
+
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, alike: bool = True) -> None:
         self.model, device = model, model.device
-        self.cache: Any = None
-        """transformers' Cache, once something was read."""
         columns = zip(*(p[:-1] for p in prompts), strict=False) if alike and len(prompts) > 1 else ()
         shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
         common = len(shared) if len(shared) >= SHARED else 0
