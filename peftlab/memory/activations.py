@@ -1,7 +1,7 @@
 """The closed form of a training step: what is allocated at each of its high points, as lines that a person can read.
 
-Worked out from what autograd saves in transformers' code and PyTorch's kernels, per kind of module. A trace on fake tensors
-(`memory.exact`) is the other source, and a test compares the two. The rounding of blocks is left out. Imports no torch.
+Worked out from what autograd saves in transformers' code and PyTorch's kernels; for a plain transformer as in Korthikanti et
+al. 2022, arXiv 2205.05198 section 4. The rounding of blocks is left out. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..base.architecture import Module
+from ..methods import Keep
 from ..spec import Resolved
-from . import layer, states
+from . import states
 from .case import Case
-from .lines import Line
-from .polynomial import Polynomial, total
+from .lines import Line, Polynomial, Sum, total
 from .report import KINDS
 from .states import EMBEDDING, FIRST, FORWARD, HEAD, LAST, LOSS, MOMENTS, PASS, RECOMPUTE
 
@@ -22,12 +22,17 @@ KEPT = (FORWARD, PASS, LOSS, HEAD, LAST)
 ALWAYS = (*KEPT, RECOMPUTE, FIRST)
 SOMETIMES = (PASS, RECOMPUTE, EMBEDDING)
 """Moments that only those runs have that hold something at this moment alone."""
+STREAMS = {"query": "attention", "key": "attention", "value": "attention", "gate": "feed-forward", "up": "feed-forward"}
+"""Roles of linear maps that read the same tensor, which the norm before attention or the feed-forward gives."""
+PLAIN = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
+"""Tensors kept by activation functions that are written out in Python. One kernel keeps a single tensor: its input, or for
+relu its output."""
+ROUTING = 60
+"""Bytes for each expert that a token goes to: sorting, places and shares."""
 
 
 def moments(spec: Resolved) -> dict[str, dict[str, Polynomial]]:
-    """Bytes by kind at each high point of a step; the peak is the largest sum.
-
-    The polynomials hold for any batch, length and rank, as long as the length stays on the spec's side of the model's
+    """Bytes by kind at each high point of a step, for any batch and rank, and any length on the spec's side of the model's
     attention window. Raises SpecError as `Case.of` does.
     """
     found = derivation(spec)
@@ -48,13 +53,13 @@ def derivation(spec: Resolved) -> tuple[Line, ...]:
 
 def _layers(case: Case) -> list[Line]:
     others = [(t.module, t.count) for t in case.targets if not t.module.layers]
-    outside = layer.methods_own(case, others, KEPT, " outside layers")
+    outside = _methods_own(case, others, KEPT, " outside layers")
     if not case.spec.gradient_checkpointing:
-        return [*layer.every(case, KEPT), *layer.one(case, (FIRST,)), *outside]
+        return [*_in_layers(case, KEPT, one=False), *_in_layers(case, (FIRST,), one=True), *outside]
     why, inputs = "checkpointing keeps nothing else of a layer", {"h": case.stream_bytes}
     return [
         *case.line("layers' inputs", "L B S", inputs, (*KEPT, RECOMPUTE), why),
-        *layer.one(case, (LAST, RECOMPUTE, FIRST)),
+        *_in_layers(case, (LAST, RECOMPUTE, FIRST), one=True),
         *outside,
     ]
 
@@ -100,19 +105,19 @@ def _temporaries(case: Case) -> list[Line]:
         found += case.line("one layer's gradients of activations", "B S", parts, (LAST, FIRST), note)
     largest = max(case.shape.linear(), key=lambda m: m.weight, default=None)
     if case.spec.quantization == "nf4" and largest:
-        note, sizes = "one module at a time, for the product with its gradient", _sides(largest)
+        note = "one module at a time, for the product with its gradient"
+        sizes = {"d_in": largest.d_in, "d_out": largest.d_out}
         found += case.line("unpacked weight", "", {"d_in d_out": e}, (LAST, FIRST), note, sizes)
     if passing := list(case.kept("pass")):
         module = max(case.targets, key=lambda t: sum(k.value(t.module, case.spec) for k in passing)).module
         each = {" ".join(k.factors): k.coefficient * case.adapter_product_bytes for k in passing}
-        note = f"while {module.short_name}, its largest module, runs"
+        note, sizes = (
+            f"while {module.short_name}, its largest module, runs",
+            {"d_in": module.d_in, "d_out": module.d_out},
+        )
         for moment in (PASS, RECOMPUTE) if case.spec.gradient_checkpointing else (PASS,):
-            found += case.line(f"{case.method.name}'s temporaries", "", each, (moment,), note, _sides(module))
+            found += case.line(f"{case.method.name}'s temporaries", "", each, (moment,), note, sizes)
     return found
-
-
-def _sides(module: Module) -> dict[str, float]:
-    return {"d_in": module.d_in, "d_out": module.d_out}
 
 
 def _logits(case: Case) -> list[Line]:
@@ -127,3 +132,153 @@ def _logits(case: Case) -> list[Line]:
         alive = (FORWARD, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING)
         found += case.line("held logits", "B S", {"V": e}, alive, "hold-outputs: the caller has them", kind="logits")
     return found
+
+
+def _in_layers(case: Case, moments: tuple[str, ...], one: bool) -> list[Line]:
+    """What all layers that a gradient reaches keep, or `one`: the one that is recomputed, or the backward pass's last."""
+    counted = [(t.module, 1 if one else t.count) for t in case.targets if t.module.layers]
+    layers, suffix = ("", ", one layer") if one else ("L ", "")
+    return _kept(case, layers, suffix, moments) + _methods_own(case, counted, moments, suffix)
+
+
+def _kept(case: Case, layers: str, suffix: str, moments: tuple[str, ...]) -> list[Line]:
+    """What the base's own modules keep: in all layers where `layers` is "L ", in one where it is empty."""
+    if not case.active:
+        return []
+
+    def kept(name: str, times: str, parts: Sum, note: str = "", **sizes: float) -> list[Line]:
+        return case.line(name + suffix, times, parts, moments, note, sizes)
+
+    facts = case.shape.facts
+    of_norms = (
+        "its input" if case.layer_norm else "its input in fp32, and what it makes of it where its scale is trained"
+    )
+    found = kept("norms", f"{layers}B S", _norms(case), f"{'Layer' if case.layer_norm else 'RMS'}Norm keeps {of_norms}")
+    for masked, several in ((False, "L_u " if case.masked else "L "), (True, "L_w ")):
+        if not layers and masked != (2 * case.masked > case.active):
+            continue  # one layer stands for the kind that most layers are of
+        name, times = "masked attention" if masked else "attention", several if layers else ""
+        tokens, pairs, why = _attention(case, masked)
+        found += kept(name, f"{times}B S", tokens, why)
+        found += kept(f"{name}, squared", f"{times}B S S_k", pairs, "every token with every other")
+    found += kept("feed-forward", f"{layers}B S", _feed_forward(case), f"{facts.activation} and the product after it")
+    note = "for their weights' gradients; maps that read the same tensor keep it once"
+    inputs = _inputs(case, bool(layers))
+    found += kept("inputs of linear maps", "B S", {"Σd_in": case.product_bytes}, note, **{"Σd_in": inputs})
+    if facts.dropout:
+        found += kept("dropout", f"{layers}B S", {"h": 2}, "a mask of one byte a number, after each sub-layer")
+    if case.amp:
+        packed = case.spec.quantization != "none"
+        cast = sum(m.weight for m in case.layer_modules if m.kind != "norm" and not (packed and m.is_linear))
+        n = cast * (case.active if layers else 1)
+        found += kept("weights in bf16", "", {"N_cast": 2}, "autocast's copies", N_cast=n)
+    return found
+
+
+def _norms(case: Case) -> Sum:
+    """Bytes a token for the norms of one layer: their input, and in fp32 one or two numbers for each row."""
+    n = len(case.norms)
+    if case.layer_norm:
+        return {"h": case.stream_bytes * n, "": 2 * case.stream_bytes * n}
+    trained = sum(case.trains(m) for m in case.norms)
+    parts: dict[str, float] = {"h": 4 * n + (4 if case.sandwiched else case.stream_bytes) * trained, "": 4 * n}
+    widths = {"q_": ("q", "n_q"), "k_": ("kv", "n_kv")}
+    for m in (m for m in case.layer_modules if m.kind == "norm" and m not in case.norms):
+        width, rows = widths[m.short_name[:2]]
+        parts[width] = 4 + (4 if case.sandwiched else case.product_bytes) * case.trains(m)
+        parts[rows] = 4 * (m.parameters["weight"][-1] == case.shape.facts.head_size)  # else the norm is over all heads
+    return parts
+
+
+def _attention(case: Case, masked: bool) -> tuple[Sum, Sum, str]:
+    """Bytes a token of a layer, bytes a pair of tokens, and the kernel. Fused ones keep no pairs (arXiv 2307.08691, 3.1)."""
+    facts, e = case.shape.facts, case.product_bytes
+    fused_map = any(m.role == "query+key+value" for m in case.layer_modules)
+    if case.spec.attention == "eager":
+        gpt2 = any(m.kind == "conv1d" for m in case.layer_modules)  # its own attention has no softmax in fp32
+        tokens = {"q": 3 * e} if facts.kv_heads != facts.heads else {"q": e, "kv": 2 * e}
+        softmax = e if e == 4 or gpt2 else 4 + e
+        return tokens, {"n_q": softmax + (1 + e if facts.attention_dropout else 0)}, "softmax in fp32"
+    if masked:  # true and false as 0 and -inf, in the data's format; a head of keys for each of queries
+        copied = 1 < facts.kv_heads < facts.heads
+        whole = case.method.before_layers and fused_map  # queries hold the tensor that keys and values are parts of
+        parts = {"q": e * (4 if copied else 2), "kv": (0 if copied else 2 * e) + 2 * e * whole, "n_q": 4}
+        return parts, {"": e}, "a mask keeps flash away; the memory-efficient kernel keeps it too"
+    if not _keeps_output(case):
+        plain = "grouped heads in fp32 have no kernel: plain products, with copies of keys and values"
+        return {"q": 3 * e}, {"n_q": 4}, plain
+    rotated = case.rotary and fused_map  # rotation copies queries and keys out of one tensor, which values keep alive
+    kernel = "flash" if e == 2 else "the memory-efficient kernel"
+    note = f"{kernel} keeps queries, keys, values, its output and a sum in fp32"
+    return {"q": e * (2 + rotated), "kv": e * (2 + rotated), "n_q": 4}, {}, note
+
+
+def _keeps_output(case: Case) -> bool:
+    """Whether attention itself keeps its output, which the next linear map reads."""
+    grouped = case.shape.facts.kv_heads != case.shape.facts.heads
+    plain = case.product_bytes == 4 and grouped and not case.masked
+    return case.spec.attention != "eager" and not plain
+
+
+def _feed_forward(case: Case) -> Sum:
+    """Bytes a token between the first and the last linear map of one layer's feed-forward."""
+    e, facts = case.product_bytes, case.shape.facts
+    if facts.experts:
+        trained = any(case.trains(m) for m in case.layer_modules if "gate_up_proj" in m.parameters)
+        return {"k f": e * (3 + trained), "k h": e * (1 + trained), "E": 4, "k": ROUTING}
+    return {"f": e * (3 if case.shape.with_role("gate") else PLAIN.get(facts.activation, 1))}
+
+
+def _inputs(case: Case, whole: bool) -> int:
+    """Numbers a token, in all layers or in one: inputs that a linear map or its gradient needs and nothing else keeps."""
+    shared = [k for k in case.kept("token") if k.of in ("input", "factor") and _shares_input(case)]
+    readers = {id(t.module) for t in case.targets if any(k.value(t.module, case.spec) for k in shared)}
+    relu = case.shape.facts.activation == "relu"
+    widths: dict[str, int] = {}
+    for m in case.layer_modules:
+        router = m.kind == "other" and len(m.parameters.get("weight", ())) == 2
+        needed = case.trains(m) or id(m) in readers or case.spec.quantization == "int8"
+        role = m.role.split("+")[0]
+        kept = (role == "attention output" and _keeps_output(case)) or (role == "down" and relu)
+        if kept or not needed or not (m.is_linear or router):
+            continue
+        stream = STREAMS.get(role, "feed-forward" if router else m.name)
+        if case.amp and stream in STREAMS.values():
+            stream = m.name  # autocast makes each map a copy of its own
+        count = sum(n >= case.lowest for n in m.layers) if whole else 1
+        widths[stream] = max(widths.get(stream, 0), m.d_in * count)
+    return sum(widths.values())
+
+
+def _shares_input(case: Case) -> bool:
+    """Whether an adapter reads the base's own tensor: both have one format, and no dropout comes between them."""
+    dropped = case.spec.dropout and any(k.dropout for k in case.method.keeps)
+    return not case.amp and case.trained_bytes == case.stream_bytes and not dropped
+
+
+def _number_bytes(case: Case, keep: Keep) -> int:
+    """Bytes of one of the numbers that the method keeps; 0 for what is counted elsewhere."""
+    if keep.of in ("input", "factor") and _shares_input(case):
+        return 0  # counted among the inputs of linear maps
+    if keep.of == "weight":
+        return 0 if case.trained_bytes == case.stream_bytes else case.trained_bytes
+    known = {"base": case.product_bytes, "mask": 1, "factor": case.trained_bytes}
+    return known.get(keep.of, case.adapter_product_bytes)
+
+
+def _methods_own(case: Case, counted: list[tuple[Module, int]], moments: tuple[str, ...], suffix: str) -> list[Line]:
+    """What the method itself keeps at these modules, each with how many there are of it."""
+    sizes: dict[str, float] = {}
+    parts: dict[str, dict[str, float]] = {"token": {}, "module": {}}
+    for keep in case.kept("token", "module"):
+        rest, found = tuple(f for f in keep.factors if f != "rank"), parts[keep.each]
+        symbol = "Σ" + "·".join(rest) if rest else "M"
+        symbol += f"({'+'.join(keep.roles)})" if keep.roles else ""
+        sizes[symbol] = sum(Keep(rest, roles=keep.roles).value(m, case.spec) * n for m, n in counted)
+        symbol += " r" if "rank" in keep.factors else ""
+        found[symbol] = found.get(symbol, 0) + _number_bytes(case, keep) * keep.coefficient
+    name, why = case.method.name + suffix, "inputs in the adapter's format, and what it makes of them"
+    return [
+        *case.line(name, "B S", parts["token"], moments, why, sizes),
+        *case.line(f"{name}, once a module", "", parts["module"], moments, "", sizes),
+    ]

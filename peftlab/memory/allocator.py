@@ -7,6 +7,7 @@ kRoundLarge), with its default settings.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 MIB = 2**20
 BLOCK = 512
@@ -16,15 +17,14 @@ SMALL = MIB
 SMALL_SEGMENT, LARGE_SEGMENT, LARGE, ROUND = 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
 
 
+@dataclass(slots=True)
 class Block:
-    """A stretch of a segment, with its neighbours there."""
+    """A stretch of a segment."""
 
-    __slots__ = ("address", "after", "before", "free", "size", "small")
-
-    def __init__(self, address: int, size: int, small: bool) -> None:
-        self.address, self.size, self.small, self.free = address, size, small, False
-        self.before: Block | None = None
-        self.after: Block | None = None
+    address: int
+    size: int
+    small: bool
+    free: bool = False
 
 
 class Allocator:
@@ -32,7 +32,9 @@ class Allocator:
         self.reserved = 0
         """Bytes taken from the driver so far. None are given back."""
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._at: dict[int, Block] = {}
+        self._from: dict[int, Block] = {}
+        self._until: dict[int, Block] = {}
+        """Blocks by their first address, and by the one after their last: neighbours."""
         self._end = 2**62
         """The driver hands out falling addresses, as seen on an H100; of equal blocks the lowest is taken first."""
 
@@ -43,46 +45,32 @@ class Allocator:
         pool = self._free[small]
         i = bisect_left(pool, (size, 0))
         if i < len(pool):
-            block = self._at[pool.pop(i)[1]]
-            block.free = False
+            block = self._from[pool.pop(i)[1]]
         else:
-            block = self._segment(size, small)
-        rest = block.size - size
+            whole = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
+            self.reserved += whole
+            self._end -= whole + BLOCK  # a gap, so that segments are no neighbours
+            block = self._place(Block(self._end, whole, small))
+        block.free, rest = False, block.size - size
         if rest >= BLOCK if small else rest > SMALL:
-            self._split(block, size)
+            block.size = size
+            self._place(block)
+            self.give(self._place(Block(block.address + size, rest, small)))
         return block, block.size
 
     def give(self, block: Block) -> None:
         """Takes a block back and joins it with its free neighbours."""
+        pool = self._free[block.small]
+        for other in (self._until.get(block.address), self._from.get(block.address + block.size)):
+            if other is not None and other.free:
+                del pool[bisect_left(pool, (other.size, other.address))]
+                first, second = (other, block) if other.address < block.address else (block, other)
+                del self._from[second.address], self._until[second.address]
+                first.size += second.size
+                block = self._place(first)
         block.free = True
-        for neighbour in (block.before, block.after):
-            if neighbour is not None and neighbour.free:
-                block = self._merged(block, neighbour)
-        insort(self._free[block.small], (block.size, block.address))
+        insort(pool, (block.size, block.address))
 
-    def _segment(self, size: int, small: bool) -> Block:
-        whole = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
-        self._end -= whole
-        block = self._at[self._end] = Block(self._end, whole, small)
-        self.reserved += whole
+    def _place(self, block: Block) -> Block:
+        self._from[block.address] = self._until[block.address + block.size] = block
         return block
-
-    def _split(self, block: Block, size: int) -> None:
-        rest = self._at[block.address + size] = Block(block.address + size, block.size - size, block.small)
-        rest.free, rest.before, rest.after = True, block, block.after
-        if block.after is not None:
-            block.after.before = rest
-        block.after, block.size = rest, size
-        insort(self._free[rest.small], (rest.size, rest.address))
-
-    def _merged(self, block: Block, free: Block) -> Block:
-        pool = self._free[free.small]
-        del pool[bisect_left(pool, (free.size, free.address))]
-        first, second = (free, block) if free.address < block.address else (block, free)
-        first.size += second.size
-        first.after = second.after
-        if second.after is not None:
-            second.after.before = first
-        del self._at[second.address]
-        first.free = True
-        return first

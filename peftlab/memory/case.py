@@ -1,13 +1,10 @@
-"""What a training step's memory depends on, read from the run's settings and the architecture's shapes.
-
-The closed form's lines (`states`, `layer`, `activations`) are written with it.
-"""
+"""What a training step's memory depends on, read from the run's settings and the architecture's shapes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .. import methods
@@ -17,10 +14,9 @@ from ..base.architecture import Architecture, Module
 from ..base.models import BaseModel
 from ..count import BYTES
 from ..errors import SpecError
-from ..methods import SIZES, Keep, Method, Target, Term
+from ..methods import SIZES, Keep, Method, Target
 from ..spec import Resolved
-from .lines import Line, Size, Sum, line
-from .polynomial import BATCH, LENGTH, RANK, Polynomial, constant, total
+from .lines import BATCH, LENGTH, RANK, Line, Polynomial, Size, Sizes, Sum, formula, product, total
 
 SYMBOLS = {
     "B": "examples in a batch", "S": "tokens of an example, with virtual ones", "T": "tokens without virtual ones",
@@ -94,12 +90,10 @@ class Case:
         """The first layer that a gradient reaches; the number of layers where none does."""
         if self.spec.gradient_checkpointing:
             return 0  # the layers' inputs are made to require gradients
-        return min(self._first_layer(t) for t in self.targets)
-
-    def _first_layer(self, target: Target) -> int:
-        if target.module.layers:  # the last map of a layer sends no gradient to anything that the layer keeps
-            return min(target.layers) + (target.module.role == "down")
-        return self.shape.n_layers if follows_layers(target.module, self.shape) else 0
+        # the last map of a layer sends no gradient to anything that the layer keeps
+        inside = [min(t.layers) + (t.module.role == "down") for t in self.targets if t.module.layers]
+        after = all(follows_layers(t.module, self.shape) for t in self.targets if not t.module.layers)
+        return min([*inside, self.shape.n_layers]) if after else 0
 
     @cached_property
     def active(self) -> int:
@@ -148,10 +142,8 @@ class Case:
     def feed_forward_width(self) -> int:
         """Width of the feed-forward, or of one expert."""
         for m in self.layer_modules:
-            if m.role == "up":
-                return m.d_out
-            if m.role == "gate+up":
-                return m.d_out // 2
+            if m.role in ("up", "gate+up"):
+                return m.d_out // len(m.role.split("+"))
             if "gate_up_proj" in m.parameters:
                 return m.parameters["gate_up_proj"][1] // 2
         return 0
@@ -172,28 +164,19 @@ class Case:
     @cached_property
     def _own_weights(self) -> set[int]:
         """`id` of each module of the base whose weight is trained, and not its bias alone."""
-        return {
-            id(t.module)
-            for t in self.targets
-            if (self.method.in_place or t.module.kind == "norm")
-            and any(
-                {"weight", "d_in"} & {*term.factors} and term.value(t.module, self.spec) for term in self.method.terms
-            )
-        }
+        weights = [term for term in self.method.terms if {"weight", "d_in"} & {*term.factors}]
+        own = [t.module for t in self.targets if self.method.in_place or t.module.kind == "norm"]
+        return {id(m) for m in own if any(term.value(m, self.spec) for term in weights)}
 
     @cached_property
     def trained(self) -> Polynomial:
         """Number of trained parameters, as a polynomial in the rank."""
-        own = total(self._terms_value(term, t.module) * t.count for t in self.targets for term in self.method.terms)
-        return own + sum(math.prod(sizes) for sizes in self.method.shared.values())
-
-    def _terms_value(self, term: Term, module: Module) -> Polynomial:
-        """The term's value with the rank left open."""
-        others = tuple(f for f in term.factors if f != "rank")
-        value = constant(Term(others, term.coefficient, term.roles).value(module, self.spec))
-        for _ in range(len(term.factors) - len(others)):
-            value = value * RANK
-        return value
+        own: list[Polynomial | float] = [math.prod(sizes) for sizes in self.method.shared.values()]
+        for term in self.method.terms:
+            but_rank = replace(term, factors=tuple(f for f in term.factors if f != "rank"))
+            each = sum(but_rank.value(t.module, self.spec) * t.count for t in self.targets)
+            own.append(Polynomial({(0, 0, term.factors.count("rank")): each}))
+        return total(own)
 
     @property
     def n_trained(self) -> int:
@@ -214,10 +197,10 @@ class Case:
         return found
 
     @cached_property
-    def sizes(self) -> dict[str, Size]:
+    def sizes(self) -> Sizes:
         """What the symbols of SYMBOLS are in this run, without those that a line brings along."""
         facts, head = self.shape.facts, self.head
-        numbers = {
+        numbers: dict[str, Size | float] = {
             "L": self.active, "h": self.shape.hidden_size, "q": facts.heads * facts.head_size,
             "kv": facts.kv_heads * facts.head_size, "f": self.feed_forward_width, "n_q": facts.heads,
             "n_kv": facts.kv_heads, "d": facts.head_size, "V": head.d_out if head else 0,
@@ -226,8 +209,7 @@ class Case:
         }  # fmt: skip
         virtual = self.spec.virtual_tokens
         text, lengthened = Size(LENGTH, "S"), Size(LENGTH + virtual, f"(S + {virtual})")
-        return {
-            **{symbol: Size(number) for symbol, number in numbers.items()},
+        return numbers | {
             "B": Size(BATCH, "B"),
             "S": lengthened if self.inserted else text,
             "T": text,
@@ -238,11 +220,15 @@ class Case:
 
     def line(
         self, name: str, times: str, parts: Sum, moments: tuple[str, ...], note: str = "",
-        sizes: Mapping[str, Size | float] | None = None, kind: str = "activations",
+        sizes: Sizes | None = None, kind: str = "activations",
     ) -> list[Line]:  # fmt: skip
-        """A line with this run's sizes and, beside or in place of them, `sizes`."""
-        own = {symbol: size if isinstance(size, Size) else Size(size) for symbol, size in (sizes or {}).items()}
-        return line({**self.sizes, **own}, name, kind, times, parts, moments, note)
+        """`times` × the sum of those `parts` that are not zero, of this run's sizes and `sizes`; empty where all are zero."""
+        known = {**self.sizes, **(sizes or {})}
+        parts = {key: c for key, c in parts.items() if c and any(product(known, key).terms.values())}
+        size = product(known, times) * total(c * product(known, key) for key, c in parts.items())
+        if not any(size.terms.values()):
+            return []
+        return [Line(name, kind, formula(times, parts), formula(times, parts, known), size, moments, note)]
 
     def kept(self, *each: str) -> Iterator[Keep]:
         """What the method keeps for each of `each` (see `methods.Keep`) in a step with this run's dropout."""

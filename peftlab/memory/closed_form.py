@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,17 +11,13 @@ from ..base import models
 from ..base.models import BaseModel
 from ..count import BYTES, count
 from ..errors import SpecError
-from ..spec import Json, Resolved
-from . import conventions
+from ..spec import Json, Resolved, closest
 from .activations import derivation, moments
 from .allocator import MIB
-from .case import Case
-from .conventions import EXACT, FP4_BYTES, FROZEN_BYTES, quantizable, quantized_bits
-from .lines import Line
-from .polynomial import Polynomial, constant, total
+from .lines import Line, Polynomial, constant, total
 from .report import MemoryReport, Moment
 from .sharding import Sharded, plan
-from .states import of_family, paged
+from .states import of_family, paged, quantizable, quantized_bits
 
 RESERVE = 1.16
 """Bytes reserved over bytes allocated: the median of assets/measured/memory-h100.json. The trace gives the run's own."""
@@ -31,9 +26,33 @@ CONTEXT = {"h100": 767 * MIB, "": 500 * MIB}
 (assets/measured/memory-h100.json), the others' are a guess."""
 
 
-def context(gpu: str) -> int:
-    """Bytes that CUDA and the libraries' code take beside PyTorch's memory."""
-    return of_family(gpu, CONTEXT)
+@dataclass(frozen=True)
+class Convention:
+    """Bytes for each trained parameter; a frozen one takes FROZEN_BYTES."""
+
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    """Adam's two moments, and the fp32 master copy where there is one."""
+    note: str
+    source: str
+
+
+FROZEN_BYTES = 2
+FP4_BYTES = 0.5
+"""A 4-bit number without its scales, as lectures count it. Real NF4 takes NF4_BITS."""
+_MIXED = "16-bit weights and gradients; the optimizer holds an fp32 master copy and two fp32 moments."
+_MEGATRON = "As mixed precision, with gradients accumulated in fp32."
+CONVENTIONS = {
+    "8n": Convention("8N, everything 16-bit", 2, 2, 4, "Adam's moments are 16-bit too.", "kiit-tutorial"),
+    "12n": Convention("12N, fp32 moments", 2, 2, 8, "16-bit weights and gradients, 32-bit moments.", "lecture-11-2"),
+    "16n-fp32": Convention("16N, pure fp32", 4, 4, 8, "Nothing is 16-bit.", "lecture-11-2"),
+    "16n-mixed": Convention("16N, mixed precision", 2, 2, 12, _MIXED, "ZeRO, arXiv 1910.02054 section 3.1"),
+    "18n": Convention("18N, Megatron", 2, 4, 12, _MEGATRON, "Megatron-LM, arXiv 2205.05198"),
+}
+EXACT = "exact"
+"""The name for no convention: the run's own precisions count."""
 
 
 def predict(spec: Resolved, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
@@ -50,7 +69,9 @@ def predict(spec: Resolved, convention: str = EXACT, trainable_parameters: int |
 
 def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters: int | None = None) -> MemoryReport:
     """`predict` without what depends on the batch."""
-    rule, entry, method = conventions.find(convention), models.find(spec.model), methods.find(spec.method)
+    if convention not in (EXACT, *CONVENTIONS):
+        raise SpecError(f"convention={convention}: {closest(convention, (EXACT, *CONVENTIONS))}")
+    rule, entry, method = CONVENTIONS.get(convention), models.find(spec.model), methods.find(spec.method)
     if rule is None and spec.optimizer == "adafactor" and not (entry.config and entry.is_causal):
         raise SpecError(
             f"optimizer=adafactor: it keeps a number for each row and column, and {spec.model} has none here; choose adamw, "
@@ -71,19 +92,9 @@ def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters
     weights, gradients, optimizer = each, each, kind.states * state
     if rule:
         weights, gradients, optimizer = rule.weights, rule.gradients, rule.optimizer
-    frozen_each = FROZEN_BYTES if rule else BYTES[spec.precision]
-    return MemoryReport(
-        spec=spec,
-        convention=convention,
-        model_name=name,
-        method_name=method.name,
-        total_parameters=parameters,
-        trainable_parameters=trained,
-        frozen_weights=_frozen_bytes(spec, frozen, frozen_each, packable),
-        trainable_weights=trained * weights,
-        gradients=trained * gradients,
-        optimizer=trained * optimizer,
-    )
+    frozen_weights = _frozen_bytes(spec, frozen, FROZEN_BYTES if rule else BYTES[spec.precision], packable)
+    counted = frozen_weights, trained * weights, trained * gradients, trained * optimizer
+    return MemoryReport(spec, convention, name, method.name, parameters, trained, *counted)
 
 
 def _given(spec: Resolved, entry: BaseModel, trainable_parameters: int | None) -> int:
@@ -101,10 +112,7 @@ def _given(spec: Resolved, entry: BaseModel, trainable_parameters: int | None) -
 
 
 def _frozen_bytes(spec: Resolved, frozen: int, each: int, packable: int | None) -> int:
-    """Bytes of the frozen weights, `packable` of which quantization packs.
-
-    With None it packs all, and 4-bit is half a byte, as lectures count.
-    """
+    """Quantization packs `packable` of the weights; with None it packs all, and 4-bit is half a byte, as lectures count."""
     if spec.quantization == "none":
         return frozen * each
     if packable is None:
@@ -129,28 +137,27 @@ class ClosedForm:
     @property
     def context(self) -> int:
         """Bytes that CUDA takes before the first tensor, with the libraries' code."""
-        return context(self.states.spec.gpu)
+        return of_family(self.states.spec.gpu, CONTEXT)
 
-    def allocated(self, batch: int, length: int, rank: int) -> float:
+    def allocated(self, batch_size: int, sequence_length: int, rank: int) -> float:
         """Bytes allocated at the peak."""
-        return max(total(kinds.values()).value(batch, length, rank) for kinds in self.moments.values())
+        return max(total(kinds.values()).value(batch_size, sequence_length, rank) for kinds in self.moments.values())
 
-    def process(self, batch: int, length: int, rank: int) -> float:
+    def process(self, batch_size: int, sequence_length: int, rank: int) -> float:
         """Bytes that nvidia-smi would show. An estimate: the allocator's reserve is taken as usual."""
-        return self.reserve * self.allocated(batch, length, rank) + self.context
+        return self.reserve * self.allocated(batch_size, sequence_length, rank) + self.context
 
     def report(self) -> MemoryReport:
         """The prediction at the spec's own batch, length and rank."""
-        at = self._at()
         moments = tuple(
-            Moment(name, 0, {kind: round(size.value(*at)) for kind, size in kinds.items()})
+            Moment(name, 0, {kind: self.value(size) for kind, size in kinds.items()})
             for name, kinds in self.moments.items()
         )
         return replace(
             self.states,
             optimizer=max(m.bytes["optimizer"] for m in moments),
             moments=moments,
-            reserved=round(self.reserve * self.allocated(*at)),
+            reserved=round(self.reserve * self.allocated(*self._at)),
             context=self.context,
             outside=paged(self.states.spec),
             cpu=self.value(self.several.in_cpu) if self.several else 0,
@@ -158,14 +165,14 @@ class ClosedForm:
 
     def lines(self) -> tuple[Line, ...]:
         """The derivation of what is there at the peak, for one GPU alone."""
-        at = self._at()
-        peak = max(self.moments, key=lambda name: total(self.moments[name].values()).value(*at))
+        peak = max(self.moments, key=lambda name: total(self.moments[name].values()).value(*self._at))
         return tuple(line for line in derivation(self.states.spec) if peak in line.moments)
 
     def value(self, size: Polynomial) -> int:
         """`size` at the spec's own batch, length and rank."""
-        return round(size.value(*self._at()))
+        return round(size.value(*self._at))
 
+    @property
     def _at(self) -> tuple[int, int, int]:
         spec = self.states.spec
         return spec.batch_size, spec.sequence_length, spec.rank
@@ -178,10 +185,7 @@ class ClosedForm:
 
 def closed_form(spec: Resolved) -> ClosedForm:
     """The closed form of a model that writes text. Raises SpecError for others, and as `Case.of` and `plan` do."""
-    states = predict_states(spec)
-    if not models.find(spec.model).is_causal:
-        raise SpecError(f"model={spec.model}: only models that write text have a training step here; try gpt2")
-    return _on_several(ClosedForm(states, moments(spec)))
+    return _on_several(ClosedForm(predict_states(spec), moments(spec)))
 
 
 def _on_several(form: ClosedForm) -> ClosedForm:
@@ -189,17 +193,8 @@ def _on_several(form: ClosedForm) -> ClosedForm:
     spec = form.states.spec
     if spec.n_gpus == 1 and spec.sharding == spec.offload == "none":
         return form
-    found = plan(form.moments, spec, _gathered(spec), Case.of(spec).trained)
+    found = plan(form.moments, spec)
     return replace(form, moments=found.moments, several=found)
-
-
-def _gathered(spec: Resolved) -> int:
-    """Bytes of the weights that are gathered at once: the largest layer's, or those of all modules outside the layers."""
-    layers: Counter[int] = Counter()
-    for m in architectures.of(spec.model).modules:
-        for layer in m.layers or (-1,):
-            layers[layer] += m.weight + m.bias
-    return max(layers.values()) * BYTES[spec.precision]
 
 
 def exact(spec: Resolved, logits: int | None = None, quick: bool = False) -> MemoryReport:

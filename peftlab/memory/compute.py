@@ -17,6 +17,7 @@ from ..base import models
 from ..base.architecture import Architecture, Module
 from ..catalog import GPUS, entry_of
 from ..errors import SpecError
+from ..measured import documents
 from ..resolve import resolve
 from ..spec import Json, Resolved, RunSpec
 from .case import decoder, follows_layers
@@ -93,7 +94,6 @@ def compute(spec: Resolved) -> Compute:
 
 
 def _of_layers(spec: Resolved, chosen: list[methods.Target]) -> Compute:
-    """The arithmetic of a model whose layers are known, with the method's targets."""
     method, shape = methods.find(spec.method), architectures.of(spec.model)
     facts, n = shape.facts, shape.n_layers
     embedding = any(t.module.kind == "embedding" for t in chosen)
@@ -176,3 +176,9 @@ def utilisation(rows: Iterable[Json]) -> Iterator[tuple[Resolved, float]]:
         if seconds and gpu and gpu.bf16_tflops:
             run = compute(resolve(RunSpec.from_dict(row["spec"])))
             yield run.spec, run.total / (run.spec.steps * seconds * run.n_gpus * peak(gpu.key))
+
+
+def measured_utilisation() -> float:
+    """The share of its bf16 peak that a GPU reached in the recording of the largest model that had it to itself."""
+    found = (run for document in documents("memory") for run in utilisation(document["rows"]))
+    return max(found, key=lambda run: models.find(run[0].model).total_parameters or 0)[1]

@@ -1,21 +1,23 @@
-"""What fits where: GPUs for a run, the largest run for a GPU, and the cheapest change that makes one fit."""
+"""What fits where: GPUs for a run, the largest run for a GPU, the cheapest change, and many fine-tunings stored and served."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from .. import methods
+from ..base import architecture as architectures
 from ..base import models
 from ..catalog import GPU, GPUS
+from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import SETTINGS, Resolved
-from .closed_form import ClosedForm, closed_form
-from .conventions import FROZEN_BYTES
+from .closed_form import FROZEN_BYTES, ClosedForm, closed_form, predict
 from .report import MemoryReport
 
 CLUSTER = tuple(2**i for i in range(1, 11))
@@ -45,49 +47,39 @@ def gpu_grid(report: MemoryReport) -> list[Fit]:
     if report.process is None:
         return fits(report.states)
     frugal = replace(spec, gradient_checkpointing=True)
-    needs = [(False, 1, report.process), (True, 1, _process(frugal))]
-    needs += [
-        (less, n, _process(replace(one, n_gpus=n, sharding="fsdp", offload="none")))
-        for less, one in ((False, spec), (True, frugal))
-        for n in CLUSTER
-    ]
+    needs = [(False, 1, report.needed), (True, 1, _needed(frugal))]
+    for less, one in ((False, spec), (True, frugal)):
+        shared = replace(one, sharding="fsdp", offload="none")
+        needs += [(less, n, _needed(replace(shared, n_gpus=n))) for n in CLUSTER]
     found = []
     for gpu in GPUS.values():
-        enough = ((less, n) for less, n, needed in needs if needed is not None and needed <= gpu.memory_bytes)
-        less, n = next(enough, (False, 0))
+        less, n = next(((less, n) for less, n, needed in needs if needed <= gpu.memory_bytes), (False, 0))
         found.append(Fit(gpu, report.process / gpu.memory_bytes, n, less))
     return found
 
 
-def _process(spec: Resolved) -> int | None:
-    """Bytes of the run's process; None where its settings exclude each other."""
+def _needed(spec: Resolved) -> float:
+    """Bytes of the run's process; infinitely many where its settings exclude each other."""
     try:
-        return closed_form(spec).report().process
+        return closed_form(spec).report().needed
     except SpecError:
-        return None
+        return math.inf
 
 
 def largest(form: ClosedForm, setting: str, limit: int) -> int:
     """The largest `batch_size` or `sequence_length` whose run needs at most `limit` bytes; 0 where none does."""
-    spec, about = form.states.spec, SETTINGS[setting]
-    batch, length, rank = spec.batch_size, spec.sequence_length, spec.rank
-
-    def needs(value: int) -> float:
-        return form.process(value, length, rank) if setting == "batch_size" else form.process(batch, value, rank)
-
+    about = SETTINGS[setting]
     values = range(int(about.low or 1), int(about.high or 1) + 1)
-    n = bisect_right(values, float(limit), key=needs)
+    usual = {name: getattr(form.states.spec, name) for name in ("batch_size", "sequence_length", "rank")}
+    n = bisect_right(values, float(limit), key=lambda value: form.process(**usual | {setting: value}))
     return values[n - 1] if n else 0
 
 
 def largest_model(spec: Resolved, limit: int) -> str | None:
     """Key of the largest decoder of the catalogue that the run's other settings leave room for; None where none fits."""
     able = [m for m in models.MODELS.values() if m.is_causal and not m.shape_of]
-    for entry in sorted(able, key=lambda m: -(m.total_parameters or 0)):
-        needed = _process(resolve(spec.but(model=entry.key)))
-        if needed is not None and needed <= limit:
-            return entry.key
-    return None
+    largest_first = (m.key for m in sorted(able, key=lambda m: -(m.total_parameters or 0)))
+    return next((key for key in largest_first if _needed(resolve(spec.but(model=key))) <= limit), None)
 
 
 @dataclass(frozen=True)
@@ -132,9 +124,8 @@ def cheapest_changes(spec: Resolved, limit: int) -> tuple[tuple[Change, ...], Re
         for chosen in combinations(CHANGES, n):
             settings = [change.apply(spec) for change in chosen]
             if all(settings):
-                changed = resolve(spec.but(**{name: value for one in settings for name, value in one.items()}))
-                needed = _process(changed)
-                if needed is not None and needed <= limit:
+                changed = resolve(spec.but(**ChainMap(*settings)))
+                if _needed(changed) <= limit:
                     return chosen, changed
     return None
 
@@ -155,3 +146,39 @@ def storage(report: MemoryReport, tasks: int) -> Storage:
     """What so many fine-tunings of one model take on disk."""
     copy = report.total_parameters * FROZEN_BYTES
     return Storage(tasks, copy * tasks, report.trainable_parameters * FROZEN_BYTES * tasks, copy)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Bytes on the GPUs that serve. Left out are the little that a forward pass holds besides weights, adapters and cache, and
+    what a server reserves ahead (vLLM pads every adapter to its largest rank)."""
+
+    cache: int
+    """Keys and values of all answers that are written at once."""
+    as_copies: int
+    """A whole model for every fine-tuning, in the run's precision and quantization, and the cache."""
+    on_one_base: int
+    """The weights that all fine-tunings share, the adapters or changed tensors as they are saved, and the cache."""
+
+
+def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
+    """What serving takes of so many fine-tunings, answers at once, and tokens for each answer: prompt, answer, virtual ones.
+
+    Raises SpecError for a model that keeps no cache, for a bare count, and for tokens beyond what the model reads.
+    """
+    for name, value in (("adapters", adapters), ("streams", streams), ("context", context)):
+        if value < 1:
+            raise SpecError(f"{name}={value}: serving takes at least 1; try 1")
+    entry, shape = models.find(spec.model), architectures.of(spec.model)
+    if not entry.is_causal:
+        raise SpecError(f"model={spec.model}: it writes no text token by token, and so keeps no cache; try gpt2")
+    if shape.context and context > shape.context:
+        raise SpecError(f"context={context}: {entry.name} reads {shape.context:,} tokens; try {shape.context}")
+    report = count(spec)
+    facts, changed = shape.facts, report.total_parameters - report.frozen_parameters
+    copy = predict(spec).frozen_weights + changed * BYTES[spec.precision]
+    layer = 2 * facts.kv_heads * facts.head_size * 2  # a key and a value, of 16 bits a number whatever the weights are
+    within = min(facts.window or context, context)  # tokens that a layer with a window keeps
+    cache = streams * layer * ((shape.n_layers - facts.windowed) * context + facts.windowed * within)
+    base = copy if report.frozen_parameters else 0
+    return Serving(cache, adapters * copy + cache, base + adapters * report.adapter_bytes + cache)

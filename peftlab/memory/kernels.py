@@ -1,6 +1,6 @@
-"""Stand-ins for what CUDA runs and a CPU does not: they keep, between forward and backward, what the real kernels keep.
+"""Stand-ins for what CUDA runs and a CPU does not: they keep between forward and backward what the real kernels keep.
 
-They give tensors of the right shape and type and compute no numbers: for tracing on fake tensors. Importing this imports torch.
+They give fake tensors of the right shape and type, and compute no numbers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
     **rest: object,
 ) -> tuple[Tensor, None]:
     """scaled_dot_product_attention as transformers calls it on CUDA, with the kernel that PyTorch picks there.
@@ -103,10 +102,7 @@ def attention(
 
 
 def register() -> None:
-    """Makes NAME an attention that transformers knows, with masks where the real one has them.
-
-    Those are where a window is shorter than the text, and after a prefix.
-    """
+    """Makes NAME an attention that transformers knows, with masks for a window shorter than the text and for a prefix."""
 
     def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
         """transformers takes fake tensors for a compilation, and then always makes a mask."""
@@ -148,28 +144,24 @@ class Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _MapContext(Context):
-    module: Quantized
-
-
 class _FromBits(Function):
     """bitsandbytes' product with packed weights: it keeps them, not its input, and unpacks them in the backward pass."""
 
     @staticmethod
-    def forward(ctx: _MapContext, x: Tensor, module: Quantized) -> Tensor:
-        ctx.module = module
+    def forward(ctx: Context, x: Tensor, module: Quantized) -> Tensor:
+        ctx.sizes = [module.out_features, module.in_features]
         return x.new_empty(*x.shape[:-1], module.out_features)
 
     @staticmethod
-    def backward(ctx: _MapContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad @ grad.new_empty(ctx.module.out_features, ctx.module.in_features), None
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ grad.new_empty(ctx.sizes), None
 
 
 class _FromBytes(_FromBits):
     """The product with int8 weights: its input is rounded too, and kept."""
 
     @staticmethod
-    def forward(ctx: _MapContext, x: Tensor, module: Quantized) -> Tensor:
+    def forward(ctx: Context, x: Tensor, module: Quantized) -> Tensor:
         ctx.save_for_backward(x)
         x.to(torch.float16).to(torch.int8)
         return _FromBits.forward(ctx, x, module)

@@ -1,11 +1,55 @@
-"""A derivation's lines: bytes as sums of products of named sizes, the same for a reader and for the calculator."""
+"""A derivation's lines: bytes as sums of products of named sizes, which are polynomials in batch, length and rank."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from .polynomial import Polynomial, constant, total
+Exponents = tuple[int, int, int]
+"""Exponents of batch (examples), length (tokens) and rank."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    terms: Mapping[Exponents, float] = field(default_factory=dict)
+    """Coefficients of the products."""
+
+    def __add__(self, other: Polynomial | float) -> Polynomial:
+        sums = dict(self.terms)
+        for powers, x in constant(other).terms.items():
+            sums[powers] = sums.get(powers, 0) + x
+        return Polynomial(sums)
+
+    def __mul__(self, other: Polynomial | float) -> Polynomial:
+        found: dict[Exponents, float] = {}
+        for (a, b, c), x in self.terms.items():
+            for (d, e, f), y in constant(other).terms.items():
+                key = (a + d, b + e, c + f)
+                found[key] = found.get(key, 0) + x * y
+        return Polynomial(found)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def value(self, batch: float, length: float, rank: float) -> float:
+        return sum(x * batch**i * length**j * rank**k for (i, j, k), x in self.terms.items())
+
+    def to_data(self) -> list[list[float]]:
+        """[coefficient, batch's exponent, length's, rank's] of each term."""
+        return [[x, *powers] for powers, x in self.terms.items() if x]
+
+
+def constant(value: Polynomial | float) -> Polynomial:
+    """A number as a polynomial; a polynomial as it is."""
+    return value if isinstance(value, Polynomial) else Polynomial({(0, 0, 0): value} if value else {})
+
+
+def total(parts: Iterable[Polynomial | float]) -> Polynomial:
+    """The sum of `parts`, which may be none."""
+    return sum(map(constant, parts), Polynomial())
+
+
+BATCH, LENGTH, RANK = (Polynomial({powers: 1}) for powers in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
 
 
 @dataclass(frozen=True)
@@ -29,37 +73,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Size:
-    """What a symbol of a formula stands for."""
+    """What a symbol of a formula stands for that is no plain number."""
 
-    value: Polynomial | float
-    shown: str = ""
-    """How it reads among numbers. Empty for a number, which is then shown itself."""
+    value: Polynomial
+    shown: str
+    """How it reads among numbers."""
 
 
-Sizes = Mapping[str, Size]
+Sizes = Mapping[str, Size | float]
 Sum = Mapping[str, float]
 """A sum of products. Keys are symbols with spaces between them, values their coefficients: {"h": 8, "S n_q": 4, "": 16}."""
 
 
-def line(
-    sizes: Sizes, name: str, kind: str, times: str, parts: Sum, moments: tuple[str, ...], note: str = ""
-) -> list[Line]:
-    """The line of `times` × the sum of `parts`, without the parts that are zero; an empty list where all are."""
-    parts = {key: c for key, c in parts.items() if c and any(_product(sizes, key).terms.values())}
-    size = _product(sizes, times) * total(c * _product(sizes, key) for key, c in parts.items())
-    if not any(size.terms.values()):
-        return []
-    return [Line(name, kind, _formula(times, parts), _formula(times, parts, sizes), size, moments, note)]
+def product(sizes: Sizes, symbols: str) -> Polynomial:
+    """The product of the sizes of `symbols`, which have spaces between them."""
+    found = (sizes[symbol] for symbol in symbols.split())
+    return math.prod((s.value if isinstance(s, Size) else constant(s) for s in found), start=constant(1))
 
 
-def _product(sizes: Sizes, symbols: str) -> Polynomial:
-    product = constant(1)
-    for symbol in symbols.split():
-        product = product * sizes[symbol].value
-    return product
-
-
-def _formula(times: str, parts: Sum, sizes: Sizes | None = None) -> str:
+def formula(times: str, parts: Sum, sizes: Sizes | None = None) -> str:
     """`times` × the sum of `parts`, with numbers in place of the symbols where `sizes` are given."""
     front = _factors(times, sizes)
     if len(parts) == 1:
@@ -78,11 +110,10 @@ def _term(coefficient: float, factors: list[str], symbols: bool) -> str:
 
 
 def _factors(key: str, sizes: Sizes | None) -> list[str]:
-    return [symbol if sizes is None else _shown(sizes[symbol]) for symbol in key.split()]
-
-
-def _shown(size: Size) -> str:
-    return size.shown or (str(size.value) if isinstance(size.value, Polynomial) else _number(size.value))
+    if sizes is None:
+        return key.split()
+    found = (sizes[symbol] for symbol in key.split())
+    return [s.shown if isinstance(s, Size) else _number(s) for s in found]
 
 
 def _number(value: float) -> str:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 
 from .. import optimizers
+from ..base.architecture import Architecture
 from ..count import count
 from ..optimizers import Optimizer
 from ..spec import Resolved
 from .allocator import MIB
 from .case import Case
-from .conventions import quantizable, quantized_bits
 from .lines import Line, Size, Sum
 
 FORWARD, PASS, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING, OPTIMIZER = MOMENTS = (
@@ -24,6 +24,20 @@ WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
 (assets/measured/memory-h100.json); the others' are PyTorch's default."""
 LT_WORKSPACE = MIB
 """Bytes that cuBLASLt, which adds a bias, keeps likewise."""
+
+NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
+"""Bits of a weight in NF4: 4, and an fp32 scale for each block of 64. With double quantization (True) the scale is 8 bits,
+and 256 scales share one fp32. Source: QLoRA, arXiv 2305.14314 section 3."""
+
+
+def quantizable(shape: Architecture) -> int:
+    """Weights that quantization packs: those of linear maps. Embeddings, norms and the head stay as they are."""
+    return sum(m.weight * m.count for m in shape.linear())
+
+
+def quantized_bits(spec: Resolved) -> float:
+    """Bits of a packed weight. int8's scales, one for each output, are left out."""
+    return NF4_BITS[spec.double_quantization] if spec.quantization == "nf4" else 8
 
 
 def of_family(gpu: str, known: Mapping[str, int]) -> int:
@@ -38,7 +52,11 @@ def workspace(gpu: str) -> int:
 
 def lines(case: Case) -> list[Line]:
     """Everything in a step's memory that the batch does not change."""
-    return [*_weights(case), *_gradients(case), *_optimizer(case), *_workspace(case)]
+    biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
+    size = workspace(case.spec.gpu) + (LT_WORKSPACE if biased else 0)
+    note = "for each of two threads: PyTorch runs the backward pass in one of its own"
+    found = case.line("cuBLAS", "", {"": 2 * size}, MOMENTS, note, kind="workspace")
+    return [*_weights(case), *_gradients(case), *_optimizer(case), *found]
 
 
 def _weights(case: Case) -> list[Line]:
@@ -47,33 +65,28 @@ def _weights(case: Case) -> list[Line]:
     packed = min(frozen, quantizable(case.shape)) if spec.quantization != "none" else 0
     shown = f"N ({case.n_trained:,})" if any(p[2] for p, x in case.trained.terms.items() if x) else ""
     adapted = [t.module for t in case.targets if t.module.is_linear]
-    sizes = {
-        "N_frozen": Size(frozen - packed),
-        "N_packed": Size(packed),
+    sizes: dict[str, Size | float] = {
+        "N_frozen": frozen - packed,
+        "N_packed": packed,
         "N": Size(case.trained, shown or f"{case.n_trained:,}"),
-        "d_max": Size(max((m.d_in for m in adapted), default=0)),
-        "d'_max": Size(max((m.d_out for m in adapted), default=0)),
+        "d_max": max((m.d_in for m in adapted), default=0),
+        "d'_max": max((m.d_out for m in adapted), default=0),
     }
     symbols = {"rank": "r", "d_in": "d_max", "d_out": "d'_max"}
     shared = {" ".join(symbols[f] for f in k.factors): case.trained_bytes * k.coefficient for k in case.kept("model")}
 
-    def weights(name: str, kind: str, parts: Sum, note: str = "") -> list[Line]:
-        return case.line(name, "", parts, MOMENTS, note, sizes, kind)
-
     packing = f"{spec.quantization} packs the linear maps; embeddings, norms and the head stay as they are"
-    base = {"N_frozen": case.stream_bytes, "N_packed": quantized_bits(spec) / 8}
+    note, base = packing if packed else "", {"N_frozen": case.stream_bytes, "N_packed": quantized_bits(spec) / 8}
+    trained, made = {"N": case.trained_bytes}, "fixed, as the seed made them"
     return [
-        *weights("frozen weights", "frozen_weights", base, packing if packed else ""),
-        *weights("trained weights", "trainable_weights", {"N": case.trained_bytes}),
-        *weights("matrices that all modules share", "frozen_weights", shared, "fixed, as the seed made them"),
+        *case.line("frozen weights", "", base, MOMENTS, note, sizes, "frozen_weights"),
+        *case.line("trained weights", "", trained, MOMENTS, "", sizes, "trainable_weights"),
+        *case.line("matrices that all modules share", "", shared, MOMENTS, made, sizes, "frozen_weights"),
     ]
 
 
 def _gradients(case: Case) -> list[Line]:
-    """Gradients stay from where the backward pass makes them to the optimizer's step.
-
-    Those of the head and of an embedding that is tied to it are one sum, made before it is added to the last pass's.
-    """
+    """The gradients of the head and of an embedding tied to it are one sum, made before it is added to the last pass's."""
     head = case.head if case.trains(case.head) else None
     embedding = case.embedding if case.trains(case.embedding) else None
     held = case.spec.accumulation > 1
@@ -105,10 +118,8 @@ def _optimizer(case: Case) -> list[Line]:
     kind, each = optimizers.find(case.spec), case.trained_bytes
     temporary = "optimizer's temporaries", ""
     if case.spec.optimizer == "adafactor":  # arXiv 1804.04235: second moments as one row and one column of each matrix
-        sizes = {
-            "N_rc": sum(n * _rows_and_columns(shape) for n, shape in case.tensors),
-            "N_max": max(math.prod(shape) for _, shape in case.tensors),
-        }
+        both = [n * (math.prod(s[:-1]) + math.prod(s[:-2]) * s[-1] if len(s) > 1 else s[0]) for n, s in case.tensors]
+        sizes = {"N_rc": sum(both), "N_max": max(math.prod(shape) for _, shape in case.tensors)}
         note = "a row and a column a matrix"
         found = case.line("optimizer states", "", {"N_rc": each}, MOMENTS, note, sizes, "optimizer")
         note = "the update of the largest tensor"
@@ -124,18 +135,13 @@ def _optimizer(case: Case) -> list[Line]:
     return found
 
 
-def _rows_and_columns(shape: tuple[float, ...]) -> float:
-    n = math.prod(shape)
-    return n / shape[-1] + n / shape[-2] if len(shape) > 1 else n
-
-
 def _blockwise(case: Case, kind: Optimizer) -> list[Line]:
     """bitsandbytes keeps a byte and a 256th of a scale for each number, and fp32 for small tensors."""
     counted = [(n, math.prod(shape)) for n, shape in case.tensors]
     small = sum(n * size for n, size in counted if size < optimizers.SMALLEST_8BIT)
     paged = sum(n * size for n, size in counted if kind.paged and size >= optimizers.SMALLEST_PAGED)
     rest = sum(n * size for n, size in counted) - small - paged
-    sizes = {"N_8": Size(rest) if small or paged else case.sizes["N"], "N_small": Size(small), "N_paged": Size(paged)}
+    sizes = {"N_8": rest if small or paged else case.sizes["N"], "N_small": small, "N_paged": paged}
     scales = 4 / optimizers.BLOCK
     parts = {"N_8": kind.states * (1 + scales), "N_small": 4.0 * kind.states, "N_paged": kind.states * scales}
     return case.line("optimizer states", "", parts, MOMENTS, "8-bit blocks with a scale each", sizes, "optimizer")
@@ -147,10 +153,3 @@ def paged(spec: Resolved) -> int:
     sizes = [(n, math.prod(shape)) for n, shape in Case.of(spec).tensors] if kind.paged else []
     numbers = sum(n * size for n, size in sizes if size >= optimizers.SMALLEST_PAGED)
     return round(numbers * kind.states * (kind.bits or 0) / 8)
-
-
-def _workspace(case: Case) -> list[Line]:
-    biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
-    size = workspace(case.spec.gpu) + (LT_WORKSPACE if biased else 0)
-    note = "for each of two threads: PyTorch runs the backward pass in one of its own"
-    return case.line("cuBLAS", "", {"": 2 * size}, MOMENTS, note, kind="workspace")

@@ -1,7 +1,4 @@
-"""One training step of the size that a spec asks for, the same when it is traced and when it is measured.
-
-Every token is predicted, as in pre-training and in most trainers. Importing this imports torch.
-"""
+"""One training step of the size that a spec asks for, the same when it is traced and when it is measured."""
 
 from __future__ import annotations
 
@@ -24,13 +21,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 def optimizer(parameters: list[torch.nn.Parameter], spec: Resolved, fused: bool = False) -> Optimizer:
     """The run's optimizer as any trainer has it; or `fused`, where it can be, as the engine has it in a CUDA graph."""
     kind = optimizers.find(spec)
-    if fused and optimizers.capturable(spec):
-        return kind.make(parameters, 1e-4, fused=True)
-    made = kind.make(parameters, 1e-4)
-    if kind.together:
-        for group in made.param_groups:
-            group["foreach"] = True
-    return made
+    how = "fused" if fused and optimizers.capturable(spec) else "foreach" if kind.together else ""
+    return kind.make(parameters, 1e-4, **{how: True} if how else {})
 
 
 def materialize(model: torch.nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
@@ -76,12 +68,3 @@ def micro(model: PreTrainedModel, spec: Resolved, device: str, logits: int | Non
     yield "backward"
     loss.backward()
     del held, loss
-
-
-def run(model: PreTrainedModel, optimizer: Optimizer, spec: Resolved, device: str) -> None:
-    """One optimizer step with all its passes."""
-    for _ in range(spec.accumulation):
-        for _ in micro(model, spec, device):
-            pass
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

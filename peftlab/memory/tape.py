@@ -1,12 +1,12 @@
 """What a step does to memory, as a tape of allocations: recorded on a shallow model, unrolled to any depth, replayed.
 
 Every entry belongs to a phase and to a part of the model: before the layers (-1), one of them, or after them (their number).
-Importing this imports torch.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
         self._made: dict[int, tuple[list[Entry], int]] = {}
         """Key → the tape and the place in it where the storage was made."""
         self._multiplied: set[tuple[str, int]] = set()
-        self._sum: tuple[int, int] | None = None
+        self._sum = (0, 0)
         """The last gradient's sum: its address, and the key of what it was added to."""
         self.begin("weights")
 
@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
             self.see(out)
             self.part = BEFORE
         tree_map_only(Tensor, self.see, out)
-        self._sum = None
+        self._sum = (0, 0)
         if func is aten.add.Tensor and self.phase.startswith("backward") and not args[0]._is_view():
             self._sum = _address(out), self._keys.get(_address(args[0]), -1)
         if func in WORKSPACES and self.phase in ("forward", "backward"):
@@ -113,26 +113,21 @@ class Recorder(TorchDispatchMode):
         weakref.finalize(storage, self._drop, address)
 
     def _drop(self, address: int) -> None:
-        key = self._keys.pop(address, None)
-        if key is not None and not self._in_place(key):
-            part = self._parts[key] if self.phase.startswith(("optimizer", "end")) else self.part
-            self.tape.append(Entry(key, GIVE, "", part))
-
-    def _in_place(self, key: int) -> bool:
-        """Whether a sum of gradients takes the place of `key`, which is being freed.
+        """Writes down that the storage is freed, or that a sum of gradients takes its place.
 
         Autograd adds a gradient to the one that came before, if nobody else holds that. With fake tensors it makes a new
         one, and lets go of the old one at once.
         """
-        address, first = self._sum or (0, 0)
-        if key != first or self.tape[-1].key != self._keys.get(address):
-            return False
-        tape, i = self._made[key]
-        if tape[i].size != self.tape[-1].size:
-            return False
-        self._keys[address] = key
-        self.tape.pop()
-        return True
+        key = self._keys.pop(address, None)
+        if key is None:
+            return
+        (summed, first), (tape, i) = self._sum, self._made[key]
+        if key == first and self.tape[-1][:2] == (self._keys.get(summed), tape[i].size):
+            self._keys[summed] = key
+            self.tape.pop()
+        else:
+            part = self._parts[key] if self.phase.startswith(("optimizer", "end")) else self.part
+            self.tape.append(Entry(key, GIVE, "", part))
 
     def name(self, tensors: Iterable[Tensor], kind: str) -> None:
         """From now on these tensors are of that kind."""
@@ -171,18 +166,15 @@ def unroll(name: str, tape: Sequence[Entry], copies: Sequence[int], depth: int, 
         return like.get(home, [])
 
     for i, entries in enumerate(_runs(tape)):
-        run = (name, i)
         by_part: dict[int, list[Entry]] = {}
+        made = Counter[int]()
         for entry in entries:
             by_part.setdefault(entry.part, []).append(entry)
-        for part, group in by_part.items():
-            made = 0
-            for entry in group:
-                if entry.kind == "workspace":  # in one part alone, whose other storages keep their numbers
-                    homes[entry.key] = (run, part, -entry.size)
-                elif entry.size > 0:
-                    homes[entry.key] = (run, part, made)
-                    made += 1
+            if entry.kind == "workspace":  # in one part alone, whose other storages keep their numbers
+                homes[entry.key] = ((name, i), entry.part, -entry.size)
+            elif entry.size > 0:
+                homes[entry.key] = ((name, i), entry.part, made[entry.part])
+                made[entry.part] += 1
         order = [BEFORE, *range(full), full]
         if next(iter(by_part)) > next(reversed(by_part)):
             order.reverse()
@@ -229,30 +221,21 @@ class Player:
     def play(self, tape: Iterable[Entry], phase: str = "") -> list[Moment]:
         """The moments of this phase, in order; one for each part that it went through, or one alone in the optimizer."""
         moments: list[Moment] = []
-        highest, at = -1, None
-        for entry in tape:
-            if at is None or (entry.part != at and phase != "optimizer"):
-                at, highest = entry.part, self.total
-                moments.append(Moment(phase, at, dict(self.live)))
-            self._step(entry)
-            if entry.size > 0 and (now := self.total) > highest:
-                highest = now
-                moments[-1] = Moment(phase, at, dict(self.live))
-        return moments
-
-    def _step(self, entry: Entry) -> None:
-        """Takes, gives or renames the storage of one entry."""
-        key, size, kind, _ = entry
-        if size > 0:
-            if key not in self._blocks:  # or it was made in the first step, and kept
+        for key, size, kind, part in tape:
+            if not moments or (part != moments[-1].part and phase != "optimizer"):
+                moments.append(Moment(phase, part, dict(self.live)))
+            if (size > 0) == (key in self._blocks):  # made in the first step and kept, or given before
+                continue
+            if size > 0:
                 block, taken = self.allocator.take(self.workspace if size == WORKSPACE else size)
-                self._blocks[key] = block, taken, kind
-                self.live[kind] += taken
-        elif key in self._blocks:
-            block, taken, old = self._blocks.pop(key)
-            self.live[old] -= taken
+            else:
+                block, taken, old = self._blocks.pop(key)
+                self.live[old] -= taken
             if size == GIVE:
                 self.allocator.give(block)
             else:
                 self._blocks[key] = block, taken, kind
                 self.live[kind] += taken
+            if self.total > moments[-1].total:
+                moments[-1] = Moment(phase, moments[-1].part, dict(self.live))
+        return moments

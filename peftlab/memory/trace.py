@@ -1,4 +1,4 @@
-"""The exact source: one training step on fake tensors, every allocation counted. Importing this imports torch.
+"""The exact source: one training step on fake tensors, every allocation counted.
 
 A shallow copy of the model is traced, its middle layers repeated to the full depth, and three steps replayed through a
 model of PyTorch's allocator. The last is the one reported.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import fused, methods, optimizers, seam
 from ..base import architecture as architectures
-from ..base import configs, models
+from ..base import configs
 from ..base.configs import Config
 from ..errors import PeftlabError, SpecError
 from ..seeded import seeded
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 IRRELEVANT = {
     "alpha", "learning_rate", "steps", "task", "training_rows", "seed", "gpu", "n_gpus", "sharding", "offload"
 }  # fmt: skip
-"""Settings that the memory of a step on one GPU does not depend on. The GPU's cuBLAS workspace is asked for apart."""
+"""Settings that a step's memory on one GPU does not depend on, so that runs share traces. cuBLAS's workspace is apart."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ KNOWN = 512
 def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Trace:
     """The trace of a run's step. Every token is predicted, or the last `logits` of each example.
 
-    With `quick` the step is as the engine takes it. Raises SpecError for a model without a config and for what cannot be
-    traced.
+    With `quick` the step is as the engine takes it. Raises SpecError for what cannot be traced.
     """
-    key = _read(spec), workspace(spec.gpu), logits, quick
+    blank = {name: SETTINGS[name].type() for name in IRRELEVANT} | {"alpha": 1.0}
+    read = replace(spec, **blank, unread=spec.unread | IRRELEVANT)
+    key = read, workspace(spec.gpu), logits, quick
     if (known := _known.get(key)) is not None:  # in one look: another thread may forget it between two
         return known
     with _one_at_a_time:
@@ -70,10 +73,9 @@ def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Tra
             except PeftlabError:
                 raise
             except Exception as error:  # anybody's architecture, in transformers' code
-                said = str(error).splitlines()[0][:160] if str(error) else ""
+                said = f"{type(error).__name__}: {configs.shown(error, 160)}"
                 raise SpecError(
-                    f"model={spec.model}: its step could not be traced ({type(error).__name__}: {said}); the closed form's "
-                    "figure stands"
+                    f"model={spec.model}: its step could not be traced ({said}); the closed form's figure stands"
                 ) from error
             if len(_known) >= KNOWN:
                 del _known[next(iter(_known))]
@@ -81,18 +83,9 @@ def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Tra
         return found
 
 
-def _read(spec: Resolved) -> Resolved:
-    """`spec` without what a step's memory does not depend on: runs that need the same memory share a trace."""
-    blank = {name: SETTINGS[name].type() for name in IRRELEVANT} | {"alpha": 1.0}
-    return replace(spec, **blank, unread=spec.unread | IRRELEVANT)
-
-
 def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool) -> Trace:
-    entry = models.find(spec.model)
-    if entry.config is None:
-        raise SpecError(f"model={spec.model}: a bare count has no layers to trace; name a model such as llama-3.1-70b")
-    decoder(spec.model)
-    shape = architectures.of(spec.model)
+    shape, entry = architectures.of(spec.model), decoder(spec.model)
+    assert entry.config is not None  # or it would have no architecture
     chosen = {n for t in methods.targets(shape, spec, entry.name) for n in (t.layers if t.module.layers else ())}
     kept = copies = list(range(shape.n_layers))
     if not methods.find(spec.method).before_layers:
@@ -105,18 +98,15 @@ def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool
 
 
 def _shorten(kinds: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """The layers worth tracing, and for each layer the place among them of the one to copy.
-
-    Of a block of layers that repeats, as many are kept as leave one of each kind with two neighbours on both sides: five of a
-    plain stack, two blocks of Gemma 3's six.
+    """The layers worth tracing, and for each layer the place among them of the one to copy: one of its kind with two
+    neighbours like its own on both sides. They are five of a plain stack, two blocks of Gemma 3's six.
     """
     kept: list[int] = []
     copies: list[int] = []
     i = 0
     while i < len(kinds):
-        period, repeats = max(
-            ((p, _repeats(kinds, i, p)) for p in range(1, 9)), key=lambda found: (found[0] * (found[1] - 1), -found[0])
-        )
+        periods = ((p, _repeats(kinds, i, p)) for p in range(1, min(8, len(kinds) - i) + 1))
+        period, repeats = max(periods, key=lambda found: (found[0] * (found[1] - 1), -found[0]))
         n, first = period * repeats, len(kept)
         short = min(n, period * (1 + -(-4 // period)))
         places = list(range(short))
@@ -131,12 +121,8 @@ def _shorten(kinds: Sequence[Hashable]) -> tuple[list[int], list[int]]:
 
 def _repeats(kinds: Sequence[Hashable], start: int, period: int) -> int:
     """How often in a row the `period` layers from `start` on come."""
-    n, block = 1, kinds[start : start + period]
-    if len(block) < period:
-        return 0
-    while kinds[start + n * period : start + (n + 1) * period] == block:
-        n += 1
-    return n
+    blocks = (kinds[i : i + period] for i in range(start, len(kinds), period))
+    return sum(1 for _ in takewhile(kinds[start : start + period].__eq__, blocks))
 
 
 def _record(
@@ -216,12 +202,12 @@ def _watch(model: nn.Module, recorder: Recorder) -> None:
     def begin(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         reach(0, args[0] if args else kwargs["hidden_states"], BEFORE)
 
-    def end(part: int) -> Callable[..., None]:
-        return lambda module, args, out: reach(part + 1, out[0] if isinstance(out, tuple) else out, part)
+    def end(part: int, module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        reach(part + 1, out[0] if isinstance(out, tuple) else out, part)
 
     layers[0].register_forward_pre_hook(begin, with_kwargs=True)
     for part, layer in enumerate(layers):
-        layer.register_forward_hook(end(part))
+        layer.register_forward_hook(partial(end, part))
 
 
 def _meta(spec: Resolved, config: Config, kept: Sequence[int]) -> PreTrainedModel:
