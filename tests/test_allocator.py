@@ -71,12 +71,6 @@ def test_later_segments_have_lower_addresses_and_equal_blocks_go_lowest_first():
     assert [allocator.take(16 * MIB)[0].address for _ in range(3)] == sorted(addresses)
 
 
-def test_within_a_segment_addresses_rise():
-    allocator = Allocator()
-    first, second, third = (allocator.take(n)[0] for n in (512, 1024, 512))
-    assert second.address == first.address + 512 and third.address == second.address + 1024
-
-
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
 def test_free_neighbours_are_merged(order):
     allocator = Allocator()
