@@ -10,29 +10,17 @@ import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qsl
 
 import huggingface_hub
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, GPT2, LLAMA
+from tiny import CONFIGS, GPT2, LLAMA, ROOT
 
-from peftlab import RunSpec, SpecError
+from peftlab import RunSpec, SpecError, seam
 from peftlab.base import architecture, configs, models
 from peftlab.base.models import MODELS
-
-VISION = {
-    "architectures": ["Gemma3ForConditionalGeneration"],
-    "model_type": "gemma3",
-    "vision_config": {"depth": 10**9},
-}
-
-
-@pytest.fixture(scope="module")
-def page():
-    return pytest.importorskip("demos.page.address")
 
 
 def pasted(config, **changes):
@@ -50,9 +38,8 @@ def refused(work, *args, **kwargs):
     return said
 
 
-def packed(config) -> str:
-    code = base64.urlsafe_b64encode(zlib.compress(json.dumps(config).encode(), 9)).decode()
-    return "config:" + code.rstrip("=")
+def packed(text) -> str:
+    return "config:" + base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode().rstrip("=")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +49,7 @@ def warm():
         architecture.build(config)
 
 
-@pytest.mark.parametrize(
-    "key", ["llama-3.1-8b", "gemma-3-270m", "mixtral-8x7b", "gpt2", "opt-350m", "phi-3-mini", "t5-base"]
-)
+@pytest.mark.parametrize("key", ["gemma-3-270m", "mixtral-8x7b", "gpt2", "opt-350m", "phi-3-mini", "t5-base"])
 def test_a_pasted_config_counts_as_the_catalogues_own(key):
     own = MODELS[key]
     entry = pasted(own.config, _name_or_path="some/Where-7B", torch_dtype="bfloat16", quantization_config={"bits": 4})
@@ -74,10 +59,13 @@ def test_a_pasted_config_counts_as_the_catalogues_own(key):
     assert architecture.of(entry.key) == architecture.of(key)
 
 
-def test_the_key_travels_in_a_link_and_from_a_visitor(page):
+def test_the_key_travels_in_a_link_and_from_a_visitor():
+    page = pytest.importorskip("demos.page.address")
     spec = RunSpec(model=pasted(LLAMA).key)
-    assert len(spec.model) < 400 and RunSpec.from_dict(dict(parse_qsl(spec.to_query()))) == spec
-    assert page.public({"model": spec.model}) == spec
+    assert len(spec.model) < 400 and page.public(dict(parse_qsl(spec.to_query()))) == spec
+    for model in ("config:../x", "config:", "config:" + "A" * 9000, "x" * 5000, f"{'x' * 5000}/y", "config:a/b"):
+        with pytest.raises(SpecError, match="no such model"):
+            page.public({"model": model})
 
 
 def test_what_says_nothing_about_shapes_leaves_the_key_alone():
@@ -87,7 +75,8 @@ def test_what_says_nothing_about_shapes_leaves_the_key_alone():
         "attn_implementation": "kernels-community/flash-attn", "rope_scaling": None, "use_cache": True, "to_dict": 3,
     }  # fmt: skip
     assert pasted(LLAMA, **noise) == pasted(LLAMA)
-    assert pasted(LLAMA, **noise).config == configs.normal(LLAMA)
+    key = packed(json.dumps({**LLAMA, **noise, "_name_or_path": "<script>"}))  # a key that somebody made
+    assert models.find(key).config == configs.normal(LLAMA) and models.find(key).name == "script"
 
 
 def test_a_name_is_the_last_part_or_the_family():
@@ -95,12 +84,6 @@ def test_a_name_is_the_last_part_or_the_family():
     assert pasted(LLAMA, _name_or_path="C:\\models\\mine\\").name == "mine"
     assert pasted(LLAMA, _name_or_path="a/<b>\ud800x").name == "bx"
     assert pasted(LLAMA, _name_or_path=5).name == "llama from config.json"
-
-
-def test_null_is_kept_where_it_is_not_the_default():
-    mistral = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    assert architecture.of(pasted(mistral, sliding_window=None).key).facts.window == 0
-    assert architecture.of(pasted(mistral).key).facts.window == 4096
 
 
 def test_a_config_that_names_no_class_gets_its_familys():
@@ -112,20 +95,28 @@ def test_a_config_that_names_no_class_gets_its_familys():
     assert pasted(bert).config["architectures"] == ["BertForMaskedLM"]
 
 
+def test_null_is_kept_where_it_is_not_the_default():
+    mistral = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    windows = [architecture.of(pasted(mistral, **given).key).facts.window for given in ({"sliding_window": None}, {})]
+    assert windows == [0, 4096]
+
+
 def test_of_a_multimodal_config_the_text_model_counts():
     text = {name: value for name, value in CONFIGS["gemma3"].items() if name not in ("architectures", "model_type")}
-    entry = pasted(VISION, text_config=text)
+    vision = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"depth": 10**9}}
+    entry = pasted(vision, model_type="gemma3", text_config=text)
     assert architecture.of(entry.key) == architecture.build(CONFIGS["gemma3"]) and entry.is_causal
     llava = {"model_type": "llava", "tie_word_embeddings": True, "text_config": {**LLAMA}}
     del llava["text_config"]["tie_word_embeddings"]
     assert architecture.of(pasted(llava).key) == architecture.build(CONFIGS["llama-tied"])
 
 
-@pytest.mark.parametrize(
-    "kind", ["bert", "roberta", "xlm-roberta", "electra", "bart", "falcon", "gpt_neox", "deepseek_v3"]
-)
-def test_every_family_counts_what_transformers_counts(kind):
-    model = configs.build_meta({"model_type": kind})  # a head may share its bias as well as its weight
+EVERY_FAMILY = [{"model_type": kind} for kind in ("bert", "xlm-roberta", "electra", "bart", "falcon", "deepseek_v3")]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *EVERY_FAMILY], ids=lambda config: config["model_type"])
+def test_every_family_counts_what_transformers_counts(config):
+    model = configs.build_meta(config)  # a head may share its bias as well as its weight
     assert architecture.describe(model).total_parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -138,23 +129,26 @@ def test_a_layer_that_differs_from_the_others_is_counted_as_it_is():
     assert {m.d_out for m in shape.modules if m.short_name == "q_proj"} == {64, 128} and shape.facts.head_size == 16
 
 
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("", "not JSON"),
-        ("{", "not JSON"),
-        ("[" * 60_000, "not JSON"),
-        ('{"hidden_size": ' + "9" * 5000 + "}", "not JSON"),
-        ("[1]", "an object, not a list"),
-        ("null", "an object, not a NoneType"),
-        ("{}", "model_type is missing"),
-        ('{"model_type": 5}', "model_type is missing"),
-        ('{"model_type": ""}', "model_type is missing"),
-        (" " * 70_000, "at most 64 kB"),
-    ],
-)
-def test_a_text_that_is_no_config(text, said):
-    assert said in refused(models.from_config, text)
+NO_CONFIG = {
+    "not JSON": ["", "{", "[" * 60_000, '{"hidden_size": ' + "9" * 5000 + "}"],
+    "an object, not a": ["[1]", "null"],
+    "model_type is missing": ["{}", '{"model_type": 5}', '{"model_type": ""}'],
+    "at most 64 kB": [" " * 70_000],
+    "num_attention_heads is missing": ['{"model_type": "mamba"}'],
+    "vocab_size is missing": ['{"model_type": "vit"}'],
+    "hidden_size is missing": ['{"model_type": "encoder-decoder"}', '{"model_type": "gpt2", "n_layer": 2}'],
+}
+
+
+@pytest.mark.parametrize("said", NO_CONFIG)
+def test_a_text_that_is_no_config(said):
+    for text in NO_CONFIG[said]:
+        assert said in refused(models.from_config, text)
+
+
+MOST = {
+    "num_attention_heads": 10**5, "num_hidden_layers": 10**3, "vocab_size": 10**7, "num_labels": 10**5, "hidden_size": 10**8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -164,7 +158,6 @@ def test_a_text_that_is_no_config(text, said):
         ({"model_type": "x\ny\ud800" * 50}, "model_type=x y"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}, "never runs"),
         ({"model_type": "vit"}, "no language model of it"),
-        ({"model_type": "gemma3"}, "text_config is missing"),
         ({"model_type": "gemma3", "text_config": 5}, "text_config is missing"),
         ({"model_type": "llava", "text_config": {"hidden_size": 64}}, "model_type=missing"),
         ({"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 64}}, "text model of qwen2_5_vl"),
@@ -176,12 +169,8 @@ def test_a_text_that_is_no_config(text, said):
         ({"num_key_value_heads": "2"}, "expected int"),
         ({"intermediate_size": -1}, "intermediate_size=-1: at least 0"),
         ({"intermediate_size": 1.5}, "intermediate_size"),
-        ({"num_attention_heads": 100_001}, "num_attention_heads=100001: .*at most 100,000"),
-        ({"num_hidden_layers": 1001}, "num_hidden_layers=1001: .*at most 1,000"),
+        *[({n: most + 1}, f"{n}={most + 1}: .*at most {most:,} ") for n, most in MOST.items()],
         ({"num_hidden_layers": 10**30}, "num_hidden_layers=10*: "),
-        ({"vocab_size": 10_000_001}, "vocab_size=10000001: .*at most 10,000,000"),
-        ({"num_labels": 10**9}, "num_labels=1000000000"),
-        ({"hidden_size": 10**9}, "hidden_size=1000000000"),
         ({"hidden_size": 2**20, "intermediate_size": 10**8, "num_attention_heads": 4}, "953,615,085,731,840 parameters"),
         ({"model_type": "mixtral", "num_local_experts": 10_001}, "num_local_experts=10001: .*at most 10,000"),
         ({"hidden_act": "nosuch"}, "KeyError"),
@@ -199,28 +188,10 @@ def test_a_config_that_makes_no_model(changes, said, monkeypatch):
     assert re.search(said, message), message
 
 
-@pytest.mark.parametrize(
-    "kind, missing",
-    [("mamba", "num_attention_heads"), ("vit", "vocab_size"), ("encoder-decoder", "hidden_size"), ("gemma3", "text_config")],
-)  # fmt: skip
-def test_a_kind_that_has_no_such_numbers(kind, missing):
-    assert f"{missing} is missing" in refused(models.from_config, json.dumps({"model_type": kind}))
-
-
-@pytest.mark.parametrize(
-    "kind, given", [("llama", {}), ("gpt2", {"n_layer": 2}), ("mistral", {"num_hidden_layers": 2})]
-)
-def test_a_config_without_its_sizes_is_not_some_model_of_the_family(kind, given):
-    assert "hidden_size is missing" in refused(models.from_config, json.dumps({"model_type": kind, **given}))
-
-
-def test_a_window_is_a_number():
+def test_a_familys_own_names_are_checked_too():
     assert "sliding_window=" in refused(pasted, GPT2, sliding_window=[None])
-
-
-@pytest.mark.parametrize("name", ["n_embd", "n_layer", "n_head", "hidden_size"])
-def test_a_familys_own_names_are_checked_too(name):
-    assert f"{name}=0: " in refused(pasted, GPT2, **{name: 0})
+    for name in ("n_embd", "n_layer", "n_head", "hidden_size"):
+        assert f"{name}=0: " in refused(pasted, GPT2, **{name: 0})
 
 
 def test_nothing_is_built_before_the_numbers_are_checked(monkeypatch):
@@ -229,76 +200,37 @@ def test_nothing_is_built_before_the_numbers_are_checked(monkeypatch):
         refused(architecture.build, {**GPT2, **changes})
 
 
-@pytest.mark.parametrize("count", ["1000000T", "101T", "9" * 400 + "B", "0B", "0.0001K"])
-def test_a_bare_count_has_limits(count):
-    assert "100T" in refused(models.find, count)
-
-
-def test_the_largest_counts_pass():
+def test_a_bare_count_has_limits():
+    for count in ("1000000T", "101T", "9" * 400 + "B", "0B", "0.0001K"):
+        assert "100T" in refused(models.find, count)
     assert models.find("100T").total_parameters == configs.MOST_PARAMETERS
     assert models.find("0.001K").total_parameters == 1
 
 
-def bomb() -> str:
-    return "config:" + base64.urlsafe_b64encode(zlib.compress(b" " * 6_000_000, 9)).decode().rstrip("=")
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
+def test_a_key_that_is_damaged_or_hostile():
+    bomb = packed(" " * 6_000_000)
+    assert len(bomb) < models.KEY_LENGTH
+    damaged = [
         "config:",
         "config:!",
         "config:é",
         "config:abcd",
         "config:" + "A" * 100_000,
         pasted(LLAMA).key[:-8],
-        bomb(),
-        packed([1]),
-        packed({}),
-        packed({**LLAMA, "num_hidden_layers": 10**9}),
-        packed({**LLAMA, "model_type": "mine"}),
-    ],
-    ids=lambda key: key[:20],
-)
-def test_a_key_that_is_damaged_or_hostile(key):
-    assert len(bomb()) < models.KEY_LENGTH
-    said = refused(models.find, key)
-    assert len(said) < 300
+        bomb,
+    ]
+    hostile = [[1], {}, {**LLAMA, "num_hidden_layers": 10**9}, {**LLAMA, "model_type": "mine"}]
+    for key in (*damaged, *(packed(json.dumps(config)) for config in hostile)):
+        assert len(refused(models.find, key)) < 300
 
 
-def test_a_key_that_somebody_made_runs_through_the_same_checks():
-    noise = {"attn_implementation": "a/b", "_name_or_path": "<script>", "pad_token_id": 10**9}
-    entry = models.find(packed({**LLAMA, **noise}))
-    assert entry.config == configs.normal(LLAMA) and entry.name == "script"
-
-
-@pytest.mark.parametrize(
-    "model", ["config:../x", "config:", "config:" + "A" * 9000, "x" * 5000, f"{'x' * 5000}/y", "config:a/b"]
-)
-def test_a_visitor_names_no_more_than_before(page, model):
-    with pytest.raises(SpecError, match="no such model"):
-        page.public({"model": model})
-
-
-@pytest.mark.parametrize(
-    "config, said",
-    [
-        ("[]", "an object"),
-        ('{"model_type": "lama"}', "llama"),
-        (json.dumps({**LLAMA, "vocab_size": 0}), "vocab_size=0"),
-    ],
-)
-def test_a_file_runs_through_the_same_checks(tmp_path, config, said):
-    (tmp_path / "config.json").write_text(config)
-    message = refused(models.find, str(tmp_path))
-    assert said in message and "not a model's config.json" in message
-
-
-def test_a_file_may_be_large_but_not_huge(tmp_path):
-    labels = {str(i): f"LABEL_{i}" for i in range(5000)}
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "id2label": labels}))
-    assert architecture.of(str(tmp_path)) == architecture.build(LLAMA)
-    (tmp_path / "config.json").write_bytes(b" " * 2_000_000)
+def test_a_file_runs_through_the_same_checks_and_may_be_large_but_not_huge(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**LLAMA, "vocab_size": 0}))
+    assert re.search("not a model's config.json .*vocab_size=0", refused(models.find, str(tmp_path)))
+    file.write_text(json.dumps({**LLAMA, "id2label": {str(i): f"LABEL_{i}" for i in range(5000)}}))
+    assert architecture.of(str(tmp_path)) == architecture.of(str(file)) == architecture.build(LLAMA)
+    file.write_bytes(b" " * 2_000_000)
     assert "1 MB" in refused(models.find, str(tmp_path))
 
 
@@ -318,16 +250,16 @@ FIELDS = sorted({name for config in CONFIGS.values() for name in config} | {
 })  # fmt: skip
 
 
-@settings(max_examples=300, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(sorted(CONFIGS)), st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
-def test_any_change_of_a_config_makes_a_model_or_is_refused(page, family, changes):
+def test_any_change_of_a_config_makes_a_model_or_is_refused(family, changes):
     try:
         entry = pasted(CONFIGS[family], **changes)
     except SpecError as refusal:
         assert "\n" not in str(refusal) and str(refusal).isprintable()
     else:
         assert architecture.of(entry.key).total_parameters > 0
-        assert models.find(entry.key) == entry and page.public({"model": entry.key}).model == entry.key
+        assert models.find(entry.key) == entry
 
 
 @pytest.fixture
@@ -336,11 +268,9 @@ def hub(monkeypatch, tmp_path):
 
     def at(port):
         url = f"http://127.0.0.1:{port}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        hub = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+        for name, value in (hub | {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path)}).items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
         models._asked.cache_clear()
 
     yield at
@@ -357,11 +287,9 @@ def answers(hub):
         def do_HEAD(self):
             Answer.asked += 1
             self.send_response(self.status)
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", f'"{zlib.crc32(self.body)}"')
-            self.send_header("Content-Length", str(len(self.body)))
-            if self.code:
-                self.send_header("X-Error-Code", self.code)
+            about = {"X-Repo-Commit": "0" * 40, "ETag": f'"{zlib.crc32(self.body)}"', "Content-Length": len(self.body)}
+            for name, value in (about | {"X-Error-Code": self.code}).items():
+                self.send_header(name, str(value))
             self.end_headers()
 
         def do_GET(self):
@@ -371,12 +299,11 @@ def answers(hub):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub(server.server_port)
-    yield Answer
-    server.shutdown()
-    server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        hub(server.server_port)
+        yield Answer
+        server.shutdown()
 
 
 def test_a_config_from_the_hub(answers):
@@ -392,13 +319,11 @@ def test_a_config_from_the_hub(answers):
 @pytest.mark.parametrize(
     "status, code, body, said",
     [
-        (404, "RepoNotFound", b"", "no such model"),
         (401, "RepoNotFound", b"", "no such model"),
         (403, "GatedRepo", b"", "is gated; .*hf auth login"),
         (404, "EntryNotFound", b"", "no config.json"),
         (500, "", b"", "could not be asked"),
         (200, "", b"<html>", "makes no model here .*not JSON"),
-        (200, "", b'{"model_type": "mine", "auto_map": {}}', "never runs"),
         (200, "", b" " * 2_000_000, "2,000,000 bytes"),
     ],
 )
@@ -409,10 +334,9 @@ def test_what_the_hub_refuses_is_said_and_remembered(answers, status, code, body
     assert refused(models.find, "some/one") and answers.asked == asked
 
 
-@pytest.mark.parametrize("drips", [False, True])
-def test_a_hub_that_does_not_answer(hub, monkeypatch, drips):
+def test_a_hub_that_never_ends_its_answer(hub, monkeypatch):
     assert models.HUB_SECONDS <= 5
-    monkeypatch.setattr(models, "HUB_SECONDS", 1.0)
+    monkeypatch.setattr(models, "HUB_SECONDS", 0.5)
     monkeypatch.setattr(models, "HUB_MEMORY", 1e9)  # no minute ends meanwhile
     stop = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -420,20 +344,16 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch, drips):
         def drip():
             with server.accept()[0] as connection:
                 connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
-                while not stop.wait(0.2):
+                while not stop.wait(0.1):
                     connection.sendall(b"x")
 
-        if drips:
-            threading.Thread(target=drip, daemon=True).start()
+        threading.Thread(target=drip, daemon=True).start()
         hub(server.getsockname()[1])
-        start = time.monotonic()
-        with pytest.raises(SpecError, match="did not answer in 5 s; paste its config.json"):
-            models.find("some/one")
-        assert 0.9 < time.monotonic() - start < 2
-        start = time.monotonic()
-        with pytest.raises(SpecError, match="did not answer"):  # the second slider move does not wait
-            models.find("some/one")
-        assert time.monotonic() - start < 0.1
+        for least, most in ((0.45, 1.5), (0, 0.1)):  # the second slider move does not wait
+            start = time.monotonic()
+            with pytest.raises(SpecError, match="did not answer in 5 s; paste its config.json"):
+                models.find("some/one")
+            assert least < time.monotonic() - start < most
         stop.set()
 
 
@@ -456,18 +376,16 @@ def test_two_threads_may_be_the_first_to_need_transformers():
         [t.start() for t in threads], [t.join() for t in threads]
         assert said == [True] * 4, said
     """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 def test_nothing_is_built_while_a_model_is_being_loaded():
     """transformers ties no weights then, in any thread, and a tied model would be counted untied."""
-    from peftlab import seam
-
     made = []
     thread = threading.Thread(target=lambda: made.append(configs.build_meta(CONFIGS["llama-tied"])))
     with seam.building:
         thread.start()
-        thread.join(0.5)
+        thread.join(0.2)
         assert made == []
     thread.join(30)
     assert sum(p.numel() for p in made[0].parameters()) == 162_240

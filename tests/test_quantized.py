@@ -1,9 +1,11 @@
 """Methods on a quantized base, which bitsandbytes runs on a CPU too."""
 
 import hashlib
+import importlib.util
 import math
 
 import pytest
+import torch
 from tiny import digest, ids_on, logits, moved, run_of, small, steps
 
 from peftlab import RunSpec, SpecError, adapters, compare, resolve
@@ -11,6 +13,7 @@ from peftlab.base import weights
 from peftlab.methods import METHODS
 from peftlab.run import train
 from peftlab.run.generate import Decoding
+from peftlab.run.loop import attached, quickened
 
 pytestmark = pytest.mark.usefixtures("toy_task")
 KINDS = ["nf4", "int8"]
@@ -20,6 +23,8 @@ REFUSED = {
 }
 WORKING = [m for m in METHODS if m not in REFUSED]
 EACH = pytest.mark.parametrize("kind", KINDS)
+PAIRS = [(m, kind) for m in WORKING for kind in KINDS if kind == "nf4" or METHODS[m].about.reparameterized]
+"""Only what is added to a linear map meets the type of its weight."""
 
 
 def beside(model):
@@ -39,8 +44,6 @@ def beside(model):
 
 
 def whole_digest(model):
-    import torch
-
     total = hashlib.sha256(digest(model).encode())
     for name, tensor in beside(model):
         total.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -49,8 +52,6 @@ def whole_digest(model):
 
 @EACH
 def test_the_linear_maps_are_quantized_and_nothing_else(kind, tied_model):
-    import torch
-
     base = weights.load(small(tied_model, "qlora", quantization=kind)).model
     stored = {"nf4": torch.uint8, "int8": torch.int8}[kind]
     for name, parameter in base.named_parameters():
@@ -59,8 +60,7 @@ def test_the_linear_maps_are_quantized_and_nothing_else(kind, tied_model):
     assert len(list(beside(base))) == 21 * (4 if kind == "nf4" else 2)
 
 
-@EACH
-@pytest.mark.parametrize("method", WORKING)
+@pytest.mark.parametrize("method, kind", PAIRS)
 def test_it_trains_is_kept_and_comes_back(method, kind, tied_model, tmp_path):
     spec = small(tied_model, method, quantization=kind)
     base = weights.load(spec)
@@ -79,56 +79,40 @@ def test_it_trains_is_kept_and_comes_back(method, kind, tied_model, tmp_path):
     assert logits(base.model).equal(at_base)
 
 
-@EACH
-@pytest.mark.parametrize("method", REFUSED)
-def test_what_needs_the_weights_themselves_refuses(method, kind, tied_model, tmp_path):
+@pytest.mark.parametrize(
+    "method, kind, said",
+    [("qlora", "none", "set it to nf4 or int8, or use lora"), *((m, "nf4", said) for m, said in REFUSED.items())],
+)
+def test_a_method_refuses_the_wrong_base(method, kind, said, tied_model, tmp_path):
     spec = RunSpec(model=str(tied_model), method=method, quantization=kind, task="toy")
-    with pytest.raises(SpecError, match=f"quantization={kind}: .*{REFUSED[method]}"):
+    with pytest.raises(SpecError, match=f"quantization={kind}: .*{said}"):
         list(train(resolve(spec), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_qlora_refuses_a_whole_base(tied_model, tmp_path):
-    spec = RunSpec(model=str(tied_model), method="qlora", quantization="none", task="toy")
-    with pytest.raises(SpecError, match="quantization=none: .*set it to nf4 or int8, or use lora"):
-        list(train(resolve(spec), tmp_path / "run"))
-
-
 def test_qlora_is_lora_on_nf4(tied_model, tmp_path):
-    runs = [
-        run_of(small(tied_model, "qlora"), tmp_path),
-        run_of(small(tied_model, "lora", quantization="nf4"), tmp_path),
-    ]
+    runs = [run_of(small(tied_model, m, quantization="nf4"), tmp_path) for m in ("qlora", "lora")]
     assert runs[0].base is runs[1].base
     assert steps(runs[0], 3) == steps(runs[1], 3)
 
 
 @EACH
-def test_a_share_copies_nothing(kind, tied_model):
+def test_a_share_copies_nothing_and_outlives_what_is_done_to_another(kind, tied_model):
     base = weights.load(small(tied_model, "qlora", quantization=kind)).model
-    twin = weights.share(base)
+    before, twin, other = logits(base), weights.share(base), weights.share(base)
     for (name, a), (_, b) in zip(base.named_parameters(), twin.named_parameters(), strict=True):
         assert a is not b and type(a) is type(b) and a.data_ptr() == b.data_ptr(), name
     ours, theirs = dict(beside(base)), dict(beside(twin))
     assert list(ours) == list(theirs)
     assert all(t.data_ptr() == theirs[name].data_ptr() for name, t in ours.items())
     assert not {id(m) for m in base.modules()} & {id(m) for m in twin.modules()}
-    assert logits(twin).equal(logits(base))
+    other.to("cpu")
+    other.model.layers[0].self_attn.q_proj = None
+    assert logits(twin).equal(before) and logits(base).equal(before)
 
 
-@EACH
-def test_a_share_outlives_what_is_done_to_another(kind, tied_model):
-    base = weights.load(small(tied_model, "qlora", quantization=kind)).model
-    before = logits(base)
-    one, other = weights.share(base), weights.share(base)
-    one.to("cpu")
-    one.model.layers[0].self_attn.q_proj = None
-    assert logits(other).equal(before) and logits(base).equal(before)
-
-
-@EACH
-def test_a_whole_run(kind, tied_model, tmp_path):
-    spec = RunSpec(model=str(tied_model), method="lora", quantization=kind, task="toy", steps=3)
+def test_a_whole_run(tied_model, tmp_path):
+    spec = RunSpec(model=str(tied_model), method="lora", quantization="nf4", task="toy", steps=3)
     (*_, done) = train(resolve(spec), tmp_path / "run")
     assert done["steps"] == 3 and isinstance(done["forgetting"], float)
     report = compare.on_prompt([adapters.read(done["adapter"])], "the cat", Decoding(3))
@@ -140,32 +124,20 @@ def test_adapters_of_bases_quantized_differently_are_not_compared(tied_model, tm
     chosen = []
     for kind in ("none", "nf4", "int8"):
         spec = small(tied_model, "lora", quantization=kind)
-        chosen.append(adapters.read(adapters.save(run_of(spec, tmp_path).model, spec, tmp_path / kind)))
+        run = run_of(spec, tmp_path)
+        steps(run, 3)
+        chosen.append(adapters.read(adapters.save(run.model, spec, tmp_path / kind)))
     for pair in (chosen[:2], chosen[1:], [chosen[0], chosen[2]]):
         with pytest.raises(SpecError, match="different bases .*(nf4|int8)"):
             compare.models_of(pair)
     base, models = compare.models_of(chosen[1:2])
     assert base.model.is_quantized and list(models) == ["base", "nf4"]
-
-
-def test_merged_goes_into_the_whole_base(tied_model, tmp_path):
-    """Into the quantized one it would be rounded away (test_every_method)."""
-    import torch
-
-    spec = small(tied_model, "qlora")
-    run = run_of(spec, tmp_path)
-    steps(run, 3)
-    chosen = [adapters.read(adapters.save(run.model, spec, tmp_path / "adapter"))]
-    base, models = compare.models_of(chosen, merged=True)
+    base, models = compare.models_of(chosen[1:2], merged=True)  # into the quantized one it would be rounded away
     assert not getattr(base.model, "is_quantized", False)
-    merged = models.popitem()[1]
-    whole = adapters.apply(base, chosen[0])
-    assert torch.allclose(logits(merged), logits(whole), atol=1e-5)
+    assert torch.allclose(logits(models["nf4"]), logits(adapters.apply(base, chosen[1])), atol=1e-5)
 
 
 def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
-    import importlib.util
-
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     monkeypatch.setattr(weights, "_loaded", {})
@@ -174,10 +146,6 @@ def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
 
 
 def test_lora_over_nf4_is_fused_and_the_same_function(tied_model):
-    import torch
-
-    from peftlab.run.loop import attached, quickened
-
     spec = small(tied_model, "qlora", quantization="nf4")
     base = weights.load(spec)
     ids = ids_on(base.model, [[5, 6, 7, 8], [9, 3, 4, 2]])
