@@ -135,7 +135,7 @@ class Memory(Tab):
         controls.reset("model", "method", "task")
 
     def pictures(self) -> None:
-        asked = address.opening(self)
+        asked = Asked(address.OPENING, {name: one.usual for name, one in self.choices.items()}, {})
         first = {name: draw() for name, draw in self.draw(asked).items() if name in ("bars", "surprises", "timeline")}
         self.panel("problem", controls.problem())
         sentence = memory_figures.memory_sentence(*seen(asked)[0])

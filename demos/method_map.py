@@ -89,29 +89,6 @@ class Methods(Tab):
     def build(self) -> None:
         self.panel("sentence", controls.sentence())
         super().build()
-        self._published()
-        self.fold_of("Pros and cons, as the lectures have them", "sides")
-        self.fold_of("The lectures' tables, checked", "checked")
-        self.panel("counted", self.folds["methods.checked"])
-
-    def settings(self) -> None:
-        self.control("model", controls.model_choice(address.MODEL))
-        self.panel("reasons", controls.note())
-
-    def pictures(self) -> None:
-        self.panel("problem", controls.problem())
-        drawn = gr.HTML(
-            {"method": "lora", "families": ""},
-            html_template=SPECTRUM,
-            js_on_load=MAP,
-            elem_classes="drawn-map",
-            min_height=420,
-        )
-        self.panel("method", drawn)  # drawn whether or not its method is refused: the others are the model's
-        self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
-        self.panel("card", gr.HTML(min_height=400))
-
-    def _published(self) -> None:
         gr.HTML("<h2>Which one, and whether any</h2>", js_on_load=None, elem_classes="part")
         with gr.Row(elem_classes="panes"):
             with gr.Column(min_width=320):
@@ -132,6 +109,26 @@ class Methods(Tab):
         self.panel("marks", controls.note())
         self.panel("front", controls.note())
         self.fold_of(f"All {len(published.runs())} runs as a table", "all_runs")
+        self.fold_of("Pros and cons, as the lectures have them", "sides")
+        self.fold_of("The lectures' tables, checked", "checked")
+        self.panel("counted", self.folds["methods.checked"])
+
+    def settings(self) -> None:
+        self.control("model", controls.model_choice(address.MODEL))
+        self.panel("reasons", controls.note())
+
+    def pictures(self) -> None:
+        self.panel("problem", controls.problem())
+        drawn = gr.HTML(
+            {"method": "lora", "families": ""},
+            html_template=SPECTRUM,
+            js_on_load=MAP,
+            elem_classes="drawn-map",
+            min_height=420,
+        )
+        self.panel("method", drawn)  # drawn whether or not its method is refused: the others are the model's
+        self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
+        self.panel("card", gr.HTML(min_height=400))
 
     def check(self, asked: Asked) -> None:
         facts.places(asked.run.model)  # refuses a bare count, which has no layers to count in

@@ -94,8 +94,8 @@ def build(tab: Tab) -> None:
         add = tab.panel("add", gr.Button(ADD, scale=0, min_width=190))
     gr.HTML(shown.look())
     adapter.input(None, adapter, None, js="(studied) => { peftlab.keep({studied}); }", **QUIET)
-    busy, free = gr.update(value="Studying", interactive=False), gr.update(value=ADD, interactive=True)
-    tab.press(add, adding, ["add", "kept"], {"add": busy}, {"add": free}, "study_problem", **ONE_AT_A_TIME)
+    busy, free = ({"add": gr.update(value=said, interactive=said == ADD)} for said in ("Studying", ADD))
+    tab.press(add, adding, ["add", "kept"], busy, free, "study_problem", **ONE_AT_A_TIME)
 
 
 def check(asked: Asked) -> None:

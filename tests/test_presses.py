@@ -94,14 +94,11 @@ def trainer(monkeypatch):
     made.go.release(1000)
 
 
-def test_a_plain_visit_sees_a_recording_that_says_so(trainer):
-    seen = Visit(Live()).sees()
-    assert seen["sentence"]["value"].startswith("Recorded on NVIDIA H100 80GB HBM3: ") and seen["again"] is None
-    assert seen["go"]["interactive"] and not seen["stop"]["interactive"] and not seen["keep"]["visible"]
-
-
 def test_a_run_from_the_press_to_its_download(trainer):
     ann = Visit(Live())
+    seen = ann.sees()
+    assert seen["sentence"]["value"].startswith("Recorded on NVIDIA H100 80GB HBM3: ") and seen["again"] is None
+    assert seen["go"]["interactive"] and not seen["stop"]["interactive"] and not seen["keep"]["visible"]
     ann.press(ann.tab.train)
     assert ann.kept["adapters"] == [ann.job.id] and ann.job.owner == "ann" and ann.job.spec.model == DEFAULT
     seen = ann.sees()
@@ -120,15 +117,6 @@ def test_a_run_from_the_press_to_its_download(trainer):
     assert ann.sees()["keep"]["value"] == file  # packed once
 
 
-def test_a_second_press_is_no_error_and_starts_no_second_run(trainer):
-    ann = Visit(Live())
-    ann.press(ann.tab.train)
-    first, other = ann.job, Visit(Live())
-    assert "problem" not in ann.press(ann.tab.train) and ann.job is first
-    other.press(other.tab.train)  # in a second window, which has not heard of the run
-    assert other.job is first and len(jobs._jobs) == 1
-
-
 def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):
     jobs.start(resolve_here(live_finetune.here(address.OPENING)), "ann", lambda spec, folder: trainer(spec, folder))
     ann = Visit(Live())
@@ -139,6 +127,10 @@ def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):
 def test_who_waits_sees_how_many_are_ahead_and_may_leave(trainer):
     ann, bob = Visit(Live()), Visit(Live(), "bob")
     ann.press(ann.tab.train)
+    first, window = ann.job, Visit(Live())
+    assert "problem" not in ann.press(ann.tab.train) and ann.job is first  # a second press starts no second run
+    window.press(window.tab.train)  # nor does one in a second window, which has not heard of the run
+    assert window.job is first and len(jobs._jobs) == 1
     bob.press(bob.tab.train)
     seen = bob.sees()
     assert "1 ahead of it" in seen["bar"]["value"] and seen["sentence"]["value"].startswith("Recorded on")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from demos.page.tab import Asked, Tab
 from peftlab import RunSpec, SpecError
 from peftlab.base.models import MODELS
 from peftlab.data import tasks
@@ -17,11 +16,6 @@ MODEL, METHOD = "llama-3.1-8b", "lora"
 OPENING = RunSpec(model=MODEL, method=METHOD)  # what the page opens with: a model so large that the difference matters
 NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?\s?[KMBTkmbt]|config:[A-Za-z0-9_-]{1,8192}")
 """What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
-
-
-def opening(tab: Tab) -> Asked:
-    """What a plain visit asks of `tab`, or of a store."""
-    return Asked(OPENING, {name: one.usual for name, one in tab.choices.items()}, {})
 
 
 def link(spec: RunSpec, **choices: str) -> dict[str, str]:

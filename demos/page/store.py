@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -29,7 +30,6 @@ CLEARS = {
 }
 """Settings that become automatic again when another method or model is chosen."""
 log = logging.getLogger(__name__)
-Shown: TypeAlias = dict[str, controls.Update]  # updates of components, by tab and name
 Answer: TypeAlias = dict[str, Any]  # what a page gets as JSON; `Store.answer` says what is in it
 
 
@@ -86,18 +86,16 @@ class Store:
                 problems[name] = str(error)
                 del state[name]
 
-    def _blamed(self, tab: Tab, state: Mapping[str, object], error: str) -> str:
+    def _blamed(self, tab: Tab, state: dict[str, Any], error: str) -> str:
         """The setting that an error is about: the one it begins with, or one without which the others are accepted."""
         named = re.match(r"([\w-]+)[=:]", error)
         if named and (name := named[1].replace("-", "_")) in state:
             return name
-        for name in reversed(list(state)):
-            try:
+        for name in reversed(state):
+            with suppress(PeftlabError):
                 tab.check(self.read({n: v for n, v in state.items() if n != name}))
                 return name
-            except PeftlabError:
-                continue
-        return next(reversed(list(state)))
+        return next(reversed(state))
 
     def answer(self, asks: object) -> Answer:
         """What the tab on screen shows of the settings.
@@ -122,7 +120,7 @@ class Store:
         except Exception as error:
             return unshown | {"problems": {"": said(error)}}
 
-    def shown(self, tab: Tab, asked: Asked, question: Question) -> Shown:
+    def shown(self, tab: Tab, asked: Asked, question: Question) -> dict[str, controls.Update]:
         """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows.
 
         What is refused stays in its control as it was typed; a slider's scale is stretched to hold it.
@@ -145,7 +143,7 @@ class Store:
 
     async def exact(self, asks: object) -> Answer:
         """What `answer` shows, once the slow work is done in its own process. Those who wait for it hold no thread."""
-        question, shown = sound(asks), Shown()
+        question, shown = sound(asks), dict[str, controls.Update]()
         if tab := self.tabs.get(question.tab):
             try:
                 asked, _ = self.understood(tab, question)

@@ -103,19 +103,12 @@ class Visitor:
             self.page.wait_for_timeout(30)  # Gradio tells of a change in its own time
             settings = self.page.evaluate("peftlab.get().state")
             self.page.wait_for_timeout(self.draw.choice([0, 0, 50, 300, 900]))
-            if lost := self.lost(settings):
-                return lost
+            seen = settings, self.page.evaluate("peftlab.get().state")
+            before, after = (self.server.answer("memory", state, {})["state"] for state in seen)
+            if before != after:
+                return [f"settings changed by themselves from {before} to {after}"]
         self.arrived()
         self.page.evaluate("window.faulty = false")
-        return self.wrong()
-
-    def lost(self, settings: dict) -> list[str]:
-        """What nobody has changed since, and is another all the same."""
-        now = self.page.evaluate("peftlab.get().state")
-        before, after = (self.server.answer("memory", state, {})["state"] for state in (settings, now))
-        return [] if before == after else [f"settings changed by themselves from {before} to {after}"]
-
-    def wrong(self) -> list[str]:
         found = self.within(self.on())
         for tab in TABS:
             if not found and tab != self.on():
