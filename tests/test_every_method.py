@@ -85,16 +85,15 @@ def test_it_is_what_its_entry_says(method, family, families, toy_task, tmp_path)
     assert [p.requires_grad for p in base.model.parameters()] == flags and not any(flags)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_two_at_once_equal_the_same_alone(method, family, families, toy_task, tmp_path):
-    """Each method beside the next of the registry, on one base."""
+PAIRS = [("qlora", "lora"), ("dora", "adalora"), ("pissa", "vera"), ("full", "bitfit"), ("head", "ln"), ("ia3", "oft"),
+         ("prompt", "prefix"), ("p-tuning", "compacter"), ("parallel", "io-adapter")]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair, family", [(pair, FAMILIES[2 + i % 3]) for i, pair in enumerate(PAIRS)])
+def test_two_at_once_equal_the_same_alone(pair, family, families, toy_task, tmp_path):
+    """On one base. Methods that differ in what they train alone are left out."""
     import torch
 
-    keys = [m for m in METHODS if (m, family) not in REFUSED]
-    if method not in keys:
-        return
-    pair = [method, keys[(keys.index(method) + 1) % len(keys)]]
     specs = [small(families[family], m, seed=i) for i, m in enumerate(pair)]
 
     def losses(*numbers):

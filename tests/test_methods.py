@@ -4,25 +4,17 @@ import math
 import re
 
 import pytest
-from tiny import attached, fresh, ids_on, logits, run_of, small, steps
+import torch
+from tiny import attached, ids_on, logits, run_of, small, steps
 
 from peftlab import RunSpec, SpecError, adapters, count
 from peftlab.base import weights
 from peftlab.base.models import MODELS
-from peftlab.catalog import ABOUT, FAMILIES, PAPERS
+from peftlab.catalog import FAMILIES, PAPERS
 from peftlab.methods import METHODS, SIZES, lora
 from peftlab.resolve import METHOD_SETTINGS, resolve
 from peftlab.run import gears
 from peftlab.spec import SETTINGS
-
-DESIGN = [
-    "full", "head", "last-block", "bitfit", "ln", "lora", "qlora", "rslora", "dora", "lora-plus", "pissa", "adalora", "vera",
-    "ia3", "oft", "prompt", "p-tuning", "prefix", "houlsby", "pfeiffer", "parallel", "post-attention", "io-adapter", "compacter",
-]  # DESIGN.md, the command line  # fmt: skip
-
-
-def test_every_method_of_the_design_is_there_and_no_other():
-    assert sorted(METHODS) == sorted(DESIGN) and list(METHODS) == list(ABOUT)
 
 
 @pytest.mark.parametrize("key", METHODS)
@@ -38,22 +30,16 @@ def test_its_words_are_complete(key):
     assert about.papers and set(about.papers) <= set(PAPERS)
 
 
-def test_names_tell_methods_apart():
-    assert len({m.name for m in METHODS.values()}) == len(METHODS)
-
-
 @pytest.mark.parametrize("key", METHODS)
 def test_its_entry_is_complete(key):
     method = METHODS[key]
-    assert method.key == key and method.terms
-    assert set(method.settings) <= set(METHOD_SETTINGS) and set(method.defaults) <= set(SETTINGS)
+    assert method.key == key and method.terms and [m.name for m in METHODS.values()].count(method.name) == 1
+    assert set(method.settings) | set(method.defaults) <= set(SETTINGS)
     assert resolve(RunSpec(method=method.key)).learning_rate > 0 and "learning_rate" in method.defaults
     own = {name for name in method.defaults if name in METHOD_SETTINGS}
     assert own - {"rank"} <= set(method.settings), "a default that no run of it reads"
     for term in (*method.terms, *(method.saved or ())):
-        assert set(term.factors) <= set(SIZES) | set(method.settings), (
-            "it is counted by a setting that it does not read"
-        )
+        assert set(term.factors) <= set(SIZES) | set(method.settings), "counted by a setting that it does not read"
     assert (method.about.family == "additive") <= (not method.in_place)
     assert method.if_nothing == "" or "use " in method.if_nothing
 
@@ -71,14 +57,11 @@ def test_its_drawing_can_be_drawn(key):
     assert not any("*" in box[1:] for box in boxes), "a star that does not start its box"
 
 
-def test_a_rank_no_matrix_can_have_is_refused(tiny_model):
+def test_a_rank_no_matrix_can_have_and_layers_the_model_lacks_are_refused(tiny_model):
     with pytest.raises(SpecError, match="rank=65.*above 64"):
         count(resolve(RunSpec(model=str(tiny_model), rank=65)))
     with pytest.raises(SpecError, match="rank=33.*the smallest adapted matrix has rank 32.*or 32 at most"):
         count(resolve(RunSpec(model=str(tiny_model), method="pissa", rank=33)))
-
-
-def test_layers_the_model_lacks_are_refused(tiny_model):
     with pytest.raises(SpecError, match="layers=last:4.*3 layers"):
         count(resolve(RunSpec(model=str(tiny_model), layers="last:4")))
 
@@ -106,7 +89,7 @@ def test_a_setting_the_model_cannot_have_gets_one_that_it_can(settings, said, ti
     assert count(resolve(spec.but(**{name.replace("-", "_"): proposed}))).trainable_parameters > 0
 
 
-@pytest.mark.parametrize("method, scale", [("lora", 3), ("rslora", 6), ("dora", 3), ("lora-plus", 3), ("pissa", 3)])
+@pytest.mark.parametrize("method, scale", [("rslora", 6), ("pissa", 3)])
 def test_alpha_over_rank_scales_the_update(method, scale, config_files):
     adapted = attached("llama", RunSpec(model=config_files["llama"], method=method, rank=4, alpha=12))
     assert adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
@@ -114,8 +97,6 @@ def test_alpha_over_rank_scales_the_update(method, scale, config_files):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "adapter_precision" in METHODS[m].settings and m != "qlora"])
 def test_adapter_precision_is_the_adapters_type(method, config_files):
-    import torch
-
     spec = RunSpec(model=config_files["llama"], method=method, adapter_precision="bf16", sequence_length=96)
     adapted = attached("llama", spec)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.bfloat16}
@@ -123,8 +104,6 @@ def test_adapter_precision_is_the_adapters_type(method, config_files):
 
 
 def test_pissa_starts_from_the_top_singular_vectors(config_files):
-    import torch
-
     adapted = attached("llama", RunSpec(model=config_files["llama"], method="pissa", rank=4))
     for layer in (
         adapted.base_model.model.model.layers[0].self_attn.q_proj,
@@ -137,7 +116,6 @@ def test_pissa_starts_from_the_top_singular_vectors(config_files):
 
 
 def test_loraplus_groups_are_pefts(tiny_model, toy_task, tmp_path):
-    import torch
     from peft.optimizers import create_loraplus_optimizer
 
     spec = small(tiny_model, "lora-plus", lr_ratio=7, learning_rate=3e-4)
@@ -150,18 +128,7 @@ def test_loraplus_groups_are_pefts(tiny_model, toy_task, tmp_path):
     assert all((rate > 1e-3) == ("lora_B" in names[i]) for i, rate in ours.items())
 
 
-def test_loraplus_moves_b_that_much_faster(tiny_model, toy_task, tmp_path):
-    """The first step of Adam is as long as the learning rate, whatever the gradient."""
-    spec = small(tiny_model, "lora-plus", lr_ratio=8, learning_rate=1e-4)
-    run = run_of(spec, tmp_path)
-    steps(run, 1)
-    rates = {n: p.abs().max().item() for n, p in run.model.named_parameters() if "lora_B" in n}
-    assert all(moved == pytest.approx(8e-4, rel=1e-2) for moved in rates.values())
-
-
 def test_adaloras_penalty_is_pefts(tiny_model, toy_task, tmp_path):
-    import torch
-
     model = run_of(small(tiny_model, "adalora"), tmp_path).model.eval()
     ids = ids_on(model, [[5, 6, 7, 8]])
     theirs = model(input_ids=ids, labels=ids)
@@ -194,30 +161,10 @@ def test_adalora_saves_what_it_did_not_prune(tiny_model, toy_task, tmp_path):
     assert (logits(again) - learned).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("steps_", [1, 2, 3, 5, 11])
+@pytest.mark.parametrize("steps_", [1, 2, 11])
 def test_adalora_suits_a_run_of_any_length(steps_, tiny_model, toy_task, tmp_path):
     run = run_of(small(tiny_model, "adalora", steps=steps_), tmp_path)
     assert all(map(math.isfinite, steps(run, steps_)))
-
-
-def test_vera_has_the_same_random_matrices_again(config_files):
-    """They are not saved: the seed makes them."""
-    import torch
-
-    specs = [RunSpec(model=config_files["llama"], method="vera", rank=16, seed=s) for s in (3, 3, 4)]
-    a, b, c = (attached("llama", s).base_model.vera_A["default"] for s in specs)
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_a_share_has_the_storage_and_nothing_else():
-    base = fresh("llama-tied")
-    twin = weights.share(base)
-    for (name, a), (_, b) in zip(base.named_parameters(), twin.named_parameters(), strict=True):
-        assert a is not b and a.data_ptr() == b.data_ptr(), name
-    for (name, a), (_, b) in zip(base.named_buffers(), twin.named_buffers(), strict=True):
-        assert a is b, name
-    assert twin.lm_head.weight is twin.model.embed_tokens.weight
-    assert not {id(m) for m in base.modules()} & {id(m) for m in twin.modules()}
 
 
 @pytest.mark.parametrize("method", METHODS)

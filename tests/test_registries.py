@@ -15,7 +15,6 @@ from peftlab import RunSpec, predict, resolve
 from peftlab.base import architecture, models
 from peftlab.base.models import BaseModel
 from peftlab.catalog import GPU, GPUS
-from peftlab.cli import main
 from peftlab.data import tasks
 from peftlab.memory import fits
 
@@ -30,36 +29,14 @@ def entries(monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "toy", TOY)
 
 
-@pytest.mark.parametrize("command, key", [("models", "toy-model"), ("gpus", "toy-gpu"), ("tasks", "toy")])
-def test_the_command_line_lists_it(entries, capsys, command, key):
-    assert main([command, "--json"]) == 0
-    assert key in [e["key"] for e in json.loads(capsys.readouterr().out)]
-
-
-def test_a_model_is_counted_and_predicted(entries, capsys):
-    assert main(["params", "--model", "toy-model", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["trainable_parameters"] == 26_880
+def test_the_command_line_lists_counts_and_predicts_it(entries, run):
+    for command, key in (("models", "toy-model"), ("gpus", "toy-gpu"), ("tasks", "toy")):
+        assert key in [e["key"] for e in json.loads(run(command, "--json")[1])]
+    assert json.loads(run("params", "--model", "toy-model", "--json")[1])["trainable_parameters"] == 26_880
     assert predict(resolve(RunSpec(model="toy-model", method="full")), "12n").states == 12 * 195_008
-
-
-def test_a_gpu_is_compared_with(entries):
     assert next(f for f in fits(2 * 10**9) if f.gpu.key == "toy-gpu").n_gpus == 2
-    assert resolve(RunSpec(gpu="toy-gpu")).gpu == "toy-gpu"
-
-
-def test_a_task_is_the_runs_own(entries):
-    spec = resolve(RunSpec(task="toy"))
-    assert (spec.steps, spec.batch_size, spec.sequence_length) == (4, 2, 96)
-
-
-def choices(tab):
-    """Every choice of every component that a tab builds, as the browser gets them."""
-    store = pytest.importorskip("demos.page.store")
-    found = set()
-    for component in store.blocks(tab).get_config_file()["components"]:
-        for choice in component.get("props", {}).get("choices") or []:
-            found.add(choice[1] if isinstance(choice, (list, tuple)) else choice)
-    return found
+    spec = resolve(RunSpec(task="toy", gpu="toy-gpu"))
+    assert (spec.steps, spec.batch_size, spec.sequence_length, spec.gpu) == (4, 2, 96, "toy-gpu")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +48,10 @@ def choices(tab):
     ],
 )
 def test_the_tabs_offer_them(entries, module, tab, offered):
-    assert offered <= choices(getattr(pytest.importorskip(f"demos.{module}"), tab)())
+    blocks = pytest.importorskip("demos.page.store").blocks
+    config = blocks(getattr(pytest.importorskip(f"demos.{module}"), tab)()).get_config_file()
+    choices = [c for part in config["components"] for c in part.get("props", {}).get("choices") or []]
+    assert offered <= {choice[1] if isinstance(choice, (list, tuple)) else choice for choice in choices}
 
 
 def test_a_model_too_large_or_no_writer_is_not_offered_live(entries, monkeypatch):
@@ -122,8 +102,6 @@ from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.method_race import Race
 from demos.page.store import blocks
-from peftlab import RunSpec, predict, resolve
-print(predict(resolve(RunSpec(model="llama-2-7b", method="boft"))).gradients)
 for tab in (Live(), Memory(), Methods(), Race()):
     page = blocks(tab)
     answer = page.store.answer({"number": 1, "tab": tab.key, "state": {}, "open": list(tab.folds)})
@@ -131,68 +109,36 @@ for tab in (Live(), Memory(), Methods(), Race()):
 """
 
 
-@pytest.fixture
-def copy(tmp_path, toy_file):
-    """The whole app in another place, with a task that a tiny model can read."""
-    root = tmp_path / "copy"
+def test_a_method_is_one_file_and_one_entry(tmp_path, toy_file, tiny_model):
+    """BOFT, which peft has and this app leaves out, appears in a copy of the app wherever methods are shown, counted or run."""
     for name in ("peftlab", "demos", "assets"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
-    shutil.copy(ROOT / "app.py", root)
-    shutil.copy(toy_file, root / "assets" / "tasks")
-    return root
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    shutil.copy(ROOT / "app.py", tmp_path)
+    shutil.copy(toy_file, tmp_path / "assets" / "tasks")
+    entry = tmp_path / "peftlab" / "catalog" / "methods.json"
 
+    def python(*argv, fails=False):
+        env = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert bool(done.returncode) == fails, done.stderr
+        return done.stderr if fails else done.stdout.splitlines()
 
-def add_boft(root):
-    """One file and one entry."""
-    (root / "peftlab" / "methods" / "boft.py").write_text(BOFT)
-    file = root / "peftlab" / "catalog" / "methods.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"boft": WORDS}))
-
-
-def python(root, *argv):
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_a_method_is_one_file_and_one_entry(copy, tiny_model):
-    """BOFT, which peft has and this app leaves out, appears wherever methods are shown, counted or run."""
-    add_boft(copy)
-    (listed,) = python(copy, "-m", "peftlab", "methods", "--json")
+    (tmp_path / "peftlab" / "methods" / "boft.py").write_text(BOFT)
+    assert "boft needs both an entry" in python("-c", "import peftlab", fails=True)
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"boft": WORDS}))
+    (listed,) = python("-m", "peftlab", "methods", "--json")
     assert next(m for m in json.loads(listed) if m["key"] == "boft")["name"] == "Butterfly OFT"
-
     spec = ("--method", "boft", "--model", tiny_model, "--target-modules", "q_proj,v_proj", "--json")
-    (counted,) = python(copy, "-m", "peftlab", "params", *spec)
-    assert json.loads(counted)["trainable_parameters"] == 1_824  # FACTS.md, section 4
-
-    events = python(copy, "-m", "peftlab", "train", *spec, "--task", "toy", "--steps", 2, "--out", "run")
-    events = [
-        line for line in events if line.startswith("{")
-    ]  # on a GPU, peft's BOFT tells how its kernels are compiled
-    start, done = (next(e for e in map(json.loads, events) if e["type"] == kind) for kind in ("start", "done"))
-    assert start["trainable_parameters"] == 1_824 and done["steps"] == 2
+    events = python("-m", "peftlab", "train", *spec, "--task", "toy", "--steps", 2, "--out", "run")
+    events = [json.loads(line) for line in events if line.startswith("{")]  # on a GPU, BOFT tells how it is compiled
+    start, done = (next(e for e in events if e["type"] == kind) for kind in ("start", "done"))
+    assert start["trainable_parameters"] == 1_824 and done["steps"] == 2  # FACTS.md, section 4
+    (counted,) = python("-m", "peftlab", "params", "--method", "boft", "--model", "llama-2-7b", "--json")
+    linear = architecture.of("llama-2-7b").linear()
+    assert json.loads(counted)["trainable_parameters"] == sum(m.count * (4 * m.d_in + m.d_out) for m in linear)
 
     pytest.importorskip("gradio")
-    gradients, *tabs = python(copy, "-c", TABS)
-    linear = architecture.of("llama-2-7b").linear()
-    assert int(gradients) == 4 * sum(m.count * (4 * m.d_in + m.d_out) for m in linear)
-    assert len(tabs) == 4
-    for tab in tabs:
-        assert "Butterfly OFT" in tab and re.search(r"\bboft\b", tab)
-
-
-@pytest.mark.parametrize("half, missing", [("file", "catalog/methods.json"), ("entry", "peftlab/methods")])
-def test_half_a_method_says_what_it_lacks(half, missing, copy):
-    add_boft(copy)
-    if half == "file":
-        shutil.copy(ROOT / "peftlab" / "catalog" / "methods.json", copy / "peftlab" / "catalog")
-    else:
-        (copy / "peftlab" / "methods" / "boft.py").unlink()
-    done = subprocess.run([sys.executable, "-c", "import peftlab.methods"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode and "boft needs both an entry" in done.stderr and missing in done.stderr
+    tabs = python("-c", TABS)
+    assert len(tabs) == 4 and all("Butterfly OFT" in tab and re.search(r"\bboft\b", tab) for tab in tabs)
+    (tmp_path / "peftlab" / "methods" / "boft.py").unlink()
+    assert "boft needs both an entry" in python("-c", "import peftlab", fails=True)
