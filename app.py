@@ -1,7 +1,5 @@
 """peftlab: assembles the tabs and launches. `python app.py`, or the entry point of a Hugging Face Space."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -57,11 +55,8 @@ def try_again() -> tuple[str, gr.Timer, gr.Button]:
 
 
 def head() -> None:
-    gr.HTML(
-        "<h1>peftlab</h1><p>Fine-tune a fraction of a model, and check every number.</p>",
-        html_template='<header class="brand">${value}</header>',
-        js_on_load=None,
-    )
+    about = "<h1>peftlab</h1><p>Fine-tune a fraction of a model, and check every number.</p>"
+    gr.HTML(f'<header class="brand">{about}</header>', js_on_load=None)
 
 
 def foot() -> None:

@@ -1,7 +1,5 @@
 """Tab 3, do it now: a small fine-tune that runs live, its loss and held-out metric moving as it learns."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +13,7 @@ from gradio.data_classes import FileDataDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, controls, methods, store
-from demos.page.gpu import on_gpu
-from demos.page.tab import Asked, Draw, Tab, Values
+from demos.page.tab import Asked, Draw, Tab, Values, on_gpu
 from peftlab import RunSpec, adapters, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog import PRESETS
@@ -33,7 +30,6 @@ FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
 """Settings of some methods whose controls are under More settings."""
 LARGEST = 2_000_000_000  # parameters of the largest model offered for a live run
 MINE = 8  # how many adapters a browser keeps: the newest
-POLL = 0.5  # seconds between two looks at a run
 TRAIN = on_gpu(train)
 
 
@@ -63,11 +59,6 @@ def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, st
         "go": gr.update(interactive=not is_on, value=go),
         "stop": gr.update(interactive=is_on and not stopping, value="Stopping" if stopping else stop),
     }
-
-
-def again(job: jobs.Job | None) -> float | None:
-    """Seconds after which there may be more of a run to see; None where nothing is under way."""
-    return POLL if job and not job.over else None
 
 
 class Live(Tab):
@@ -130,9 +121,6 @@ class Live(Tab):
 
     def job(self, asked: Asked) -> jobs.Job | None:
         return jobs.find(asked.kept.get("run"))
-
-    def again(self, asked: Asked) -> float | None:
-        return again(self.job(asked))
 
     def check(self, asked: Asked) -> None:
         count(resolve(here(asked.spec)))

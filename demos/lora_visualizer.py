@@ -1,7 +1,5 @@
 """Tab 2, why so little? W, A and B to scale, and where every trained parameter is."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

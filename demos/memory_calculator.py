@@ -1,7 +1,5 @@
 """Tab 1, what does it cost? Full fine-tuning beside the chosen method: memory, and the GPUs, time and disk it takes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import lru_cache
@@ -124,7 +122,9 @@ class Memory(Tab):
                 upload = gr.UploadButton("Upload one", file_types=[".json"], size="sm", min_width=80)
             key = gr.Textbox(visible=False)
         pasted = gr.on([use.click, text.submit], own_config, text, [refused, key], **QUIET)
-        uploaded = upload.upload(own_file, upload, [refused, key], **QUIET)
+        uploaded = upload.upload(
+            lambda file: own_config(Path(file).read_text(errors="replace")), upload, [refused, key], **QUIET
+        )
         for event in (pasted, uploaded):
             event.then(None, key, None, js="(model) => { if (model) peftlab.write({model}); }", **QUIET)
         with self.fold("Count as a lecture does"):
@@ -217,10 +217,6 @@ def own_config(text: str) -> tuple[str, str]:
         return "", from_config(text).key
     except PeftlabError as error:
         return escape(str(error)), ""
-
-
-def own_file(file: str) -> tuple[str, str]:
-    return own_config(Path(file).read_text(errors="replace"))
 
 
 if __name__ == "__main__":

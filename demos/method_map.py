@@ -1,7 +1,5 @@
 """The map of methods: how deep each reaches into the model, what it trains, when to use it, what others measured."""
 
-from __future__ import annotations
-
 import sys
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tab 6, which one? Lessons from recorded races, the lectures' statements put to the test, the same race run here."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,10 +9,9 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.live_finetune import again, buttons, here, note, runnable
+from demos.live_finetune import buttons, here, note, runnable
 from demos.page import choice, controls, methods, store
-from demos.page.gpu import on_gpu
-from demos.page.tab import QUIET, Asked, Draw, Tab, Values
+from demos.page.tab import QUIET, Asked, Draw, Tab, Values, on_gpu
 from peftlab import RunSpec, SpecError, race, resolve
 from peftlab.count import why_not
 from peftlab.data.tasks import DEFAULT, TASKS
@@ -165,7 +162,7 @@ class Race(Tab):
         }
 
     def draw(self, asked: Asked) -> dict[str, Draw]:
-        lesson, job = LESSONS[asked["lesson"]], self.race_of(asked)
+        lesson, job = LESSONS[asked["lesson"]], self.job(asked)
         standing = job if job and self.raced[job.id] == lesson.key else None
         parts = {
             **buttons(job, "Race here", "Racing", "Race again", "Stop"),
@@ -193,10 +190,7 @@ class Race(Tab):
         recorded = races.recorded_picture(lesson.key, record.device, asked["sort"])
         return parts | recorded | {"bar": bar + races.elsewhere(lesson, record)}
 
-    def again(self, asked: Asked) -> float | None:
-        return again(self.race_of(asked))
-
-    def race_of(self, asked: Asked) -> jobs.Job | None:
+    def job(self, asked: Asked) -> jobs.Job | None:
         """The race that was started from this browser, the one under way first."""
         mine = jobs.running(asked.visitor)
         job = mine if mine and mine.id in self.raced else jobs.find(str(asked.kept.get("race") or ""))
@@ -204,7 +198,7 @@ class Race(Tab):
 
     def begin(self, asked: Asked) -> Iterator[Values]:
         """Starts a race; a second press finds the one that is under way."""
-        job = self.race_of(asked)
+        job = self.job(asked)
         if job is None or job.over:
             lesson = LESSONS[asked["lesson"]]
             field = racers(asked.spec, lesson, asked["values"])
@@ -214,7 +208,7 @@ class Race(Tab):
         yield {"kept": {"race": job.id}}
 
     def halt(self, asked: Asked) -> Iterator[Values]:
-        job = self.race_of(asked)
+        job = self.job(asked)
         if job and not job.over:
             job.stop()
             yield {"stop": gr.update(interactive=False, value="Stopping"), "kept": {"race": job.id}}

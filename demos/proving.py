@@ -1,7 +1,5 @@
 """The LoRA tab's proofs by doing: merging, the dial on the update, and what each way to serve an adapter costs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,26 +7,18 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import bundled, chooser, of, offered, task_of
-from demos.page.gpu import on_gpu, with_result
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab, Values
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab, Values, on_gpu, with_result
 from peftlab import PeftlabError, units
+from peftlab.adapters import Adapter
 from peftlab.compare import proofs
 from peftlab.show.comparisons import dialled, merged_said, timed
 
 
-def merge(key: str, prompt: str) -> proofs.MergeReport:
-    return proofs.merge_check(of(key), prompt)
+def latency(adapter: Adapter, prompt: str) -> Iterator[tuple[float, proofs.LatencyReport | None]]:
+    yield from with_result(proofs.latency(adapter, prompt))
 
 
-def dial(key: str, prompt: str) -> Iterator[tuple[float, str]]:
-    yield from proofs.dial(of(key), prompt)
-
-
-def latency(key: str, prompt: str) -> Iterator[tuple[float, proofs.LatencyReport | None]]:
-    yield from with_result(proofs.latency(of(key), prompt))
-
-
-MERGE, DIAL, LATENCY = on_gpu(merge), on_gpu(dial), on_gpu(latency)
+MERGE, DIAL, LATENCY = on_gpu(proofs.merge_check), on_gpu(proofs.dial), on_gpu(latency)
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
 IDLE = (
@@ -70,18 +60,18 @@ def prompt(asked: Asked) -> str:
 
 
 def merging(asked: Asked) -> Iterator[str]:
-    yield merged_said(MERGE(chosen(asked), prompt(asked)))
+    yield merged_said(MERGE(of(chosen(asked)), prompt(asked)))
 
 
 def turning(asked: Asked) -> Iterator[str]:
     stops: list[tuple[float, str]] = []
-    for stop in DIAL(chosen(asked), prompt(asked)):
+    for stop in DIAL(of(chosen(asked)), prompt(asked)):
         stops.append(stop)
         yield dialled(stops)
 
 
 def timing(asked: Asked) -> Iterator[str]:
-    for share, report in LATENCY(chosen(asked), prompt(asked)):
+    for share, report in LATENCY(of(chosen(asked)), prompt(asked)):
         yield timed(report) if report else f'<p class="note">Timing, {units.score(share)} done.</p>'
 
 

@@ -1,7 +1,5 @@
 """The LoRA tab's mathematics on real weights: is W low-rank, is the update, and what do two updates share?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -10,8 +8,7 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import choices, chooser, of, offered
-from demos.page.gpu import on_gpu, with_result
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab, Values
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab, Values, on_gpu, with_result
 from peftlab import PeftlabError, adapters, resolve, units
 from peftlab.base import architecture, weights
 from peftlab.compare import study

@@ -1,7 +1,5 @@
 """Tab 4, did it work? The same prompt to the base and to the adapter, and the score of both."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -13,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos.page import choice, controls, store
 from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
-from demos.page.gpu import on_gpu, with_result
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, On, Tab, Values, Work
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, On, Tab, Values, Work, on_gpu, with_result
 from peftlab import compare, hardware, units
 from peftlab.compare import ComparisonReport, Reply
 from peftlab.data.tasks import Task

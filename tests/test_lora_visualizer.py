@@ -125,7 +125,7 @@ def test_a_proof_tells_how_it_goes_on_with_the_adapter_and_the_prompt_that_were_
     asked = read({"proof_adapter": "ticket-lora"}, proof_prompt="Hello")
     first = adapter_choice.task_of(adapter_choice.bundled()["ticket-lora"]).heldout[0].prompt
     assert (proving.prompt(read({"proof_adapter": "ticket-lora"})), proving.prompt(asked)) == (first, "Hello")
-    monkeypatch.setattr(proving, "DIAL", lambda *of: iter([(0.0, "base"), (1.0, "-".join(of))]))
+    monkeypatch.setattr(proving, "DIAL", lambda of, prompt: iter([(0.0, "base"), (1.0, f"{of.name}-{prompt}")]))
     begins, first, both = (shown["proved"] for shown in proving.prove("dial", asked))
     assert "Answering five times" in begins and "base" in first and "ticket-lora-Hello" in both
 

@@ -1,7 +1,5 @@
 """The adapters a visitor can choose from: bundled with the app, or trained here by themselves."""
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """What a link may say, and what the page opens with."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a tab's own choices may be: those of its settings that are no part of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar

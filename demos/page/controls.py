@@ -1,7 +1,5 @@
 """What the tabs are built of: controls with the settings' own words, notes, charts, drawers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """The look of the page: theme, scripts, and how it is launched."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

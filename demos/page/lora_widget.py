@@ -1,7 +1,5 @@
 """The LoRA tab's picture and knobs, which the page counts and draws from shapes and terms that Python sends once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from html import escape

@@ -1,7 +1,5 @@
 """Prints as JSON what the page costs its server, a processor's time, and a browser, bytes, for `peftlab bench page`."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -1,7 +1,5 @@
 """Methods on the page: the chooser, each method's own settings, and what is said of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import gradio as gr

@@ -1,7 +1,5 @@
 """The server's half of the settings, without a memory: it answers a page's question, from store.js, with what to show."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -130,10 +128,11 @@ class Store:
         shown = {name: controls.as_update(value) for name, value in {**tab.fill(asked), **panels}.items()}
         for name in asked.refused.keys() & tab.controls.keys():
             update = {k: v for k, v in shown.get(name, gr.skip()).items() if k != "value"}
-            control, number = tab.controls[name], plain_number(asked.refused[name])
-            if isinstance(control, gr.Slider) and number is not None:
-                low, high = min(control.minimum, number), max(control.maximum, number)
-                update |= {"value": number, "minimum": low, "maximum": high}
+            if isinstance(control := tab.controls[name], gr.Slider):
+                with suppress(ValueError):
+                    if abs(number := float(asked.refused[name])) < 1e15:
+                        low, high = min(control.minimum, number), max(control.maximum, number)
+                        update |= {"value": number, "minimum": low, "maximum": high}
             shown[name] = update
         return {f"{tab.key}.{name}": update for name, update in shown.items()}
 
@@ -193,15 +192,6 @@ class Store:
             component.input(None, component, None, js=heard, **QUIET)  # type: ignore[attr-defined]
         if isinstance(component, gr.Dropdown) and component.multiselect:
             component.change(None, component, None, js=f"(v) => {{ peftlab.picked('{name}', v); }}", **QUIET)
-
-
-def plain_number(text: str) -> int | float | None:
-    """The number that a box can hold; None for any other text."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return (int(number) if number == int(number) else number) if abs(number) < 1e15 else None
 
 
 def sound(asks: object) -> Question:

@@ -1,15 +1,14 @@
 """A tab: controls and panels by name, and what they show of the settings."""
 
-from __future__ import annotations
-
 import json
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import gradio as gr
 from gradio.blocks import Block
@@ -19,6 +18,8 @@ from gradio.events import Dependency
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank
 from peftlab import PeftlabError, RunSpec, resolve
+from peftlab.room import jobs
+from peftlab.run import events
 from peftlab.spec import Resolved
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ Draw: TypeAlias = Callable[[], Any]
 On: TypeAlias = gr.Button | Sequence[Callable[..., Dependency]]  # what starts a press: a button, or several events
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
+P = ParamSpec("P")
+T = TypeVar("T")
+SECONDS = 120  # longest that one press may hold a shared GPU
+POLL = 0.5  # seconds between two looks at a job
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,24 @@ Work: TypeAlias = Callable[[Asked], Iterator[Values]]  # what a press does: it y
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 ONE_AT_A_TIME: dict[str, Any] = QUIET | {"concurrency_id": "generate", "concurrency_limit": 1}
 """Options for presses that compute with a model: two at once would only be slower."""
+
+
+def on_gpu(work: Callable[P, T]) -> Callable[P, T]:
+    """`work`, which a ZeroGPU Space runs where the GPU is. Call this at import, when a Space looks for it."""
+    if not os.environ.get("SPACES_ZERO_GPU"):
+        return work
+    import spaces
+
+    return spaces.GPU(work, duration=SECONDS)
+
+
+def with_result(work: Generator[float, None, T]) -> Iterator[tuple[float, T | None]]:
+    """The shares done of a work, each with None; at last 1, with what the work returns."""
+    for share in (told := events.Work(work)):
+        yield share, None
+    yield 1.0, told.result
+
+
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
@@ -177,9 +200,13 @@ class Tab:
         """How each panel is drawn, by name. A panel that is not named stays as it is."""
         return {}
 
+    def job(self, asked: Asked) -> jobs.Job | None:
+        """The run or race whose events are shown, while it goes on and after."""
+        return None
+
     def again(self, asked: Asked) -> float | None:
         """Seconds after which there may be more to see; None where nothing is under way."""
-        return None
+        return POLL if (job := self.job(asked)) and not job.over else None
 
     def slow(self, asked: Asked) -> list[Slow]:
         """Work whose result `draw` shows once it is known."""
