@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +12,7 @@ from gradio.data_classes import FileDataDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, controls, methods, store
-from demos.page.tab import Asked, Draw, Tab, Values, on_gpu
+from demos.page.tab import Asked, Tab, Values, on_gpu
 from peftlab import RunSpec, adapters, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog import PRESETS
@@ -137,12 +136,12 @@ class Live(Tab):
             **methods.method_updates(spec, (*OWN, *FOLDED)),
         }
 
-    def draw(self, asked: Asked) -> dict[str, Draw]:
+    def draw(self, asked: Asked) -> Values:
         spec, job = here(asked.spec), self.job(asked)
         run = resolve(spec)
-        picture = {**runs.shown(job, spec), **buttons(job, "Train", "Training", "Train again", "Stop and keep")}
         return {
-            **{name: partial(picture.get, name) for name in picture},
+            **runs.shown(job, spec),
+            **buttons(job, "Train", "Training", "Train again", "Stop and keep"),
             "keep": lambda: controls.seen(self.download(job)),
             "lesson": lambda: runs.card(run.task),
             "about": lambda: method_card(run.method, run.model),

@@ -5,13 +5,14 @@ import sys
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, look, methods, store
-from demos.page.tab import QUIET, Asked, Draw, Slow, Tab
+from demos.page.tab import QUIET, Asked, Slow, Tab
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
 from peftlab.base.models import find, from_config
 from peftlab.catalog import GPUS, PRICE
@@ -136,7 +137,7 @@ class Memory(Tab):
 
     def pictures(self) -> None:
         asked = Asked(address.OPENING, {name: one.usual for name, one in self.choices.items()}, {})
-        first = {name: draw() for name, draw in self.draw(asked).items() if name in ("bars", "surprises", "timeline")}
+        first = self.draw(asked)
         self.panel("problem", controls.problem())
         sentence = memory_figures.memory_sentence(*seen(asked)[0])
         template = (
@@ -175,7 +176,6 @@ class Memory(Tab):
         bare = find(run.model).config is None
         return {
             **super().fill(asked),
-            "model": controls.shown_model(asked.spec),
             "method": method_value(run.method, run.model),
             **methods.method_updates(asked.spec, methods.BY_METHOD),
             "batch_size": controls.slid(run.batch_size, 64),
@@ -184,18 +184,18 @@ class Memory(Tab):
             "share": gr.update(visible=bare and run.method != "full", value=asked["share"]),
         }
 
-    def draw(self, asked: Asked) -> dict[str, Draw]:
+    def draw(self, asked: Asked) -> dict[str, Any]:
         run, (reports, forms) = asked.run, seen(asked)
         full, chosen = reports
         share = None if find(run.model).config else asked["share"]
         surprises = "".join(f"<p>{said}</p>" for said in memory_figures.memory_surprises(full, chosen)[:2])
         timeline = figures.themed(memory_figures.memory_timeline, chosen) if chosen.moments else None
         return {
-            "bars": lambda: memory_figures.bars_value(reports, forms, at(chosen.spec), share),
-            "surprises": lambda: marks.explained(surprises),
-            "timeline": lambda: controls.seen(timeline),
+            "bars": memory_figures.bars_value(reports, forms, at(chosen.spec), share),
+            "surprises": marks.explained(surprises),
+            "timeline": controls.seen(timeline),
             "about": lambda: method_card(run.method, run.model),
-            "config_problem": lambda: "",
+            "config_problem": "",
             "changed": lambda: settings.changed(asked.spec),
             "numbers": lambda: costs.numbers(full, chosen, forms[1]),
             "gpus": lambda: costs.gpus(full, chosen),

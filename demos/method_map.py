@@ -9,7 +9,7 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, store
-from demos.page.tab import Asked, Draw, Slow, Tab
+from demos.page.tab import Asked, Slow, Tab, Values
 from peftlab import count
 from peftlab.base.models import find
 from peftlab.count import why_not
@@ -132,11 +132,7 @@ class Methods(Tab):
         facts.places(asked.run.model)  # refuses a bare count, which has no layers to count in
         count(asked.run)
 
-    def fill(self, asked: Asked) -> dict[str, object]:
-        ticks = {name: list(asked[name]) for name in TICKS.values()}
-        return {**super().fill(asked), "model": controls.shown_model(asked.spec), **ticks}
-
-    def draw(self, asked: Asked) -> dict[str, Draw]:
+    def draw(self, asked: Asked) -> Values:
         model, method = asked.run.model, asked.run.method
         checked = statements.tab_table("methods", traced(model))
         chart, front = guide.benchmark(asked["across"], asked["up"])
@@ -148,7 +144,7 @@ class Methods(Tab):
             "card": lambda: method_panel(method),
             "advice": lambda: guide.advice(situations(asked), model),
             "not_memory": lambda: f"<p>{escape(published.not_memory())}</p>",
-            "runs": lambda: chart,
+            "runs": chart,
             "marks": guide.marks,
             "front": lambda: marks.explained(front),
             "all_runs": guide.all_runs,

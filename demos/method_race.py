@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -11,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos.live_finetune import buttons, here, note, runnable
 from demos.page import choice, controls, methods, store
-from demos.page.tab import QUIET, Asked, Draw, Tab, Values, on_gpu
+from demos.page.tab import QUIET, Asked, Tab, Values, on_gpu
 from peftlab import RunSpec, SpecError, race, resolve
 from peftlab.count import why_not
 from peftlab.data.tasks import DEFAULT, TASKS
@@ -161,16 +160,15 @@ class Race(Tab):
             **{name: controls.blank(asked[name]) for name in ("seconds", "seeds")},
         }
 
-    def draw(self, asked: Asked) -> dict[str, Draw]:
+    def draw(self, asked: Asked) -> Values:
         lesson, job = LESSONS[asked["lesson"]], self.job(asked)
         standing = job if job and self.raced[job.id] == lesson.key else None
-        parts = {
+        return {
             **buttons(job, "Race here", "Racing", "Race again", "Stop"),
             "settings": note(asked.spec),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
         }
-        return {name: partial(parts.get, name) for name in parts}
 
     def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> Values:
         """What the panels show of a race here once it has begun; before, the recorded one, hidden until a guess."""

@@ -7,7 +7,7 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import bundled, chooser, of, offered, task_of
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Tab, Values, on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, on_gpu, with_result
 from peftlab import PeftlabError, units
 from peftlab.adapters import Adapter
 from peftlab.compare import proofs
@@ -40,7 +40,7 @@ def build(tab: Tab) -> None:
         tab.press(button, partial(prove, name), ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
 
 
-def draw(asked: Asked) -> dict[str, Draw]:
+def draw(asked: Asked) -> Values:
     return {"proof_adapter": lambda: offered(asked, chosen(asked))}
 
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import choices, chooser, of, offered
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, Slow, Tab, Values, on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Slow, Tab, Values, on_gpu, with_result
 from peftlab import PeftlabError, adapters, resolve, units
 from peftlab.base import architecture, weights
 from peftlab.compare import study
@@ -105,7 +105,7 @@ def fill(asked: Asked) -> Values:
     return {"matrix": gr.update(choices=offered, value=role), "layer": layer}
 
 
-def draw(asked: Asked) -> dict[str, Draw]:
+def draw(asked: Asked) -> Values:
     drawn = cache(lambda: shown.pictures(added(asked), *place(asked)))
     found = worker.known(images, *place(asked), asked["directions"])
     studied, on_offer = asked.kept.get("studied"), [key for _, key in choices(asked.kept.get("adapters"))]

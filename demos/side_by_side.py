@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -11,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos.page import choice, controls, store
 from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Draw, On, Tab, Values, Work, on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, On, Tab, Values, Work, on_gpu, with_result
 from peftlab import compare, hardware, units
 from peftlab.compare import ComparisonReport, Reply
 from peftlab.data.tasks import Task
@@ -130,7 +129,7 @@ class Compare(Tab):
         prompt = prompt_of(asked, task_of(of(key)))
         return {**super().fill(asked), "adapter": offered(asked, key), "prompt": prompt}
 
-    def draw(self, asked: Asked) -> dict[str, Draw]:
+    def draw(self, asked: Asked) -> Values:
         adapter = of(chosen(asked))
         task, report = task_of(adapter), compare.recorded(adapter)
         prompt, rows = prompt_of(asked, task), [row.prompt for row in task.heldout]
@@ -138,12 +137,11 @@ class Compare(Tab):
         source = "Recorded when the adapter was made" if pair else "Press Ask both"
         unscored = "This adapter has no recorded score: press Score to measure it."
         nothing = {"sentence": unscored, "chart": gr.update(value=None), "every": ""}
-        picture = comparisons.scored_value(report, task) if report else nothing
         examples = gr.update(choices=[[row, row] for row in rows], value=prompt if prompt in rows else None)
         return {
-            **{name: partial(picture.get, name) for name in nothing},
+            **(comparisons.scored_value(report, task) if report else nothing),
             "whence": lambda: comparisons.whence(adapter) if report else "",
-            "example": lambda: examples,
+            "example": examples,
             "left": lambda: _said_to(prompt, pair and pair[0]),
             "right": lambda: _said_to(prompt, pair and pair[1]),
             "said": lambda: comparisons.reference(task, prompt, source),

@@ -80,7 +80,7 @@ def test_the_tab_shows_the_settings():
     assert units.size(count(resolve(spec)).adapter_bytes) in found["chosen"]
     assert found["card"] == methods.method_panel("houlsby")
     assert "7 of 63 runs" in found["front"]
-    assert (found["when_none"], found["when_peft"]) == ([], ["default", "latency"])
+    assert (found["when_none"], found["when_peft"]) == ((), ("default", "latency"))
     assert found["advice"].count('<section class="case">') == 2
 
 

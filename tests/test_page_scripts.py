@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from demos import memory_calculator
-from demos.lora_visualizer import Lora
-from demos.page import address, lora_widget, store
+from demos import lora_visualizer, memory_calculator
+from demos.page import address, store
 from demos.page.tab import Asked
 from peftlab import RunSpec, SpecError, count, predict, resolve, units
 from peftlab.base import architecture
@@ -177,7 +176,7 @@ const of = ({value, points}) => {
 """
 """Each point is settings that the server sends, and perhaps what the reader does: to `untick` a module, what another
 control `writes`, and `then` by knob; `asked` is the method of the address."""
-STORE = store.blocks(Lora()).store
+STORE = store.blocks(lora_visualizer.Lora()).store
 SPEC = RunSpec(model="smollm2-135m", method="lora")
 HERE = shapes.value(SPEC)["at"]
 
@@ -185,7 +184,7 @@ HERE = shapes.value(SPEC)["at"]
 def page(cases):
     """The page's answers, a list for each (spec, points)."""
     cases = [{"value": shapes.value(spec), "points": points} for spec, points in cases]
-    return in_node(WIDGET, lora_widget.SCRIPT, cases)
+    return in_node(WIDGET, lora_visualizer.SCRIPT, cases)
 
 
 def answers(spec, *points):
@@ -329,7 +328,7 @@ def test_nothing_to_train_is_refused_and_not_written():
 
 
 def test_a_preset_writes_its_settings_and_shows_while_they_are_set():
-    asked = [(spec, key) for key in lora_widget.ALPHA for spec in (SPEC, SPEC.but(rank=32))]
+    asked = [(spec, key) for key in lora_visualizer.ALPHA for spec in (SPEC, SPEC.but(rank=32))]
     after = [with_preset(spec, PRESETS[key]) for spec, key in asked]
     chosen = page([(spec, [point(spec) | {"then": {"preset": key}}]) for spec, key in asked])
     left = page([(then, [point(then) | {"then": {"preset": ""}}]) for then in after])

@@ -17,17 +17,6 @@ from peftlab.methods import METHODS
 ROUNDS = 200
 
 
-def settings(draw: random.Random) -> dict[str, str]:
-    """Settings of a run as a visitor might choose them."""
-    return {
-        "model": draw.choice([key for key, model in MODELS.items() if model.is_causal]),
-        "method": draw.choice([key for key in METHODS if "rank" in METHODS[key].settings]),
-        "rank": str(draw.randint(1, 128)),
-        "batch_size": str(draw.randint(1, 32)),
-        "sequence_length": str(16 * draw.randint(1, 256)),
-    }
-
-
 def milliseconds(tab: str, state: dict[str, str]) -> float:
     """Processor time of an answer while the folds are closed."""
     start = time.process_time()
@@ -37,7 +26,16 @@ def milliseconds(tab: str, state: dict[str, str]) -> float:
 
 def main() -> None:
     draw, took = random.Random(0), {}
-    states = [settings(draw) for _ in range(ROUNDS)]
+    states = [  # as visitors might choose them
+        {
+            "model": draw.choice([key for key, model in MODELS.items() if model.is_causal]),
+            "method": draw.choice([key for key in METHODS if "rank" in METHODS[key].settings]),
+            "rank": str(draw.randint(1, 128)),
+            "batch_size": str(draw.randint(1, 32)),
+            "sequence_length": str(16 * draw.randint(1, 256)),
+        }
+        for _ in range(ROUNDS)
+    ]
     for tab in app.demo.store.tabs:
         milliseconds(tab, {"rank": "3"})  # makes what is made only once
     for tab in app.demo.store.tabs:

@@ -124,7 +124,8 @@ class Store:
         What is refused stays in its control as it was typed; a slider's scale is stretched to hold it.
         """
         seen = {None, *question.open}
-        panels = {name: draw() for name, draw in tab.draw(asked).items() if tab.folded.get(name) in seen}
+        drawn = {name: draw for name, draw in tab.draw(asked).items() if tab.folded.get(name) in seen}
+        panels = {name: draw() if callable(draw) else draw for name, draw in drawn.items()}
         shown = {name: controls.as_update(value) for name, value in {**tab.fill(asked), **panels}.items()}
         for name in asked.refused.keys() & tab.controls.keys():
             update = {k: v for k, v in shown.get(name, gr.skip()).items() if k != "value"}

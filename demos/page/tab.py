@@ -16,7 +16,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from demos.page.choice import Choice, Number
-from demos.page.controls import blank
+from demos.page.controls import blank, shown_model
 from peftlab import PeftlabError, RunSpec, resolve
 from peftlab.room import jobs
 from peftlab.run import events
@@ -25,8 +25,6 @@ from peftlab.spec import Resolved
 log = logging.getLogger(__name__)
 Values: TypeAlias = Mapping[str, object]
 """What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
-Draw: TypeAlias = Callable[[], Any]
-"""Gives what one panel shows. Raises PeftlabError."""
 On: TypeAlias = gr.Button | Sequence[Callable[..., Dependency]]  # what starts a press: a button, or several events
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
@@ -194,10 +192,11 @@ class Tab:
     def fill(self, asked: Asked) -> dict[str, object]:
         """What each control shows, by name: the tab's choice, or the setting of the run, empty where that is automatic."""
         spec, own = asked.spec, self.choices
-        return {name: asked[name] if name in own else blank(getattr(spec, name)) for name in self.controls}
+        shown = {name: asked[name] if name in own else blank(getattr(spec, name)) for name in self.controls}
+        return shown | ({"model": shown_model(spec)} if "model" in shown else {})
 
-    def draw(self, asked: Asked) -> dict[str, Draw]:
-        """How each panel is drawn, by name. A panel that is not named stays as it is."""
+    def draw(self, asked: Asked) -> Values:
+        """What each panel shows, by name, or a function that draws it. A panel that is not named stays as it is."""
         return {}
 
     def job(self, asked: Asked) -> jobs.Job | None:
