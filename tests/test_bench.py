@@ -8,11 +8,9 @@ from tiny import run_of, steps
 
 from peftlab import SpecError, hardware, resolve
 from peftlab.base import models, weights
-from peftlab.bench import generation, peers
+from peftlab.bench import peers, record
 from peftlab.bench.peers import PEERS, YARDSTICK, Peer
-from peftlab.bench.random_weights import random_weights
-from peftlab.bench.record import record_gears
-from peftlab.bench.speed import record_speed
+from peftlab.bench.speed import random_weights, record_speed
 from peftlab.run.batches import IGNORED
 
 ON_CPU = hardware.here().device == "cpu"
@@ -41,7 +39,7 @@ def test_every_trainer_that_is_installed_takes_the_same_steps(spec, tmp_path, mo
 
 def test_each_methods_gear_is_listed(spec, tmp_path, monkeypatch):
     monkeypatch.setattr("peftlab.bench.record.METHODS", ("lora", "adalora", "bitfit"))
-    document = record_gears(spec, tmp_path / "gears.json", print)
+    document = record.record_gears(spec, tmp_path / "gears.json", print)
     assert document == json.loads((tmp_path / "gears.json").read_text())
     lora, adalora, bitfit = document["methods"]
     assert (lora["gear"], adalora["gear"]) == ("eager" if ON_CPU else "graph", "eager")
@@ -94,9 +92,9 @@ def test_a_peer_that_fails_says_so_and_the_others_go_on(spec, tmp_path, monkeypa
 
 
 def test_decoding_is_held_against_transformers(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "TOKENS", 8)  # as many as are timed; the text is compared over more
-    document = generation.record_generation(spec, tmp_path / "generation.json", print)
+    monkeypatch.setattr(record, "TOKENS", 8)  # as many as are timed; the text is compared over more
+    document = record.record_generation(spec, tmp_path / "generation.json", print)
     asked = [(row["model"], row["streams"]) for row in document["rows"]]
-    assert asked == [(model, streams) for model in ("base", "lora") for streams in generation.STREAMS]
+    assert asked == [(model, streams) for model in ("base", "lora") for streams in record.STREAMS]
     assert document["same_text_in_fp32"]
     assert all(row["peftlab"] > 0 and row["transformers"] > 0 for row in document["rows"])

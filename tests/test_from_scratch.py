@@ -1,4 +1,4 @@
-"""The texts of from_scratch.py are run, and what they make is held against peft's own layer."""
+"""The layers that the LoRA tab shows as code are run, and what they make is held against peft's own layer."""
 
 import ast
 import copy
@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peftlab import SpecError
-from peftlab.lectures import from_scratch
+from peftlab.show import lora
 
 
 def made_by(source):
@@ -20,7 +20,7 @@ def made_by(source):
 
 def lecture(name):
     """One of the lecture's classes, made without the lines that run them into the error."""
-    classes = [n for n in ast.parse(from_scratch.LECTURE).body if isinstance(n, ast.Import | ast.ClassDef)]
+    classes = [n for n in ast.parse(lora.LECTURE).body if isinstance(n, ast.Import | ast.ClassDef)]
     return made_by(ast.unparse(ast.Module(classes, [])))[name]
 
 
@@ -35,7 +35,7 @@ def peft_twin(layer, rank, alpha):
 
 
 def test_the_script_runs_as_it_is_shown_and_says_how_many_it_trains(capsys):
-    made_by(from_scratch.lora_layer(640, 1024, 8, 16.0))
+    made_by(lora.lora_layer(640, 1024, 8, 16.0))
     said = f"{8 * (640 + 1024):,} trained parameters beside {640 * 1024 + 1024:,} frozen ones: 2.03%\n"
     assert capsys.readouterr().out == said
 
@@ -44,7 +44,7 @@ def test_the_script_runs_as_it_is_shown_and_says_how_many_it_trains(capsys):
 @torch.no_grad()
 def test_its_layer_computes_what_pefts_does_and_so_does_the_merged_one(sizes):
     d_in, d_out, rank, alpha = sizes
-    layer = made_by(from_scratch.lora_layer(*sizes))["layer"]
+    layer = made_by(lora.lora_layer(*sizes))["layer"]
     assert (layer.A.shape, layer.B.shape) == ((rank, d_in), (d_out, rank)) and layer.scale == alpha / rank
     x, before = torch.randn(7, d_in, generator=torch.Generator().manual_seed(1)), layer.base.weight.clone()
     layer.B.mul_(0.1)  # outputs near 1, so that 1e-6 means something in fp32
@@ -58,7 +58,7 @@ def test_its_layer_computes_what_pefts_does_and_so_does_the_merged_one(sizes):
 
 def test_it_trains_only_a_and_b_which_start_as_pefts():
     torch.manual_seed(3)
-    fresh = made_by(from_scratch.lora_layer(400, 300, 16, 32))["LoRALinear"](torch.nn.Linear(400, 300), 16, 32)
+    fresh = made_by(lora.lora_layer(400, 300, 16, 32))["LoRALinear"](torch.nn.Linear(400, 300), 16, 32)
     assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {"A", "B"}
     end = 400**-0.5  # peft's `reset_lora_parameters` is Kaiming's with a = √5: uniform up to 1/√d_in
     assert fresh.A.abs().max() <= end and fresh.A.std().item() == pytest.approx(end / 3**0.5, rel=0.05)
@@ -77,20 +77,20 @@ def test_it_trains_only_a_and_b_which_start_as_pefts():
 )
 def test_a_size_that_makes_no_layer_is_refused_in_words(sizes, words):
     with pytest.raises(SpecError, match=words):
-        from_scratch.lora_layer(*sizes)
+        lora.lora_layer(*sizes)
 
 
 def test_the_texts_fit_on_a_page():
-    shown = from_scratch.lora_layer(8192, 28672, 64, 16.5)
-    assert "alpha=16.5" in shown and "alpha=16)" in from_scratch.lora_layer(64, 64, 8, 16.0)
+    shown = lora.lora_layer(8192, 28672, 64, 16.5)
+    assert "alpha=16.5" in shown and "alpha=16)" in lora.lora_layer(64, 64, 8, 16.0)
     assert max(map(len, shown.splitlines())) <= 120 and len(shown.splitlines()) < 50
-    assert max(map(len, from_scratch.LECTURE.splitlines())) <= 90
+    assert max(map(len, lora.LECTURE.splitlines())) <= 90
 
 
 def test_the_lectures_script_runs_up_to_the_error_that_is_quoted(capsys):
     with pytest.raises(RuntimeError) as raised:
-        made_by(from_scratch.LECTURE)
-    assert capsys.readouterr().out == "forward: (4, 1024)\n" and f"RuntimeError: {raised.value}" in from_scratch.WHY
+        made_by(lora.LECTURE)
+    assert capsys.readouterr().out == "forward: (4, 1024)\n" and f"RuntimeError: {raised.value}" in lora.WHY
 
 
 @pytest.mark.parametrize("d_in, d_out, rank", [(64, 32, 4), (16, 32, 16), (32, 16, 1), (32, 32, 4), (32, 32, 31)])

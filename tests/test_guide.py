@@ -6,8 +6,8 @@ from peftlab import RunSpec, count, predict, resolve, units
 from peftlab.base.models import MODELS
 from peftlab.catalog import FAMILIES
 from peftlab.lectures import facts
-from peftlab.lectures.findings import finding
 from peftlab.lectures.guide import CASES, GROUPS, OF_MODEL, SIDES, SPECTRUM, beside
+from peftlab.lectures.lessons import finding
 from peftlab.lectures.published import of_benchmark
 from peftlab.methods import METHODS
 from peftlab.show import guide

@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 
 from peftlab.count import count, why_not
-from peftlab.lectures import findings, lessons
+from peftlab.lectures import lessons
 from peftlab.lectures.lessons import LESSONS
 from peftlab.lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS
 from peftlab.measured import MEASURED
@@ -75,7 +75,7 @@ def test_the_best_rate_is_where_the_score_is_highest_and_of_equals_the_loss_lowe
 
 def test_verdicts_turn_with_the_figures():
     def verdict(id, *lines):
-        return findings.raced(STATEMENTS[id], lines).verdict
+        return lessons.raced(STATEMENTS[id], lines).verdict
 
     assert verdict("near-full", line("lora", 0.8), line("full", 0.8)) == HOLDS
     assert verdict("near-full", line("lora", 0.4), line("full", 0.8)) == FAILS
@@ -96,7 +96,7 @@ def test_a_difference_within_its_interval_is_not_decided():
     rows = [1.0] * 20 + [0.0] * 11
     lora = line("lora", scores=[[*rows, *[1.0] * 4, *[0.0] * 5]])
     full = line("full", scores=[[*rows, *[0.0] * 4, *[1.0] * 5]])
-    found = findings.raced(STATEMENTS["near-full"], [lora, full])
+    found = lessons.raced(STATEMENTS["near-full"], [lora, full])
     low, high = found.interval
     assert found.verdict == OPEN and low < -0.03 < high
     assert found.points == f"−{-100 * low:.0f} to +{100 * high:.0f} points"
@@ -105,7 +105,7 @@ def test_a_difference_within_its_interval_is_not_decided():
 def test_scores_are_compared_row_by_row_with_the_mean_over_seeds_and_racers():
     seeds = [[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
     settings = [(method, {"training_rows": rows}) for method in ("lora", "full") for rows in (8, 16, 32)]
-    found = findings.raced(STATEMENTS["few-rows"], [line(method, settings=s, scores=seeds) for method, s in settings])
+    found = lessons.raced(STATEMENTS["few-rows"], [line(method, settings=s, scores=seeds) for method, s in settings])
     assert found.interval == (0, 0) and found.verdict == HOLDS and found.words == "LoRA 50%, Full fine-tuning 50%"
 
 

@@ -12,8 +12,7 @@ from tiny import ROOT
 from peftlab import RunSpec, count, resolve, units
 from peftlab.lectures import by_counting, by_racing
 from peftlab.lectures.by_counting import Number
-from peftlab.lectures.findings import finding
-from peftlab.lectures.lessons import LESSONS
+from peftlab.lectures.lessons import LESSONS, finding
 from peftlab.lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS
 from peftlab.methods import METHODS
 from peftlab.race import Line, recordings

@@ -1,8 +1,4 @@
-"""The shapes of a base model, exact to the parameter and without its weights: from transformers' own code on the meta device.
-
-Those of the catalogue are kept, so that the first page needs no model library; `python -m peftlab.base.architecture` writes
-them again.
-"""
+"""Shapes of base models without their weights; `python -m peftlab.base.architecture` writes those of the catalogue again."""
 
 from __future__ import annotations
 
@@ -261,7 +257,7 @@ def runs(numbers: tuple[int, ...]) -> list[list[int]]:
 
 @lru_cache(maxsize=1)
 def kept() -> dict[str, Architecture]:
-    """Key of a catalogue model → its architecture."""
+    """Key of a catalogue model → its architecture, kept so that the first page needs no model library."""
     return {key: from_data(data) for key, data in catalog.read("architectures").items()}
 
 

@@ -1,7 +1,5 @@
 """GGUF to safetensors, in a process of its own, as it takes all cores: `python -m peftlab.base.conversion GGUF TO`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

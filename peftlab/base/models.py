@@ -1,7 +1,5 @@
 """Base models by name: those of `catalog/models.json`, and whatever a Hub id, a folder or a pasted config describes."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -18,7 +16,6 @@ from .. import catalog
 from ..errors import SpecError
 from ..spec import Json, closest
 from . import configs
-from .configs import Config
 
 DEFAULT = "smollm2-135m-instruct"
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -59,7 +56,7 @@ class BaseModel:
     """None outside the catalogue, until its architecture is built."""
     hub_id: str | None = None
     licence: str = ""
-    config: Config | None = None
+    config: configs.Config | None = None
     """Hugging Face config; None for a bare count."""
     shape_of: str | None = None
     """Key of another entry with the same shapes."""
@@ -87,11 +84,8 @@ def find(model: str) -> BaseModel:
 
     The Hub is asked for a config alone, for 5 s at most. Raises SpecError with the nearest names, or what is wrong.
     """
-    if model in MODELS:
-        return MODELS[model]
-    for entry in MODELS.values():
-        if entry.hub_id == model:
-            return entry
+    if known := next((entry for entry in MODELS.values() if model in (entry.key, entry.hub_id)), None):
+        return known
     if model.startswith(CONFIG):
         return _from_key(model)
     if count := re.fullmatch(r"(\d+(?:\.\d+)?)\s?([KMBT])", model.strip(), re.IGNORECASE):

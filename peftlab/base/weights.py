@@ -15,7 +15,6 @@ from ..errors import SpecError
 from ..spec import Resolved
 from . import models
 from .fetching import Source, fetch, folder_of, source_of
-from .models import BaseModel
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,7 @@ SomeModel = TypeVar("SomeModel", bound="Module")
 class Base:
     """A base model in memory. `model` is shared and never changed: train and adapt a `share` of it."""
 
-    entry: BaseModel
+    entry: models.BaseModel
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Source
@@ -66,7 +65,7 @@ def load(spec: Resolved) -> Base:
         return _loaded[key]
 
 
-def _load(entry: BaseModel, spec: Resolved, device: str) -> Base:
+def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
     import torch
 
     from .. import fused

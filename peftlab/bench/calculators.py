@@ -15,8 +15,7 @@ from statistics import fmean
 from unittest.mock import patch
 
 from .. import methods
-from ..base import architecture as architectures
-from ..base import configs, models
+from ..base import architecture, configs, models
 from ..count import count
 from ..measured import documents, provenance
 from ..memory import predict
@@ -79,7 +78,7 @@ def _fitcheck(row: Row) -> dict[str, int]:
     from fitcheck import TrainingConfig, estimate, estimator, get_gpu, gpu_db, overhead_db
 
     spec = _spec(row)
-    shape, full = architectures.of(spec.model), spec.method == "full"
+    shape, full = architecture.of(spec.model), spec.method == "full"
     as_lora = ("lora", "qlora", "rslora", "lora-plus", "pissa")  # whose tensors have LoRA's shapes and types
     _require(full or spec.method in as_lora, f"method={spec.method}: it knows full fine-tuning and LoRA")
     _require(full or spec.precision != "amp", "precision=amp: it has no bf16 activations over a frozen fp32 base")
@@ -159,7 +158,7 @@ def _zero3(row: Row) -> dict[str, int]:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
     spec = _full_adam(row, "amp")
-    largest = max(module.weight + module.bias for module in architectures.of(spec.model).modules)
+    largest = max(module.weight + module.bias for module in architecture.of(spec.model).modules)
     total = count(spec).total_parameters
     needs = estimate_zero3_model_states_mem_needs(total, largest, cpu_offload=False, cpu_offload_params=False)
     return {"model states": needs[1]}

@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import hardware, methods, seam
-from ..base import architecture as architectures
-from ..base import configs, models
+from ..base import architecture, configs, models
 from ..errors import PeftlabError, RunError, SpecError
 from ..measured import provenance
 from ..memory import exact, step
 from ..resolve import resolve
 from ..spec import Json, Resolved, RunSpec
 from . import Say, write
-from .random_weights import drawn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+SPREAD = 0.02
+"""Standard deviation of the weights, as most models start."""
 
 
 def grid() -> Iterator[RunSpec]:
@@ -70,10 +72,8 @@ def _by(model: str, methods: str, settings: Json) -> Iterator[RunSpec]:
 
 
 def measure(spec: Resolved) -> Json:
-    """Bytes at the peak of a steady step on this machine's GPU, and its seconds. The weights are random, which memory does
-    not depend on.
-    """
-    entry, shape = models.find(spec.model), architectures.of(spec.model)
+    """Bytes at the peak of a steady step on this machine's GPU, and its seconds. Random weights take as much memory as any."""
+    entry, shape = models.find(spec.model), architecture.of(spec.model)
     assert entry.config is not None
     model = torch.nn.Module.to(configs.build_meta(entry.config), step.DTYPES[spec.precision]).requires_grad_(False)
     seam.set_attention(model.config, spec.attention)
@@ -103,6 +103,14 @@ def measure(spec: Resolved) -> Json:
         "device_used_bytes": total - free,
         "step_seconds": min(seconds),
     }
+
+
+def drawn(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """In place of a tensor without numbers, one of its shape and type with random ones, or zeros where they are whole."""
+    if not tensor.is_meta:  # a quantized weight
+        return tensor
+    made = torch.empty_like(tensor, device=device)
+    return made.normal_(0, SPREAD) if made.is_floating_point() else made.zero_()
 
 
 def _quantize(model: PreTrainedModel, names: set[str], spec: Resolved) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..base import weights
 from ..data import tasks
@@ -147,7 +146,7 @@ def arguments(spec: Resolved, device: str, **more: object) -> Json:
     } | more
 
 
-def columns(batch: Batch) -> dict[str, Tensor]:
+def columns(batch: Batch) -> dict[str, torch.Tensor]:
     """A batch as collators that pad on the right give it to a model: each column has rows × width numbers."""
     ids, labels = batch.data
     width = ids.shape[1]

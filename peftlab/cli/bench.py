@@ -22,14 +22,14 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, generation, memory, record, speed
+    from ..bench import calculators, memory, record, speed
 
     out = args.out
     check_writable(out)  # before it measures for minutes
     recorders: dict[str, Callable[[], Json]] = {
         "train": lambda: speed.record_speed(spec_of(args), out, note, args.seeds, args.peer, args.random_weights),
         "gears": lambda: record.record_gears(spec_of(args), out, note),
-        "generate": lambda: generation.record_generation(spec_of(args), out, note),
+        "generate": lambda: record.record_generation(spec_of(args), out, note),
         "record": lambda: record.record_train(spec_of(args), out, note_event, args.adapter_out),
         "memory": lambda: memory.record_memory(out, note, args.at_once),
         "calculators": lambda: calculators.record_calculators(out),

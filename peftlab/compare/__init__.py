@@ -13,7 +13,6 @@ from ..adapters import Adapter
 from ..base import weights
 from ..count import BYTES
 from ..data import tasks
-from ..data.tasks import Task
 from ..errors import SpecError
 from ..resolve import resolve_again
 from ..run.events import Work
@@ -140,10 +139,7 @@ def instruction_of(adapter: Adapter) -> str:
 def side_by_side(
     base: weights.Base, models: dict[str, PreTrainedModel], prompt: list[int], decoding: Decoding
 ) -> Iterator[dict[str, Reply]]:
-    """Yields what each model has said so far, after each token.
-
-    A base and plain LoRA over it answer in one batch; other models take turns, a token each.
-    """
+    """Yields all that each model has said, after each token: base and plain LoRA as one batch, other models a token in turn."""
     joint = fused.together(weights.share(base.model), list(models.values())[1:])
     said = {name: Reply(name, "", 0.0) for name in models}
     if joint is not None:
@@ -176,11 +172,8 @@ def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding, merged: bo
     return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
 
 
-def on_task(chosen: list[Adapter], task: Task, merged: bool = False) -> Generator[float, None, ComparisonReport]:
-    """Asks every model every held-out row. Yields the share done, from 0 to 1; returns the report.
-
-    Raises what `models_of` does.
-    """
+def on_task(chosen: list[Adapter], task: tasks.Task, merged: bool = False) -> Generator[float, None, ComparisonReport]:
+    """Asks every model every held-out row. Yields the share done, 0–1; returns the report. Raises what `models_of` does."""
     base, models = models_of(chosen, merged)
     replies: list[list[Reply]] = []
     scores: list[Score] = []

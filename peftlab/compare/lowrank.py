@@ -1,11 +1,8 @@
-"""The mathematics of low-rank updates: spectra, subspaces, amplification and intruders.
+"""The mathematics of low-rank updates: W is a linear map's weight, d_out × d_in; ΔW is what an adapter adds to it.
 
-W is a linear map's weight, d_out × d_in; ΔW is what an adapter adds to it. The functions on matrices take 2-D tensors of any
-type and compute in fp32; or `Factors`, so that nothing is decomposed twice. They raise SpecError for a rank or a size that
-the matrix does not have, and for numbers that are not finite.
+The functions take 2-D tensors of any type and compute in fp32; or `Factors`, so that nothing is decomposed twice. They raise
+SpecError for a rank or a size that the matrix does not have, and for numbers that are not finite.
 """
-
-from __future__ import annotations
 
 import base64
 import math

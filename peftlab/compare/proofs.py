@@ -1,7 +1,4 @@
-"""What is said of LoRA, proved by doing: merging changes nothing, the update is a dial, and merged it costs no time.
-
-Each proof works on private copies of the base, which stays as it was, and takes every method that can be merged.
-"""
+"""What is said of LoRA, proved on copies of a base: merging changes nothing, the update is a dial, merged it costs no time."""
 
 from __future__ import annotations
 
@@ -233,11 +230,14 @@ def contenders(base: weights.Base, adapter: Adapter, what: Sequence[str] = ALL) 
     """
     make: dict[str, Callable[[], PreTrainedModel]] = {
         BASE: lambda: base.quick,
-        MERGED: lambda: _fused(adapters.merge(base, adapter)),
+        MERGED: lambda: adapters.merge(base, adapter),
         APART: lambda: adapters.apply(base, adapter),
-        SERIAL: lambda: _fused(_serial(base, adapter)),
+        SERIAL: lambda: _serial(base, adapter),
     }
-    return {name: make[name]() for name in what}
+    models = {name: make[name]() for name in what}
+    for name in {MERGED, SERIAL} & models.keys():
+        fused.quicken(models[name])
+    return models
 
 
 def _serial(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
@@ -246,11 +246,6 @@ def _serial(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     model = weights.share(base.model)
     methods.find(spec.method).attach(model, targets, spec)  # in its place, as bottleneck adapters are
     return model.requires_grad_(False).eval()
-
-
-def _fused(model: PreTrainedModel) -> PreTrainedModel:
-    fused.quicken(model)
-    return model
 
 
 def _precision(base: weights.Base) -> str:

@@ -1,7 +1,5 @@
 """What an adapter did to a model: the update of each linear map it changes, and all that `lowrank` has to say of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +11,6 @@ from torch import Tensor
 from .. import adapters, methods
 from ..adapters import Adapter
 from ..base import architecture, weights
-from ..base.architecture import Module
 from ..errors import AdapterError, SpecError
 from ..resolve import resolve
 from . import lowrank
@@ -31,7 +28,7 @@ class Update:
     """Full dotted name of the module."""
     layer: int | None
     """None for a module outside the layers."""
-    module: Module
+    module: architecture.Module
     """The kind of module that it is."""
     before: Tensor
     after: Tensor
@@ -76,7 +73,7 @@ class MatrixStudy:
         return self.delta.norm / self.weight.norm if self.weight.values else None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MatrixStudy:
+    def from_dict(cls, data: Mapping[str, Any]) -> "MatrixStudy":
         parts = {
             "shape": tuple(data["shape"]),
             "weight": Spectrum(tuple(data["weight"]["values"])),
@@ -109,7 +106,7 @@ class Study:
         return f'{compact(data)[:-1]},"matrices":[\n{matrices}\n]}}\n'
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Study:
+    def from_dict(cls, data: Mapping[str, Any]) -> "Study":
         return cls(**{**data, "matrices": tuple(MatrixStudy.from_dict(m) for m in data["matrices"])})
 
 
@@ -151,10 +148,7 @@ def recorded(adapter: Adapter) -> Study | None:
 def study(
     base: weights.Base, adapter: Adapter, names: Collection[str] | None = None, keep: int = 0
 ) -> Generator[float, None, Study]:
-    """Studies what `updates` gives and keeps the top `keep` directions of each. Yields the share done, from 0 to 1.
-
-    Returns the study. Raises what `updates` does.
-    """
+    """Studies `updates` and keeps the top `keep` directions of each. Yields the share done, 0–1. Raises what `updates` does."""
     yield 0.0
     found, done = updates(base, adapter, names), []
     total = len(found)

@@ -1,7 +1,5 @@
 """What the lectures state, each statement with its source and what is found of it here."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tests of statements that count, predict or look up: each takes the `given` of a statement and returns a finding."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from .. import units
-from ..base import architecture
-from ..base.models import find
+from ..base import architecture, models
 from ..catalog import PAPERS, PRESETS, entry_of
 from ..count import BYTES, ParameterReport, count
 from ..memory import predict, storage
@@ -158,12 +155,12 @@ def fewer(method: str, than: Sequence[str], model: str) -> Finding:
     found = {r.method_name: r.trainable_parameters for r in _counts(model, method, *than)}
     mine, *others = found.values()
     text = "; ".join(f"{name} {n:,}" for name, n in found.items())
-    return decided(mine < min(others), f"{text} on {find(model).name}")
+    return decided(mine < min(others), f"{text} on {models.find(model).name}")
 
 
 def same(method: str, other: str, model: str) -> Finding:
     a, b = (report.trainable_parameters for report in _counts(model, method, other))
-    return decided(a == b, f"{a:,} and {b:,} on {find(model).name}")
+    return decided(a == b, f"{a:,} and {b:,} on {models.find(model).name}")
 
 
 def extra(method: str, over: str, model: str) -> Finding:
@@ -190,7 +187,7 @@ def matrix(model: str, role: str, rank: int) -> Finding:
     found = rank * (module.d_in + module.d_out)
     sides = sorted({2 * d * rank for d in (module.d_in, module.d_out)})
     given = " or ".join(f"{n:,}" for n in sides)
-    text = f"{find(model).name}, {role}, rank {rank}: r(d + k) = {found:,}; 2·d·r gives {given}"
+    text = f"{models.find(model).name}, {role}, rank {rank}: r(d + k) = {found:,}; 2·d·r gives {given}"
     return decided(sides == [found], text)
 
 

@@ -1,12 +1,9 @@
 """Tests of statements by a race: each takes the race's board and the `given` of a statement, and returns a finding.
 
-Scores are compared by the 95% interval of the bootstrap's mean difference over the held-out rows, each with its mean over
-the seeds. A statement holds where the whole interval is on its side of the limit, and is open where the limit is within.
-Where the best or worst of several racers stands for them, it is chosen by these same scores: that interval is somewhat too
-narrow. Every test raises LookupError or ValueError where a racer that it needs has not finished.
+Scores are compared by the bootstrap's 95% interval of the mean difference over held-out rows, each its mean over the seeds. A
+statement is open where its limit is within that interval, which is somewhat too narrow where the same scores chose the best
+or the worst of several racers. Every test raises LookupError or ValueError where a racer that it needs has not finished.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Facts of a method on a model, each in a line: its count, its file, the time of a token, the memory that it needs."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Which method, and whether any: what the lectures advise and weigh up, and what is found of it here, with computed numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from ..race import recordings
 from ..resolve import resolve
 from ..spec import RunSpec
 from . import data, facts
-from .findings import finding
+from .lessons import finding
 from .published import of_benchmark
 from .statements import STATEMENTS
 

@@ -1,7 +1,5 @@
 """The PEFT project's published benchmark: runs of many methods on one model and task, read from its CSV."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What the lectures state, from `statements.json`, and what a test, of `by_counting` or `by_racing`, finds of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

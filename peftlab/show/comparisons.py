@@ -5,8 +5,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from .. import units
-from ..adapters import Adapter
+from .. import adapters, units
 from ..compare import BASE, ComparisonReport, Reply, proofs
 from ..data.tasks import METRICS, Task
 from ..race import scores
@@ -38,7 +37,7 @@ def reference(task: Task, prompt: str, source: str) -> str:
     return f"{escape(source)}. {said}Instruction to both: “{escape(task.instruction)}”"
 
 
-def whence(adapter: Adapter) -> str:
+def whence(adapter: adapters.Adapter) -> str:
     """What the recorded score was trained with, and why other tabs show another."""
     mark = how("measured", f"Saved {adapter.saved}. {adapter.result.get('device', '')}")
     recorded = scores.of_adapter(adapter)

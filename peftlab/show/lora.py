@@ -1,16 +1,17 @@
 """LoRA beside other methods and on other models: where each touches the data, the layer as code, percents by size."""
 
+import math
 from contextlib import suppress
 from html import escape
+from string import Template
 
 import plotly.graph_objects as go
 
-from .. import units
+from .. import lectures, units
 from ..base import architecture
 from ..base.models import MODELS
 from ..count import ParameterReport, count
 from ..errors import SpecError
-from ..lectures import from_scratch
 from ..lectures.by_counting import percents
 from ..methods import METHODS
 from ..methods.selection import where
@@ -50,6 +51,10 @@ NOTES = (
     ),
 )
 """What the lectures say of LoRA without a number and how it is, each with its source."""
+LECTURE = lectures.text("lecture_layer.txt")
+"""Lecture 11-2, "LoRA Implementation", parts 1 and 2, with underscores and indents where scanning lost them."""
+WHY = lectures.text("why_it_raises.md")
+"""Why LECTURE raises, as Markdown."""
 
 
 def notes() -> str:
@@ -77,7 +82,26 @@ def code(spec: RunSpec) -> str:
     of = resolve(of_family(spec))
     module = architecture.of(of.model).targets(of.target_modules)[0]
     rank = min(of.rank, module.d_in, module.d_out)
-    return from_scratch.lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
+    return lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
+
+
+def lora_layer(d_in: int, d_out: int, rank: int, alpha: float) -> str:
+    """A complete script: the layer for a weight of d_out × d_in, checks of its start and its merging, and its size.
+
+    It runs as it is and needs nothing but torch. Raises SpecError for sizes below 1, for a rank above the matrix's own and
+    for an alpha that is not a positive number.
+    """
+    for name, size in (("d_in", d_in), ("d_out", d_out), ("rank", rank)):
+        if size < 1:
+            raise SpecError(f"{name}={size}: a matrix needs at least 1; try {8 if name == 'rank' else 64}")
+    if rank > (limit := min(d_in, d_out)):
+        raise SpecError(
+            f"rank={rank}: this matrix has a rank of at most {limit}, so more is wasted; try {min(limit, 8)}"
+        )
+    if not 0 < alpha < math.inf:
+        raise SpecError(f"alpha={alpha:g}: it must be more than 0; try {2 * rank}")
+    shown = int(alpha) if alpha == int(alpha) else alpha
+    return Template(lectures.text("lora_layer.txt")).substitute(d_in=d_in, d_out=d_out, rank=rank, alpha=shown)
 
 
 def by_size(spec: RunSpec) -> dict[str, Chart]:

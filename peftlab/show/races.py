@@ -13,8 +13,7 @@ import plotly.graph_objects as go
 from .. import race, units
 from ..data import tasks
 from ..lectures.lessons import LESSONS, Lesson
-from ..race import Line, scores
-from ..race.recordings import Recording
+from ..race import Line, recordings, scores
 from ..room import jobs
 from .figures import DASHES, PALETTE, QUARTERS, Chart, blank, themed
 from .marks import bold, explained, how, libraries, progress, remarks
@@ -35,10 +34,7 @@ INSIDE = {"x": 0.99, "y": 0.99, "xanchor": "right", "yanchor": "top"}
 
 
 def board(lines: Sequence[Line], sort: str) -> dict[str, str]:
-    """The board as the page holds it, ranked by the column `sort`: a table to look at, and the same as CSV.
-
-    Raises SpecError for an unknown column.
-    """
+    """The board ranked by the column `sort`: a table to look at, the same as CSV. Raises SpecError for an unknown column."""
     lines = race.ranked(lines, sort)
     columns = [c for c in race.COLUMNS if c.key not in ("low", "high") and any(c.of(x) is not None for x in lines)]
     head, rows = "".join(_head(c, sort) for c in columns), ""
@@ -77,13 +73,13 @@ def _cell(line: Line, column: race.Column) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def recorded_how(recording: Recording) -> str:
+def recorded_how(recording: recordings.Recording) -> str:
     """The mark `measured`, which tells where, when and by which commands a race was recorded."""
     commands = " ".join(f"Command: {c}" for c in recording.commands)
     return how("measured", f"{recording.hardware}, {recording.date}, {libraries(recording.versions)}. {commands}")
 
 
-def provenance(recording: Recording, before: str = "") -> str:
+def provenance(recording: recordings.Recording, before: str = "") -> str:
     """Where a race was recorded and how many seeds it has, after the words `before`."""
     fewest, most = recording.seeds
     seeds = "1 seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
@@ -91,7 +87,7 @@ def provenance(recording: Recording, before: str = "") -> str:
     return remarks(f"{recorded_how(recording)} {before}{said}")
 
 
-def elsewhere(lesson: Lesson, recording: Recording) -> str:
+def elsewhere(lesson: Lesson, recording: recordings.Recording) -> str:
     """Why other tabs have another score of LoRA, which all of them show; empty where the race is not of all methods."""
     line = next((x for x in recording.lines if x.spec["method"] == "lora" and x.scores), None)
     if line is None or lesson.setting != "method":
@@ -130,7 +126,7 @@ def picture(lesson: Lesson, lines: Sequence[Line], sort: str) -> dict[str, objec
     }
 
 
-def recorded(key: str, device: str = "") -> Recording:
+def recorded(key: str, device: str = "") -> recordings.Recording:
     """A lesson's recording on a device; the fullest one for a device without any."""
     found = LESSONS[key].recordings()
     return next((r for r in found if r.device == device), found[0])

@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from html import escape
 
-from ..base import architecture
-from ..base.models import find
+from ..base import architecture, models
 from ..count import BYTES
 from ..methods import METHODS, Method
 from ..methods.selection import RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, WHERE
@@ -55,7 +54,7 @@ def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, 
     names = architecture.told_apart([m.name for m in linear])
     return {
         "key": of.model,
-        "model": escape(find(of.model).name),
+        "model": escape(models.find(of.model).name),
         "total": shape.total_parameters,
         "n_layers": shape.n_layers,
         "modules": [

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from ..lectures.findings import finding
+from ..lectures.lessons import finding
 from ..lectures.statements import FAILS, HOLDS, OPEN, STATEMENTS, Finding, Statement, Verdict
 from .marks import explained, heading, how, row, table
 
