@@ -68,18 +68,17 @@ class Live(Tab):
     files: dict[str, FileDataDict] = {}  # where the adapter of a job is to be downloaded, by the job's id
 
     def settings(self) -> None:
-        method = address.METHOD
         self.control("task", gr.Radio(controls.choices_of(tasks.TASKS), value=tasks.DEFAULT, label="Task"))
         self.panel("lesson", controls.note(runs.card(tasks.DEFAULT)))
-        self.control("method", methods.method_choice("live", method, DEFAULT))
-        self.panel("about", controls.note(method_card(method, DEFAULT)))
-        self.control_all(methods.method_settings(method, OWN))
+        self.control("method", methods.method_choice("live", DEFAULT))
+        self.panel("about", controls.note(method_card(address.METHOD, DEFAULT)))
+        self.control_all(methods.method_settings(OWN))
         self.control_all({name: controls.setting(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
             self.control("model", controls.choice("model", runnable(), DEFAULT))
             presets = [("none", ""), *controls.choices_of(PRESETS)]
             self.control("preset", gr.Dropdown(presets, value="", label="Preset", info=PUBLISHED))
-            self.control_all(methods.method_settings(method, FOLDED))
+            self.control_all(methods.method_settings(FOLDED))
             self.control_all({name: controls.setting(name) for name in ("batch_size", "quantization", "seed")})
         self.panel("note", controls.note())
         controls.reset("model", "method", "task")
@@ -99,8 +98,8 @@ class Live(Tab):
         self.panel("said", gr.HTML())
         self.panel("how", gr.HTML())
         off = gr.update(interactive=False)
-        self.press(go, self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
-        self.press(stop, self.stop, ["kept", "stop"], busy={"stop": off})
+        self.press([go.click], self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
+        self.press([stop.click], self.stop, ["kept", "stop"], busy={"stop": off})
 
     def train(self, asked: Asked) -> Iterator[Values]:
         """Starts a run and tells the browser its id. After a double click it is the run that is under way."""

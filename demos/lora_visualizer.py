@@ -81,8 +81,7 @@ class Lora(Tab):
 
     def pictures(self) -> None:
         self.panel("problem", controls.problem())
-        top = gr.HTML(None, html_template=TOP, js_on_load=SCRIPT, elem_classes="drawn")
-        self.panel("picture", top)
+        self.panel("picture", gr.HTML(html_template=TOP, js_on_load=SCRIPT, elem_classes="drawn"))
         controls.lessons({name: address.link(spec) for name, spec in LESSONS.items()})
         gr.HTML(BELOW, js_on_load=None, elem_classes="drawn")
         self.fold_of("Four ways to change the forward pass", "flows")

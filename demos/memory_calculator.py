@@ -40,8 +40,6 @@ LESSONS = {
     "70B (lecture 11.2)": (RunSpec(model="llama-3.1-70b", rank=64), "12n"),
     "100B (KIIT tutorial)": (RunSpec(model="100B"), "8n"),
 }  # fmt: skip
-
-
 COSTS = {
     "tasks": choice.number("tasks", 50, 1, 1000),
     "streams": choice.number("streams", 16, 1, 256),
@@ -101,14 +99,14 @@ class Memory(Tab):
     }
 
     def settings(self) -> None:
-        model, method, (batch, length, _) = address.MODEL, address.METHOD, at(resolve(address.OPENING))
+        model, (batch, length, _) = address.MODEL, at(resolve(address.OPENING))
         self.control("model", controls.model_choice(model))
         self.control("batch_size", gr.Slider(1, 64, batch, step=1, **controls.described("batch_size")))
         self.control("sequence_length", gr.Slider(16, 16384, length, step=16, **controls.described("sequence_length")))
         self.control("gradient_checkpointing", controls.setting("gradient_checkpointing"))
-        self.control("method", methods.method_choice("memory", method, model))
-        self.panel("about", controls.note(method_card(method, model)))
-        self.control_all(methods.method_settings(method, methods.BY_METHOD))
+        self.control("method", methods.method_choice("memory", model))
+        self.panel("about", controls.note(method_card(address.METHOD, model)))
+        self.control_all(methods.method_settings(methods.BY_METHOD))
         info = "A bare count has no layers to adapt, so its share is chosen"
         self.slider("share", "Trained share, %", info, step=0.01, visible=False)
         gpus = [("automatic: an H100", ""), *controls.choices_of(GPUS)]
@@ -145,8 +143,8 @@ class Memory(Tab):
             '<div class="legends"></div><div class="note source"></div>'
         )
         self.panel("bars", gr.HTML(first["bars"], html_template=template, js_on_load=DRAW))
-        surprises = gr.HTML(first["surprises"], html_template='<div class="surprises">${value}</div>', js_on_load=None)
-        self.panel("surprises", surprises)
+        template = '<div class="surprises">${value}</div>'
+        self.panel("surprises", gr.HTML(first["surprises"], html_template=template, js_on_load=None))
         controls.lessons({name: address.link(spec, convention=rule) for name, (spec, rule) in LESSONS.items()})
         about = "Allocated memory through one training step, by kind"
         self.panel("timeline", controls.plot(first["timeline"]["value"], about))

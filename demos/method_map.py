@@ -47,8 +47,8 @@ watch('value', () => {
 });
 """
 """Each method is a button, and arrow keys walk through them. One that does not suit the model says why when pressed."""
-TICKS = {group: f"when_{group}" for group in GROUPS}
-"""The choices that hold which situations are ticked, by the situations' group."""
+SITUATIONS = {f"when_{group}": {key: case for key, case in CASES.items() if case.group == group} for group in GROUPS}
+"""The situations of each group, by the choice that holds which of them are ticked."""
 COUNTED = (
     "Parameters are counted from the model's shapes and the registry's terms, each method at its automatic settings."
 )
@@ -58,11 +58,6 @@ SPECTRUM = (
     f'<p class="note">Bars: the share that is trained, on a log scale from {facts.LEAST:.4f}% to 100%. '
     f'{marks.how("exact", COUNTED)}</p><p class="why-not" aria-live="polite"></p></div>'
 )
-
-
-def in_group(group: str) -> list[str]:
-    """The situations of a group."""
-    return [key for key, case in CASES.items() if case.group == group]
 
 
 def traced(model: str) -> tuple[bool, ...]:
@@ -78,9 +73,8 @@ class Methods(Tab):
     choices = {
         **{name: choice.one_of(name, metric, published.METRICS) for name, metric in AXES.items()},
         **{
-            name: choice.several(name, tuple(key for key in cases if CASES[key].ticked), cases)
-            for group, name in TICKS.items()
-            for cases in [in_group(group)]
+            name: choice.several(name, tuple(key for key, case in cases.items() if case.ticked), cases)
+            for name, cases in SITUATIONS.items()
         },
     }
 
@@ -90,10 +84,9 @@ class Methods(Tab):
         gr.HTML("<h2>Which one, and whether any</h2>", js_on_load=None, elem_classes="part")
         with gr.Row(elem_classes="panes"):
             with gr.Column(min_width=320):
-                for group, name in TICKS.items():
-                    cases = [(CASES[key].when, key) for key in in_group(group)]
-                    usual = list(self.choices[name].usual)
-                    self.control(name, gr.CheckboxGroup(cases, value=usual, label=GROUPS[group]))
+                for label, (name, cases) in zip(GROUPS.values(), SITUATIONS.items(), strict=True):
+                    offered, usual = [(case.when, key) for key, case in cases.items()], list(self.choices[name].usual)
+                    self.control(name, gr.CheckboxGroup(offered, value=usual, label=label))
             with gr.Column(min_width=320):
                 self.panel("advice", gr.HTML(min_height=400))
         gr.HTML("<h2>What others measured</h2>", js_on_load=None, elem_classes="part")
@@ -169,7 +162,7 @@ class Methods(Tab):
 
 def situations(asked: Asked) -> list[str]:
     """The keys of the situations that are ticked."""
-    return [key for name in TICKS.values() for key in asked[name]]
+    return [key for name in SITUATIONS for key in asked[name]]
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ class Race(Tab):
     def build(self) -> None:
         super().build()
         self.go.click(None, None, None, js=CLOSED, **QUIET)
-        self.press(self.go, self.begin, ["kept"])
-        self.press(self.stop, self.halt, ["stop", "kept"])
-        self.press(self.back, self.put_away, ["kept"])
+        self.press([self.go.click], self.begin, ["kept"])
+        self.press([self.stop.click], self.halt, ["stop", "kept"])
+        self.press([self.back.click], self.put_away, ["kept"])
 
     def settings(self) -> None:
         lesson = gr.Radio(controls.choices_of(LESSONS), value=FIRST, label="Lesson", info="What the racers differ in")

@@ -14,11 +14,12 @@ from peftlab.compare import proofs
 from peftlab.show.comparisons import dialled, merged_said, timed
 
 
+@on_gpu
 def latency(adapter: Adapter, prompt: str) -> Iterator[tuple[float, proofs.LatencyReport | None]]:
     yield from with_result(proofs.latency(adapter, prompt))
 
 
-MERGE, DIAL, LATENCY = on_gpu(proofs.merge_check), on_gpu(proofs.dial), on_gpu(latency)
+MERGE, DIAL = on_gpu(proofs.merge_check), on_gpu(proofs.dial)
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
 IDLE = (
@@ -37,7 +38,7 @@ def build(tab: Tab) -> None:
     tab.panel("proved", gr.HTML(f'<p class="note">{IDLE}</p>'))
     busy, free = ({name: gr.update(interactive=is_free) for name in PROOFS} for is_free in (False, True))
     for name, button in buttons.items():
-        tab.press(button, partial(prove, name), ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
+        tab.press([button.click], partial(prove, name), ["proved"], busy, free, "proof_problem", **ONE_AT_A_TIME)
 
 
 def draw(asked: Asked) -> Values:
@@ -71,7 +72,7 @@ def turning(asked: Asked) -> Iterator[str]:
 
 
 def timing(asked: Asked) -> Iterator[str]:
-    for share, report in LATENCY(of(chosen(asked)), prompt(asked)):
+    for share, report in latency(of(chosen(asked)), prompt(asked)):
         yield timed(report) if report else f'<p class="note">Timing, {units.score(share)} done.</p>'
 
 

@@ -10,6 +10,7 @@ from demos.page import choice, controls
 from demos.page.adapter_choice import choices, chooser, of, offered
 from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Slow, Tab, Values, on_gpu, with_result
 from peftlab import PeftlabError, adapters, resolve, units
+from peftlab.adapters import Adapter
 from peftlab.base import architecture, weights
 from peftlab.compare import study
 from peftlab.room import worker
@@ -31,9 +32,9 @@ DECOMPOSING = '<p class="note">W is being decomposed.</p>'
 NOT_HERE = '<p class="note">The base model is not here yet; the foot of the page says how far it is.</p>'
 
 
-def work(key: str) -> Iterator[tuple[float, study.Study | None]]:
+@on_gpu
+def work(adapter: Adapter) -> Iterator[tuple[float, study.Study | None]]:
     """Studies an adapter, and keeps the study beside it."""
-    adapter = of(key)
     if found := study.recorded(adapter):
         yield 1.0, found
         return
@@ -42,9 +43,6 @@ def work(key: str) -> Iterator[tuple[float, study.Study | None]]:
         if found:
             (adapter.folder / study.FILE).write_text(found.to_json())
         yield share, found
-
-
-WORK = on_gpu(work)
 
 
 def added(asked: Asked) -> study.Study | None:
@@ -92,7 +90,7 @@ def build(tab: Tab) -> None:
     gr.HTML(shown.look())
     adapter.input(None, adapter, None, js="(studied) => { peftlab.keep({studied}); }", **QUIET)
     busy, free = ({"add": gr.update(value=said, interactive=said == ADD)} for said in ("Studying", ADD))
-    tab.press(add, adding, ["add", "kept"], busy, free, "study_problem", **ONE_AT_A_TIME)
+    tab.press([add.click], adding, ["add", "kept"], busy, free, "study_problem", **ONE_AT_A_TIME)
 
 
 def check(asked: Asked) -> None:
@@ -127,7 +125,7 @@ def adding(asked: Asked) -> Iterator[Values]:
     key = asked.kept.get("studied")
     if not key:
         raise PeftlabError("no adapter is chosen; choose one to add it to these")
-    for share, found in WORK(key):
+    for share, found in work(of(key)):
         if found is None:
             yield {"add": gr.update(value=f"Studying, {units.score(share)}", interactive=False)}
     yield {"kept": {"studied": key}}

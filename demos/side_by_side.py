@@ -12,15 +12,16 @@ from demos.page import choice, controls, store
 from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
 from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, On, Tab, Values, Work, on_gpu, with_result
 from peftlab import compare, hardware, units
+from peftlab.adapters import Adapter
 from peftlab.compare import ComparisonReport, Reply
 from peftlab.data.tasks import Task
 from peftlab.run.generate import Decoding
 from peftlab.show import comparisons, marks
 
 
-def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
+@on_gpu
+def generate(adapter: Adapter, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
     """The texts of the base and of the adapter so far, after each token of both."""
-    adapter = of(key)
     base, models = compare.models_of([adapter])
     virtual = adapter.spec.virtual_tokens or 0
     ids = compare.prompt_tokens(base, task_of(adapter).instruction, prompt, decoding, virtual)
@@ -29,13 +30,10 @@ def generate(key: str, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply,
         yield plain, adapted
 
 
-def scored(key: str) -> Iterator[tuple[float, ComparisonReport | None]]:
+@on_gpu
+def scored(adapter: Adapter) -> Iterator[tuple[float, ComparisonReport | None]]:
     """Scores both on the held-out rows: the shares done, each with None, and at last the report."""
-    adapter = of(key)
     yield from with_result(compare.on_task([adapter], task_of(adapter)))
-
-
-GENERATE, SCORED = on_gpu(generate), on_gpu(scored)
 
 
 def chosen(asked: Asked) -> str:
@@ -88,7 +86,7 @@ class Compare(Tab):
             self.panel("measuring", controls.note())
         self.fold_of("Every held-out answer", "every")
         self._press([ask.click, prompt.submit], self.ask, "ask", "asking", ["left", "right", "said"])
-        self._press(measure, self.score, "measure", "measuring", ["sentence", "whence", "chart", "every"])
+        self._press([measure.click], self.score, "measure", "measuring", ["sentence", "whence", "chart", "every"])
 
     def _press(self, on: On, work: Work, button: str, saying: str, shows: list[str]) -> None:
         """A press that loads a model first: `button` waits, and the panel `saying` says what is being done."""
@@ -98,28 +96,27 @@ class Compare(Tab):
 
     def ask(self, asked: Asked) -> Iterator[Values]:
         """Gives the prompt to both, and shows their answers token by token."""
-        key = chosen(asked)
-        task = task_of(of(key))
+        adapter = of(chosen(asked))
+        task = task_of(adapter)
         prompt = prompt_of(asked, task)
         decoding = Decoding(asked["tokens"], asked["temperature"], seed=asked["decoding_seed"])
         yield {"left": "", "right": ""}
         source = ""
-        for base, adapted in GENERATE(key, prompt, decoding):
+        for base, adapted in generate(adapter, prompt, decoding):
             source = f"Base {units.seconds(base.seconds)}, adapter {units.seconds(adapted.seconds)}, just now"
             yield {"left": base.text.strip(), "right": adapted.text.strip(), "asking": ""}
         yield {"said": comparisons.reference(task, prompt, source)}
 
     def score(self, asked: Asked) -> Iterator[Values]:
         """Gives every held-out row to both."""
-        key = chosen(asked)
-        for share, report in SCORED(key):
+        adapter = of(chosen(asked))
+        for share, report in scored(adapter):
             if report is None:
                 yield {"measuring": f"Scoring, {units.score(share)}"}
             else:
                 mark = marks.how("measured", f"{hardware.here().name}, just now")
-                yield comparisons.scored_value(report, task_of(of(key))) | {
-                    "whence": f"{mark} Measured here, just now."
-                }
+                measured = {"whence": f"{mark} Measured here, just now."}
+                yield comparisons.scored_value(report, task_of(adapter)) | measured
 
     def check(self, asked: Asked) -> None:
         task_of(of(chosen(asked)))

@@ -98,12 +98,12 @@ def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, tmp_path
     assert "yours" not in shown["lora.study"]["value"] and shown["lora.studied"]["value"] == "mine-1"
     assert shown["lora.studied"]["choices"][0][0].startswith("yours: ")
 
-    def studying(key):
+    def studying(adapter):
         yield 0.5, None
         (folder / study.FILE).write_bytes((mine.folder / study.FILE).read_bytes())
         yield 1.0, study.recorded(adapters.read(folder))
 
-    monkeypatch.setattr(real_weights, "WORK", studying)
+    monkeypatch.setattr(real_weights, "work", studying)
     with pytest.raises(PeftlabError, match="no adapter is chosen"):
         list(real_weights.adding(read()))
     told = list(real_weights.adding(read(kept)))

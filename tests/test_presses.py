@@ -185,13 +185,13 @@ def answers(*texts):
 
 def test_ask_both_streams_and_says_how_long_it_took(monkeypatch):
     ann, asked = Visit(Compare()), []
-    monkeypatch.setattr(side_by_side, "GENERATE", lambda *all: asked.append(all) or answers("a", "ab "))
+    monkeypatch.setattr(side_by_side, "generate", lambda *all: asked.append(all) or answers("a", "ab "))
     ann.state = {"prompt": "Hello", "temperature": "0.5", "tokens": "16", "decoding_seed": "7"}
     seen = ann.press(ann.tab.ask)
     assert (seen["left"], seen["right"]) == ("ab", "AB")
     assert seen["said"].startswith("Base 1.0 s, adapter 2.0 s, just now")
-    ((key, prompt, decoding),) = asked
-    assert (key, prompt) == ("ticket-lora", "Hello")
+    ((adapter, prompt, decoding),) = asked
+    assert (adapter.name, prompt) == ("ticket-lora", "Hello")
     assert (decoding.max_new_tokens, decoding.temperature, decoding.seed) == (16, 0.5, 7)
 
 
@@ -211,13 +211,13 @@ def test_score_shows_how_far_it_is_and_then_the_report(monkeypatch):
     rows = tuple(Exchange("p", "r", (Reply("base", "", 0, 0), Reply("mine", "x", 0, 1))) for _ in range(4))
     scored = score_of("base", [0] * 4), score_of("mine", [1] * 4, 0.2)
     report = ComparisonReport("ticket", "exact_match", rows, scored)
-    monkeypatch.setattr(side_by_side, "SCORED", lambda key: iter([(0.5, None), (1.0, report)]))
+    monkeypatch.setattr(side_by_side, "scored", lambda adapter: iter([(0.5, None), (1.0, report)]))
     seen = Visit(tab := Compare()).press(tab.score)
     assert seen["measuring"] == "Scoring, 50%" and "wins <b>4</b> of 4" in seen["sentence"]
     assert "Measured here" in seen["whence"] and 'aria-label="nats:' in seen["sentence"]
 
 
-@pytest.mark.parametrize("work, button", [("GENERATE", "ask"), ("SCORED", "measure")])
+@pytest.mark.parametrize("work, button", [("generate", "ask"), ("scored", "measure")])
 def test_a_press_that_fails_frees_its_button(work, button, monkeypatch):
     def fails(*all):
         raise PeftlabError("no <model>")

@@ -30,7 +30,10 @@ def script(*names: str) -> str:
     return "\n".join(line for line in map(str.strip, lines) if line and not line.startswith(("//", "/**", "* ")))
 
 
-def theme() -> gr.themes.Base:
+def launch_options() -> dict[str, Any]:
+    """Arguments of `Blocks.launch`: the look, and the limit on what visitors can send."""
+    import plotly
+
     colours = {
         name + end: pair[i] for pair, names in COLOURS.items() for name in names for i, end in ((0, ""), (1, "_dark"))
     }
@@ -43,17 +46,10 @@ def theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
     frames = {"block_border_width": "0px", "block_shadow": "none", "input_border_width": "1px"}
-    return base.set(**colours, **frames, block_title_text_weight="600")
-
-
-def launch_options() -> dict[str, Any]:
-    """Arguments of `Blocks.launch`: the look, and the limit on what visitors can send."""
-    import plotly
-
     charts = Path(plotly.__file__).parent / "package_data"  # its plotly.js, so that nothing is fetched from elsewhere
     gr.set_static_paths([charts])
     return {
-        "theme": theme(),
+        "theme": base.set(**colours, **frames, block_title_text_weight="600"),
         "css_paths": [ASSETS / "style.css"],
         "head": f'<script defer src="gradio_api/file={charts / "plotly.min.js"}"></script>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

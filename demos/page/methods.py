@@ -25,10 +25,10 @@ watch('value', () => { if (box()) box().value = props.value.method; });
 """
 
 
-def method_choice(tab: str, method: str, model: str) -> gr.HTML:
+def method_choice(tab: str, model: str) -> gr.HTML:
     """The registry by family. A method that does not suit the model stands there disabled; `unsuited` says why."""
     return gr.HTML(
-        method_value(method, model),
+        method_value(address.METHOD, model),
         html_template=f'<label class="chooser"><span>Method</span><small>{controls.described("method")["info"]}</small>'
         "<select>${value.options}</select></label>",
         js_on_load=CHOOSER.replace("TAB", tab),
@@ -47,8 +47,8 @@ TARGETS = (
 )
 
 
-def method_settings(method: str, names: Sequence[str]) -> dict[str, Component]:
-    """A control for each of `names`, settings that only some methods read, visible where `method` reads it."""
+def method_settings(names: Sequence[str]) -> dict[str, Component]:
+    """A control for each of `names`, settings that only some methods read, visible where the page's first method reads it."""
     made: dict[str, Component] = {}
     for name in names:
         if name in SLIDERS:
@@ -57,7 +57,7 @@ def method_settings(method: str, names: Sequence[str]) -> dict[str, Component]:
             made[name] = controls.choice(name, TARGETS, "all-linear", own=True)
         else:
             made[name] = controls.setting(name)
-        made[name].visible = name in METHODS[method].settings
+        made[name].visible = name in METHODS[address.METHOD].settings
     return made
 
 

@@ -107,8 +107,7 @@ class Store:
         try:
             asked, problems = self.understood(tab, question)
             again = tab.again(asked)  # before it is drawn: what ends meanwhile is looked at once more
-            return {
-                "number": question.number,
+            return unshown | {
                 "state": self.link(asked) | {name: str(question.state[name]) for name in problems},
                 "problems": problems,
                 "show": self.shown(tab, asked, question),

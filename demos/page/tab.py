@@ -25,7 +25,7 @@ from peftlab.spec import Resolved
 log = logging.getLogger(__name__)
 Values: TypeAlias = Mapping[str, object]
 """What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
-On: TypeAlias = gr.Button | Sequence[Callable[..., Dependency]]  # what starts a press: a button, or several events
+On: TypeAlias = Sequence[Callable[..., Dependency]]  # the events that start a press
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
 P = ParamSpec("P")
@@ -238,6 +238,6 @@ class Tab:
                 yield shown({**after, problem: escape(said(error))})
 
         gr.on(
-            [on.click] if isinstance(on, gr.Button) else on, pressed, self.question, [named[n] for n in names],
+            on, pressed, self.question, [named[n] for n in names],
             js="() => [peftlab.question()]", **(QUIET | {"trigger_mode": "multiple"} | options),
         ).then(None, self.keeper, None, js="(text) => { if (text) peftlab.keep(JSON.parse(text)); }", **QUIET)  # fmt: skip
