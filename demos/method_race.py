@@ -26,28 +26,6 @@ SHOW, NONE = "show me", "none"
 """What stands in the place of a guess: the result is shown without one, or is hidden until there is one."""
 MOST, MOST_SEEDS = 24, 5
 """The most racers of one race here, and runs of each."""
-RACE = on_gpu(race.race)
-
-
-def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
-    """The racers of a race here: one for each of `values`, by default the lesson's own. Raises SpecError."""
-    base, values = here(spec), lesson.values if values is None else values
-    method, said = METHODS[resolve(base).method], ";".join(values)[:80] or NONE
-    if not 2 <= len(values) <= MOST:
-        raise SpecError(f"values={said}: a race here takes 2 to {MOST} racers, not {len(values)}; name others")
-    if lesson.setting == "method" or (lesson.setting in METHOD_SETTINGS and lesson.setting not in method.settings):
-        plain = dict.fromkeys([*METHOD_SETTINGS, "method", "learning_rate", "quantization"])
-        base = RunSpec.from_dict({**base.to_dict(), **plain})
-    offered = [key for _, key in runnable()]
-    for model in values if lesson.setting == "model" else ():
-        if model not in offered:
-            raise SpecError(f"values={model}: no model that trains here; {closest(model, offered)}")
-    try:
-        return race.along(base, {lesson.setting: values})
-    except SpecError as error:
-        raise SpecError(f"values={said}: {error}") from None
-
-
 BOARD = """
 element.addEventListener('click', (e) => {
   const [sort, csv, link] = ['sort', 'csv', 'link'].map((name) => e.target.closest(`[data-${name}]`));
@@ -68,6 +46,26 @@ TOOLBAR = (
     '<button type="button" class="small-button" data-link>Copy link</button>'
     "<small>Press a column's name to sort by it.</small></div>"
 )
+RACE = on_gpu(race.race)
+
+
+def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
+    """The racers of a race here: one for each of `values`, by default the lesson's own. Raises SpecError."""
+    base, values = here(spec), lesson.values if values is None else values
+    method, said = METHODS[resolve(base).method], ";".join(values)[:80] or NONE
+    if not 2 <= len(values) <= MOST:
+        raise SpecError(f"values={said}: a race here takes 2 to {MOST} racers, not {len(values)}; name others")
+    if lesson.setting == "method" or (lesson.setting in METHOD_SETTINGS and lesson.setting not in method.settings):
+        plain = dict.fromkeys([*METHOD_SETTINGS, "method", "learning_rate", "quantization"])
+        base = RunSpec.from_dict({**base.to_dict(), **plain})
+    offered = [key for _, key in runnable()]
+    for model in values if lesson.setting == "model" else ():
+        if model not in offered:
+            raise SpecError(f"values={model}: no model that trains here; {closest(model, offered)}")
+    try:
+        return race.along(base, {lesson.setting: values})
+    except SpecError as error:
+        raise SpecError(f"values={said}: {error}") from None
 
 
 class Race(Tab):

@@ -14,6 +14,19 @@ from peftlab.resolve import METHOD_SETTINGS, with_preset
 from peftlab.show.methods import method_value
 from peftlab.spec import SETTINGS
 
+NEVER_EMPTY = {"train_norms": False, "target_modules": "all-linear"}
+"""What a switch and the target modules show where the method has none."""
+SLIDERS = {"rank": (1, 256, 8), "virtual_tokens": (1, 100, 20), "bottleneck": (1, 256, 16), "block_size": (2, 64, 16)}
+BY_METHOD = (*SLIDERS, *NEVER_EMPTY)
+"""Settings whose controls show the value that the method gives them; the others are empty when automatic."""
+TARGETS = (
+    ("every linear layer", "all-linear"),
+    ("query and value", "query,value"),
+    ("attention only", "query,key,value,attention output"),
+)
+KEPT_BY_PRESETS = ("model", "task", "seed")
+PRESET = {"preset": choice.one_of("preset", "", PRESETS)}
+PRESET_CLEARS = {"preset": tuple(name for name in SETTINGS if name not in KEPT_BY_PRESETS)}
 CHOOSER = """
 const box = () => element.querySelector('select');
 element.addEventListener('change', () => {
@@ -33,18 +46,6 @@ def method_choice(tab: str, model: str) -> gr.HTML:
         "<select>${value.options}</select></label>",
         js_on_load=CHOOSER.replace("TAB", tab),
     )
-
-
-NEVER_EMPTY = {"train_norms": False, "target_modules": "all-linear"}
-"""What a switch and the target modules show where the method has none."""
-SLIDERS = {"rank": (1, 256, 8), "virtual_tokens": (1, 100, 20), "bottleneck": (1, 256, 16), "block_size": (2, 64, 16)}
-BY_METHOD = (*SLIDERS, *NEVER_EMPTY)
-"""Settings whose controls show the value that the method gives them; the others are empty when automatic."""
-TARGETS = (
-    ("every linear layer", "all-linear"),
-    ("query and value", "query,value"),
-    ("attention only", "query,key,value,attention output"),
-)
 
 
 def method_settings(names: Sequence[str]) -> dict[str, Component]:
@@ -82,8 +83,3 @@ def of_preset(key: str, run: Mapping[str, str]) -> tuple[RunSpec, str]:
     preset = with_preset(address.public(address.OPENING.to_dict() | about), PRESETS[key])
     spec = address.public(preset.to_dict() | dict(run))
     return spec, key if with_preset(spec, PRESETS[key]) == spec else ""
-
-
-KEPT_BY_PRESETS = ("model", "task", "seed")
-PRESET = {"preset": choice.one_of("preset", "", PRESETS)}
-PRESET_CLEARS = {"preset": tuple(name for name in SETTINGS if name not in KEPT_BY_PRESETS)}

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Values: TypeAlias = Mapping[str, object]
 """What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
 On: TypeAlias = Sequence[Callable[..., Dependency]]  # the events that start a press
+DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
 P = ParamSpec("P")
@@ -96,9 +97,6 @@ def with_result(work: Generator[float, None, T]) -> Iterator[tuple[float, T | No
     for share in (told := events.Work(work)):
         yield share, None
     yield 1.0, told.result
-
-
-DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 
 
 class Tab:
