@@ -61,6 +61,15 @@ def test_importing_peftlab_counting_and_predicting_load_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
+def test_the_command_line_needs_neither_gradio_nor_plotly():
+    code = (
+        "import sys; sys.modules |= {'gradio': None, 'plotly': None}; from peftlab.cli import main; "
+        "from peftlab.cli._shared import note_event; note_event({'type': 'loading', 'model': 'a model'}); main(['methods'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "loading a model" in done.stderr, done.stderr
+
+
 def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
     for file in [f for folder in ("peftlab", "demos") for f in (ROOT / folder).rglob("*.py")] + [ROOT / "app.py"]:
         assert not re.search(r"\btorch\.load\(|trust_remote_code\s*=\s*True", file.read_text()), file

@@ -4,7 +4,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from peftlab import RunSpec, SpecError, resolve
+from peftlab import RunSpec, SpecError, hardware, resolve
 from peftlab.catalog import GPUS
 from peftlab.hardware import Machine
 from peftlab.methods import METHODS
@@ -179,7 +179,8 @@ def test_a_mark_that_windows_puts_before_a_file_is_no_matter():
     assert RunSpec.from_json('\ufeff{"rank": 4}') == RunSpec(rank=4)
 
 
-def test_what_a_run_here_cannot_have_is_set_aside_with_a_reason():
+def test_what_a_run_here_cannot_have_is_set_aside_with_a_reason(monkeypatch):
+    monkeypatch.setattr(hardware, "here", lambda: CPU)
     asked = RunSpec(model="llama-3.1-8b", rank=4, n_gpus=4, sharding="zero3", offload="parameters", precision="amp")
     fit, reasons = set_aside(asked, ["gpt2"])
     assert fit == RunSpec(rank=4) and list(reasons) == ["sharding", "offload", "n_gpus", "precision", "model"]

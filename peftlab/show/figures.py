@@ -1,12 +1,19 @@
-"""What every chart shares: palette, plotly templates, log axes. What draws is pure: results and a theme in, a figure out."""
+"""What every chart shares: palette, plotly templates, log axes. What draws is pure: results and a theme in, a figure out.
+
+plotly is imported where a figure is made: the command line uses this folder's words without it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
 from math import ceil, floor, log10
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING
 
 from .. import units
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Chart = dict[str, object]
 """A plotly figure as plain JSON: its `data` and its `layout`."""
@@ -38,7 +45,9 @@ def themed(draw: Callable[..., go.Figure | Chart], *args: object) -> dict[str, C
 
 def blank(theme: str, height: int, **layout: object) -> go.Figure:
     """A figure without traces, `height` pixels high; `layout` takes what plotly's `update_layout` takes."""
-    return go.Figure(layout={"template": {"layout": look(theme)}, "height": height, **layout})
+    from plotly.graph_objects import Figure
+
+    return Figure(layout={"template": {"layout": look(theme)}, "height": height, **layout})
 
 
 @cache

@@ -1,11 +1,11 @@
 """A training run in words and charts: how far it is, what it answers, and the recording that stands until there is one."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
-from typing import Any
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING, Any
 
 from .. import measured, units
 from ..count import count
@@ -18,6 +18,9 @@ from ..spec import RunSpec
 from .figures import PALETTE, QUARTERS, Chart, blank, themed
 from .marks import bold, explained, failure, graded, how, libraries, progress, remarks, table
 from .settings import method_name
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Events = Sequence[Event]
 
