@@ -1,6 +1,7 @@
 """Predicted memory of a training run: the closed form, the exact trace, several GPUs, what fits where, and conventions."""
 
-from .closed_form import CONVENTIONS, ClosedForm, closed_form, exact, predict
+from .closed_form import ClosedForm, closed_form, exact, predict
+from .conventions import CONVENTIONS
 from .fit import Fit, cheapest_changes, fits, gpu_grid, largest, largest_model, serve, storage
 from .report import MemoryReport, Moment
 
