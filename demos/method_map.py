@@ -110,13 +110,8 @@ class Methods(Tab):
 
     def pictures(self) -> None:
         self.panel("problem", controls.problem())
-        drawn = gr.HTML(
-            {"method": "lora", "families": ""},
-            html_template=SPECTRUM,
-            js_on_load=MAP,
-            elem_classes="drawn-map",
-            min_height=420,
-        )
+        first = {"method": "lora", "families": ""}
+        drawn = gr.HTML(first, html_template=SPECTRUM, js_on_load=MAP, elem_classes="drawn-map", min_height=420)
         self.panel("method", drawn)  # drawn whether or not its method is refused: the others are the model's
         self.panel("chosen", gr.HTML(elem_classes="chosen-line", min_height=64))
         self.panel("card", gr.HTML(min_height=400))

@@ -99,9 +99,8 @@ class Race(Tab):
             self.go = self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
             self.stop = self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
         self.control("task", gr.Radio(controls.choices_of(TASKS), value=DEFAULT, label="Task"))
-        values = gr.Dropdown(
-            [], multiselect=True, allow_custom_value=True, label="Racers", info=asked_for(LESSONS[FIRST])
-        )
+        info = asked_for(LESSONS[FIRST])
+        values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=info)
         self.control("values", values)
         self.control("steps", controls.setting("steps"))
         with gr.Accordion("More settings", open=False):
