@@ -17,7 +17,8 @@ from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import SETTINGS, Resolved
-from .closed_form import FROZEN_BYTES, ClosedForm, closed_form, predict
+from .closed_form import ClosedForm, closed_form, predict
+from .conventions import FROZEN_BYTES
 from .report import MemoryReport
 
 CLUSTER = tuple(2**i for i in range(1, 11))
