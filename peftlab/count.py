@@ -1,7 +1,5 @@
 """How many parameters a method trains: exact, from the architecture's shapes and the registry's terms."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -39,9 +37,7 @@ class ParameterReport:
     total_parameters: int  # of the base model
     trainable_parameters: int
     added_parameters: int  # trained ones that the base model does not have
-    adapter_bytes: (
-        int  # of its file's tensors; the header adds about 100 bytes a tensor, and AdaLoRA prunes what it saves
-    )
+    adapter_bytes: int  # of its file's tensors; a header adds about 100 bytes a tensor, and AdaLoRA prunes its own
     modules: tuple[ModuleCount, ...]
     names: tuple[tuple[str, int], ...]  # (full module name, trained parameters) of each trained module
 

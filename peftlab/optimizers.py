@@ -22,9 +22,7 @@ SMALLEST_PAGED = 100_000  # parameters of a tensor below which bitsandbytes does
 @dataclass(frozen=True)
 class Optimizer:
     kind: str  # name of the class in `library`.optim
-    states: (
-        int  # numbers kept for each trained parameter; 0 for Adafactor, whose rows and columns are no multiple of them
-    )
+    states: int  # numbers kept for each trained parameter; 0 for Adafactor, which keeps those of rows and columns
     bits: int | None = None  # of a state; None where it has its parameter's own format
     paged: bool = False  # large states live in memory that the GPU and the CPU share, outside PyTorch's allocator
     library: str = "torch"

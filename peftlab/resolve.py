@@ -1,7 +1,5 @@
 """From a spec with automatic fields to the one that is shown, predicted, run, linked and exported."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 
@@ -17,10 +15,7 @@ METHOD_SETTINGS = tuple(name for name in SETTINGS if any(name in m.settings for 
 
 
 def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
-    """`spec` with every setting filled for a run on `machine`, or on this one. A Resolved spec comes back as it is.
-
-    Raises SpecError for names that no registry knows.
-    """
+    """`spec` filled for a run on `machine`, or on this one; a Resolved one as it is. Raises SpecError for unknown names."""
     if isinstance(spec, Resolved) and machine is None:
         return spec
     machine = machine or hardware.here()
@@ -82,10 +77,7 @@ def set_aside(spec: RunSpec, offered: Collection[str] | None = None) -> tuple[Ru
 
 
 def resolve_again(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
-    """The spec of an earlier run, resolved so that its adapter can be used on this machine.
-
-    It keeps the run's precision where this machine can run that at speed, so that the adapter answers as it did then.
-    """
+    """The spec of an earlier run for this machine, in the run's precision where that is fast here, to answer as it did then."""
     machine = machine or hardware.here()
     whole = (spec.quantization or "none") == "none"
     here = (

@@ -150,10 +150,10 @@ def read(model: Module, held: Cache | None, **inputs: object) -> tuple[Tensor, C
     return out.logits, getattr(out, name)
 
 
-def kept_by(held: Cache) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of each layer, rows × heads × tokens × d."""
+def kept_by(held: Cache) -> list[Tensor]:
+    """The keys and values of layer after layer, each rows × heads × tokens × d."""
     layers: list[Any] = held.layers
-    return [(layer.keys, layer.values) for layer in layers]
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
@@ -173,7 +173,8 @@ def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
             assert self.keys is not None and self.values is not None
             return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
 
-    return Cache(layers=[Layer(keys, values, room, at) for keys, values in kept_by(held)])
+    layers: list[Any] = held.layers
+    return Cache(layers=[Layer(layer.keys, layer.values, room, at) for layer in layers])
 
 
 def writer(model: Module) -> PreTrainedModel | None:

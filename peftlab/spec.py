@@ -39,10 +39,7 @@ def setting(meaning: str, automatic: str, **rest: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A fine-tuning run. A field left at `None` is automatic; `resolve` fills it, and checks names of registries.
-
-    Raises SpecError when a value is outside its range.
-    """
+    """A fine-tuning run. A field left at `None` is automatic: `resolve` fills it. Raises SpecError for a value out of range."""
 
     model: str | None = setting(
         "base model: a catalogue key, Hub id, folder, config.json, or a bare count such as 100B",

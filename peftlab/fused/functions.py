@@ -1,7 +1,4 @@
-"""Finds the modules of a model that are RMS norms, or rotate heads as Llama does, by trying each kind on numbers.
-
-None of it needs the model's own numbers, so a model on the meta device can be tried too.
-"""
+"""Finds modules that are RMS norms, or rotate heads as Llama does, by trying each kind on numbers other than the model's."""
 
 from __future__ import annotations
 

@@ -126,20 +126,11 @@ def _bs(parameters: list[Tensor], sizes: list[int]) -> list[Tensor]:
 
 
 class LinearWithLoRA(Function):
-    """x Wᵀ + bias with frozen W, and (x Aᵀ) Bᵀ added to the `columns` of each adapted map, all in one type.
-
-    `a` is the As of these maps one below the other; `bs` are their Bs.
-    """
+    """x Wᵀ + bias with frozen W, and (x Aᵀ) Bᵀ added to each adapted map's `columns`; `a` is all As, one below the other."""
 
     @staticmethod
     def forward(
-        ctx: Context,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        columns: list[slice],
-        a: Tensor,
-        *bs: Tensor,
+        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, columns: list[slice], a: Tensor, *bs: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         low, y = linear(rows, a), linear(rows, weight, bias)

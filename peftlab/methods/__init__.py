@@ -1,7 +1,5 @@
 """Fine-tuning methods: one registry. To add one, write an entry in a file here, and its words in `catalog/methods.json`."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pkgutil import iter_modules
 

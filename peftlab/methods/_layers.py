@@ -1,16 +1,11 @@
 """Layers of our own that methods attach. Importing this imports torch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 
 class Kronecker(nn.Module):
-    """x (…, d_in) → (…, d_out) by W = Σᵢ Aᵢ ⊗ sᵢtᵢᵀ with shared Aᵢ (n, n, n): Compacter, arXiv 2106.04647, section 4.
-
-    n must divide d_in and d_out.
-    """
+    """x (…, d_in) → (…, d_out), multiples of n, by Σᵢ Aᵢ ⊗ sᵢtᵢᵀ with shared Aᵢ (n, n, n): arXiv 2106.04647, section 4."""
 
     def __init__(self, rules: nn.Parameter, d_in: int, d_out: int) -> None:
         super().__init__()

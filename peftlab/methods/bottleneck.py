@@ -1,7 +1,4 @@
-"""Bottleneck adapters, our own: a narrow network down and up again, in series with or beside a frozen sub-layer.
-
-They hang on the linear maps at a sub-layer's border, whatever the model calls the sub-layer.
-"""
+"""Bottleneck adapters, our own: narrow networks that hang on the linear maps at the border of a frozen sub-layer."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ KRONECKER = 4  # Compacter's n, the paper's choice: how many small matrices a we
 
 
 def _beside(last: Module, parent: Module, adapter: Module) -> None:
-    """What goes into the feed-forward goes through the adapter too, and is added to what comes out of its `last` map.
-
-    The first map is found in their parent, by the names that gate and up have.
-    """
+    """Adds to what a feed-forward's `last` map gives what the adapter makes of the input of its first, found by its name."""
     names = [name.rpartition(".")[2] for role in ("gate", "up", "gate+up") for name in ROLES[role]]
     children = dict(parent.named_children())
     first = next(children[name] for name in names if name in children)

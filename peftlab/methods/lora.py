@@ -53,23 +53,26 @@ def principal(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> 
 def adaptive(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """AdaLoRA over the run's steps: a tenth to warm up, three tenths at the final budget, the cuts in between."""
     steps = max(spec.steps, 2)  # the last cut needs a step before it, to judge by
-    adapted = through_peft.attach(
-        model,
-        spec,
-        "AdaLoraConfig",
+    ranks = {"init_r": spec.rank, "target_r": max(1, round(spec.rank * SURVIVING))}
+    times = {"total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
+    settings = {
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
         **through_peft.linear(targets),
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        init_r=spec.rank,
-        target_r=max(1, round(spec.rank * SURVIVING)),
-        total_step=steps,
-        tinit=steps // 10,
-        tfinal=3 * steps // 10,
-    )
+        **ranks,
+        **times,
+    }
+    adapted = through_peft.attach(model, spec, "AdaLoraConfig", **settings)
     for name, parameter in adapted.named_parameters():
         if "ranknum" in name:  # a count of ranks, which peft moves to a GPU as a copy that would be trained
             parameter.requires_grad_(False)
     return adapted
+
+
+def shared_random(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
+    drawn = {"projection_prng_key": spec.seed, "save_projection": False}  # the seed makes them again
+    settings = {"r": spec.rank, "vera_dropout": spec.dropout, **through_peft.linear(targets), **drawn}
+    return through_peft.attach(model, spec, "VeraConfig", **settings)
 
 
 def orthogonality(model: nn.Module) -> Tensor:
@@ -173,16 +176,7 @@ register(
             Keep(("rank", "d_in"), each="model"),  # the two random matrices
             Keep(("rank", "d_out"), each="model"),
         ),
-        attach=lambda model, targets, spec: through_peft.attach(
-            model,
-            spec,
-            "VeraConfig",
-            **through_peft.linear(targets),
-            r=spec.rank,
-            vera_dropout=spec.dropout,
-            projection_prng_key=spec.seed,
-            save_projection=False,  # the seed makes them again
-        ),
+        attach=shared_random,
         rank_limit="",
         drawing=replace(LORA.drawing, branch=("A, random", "*× d", "B, random", "*× b")),
         settings=("rank", "dropout", "target_modules", "layers", "adapter_precision"),

@@ -1,7 +1,4 @@
-"""What the registry holds of a fine-tuning method.
-
-Its trainable parameters in a module are a sum of terms, which Python evaluates here, and the page in the browser.
-"""
+"""What the registry holds of a method; what it trains is a sum of terms, which Python counts and the page in the browser."""
 
 from __future__ import annotations
 
@@ -64,9 +61,7 @@ class Drawing:
 
     main: tuple[str, ...]
     branch: tuple[str, ...] = ()  # boxes of a second line; one without boxes is a skip connection
-    leaves: int | None = (
-        None  # gap where the second line starts; None where it starts from nothing, as learned vectors do
-    )
+    leaves: int | None = None  # gap where the second line starts; None where from nothing, as learned vectors do
     joins: int | None = None  # gap where it joins; None where there is no second line
     how: str = "+"
 
@@ -83,16 +78,12 @@ class Method:
     merge: Callable[[nn.Module], nn.Module] | None = None
     """The model with the method folded into its weights; None where that cannot be."""
     settings: tuple[str, ...] = ()  # the fields of a spec that this method reads, besides those that every run has
-    defaults: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of automatic fields; some are functions of the others' values
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of automatic fields; or functions of all defaults
     keeps: tuple[Keep, ...] = ()  # what autograd saves at each adapted module beside its parameters
     in_place: bool = False  # trains the base model's own parameters instead of new ones
     shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of parameters that all targets share
     saved: tuple[Term, ...] | None = None  # a module's in the saved adapter, where they are not those that were trained
-    rate: Callable[[str, Resolved], float] = lambda name, spec: (
-        1.0
-    )  # a parameter's factor of the learning rate, by its name
+    rate: Callable[[str, Resolved], float] = lambda name, spec: 1.0  # factor of a parameter's learning rate, by name
     penalty: Callable[[nn.Module], Tensor] | None = None  # a term to add to the loss, from the model
     after_step: Callable[[nn.Module, int], None] | None = None
     """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""

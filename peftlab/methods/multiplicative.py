@@ -1,7 +1,5 @@
 """Methods that multiply what the frozen weights see or give: scaling (IA³) and rotation (OFT), through peft."""
 
-from __future__ import annotations
-
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
@@ -13,8 +11,8 @@ def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
     chosen = linear_targets(architecture, spec)
     if any(t.module.kind == "conv1d" for t in chosen):
         raise Unsuited("stores its linear maps as Conv1D, which OFT in peft does not take; use lora, or another model")
+    size = spec.block_size
     for t in chosen:
-        size = spec.block_size
         if t.module.d_in % size:
             fits = [n for n in range(2, t.module.d_in + 1) if all(c.module.d_in % n == 0 for c in chosen)]
             near = min(fits, key=lambda n: abs(n - size), default=1)

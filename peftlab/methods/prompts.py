@@ -67,7 +67,7 @@ def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pef
     ids = torch.randint(0, vocabulary, (1, spec.virtual_tokens))
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
-        flat = [t[0].transpose(0, 1).flatten(1) for layer in seam.kept_by(cache) for t in layer]
+        flat = [t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(cache)]
         weight.copy_(torch.cat(flat, 1))
     return adapted
 

@@ -1,7 +1,5 @@
 """Which modules of a model a method trains, and how that is said in words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A race's board: a line for each racer, with columns to rank by; written as it goes on, read again from assets/measured/."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

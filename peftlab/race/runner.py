@@ -1,7 +1,5 @@
 """Running a race: fine-tunings of one task held side by side, with the same rows, order, seeds and budget."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -35,10 +33,7 @@ class Racer:
 
 
 def along(spec: RunSpec, axes: Mapping[str, Sequence[str]]) -> list[Racer]:
-    """A racer for each combination of the settings' values; for `method` without values, all that suit the model.
-
-    Raises SpecError for an unknown setting, and for fewer than two different racers.
-    """
+    """A racer for each combination of values; for `method` without any, all that suit. Raises SpecError for fewer than two."""
     values: dict[str, Sequence[str]] = {}
     for setting, given in axes.items():
         name = setting.replace("-", "_")

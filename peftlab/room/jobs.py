@@ -1,7 +1,5 @@
 """Jobs: one training at a time, in order of arrival, each with a log of events that a page can come back to."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import threading

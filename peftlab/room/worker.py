@@ -1,9 +1,4 @@
-"""Long work (traces of training steps, decompositions), each once, in one process beside the server's, which comes first.
-
-The process begins with the first work, ends with the server's, and is replaced when it is lost.
-"""
-
-from __future__ import annotations
+"""Long work (traces, decompositions), each once, in a process beside the server's, which is replaced when it is lost."""
 
 import asyncio
 import os

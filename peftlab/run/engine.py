@@ -82,14 +82,7 @@ def _events(run: Run) -> Iterator[Event]:
     (run.out / STOP).unlink(missing_ok=True)  # a second stop ends the last evaluation
     yield from evaluation.at("after")
     finished = len(evaluation.answers) > 1 and not run.stopped()
-    done = _done(run, evaluation, stopped, finished)
-    run.save({**done, **({"heldout": evaluation.rows()} if finished else {})})
-    yield done
-
-
-def _done(run: Run, evaluation: Evaluation, stopped: bool, finished: bool) -> Event:
-    """The last event, whose keys are those of the command line's contract."""
-    return {
+    done: Event = {  # its keys are those of the command line's contract
         "type": "done",
         "adapter": str(run.adapter),
         "steps": run.steps_done,
@@ -108,6 +101,8 @@ def _done(run: Run, evaluation: Evaluation, stopped: bool, finished: bool) -> Ev
         "measured_peak_bytes": evaluation.peak,
         "device": hardware.here().name,
     }
+    run.save({**done, **({"heldout": evaluation.rows()} if finished else {})})
+    yield done
 
 
 def _unlearned(seconds: float) -> Event:

@@ -143,10 +143,7 @@ class _Captured:
 
 
 class Graph(Eager):
-    """The whole step as one CUDA graph for each shape of batch.
-
-    The first batch runs eagerly, which warms everything up; so does a later shape's first where it cannot be recorded yet.
-    """
+    """One CUDA graph a shape of batch; the first batch runs eagerly, to warm up, as does one that cannot be recorded yet."""
 
     name = "graph"
 

@@ -93,11 +93,6 @@ class Reader:
         self.positions = self.positions[:, -1:] + 1
 
 
-def _held(cache: Any) -> list[Tensor]:
-    """The keys and values of all layers, each rows × heads × tokens × size."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
 _kept: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int], Replayed]] = WeakKeyDictionary()
 """For each model, the readers that nobody uses by (rows, width). Its weights may change in place; its modules may not."""
 
@@ -120,15 +115,15 @@ class Replayed(Reader):
     @classmethod
     def of(cls, reader: Reader, tokens: int) -> Replayed | None:
         """Goes on where `reader` is, for so many `tokens`; None where its cache has dropped what a sliding window passed."""
-        if any(tensor.shape[-2] != reader.seen() for tensor in _held(reader.cache)):
+        if any(tensor.shape[-2] != reader.seen() for tensor in seam.kept_by(reader.cache)):
             return None
         rows, masked = reader.mask.shape
         width = math.ceil((masked + tokens) / STRIDE) * STRIDE
         made = _kept.setdefault(reader.model, {}).pop((rows, width), None) or cls(reader, width)
         made.model, made.masked = reader.model, masked
-        seen, held = reader.seen(), _held(made.cache)
+        seen, held = reader.seen(), seam.kept_by(made.cache)
         torch._foreach_zero_(held)  # what is masked counts nothing, unless it is NaN
-        torch._foreach_copy_([t[:, :, :seen] for t in held], _held(reader.cache))
+        torch._foreach_copy_([t[:, :, :seen] for t in held], seam.kept_by(reader.cache))
         made.at.fill_(seen)
         made.mask.fill_(0)
         made.mask[:, :masked] = reader.mask
@@ -142,7 +137,7 @@ class Replayed(Reader):
         del self.model  # or the model, of which this is kept, would never be let go
         if self.graph:  # its last step may be under way, and it may be the last of its graph
             torch.cuda.current_stream(self.ids.device).synchronize()
-            if sum(t.nbytes for t in _held(self.cache)) < KEPT:
+            if sum(t.nbytes for t in seam.kept_by(self.cache)) < KEPT:
                 _kept[model][len(self.mask), self.mask.shape[1]] = self
 
     def logits(self) -> Tensor:
@@ -223,10 +218,7 @@ class _Fetched:
 
 
 def _pick(logits: Tensor, decoding: Decoding, draw: Generator) -> Tensor:
-    """Picks a token for each row of `logits` (rows × vocabulary).
-
-    Where tokens are drawn, one random number serves all rows, so that what they say differs by their models alone.
-    """
+    """Picks a token for each row of `logits` (rows × vocabulary); one random number serves all, so that only models differ."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
     ranked, order = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)

@@ -55,10 +55,7 @@ SMALL = 64e6
 
 
 def attached(base: weights.Base, spec: Resolved) -> PreTrainedModel:
-    """A private copy of the base with the method attached, whose own parameters alone require gradients; peft wraps it.
-
-    Raises SpecError for a method that does not suit the model.
-    """
+    """A private copy of the base with the method attached, whose parameters alone require gradients. Raises SpecError."""
     targets = methods.targets(architecture.of(spec.model), spec, base.entry.name)
     with seeded(spec.seed):
         model = cast("PreTrainedModel", methods.find(spec.method).attach(weights.share(base.model), targets, spec))
@@ -228,10 +225,7 @@ class Run:
         self.largest = max(self.largest, *(piece.shape for piece in pieces), key=lambda shape: shape[0] * shape[1])
 
     def fetch(self, began: float) -> Iterator[Event]:
-        """Waits for the queued steps and tells their losses; `began` is when the first of them did (perf_counter).
-
-        Raises RunError where the run diverged.
-        """
+        """Waits for the steps queued since `began` (perf_counter), and tells their losses. Raises RunError if it diverged."""
         results, self.pending = self.gear.fetch(self.pending), []
         spent, spec = time.perf_counter() - began, self.spec
         self.training_seconds += spent
