@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SomeModel = TypeVar("SomeModel", bound="Module")
 
-__all__ = ["Fused", "Head", "adjoin", "cross_entropy", "head", "quicken", "together", "try_out", "why_not"]
+__all__ = ["Fused", "Head", "adjoin", "cross_entropy", "head", "quicken", "together", "why_not"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ def quicken(model: Module, logits: bool = False) -> Fused:
 def why_not(spec: Resolved) -> str:
     """Why nothing is fused in runs of a spec; empty where something is."""
     return "in mixed precision types differ from one operation to the next" if spec.precision == "amp" else ""
-
-
-def try_out(model: Module) -> None:
-    """Tries on numbers what `quicken` takes, so that a later copy of the model that has none can be quickened too."""
-    functions.Found(model)
 
 
 def together(base: SomeModel, adapted: Sequence[Module]) -> SomeModel | None:

@@ -23,6 +23,7 @@ from ..base import architecture as architectures
 from ..base import configs
 from ..base.configs import Config
 from ..errors import PeftlabError, SpecError
+from ..fused import functions
 from ..seeded import seeded
 from ..spec import SETTINGS, Resolved, parse_layers
 from . import kernels, step
@@ -134,7 +135,7 @@ def _record(
     model = _meta(spec, config, kept)
     recorder = Recorder(model.config.vocab_size, depth)
     if quick:
-        fused.try_out(model)
+        functions.Found(model)  # tries kinds of modules on numbers, which the fake copy has none of
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, kernels.Fused():
         _fake(model, recorder)
         if quick and not fused.why_not(spec):

@@ -201,10 +201,7 @@ def pack(batch: Batch) -> Packed:
 
 
 def why_not_packed(model: PreTrainedModel, longest: int) -> str:
-    """Why a model in training on a CPU cannot read its rows packed; empty where it can. It is tried on two short rows.
-
-    `longest` is the most tokens of a row: what a token attends to may depend on how far away it is.
-    """
+    """Why a model in training on a CPU cannot read rows of up to `longest` tokens packed, as tried on two; empty if it can."""
     nearest = min(chain.from_iterable(map(seam.windows, seam.configs_of(model))), default=longest)
     if nearest < longest:
         return f"tokens attend to {nearest} others at most"

@@ -1,7 +1,4 @@
-"""How one optimizer step is run: each operation launched by Python, or the whole step replayed as one CUDA graph.
-
-A small fine-tune on a GPU waits for launches, not for arithmetic. Both gears run the same `Step`, with the same losses.
-"""
+"""How an optimizer step is run: each operation launched by Python, or all of it replayed as a CUDA graph, without waiting."""
 
 from __future__ import annotations
 

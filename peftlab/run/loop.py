@@ -1,7 +1,4 @@
-"""The training loop: one run's model, gear and batches, its steps, and what is kept however it ends.
-
-A GPU is not kept waiting for numbers: steps are queued, and their losses are fetched a few times a second.
-"""
+"""The training loop: one run's model, gear and batches, its steps, queued so that no GPU waits, and what is kept of it."""
 
 from __future__ import annotations
 
