@@ -24,6 +24,14 @@ from peftlab.data.tasks import Task
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on real weights begin first and in one process, because they train for minutes and share what they train."""
+    real = [item for item in items if item.get_closest_marker("real") and not item.get_closest_marker("browser")]
+    for item in real:
+        item.add_marker(pytest.mark.xdist_group("real"))
+    items.sort(key=lambda item: item not in real)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def older_than_this_file():
     """What is there already is no garbage. A run that closes looks for its own, and would look through all of that too."""
