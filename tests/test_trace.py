@@ -13,6 +13,7 @@ from peftlab.cli import main
 from peftlab.memory import exact, predict
 from peftlab.memory import trace as tracing
 from peftlab.memory.report import KINDS
+from peftlab.memory.states import workspace
 from peftlab.memory.trace import trace
 
 MEASURED = Path(__file__).parent.parent / "assets/measured"
@@ -243,11 +244,18 @@ def test_the_peak_of_our_own_engine_is_that_of_its_recordings():
             assert run["predicted_peak_bytes"] == pytest.approx(run["peak_bytes"], rel=0.025)
 
 
+@pytest.mark.parametrize("name", ["speed-1.7b-h100", "speed-8b-nf4-h100"])
+def test_a_run_of_random_weights_is_predicted_as_it_was(name):
+    document = json.loads((MEASURED / f"{name}.json").read_text())
+    (said,) = {run["predicted_peak_bytes"] for run in document["rows"][0]["runs"]}
+    spec = resolve(RunSpec.from_dict(document["spec"]).but(gpu="h100-80gb"))
+    assert exact(spec, quick=True).allocated + workspace(spec.gpu) == pytest.approx(said, rel=5e-3)
+
+
 @pytest.mark.real
 def test_the_prediction_of_a_recording_is_still_made():
     from peftlab.base import weights
     from peftlab.data import tasks
-    from peftlab.memory.states import workspace
     from peftlab.run.batches import Batches, encode
 
     document = json.loads((MEASURED / "speed-h100.json").read_text())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import linear
@@ -119,6 +120,11 @@ class Cast(Function):
         return None, None, None, *own
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a CPU computes with it. The trace's fake tensors say so too, and stand for a GPU's."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+
+
 def _bs(parameters: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """Every B among the parameters of groups."""
     ends = itertools.accumulate(2 * size for size in sizes)
@@ -144,12 +150,12 @@ class LinearWithLoRA(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, low, *bs = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
-        on_cpu = grad.device.type == "cpu"  # a CPU multiplies few long rows sooner than many short ones
-        grad_low = low.new_empty(low.shape[::-1]).T if on_cpu else torch.empty_like(low)
+        cpu = on_cpu(grad)  # which multiplies few long rows sooner than many short ones
+        grad_low = low.new_empty(low.shape[::-1]).T if cpu else torch.empty_like(low)
         ranks, grad_bs = [b.shape[1] for b in bs], []
         for part, own, grad_own, b in zip(ctx.columns, low.split(ranks, 1), grad_low.split(ranks, 1), bs, strict=True):
             torch.mm(grad[:, part], b, out=grad_own)
-            grad_bs.append(torch.mm(own.T, grad[:, part]).T if on_cpu else torch.mm(grad[:, part].T, own))
+            grad_bs.append(torch.mm(own.T, grad[:, part]).T if cpu else torch.mm(grad[:, part].T, own))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad, weight).addmm_(grad_low, a).view(*shape[:-1], -1)

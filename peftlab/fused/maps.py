@@ -79,7 +79,7 @@ def _side_by_side(parent: Module) -> Iterator[list[Module]]:
             continue
         last, base = lora.base_of(maps[-1] if maps else child), lora.base_of(child)
         whole = not lora.is_nf4(last) and not lora.is_nf4(base) and _follows(last.weight, base.weight)
-        if maps and not (whole and (last.weight.device.type != "cpu" or last.out_features <= WIDE)):
+        if maps and not (whole and (last.out_features <= WIDE or not lora.on_cpu(last.weight))):
             yield maps
             maps = []
         maps.append(child)
