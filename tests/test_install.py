@@ -45,6 +45,7 @@ def test_the_wheel_holds_what_the_checkout_holds_and_says_so(wheel):
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     assert f"Version: {peftlab.__version__}\n" in metadata
+    assert "\n\n# peftlab\n" in metadata and "sdk: gradio" not in metadata
     required = {re.match(r"[\w-]+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert set(re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.MULTILINE)) == required
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "peftlab", "demos", "assets", "app.py"]
