@@ -15,7 +15,7 @@ from demos.page import address, choice, controls, look, methods, store
 from demos.page.tab import QUIET, Asked, Slow, Tab
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
 from peftlab.base.models import find, from_config
-from peftlab.catalog import GPUS, PRICE
+from peftlab.catalog.gpus import GPUS, PRICE
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.closed_form import EXACT
 from peftlab.memory.compute import measured_utilisation

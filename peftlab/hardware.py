@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .catalog import GPUS
+from .catalog.gpus import GPUS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Collection
 
 from . import hardware, methods
 from .base import models
-from .catalog import GPUS, Preset, entry_of
+from .catalog import Preset, entry_of
+from .catalog.gpus import GPUS
 from .data import tasks
 from .methods.selection import USUAL_RANK
 from .spec import SETTINGS, Json, Resolved, RunSpec

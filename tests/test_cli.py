@@ -12,7 +12,8 @@ from tiny import ROOT
 
 from peftlab import adapters, cli, units
 from peftlab.base.models import MODELS
-from peftlab.catalog import GPUS, PRESETS
+from peftlab.catalog import PRESETS
+from peftlab.catalog.gpus import GPUS
 from peftlab.compare import study
 from peftlab.data.tasks import TASKS
 from peftlab.methods import METHODS

@@ -1,4 +1,4 @@
-"""Counts against FACTS.md, against peft, and against the parameters that really require gradients."""
+"""Counts against known values, against peft, and against the parameters that really require gradients."""
 
 import pytest
 from tiny import CONFIGS, attached, fresh
@@ -37,7 +37,7 @@ QV = {"target_modules": "q_proj,v_proj"}
     ],
 )
 def test_tiny_llama(tiny_model, method, settings, trainable):
-    """FACTS.md, section 4. BOFT is added by test_registries."""
+    """Known from attached models. BOFT is added by test_registries."""
     report = count(resolve(RunSpec(model=str(tiny_model), method=method, sequence_length=96, **settings)))
     assert report.trainable_parameters == trainable and report.total_parameters == 195_008
     assert report.trainable_percent == pytest.approx(100 * trainable / 195_008)

@@ -6,7 +6,7 @@ import pytest
 
 from peftlab import RunSpec, SpecError, predict, resolve
 from peftlab.base.models import MODELS
-from peftlab.catalog import GPUS
+from peftlab.catalog.gpus import GPUS
 from peftlab.memory import cheapest_changes, closed_form, exact, fits, gpu_grid, largest, largest_model, storage
 from peftlab.memory.fit import CHANGES, CLUSTER
 from peftlab.spec import SETTINGS

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peftlab import RunSpec, SpecError, predict, resolve
 from peftlab.base.models import MODELS
-from peftlab.catalog import GPUS
+from peftlab.catalog.gpus import GPUS
 from peftlab.cli import main
 from peftlab.memory import CONVENTIONS
 from peftlab.memory.report import KINDS

@@ -14,7 +14,7 @@ from tiny import LLAMA, ROOT, TOY
 from peftlab import RunSpec, predict, resolve
 from peftlab.base import architecture, models
 from peftlab.base.models import BaseModel
-from peftlab.catalog import GPU, GPUS
+from peftlab.catalog.gpus import GPU, GPUS
 from peftlab.data import tasks
 from peftlab.memory import fits
 
@@ -132,7 +132,7 @@ def test_a_method_is_one_file_and_one_entry(tmp_path, toy_file, tiny_model):
     events = python("-m", "peftlab", "train", *spec, "--task", "toy", "--steps", 2, "--out", "run")
     events = [json.loads(line) for line in events if line.startswith("{")]  # on a GPU, BOFT tells how it is compiled
     start, done = (next(e for e in events if e["type"] == kind) for kind in ("start", "done"))
-    assert start["trainable_parameters"] == 1_824 and done["steps"] == 2  # FACTS.md, section 4
+    assert start["trainable_parameters"] == 1_824 and done["steps"] == 2  # known from an attached model
     (counted,) = python("-m", "peftlab", "params", "--method", "boft", "--model", "llama-2-7b", "--json")
     linear = architecture.of("llama-2-7b").linear()
     assert json.loads(counted)["trainable_parameters"] == sum(m.count * (4 * m.d_in + m.d_out) for m in linear)

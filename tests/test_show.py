@@ -10,7 +10,7 @@ import pytest
 from peftlab import PeftlabError, RunSpec, count, measured, predict, resolve, units
 from peftlab.base import architecture, weights
 from peftlab.base.models import DEFAULT
-from peftlab.catalog import GPUS
+from peftlab.catalog.gpus import GPUS
 from peftlab.compare import BASE, ComparisonReport, Exchange, Reply, lowrank, score_of
 from peftlab.compare.proofs import Agreement, Flip, LatencyReport, MergeReport, Speed
 from peftlab.lectures import published

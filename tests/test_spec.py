@@ -5,7 +5,7 @@ from urllib.parse import parse_qsl
 import pytest
 
 from peftlab import RunSpec, SpecError, hardware, resolve
-from peftlab.catalog import GPUS
+from peftlab.catalog.gpus import GPUS
 from peftlab.hardware import Machine
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, cannot_run, set_aside

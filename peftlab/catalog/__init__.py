@@ -12,8 +12,6 @@ from ..errors import SpecError
 from ..spec import closest
 
 Entry = TypeVar("Entry")
-PRICE = 2.5
-"""What an hour of any GPU is taken to cost until somebody types their own price. An assumption, without a currency."""
 FAMILIES = ("full", "additive", "selective", "prompt-based")
 """The lectures' three families, and the yardstick that all are held against."""
 
@@ -21,24 +19,6 @@ FAMILIES = ("full", "additive", "selective", "prompt-based")
 def read(name: str) -> dict[str, Any]:
     """The entries of `NAME.json`, in the order in which they are shown."""
     return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A GPU that a run can be compared with, and its data sheet."""
-
-    key: str
-    name: str
-    memory_gb: float
-    """As the vendor sells it."""
-    memory_bytes: int
-    """As nvidia-smi reports it: an upper bound of what a program can have."""
-    bandwidth_gb_s: float
-    bf16_tflops: float | None
-    """Dense; None where the chip has no bf16."""
-    architecture: str
-    year: int
-    source: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +74,6 @@ class Preset:
     """Times that a run reads all training rows; its steps follow from the task's rows and the batch."""
 
 
-GPUS = {key: GPU(key, **entry) for key, entry in read("gpus").items()}
 ABOUT = {key: About(**entry) for key, entry in read("methods").items()}
 PAPERS = {key: Paper(key, **entry) for key, entry in read("papers").items()}
 PRESETS = {key: Preset(key, **entry) for key, entry in read("presets").items()}

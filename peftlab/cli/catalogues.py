@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from ..base.models import MODELS
-from ..catalog import GPUS, PAPERS, PRESETS
+from ..catalog import PAPERS, PRESETS
+from ..catalog.gpus import GPUS
 from ..data.tasks import TASKS
 from ..methods import METHODS
 from ..spec import Json

@@ -148,6 +148,7 @@ def factors(matrix: Tensor | Factors) -> Factors:
 
 
 def spectrum(matrix: Tensor | Factors) -> Spectrum:
+    """The singular values above rounding, largest first. Raises SpecError for numbers that are not finite."""
     f = factors(matrix)
     return Spectrum(tuple(f.s[: f.rank].tolist()))
 

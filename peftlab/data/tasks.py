@@ -53,11 +53,13 @@ class Task:
 
 
 def accuracy(text: str, row: Row, task: Task) -> bool:
+    """Whether the first label that a text names is the answer."""
     named = re.search(r"\b(" + "|".join(re.escape(label.lower()) for label in task.labels) + r")\b", text.lower())
     return named is not None and named[0] == row.answer.lower()
 
 
 def voice(text: str, row: Row, task: Task) -> bool:
+    """Whether a text has enough of the task's markers, as whole words."""
     plain = " ".join(re.findall(r"[\w']+", text.lower()))
     heard = {m for m in task.markers if re.search(rf"(?<!\w){re.escape(m)}(?!\w)", plain)}
     return len(heard) >= task.markers_needed

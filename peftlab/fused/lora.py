@@ -24,7 +24,7 @@ NAME = "default"  # peft's name for a model's only adapter
 
 
 class Context(FunctionCtx):
-    """torch passes such an object as `ctx`. What stands below the tensors is there in the Functions that set it."""
+    """What torch passes as `ctx`. Attributes below `needs_input_grad` exist only in Functions that set them."""
 
     saved_tensors: tuple[torch.Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -52,14 +52,14 @@ def is_lora(module: Module) -> bool:
 
 def update_of(module: Module) -> Update | None:
     """What an adapted map adds; None for a module without LoRA, and for one that does more than add this."""
-    if not is_lora(module) or why_apart(module):
+    if not is_lora(module) or why_not_fused(module):
         return None
     lora = cast("LoraLinear", module)
     a, b = (lora.get_parameter(f"lora_{side}.{NAME}.weight") for side in "AB")
     return Update(a, b, lora.scaling[NAME])
 
 
-def why_apart(module: Module) -> str:
+def why_not_fused(module: Module) -> str:
     """Why an adapted map cannot be computed with its LoRA in place; empty where it can."""
     lora, base = cast("LoraLinear", module), base_of(module)
     if lora.active_adapters != [NAME] or lora.merged:
@@ -87,7 +87,8 @@ class Cast(Function):
     """Every A and s B of a model in the type of its base, made at once, and gradients in the parameters' own type.
 
     `parameters` are, for each group of maps that read one input, all A and then all B; `sizes` are the groups' numbers of maps.
-    It gives for each group its As one below the other, then each s B. Layer follows layer, so that a few stand for all.
+    It gives for each group its As one below the other, then each s B; in the order of the layers, so that a trace of a few
+    layers extends to all.
     """
 
     @staticmethod
@@ -121,7 +122,7 @@ class Cast(Function):
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Whether a CPU computes with it. The trace's fake tensors say so too, and stand for a GPU's."""
+    """True for a tensor that a CPU computes with. The trace's fake tensors report `cpu` too, but stand for a GPU's: False."""
     return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 

@@ -66,7 +66,7 @@ def take(model: Module) -> list[Group]:
 
 def kept(model: Module) -> list[str]:
     """In words, the LoRA that stays with peft, because no group can compute it."""
-    whys = Counter(lora.why_apart(module) for module in model.modules() if lora.is_lora(module))
+    whys = Counter(lora.why_not_fused(module) for module in model.modules() if lora.is_lora(module))
     return [f"LoRA on {n} linear maps ({why})" for why, n in sorted(whys.items()) if why]
 
 

@@ -15,7 +15,8 @@ from .. import methods
 from ..base import architecture as architectures
 from ..base import models
 from ..base.architecture import Architecture, Module
-from ..catalog import GPUS, entry_of
+from ..catalog import entry_of
+from ..catalog.gpus import GPUS
 from ..errors import SpecError
 from ..measured import documents
 from ..resolve import resolve

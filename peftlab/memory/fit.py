@@ -12,7 +12,7 @@ from itertools import combinations
 from .. import methods
 from ..base import architecture as architectures
 from ..base import models
-from ..catalog import GPU, GPUS
+from ..catalog.gpus import GPU, GPUS
 from ..count import BYTES, count
 from ..errors import SpecError
 from ..resolve import resolve

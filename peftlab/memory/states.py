@@ -86,7 +86,7 @@ def _weights(case: Case) -> list[Line]:
 
 
 def _gradients(case: Case) -> list[Line]:
-    """The gradients of the head and of an embedding tied to it are one sum, made before it is added to the last pass's."""
+    """A head and an embedding tied to it share one gradient: their parts are summed, then added to that of earlier passes."""
     head = case.head if case.trains(case.head) else None
     embedding = case.embedding if case.trains(case.embedding) else None
     held = case.spec.accumulation > 1

@@ -49,6 +49,7 @@ def ends(architecture: Architecture, spec: Resolved) -> list[Target]:
 
 
 def divided(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """Compacter's maps. Raises SpecError where their widths or the bottleneck are no multiple of KRONECKER."""
     chosen = by_role("attention output", "down")(architecture, spec)
     for name, size in [("bottleneck", spec.bottleneck)] + [("width", t.module.d_out) for t in chosen]:
         if size % KRONECKER:

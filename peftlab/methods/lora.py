@@ -24,12 +24,14 @@ ORTHOGONALITY = 0.5  # weight of AdaLoRA's penalty on A and B that are not ortho
 
 
 def quantized(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """Raises SpecError for a base that is not quantized."""
     if spec.quantization == "none":
         raise SpecError("quantization=none: QLoRA is LoRA on a quantized base; set it to nf4 or int8, or use lora")
     return linear_targets(architecture, spec)
 
 
 def unquantized(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """Raises SpecError for a quantized base."""
     if spec.quantization != "none":
         raise SpecError(
             f"quantization={spec.quantization}: PiSSA takes W apart by its singular values, for which W must be whole; "
@@ -44,6 +46,7 @@ def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, **sett
 
 
 def principal(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
+    """PiSSA: A and B are the best approximation of W of that rank, and W keeps the rest."""
     adapted = attach(model, targets, spec)
     cast("LoraConfig", adapted.peft_config["default"]).init_lora_weights = "pissa"
     through_peft.leave_residual(adapted, start=True)
@@ -70,6 +73,7 @@ def adaptive(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> P
 
 
 def shared_random(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
+    """VeRA: A and B are random, drawn from the seed and shared by all maps; two vectors of each map are trained."""
     drawn = {"projection_prng_key": spec.seed, "save_projection": False}  # the seed makes them again
     settings = {"r": spec.rank, "vera_dropout": spec.dropout, **through_peft.linear(targets), **drawn}
     return through_peft.attach(model, spec, "VeraConfig", **settings)

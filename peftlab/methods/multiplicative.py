@@ -8,6 +8,7 @@ from .selection import FUSED
 
 
 def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """OFT's maps. Raises SpecError where blocks do not fill a map's inputs, Unsuited for Conv1D."""
     chosen = linear_targets(architecture, spec)
     if any(t.module.kind == "conv1d" for t in chosen):
         raise Unsuited("stores its linear maps as Conv1D, which OFT in peft does not take; use lora, or another model")

@@ -26,6 +26,7 @@ def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
 
 
 def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """The maps whose outputs a prefix stands before. Raises SpecError where it cannot: checkpointing, or too long a text."""
     _leave_room(architecture, spec)
     if spec.gradient_checkpointing:
         raise SpecError(

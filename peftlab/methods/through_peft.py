@@ -71,11 +71,11 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     saved = load_file(folder / "adapter_model.safetensors")
     own_tensors(model, {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in saved})
     old = _tensors(model)
-    relative = str(getattr(config, "init_lora_weights", "")) == "pissa"
-    if relative:
+    is_pissa = str(getattr(config, "init_lora_weights", "")) == "pissa"
+    if is_pissa:
         config.init_lora_weights = True
     adapted = PeftModel.from_pretrained(model, folder, config=config).to(device)
-    if relative:
+    if is_pissa:
         leave_residual(adapted)
     added = [t for number, t in _tensors(adapted).items() if number not in old]
     at = {t.data_ptr(): t for t in added if t.numel()}
@@ -123,7 +123,7 @@ def own_tensors(
 
 
 def leave_residual(model: nn.Module, start: bool = False) -> None:
-    """PiSSA: each adapted W keeps what its best approximation of rank r leaves. With `start`, A and B become that one.
+    """PiSSA: each adapted W keeps what its best approximation of rank r leaves. With `start`, A and B are set to that.
 
     W is d_out × d_in. The top singular vectors come from the smaller of WWᵀ and WᵀW, in fp64, which is less work than the
     whole decomposition that peft makes.

@@ -70,7 +70,7 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         """What the model is called with."""
         ids = self.data[0]
-        # As a slice, the head would copy its weight.
+        # an index: with a slice the head would copy its weight
         last = torch.arange(self.start - ids.shape[1], 0, device=ids.device)
         return {"input_ids": ids, "logits_to_keep": last}
 
@@ -221,4 +221,4 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str:
     apart, labels = tried.learned(apart)
     apart = apart[labels != IGNORED]
     same = apart.shape == together.shape and (apart - together).abs().max() <= CLOSE * apart.std()
-    return "" if same else "this model's rows are not what they are side by side"
+    return "" if same else "its packed rows give other logits than padded ones"

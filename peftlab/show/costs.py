@@ -7,7 +7,7 @@ from html import escape
 
 from .. import memory, units
 from ..base.models import MODELS
-from ..catalog import GPU, GPUS
+from ..catalog.gpus import GPU, GPUS
 from ..errors import SpecError
 from ..measured import documents
 from ..memory import ClosedForm, Fit, MemoryReport

@@ -4,7 +4,7 @@ from html import escape
 
 from .. import units
 from ..base import architecture
-from ..catalog import GPUS
+from ..catalog.gpus import GPUS
 from ..memory import ClosedForm, MemoryReport, Moment
 from .figures import PALETTE, Chart, look
 from .marks import bold, explained, how

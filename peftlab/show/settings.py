@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from .. import hardware
 from ..base.models import DEFAULT, MODELS, find
-from ..catalog import GPU
+from ..catalog.gpus import GPU
 from ..count import ParameterReport
 from ..errors import SpecError
 from ..memory import MemoryReport
