@@ -150,7 +150,7 @@ def test_a_model_whose_rows_come_out_otherwise_is_left_alone(monkeypatch):
             p.mul_(8)  # numbers as large as a trained model's, whose words depend on their order
     assert why_not_packed(model, 20) == ""
     monkeypatch.setattr(batches, "pack", lambda one: replace(own(one), positions=own(one).positions * 0))
-    assert "rows are not" in why_not_packed(model, 20)
+    assert "packed rows" in why_not_packed(model, 20)
     monkeypatch.setattr(batches, "pack", lambda one: replace(own(one), mask=own(one).mask[0]))
     assert "takes no mask of its own" in why_not_packed(model, 20)
     assert model.training == fresh("llama").training
