@@ -5,10 +5,11 @@ from urllib.parse import parse_qsl
 import pytest
 
 from peftlab import RunSpec, SpecError, hardware, resolve
+from peftlab.catalog import PRESETS
 from peftlab.catalog.gpus import GPUS
 from peftlab.hardware import Machine
 from peftlab.methods import METHODS
-from peftlab.resolve import METHOD_SETTINGS, cannot_run, set_aside
+from peftlab.resolve import METHOD_SETTINGS, cannot_run, set_aside, with_preset
 from peftlab.show.settings import aside_said
 from peftlab.spec import SETTINGS, parse_layers
 
@@ -177,6 +178,15 @@ def test_automatic_precision(settings, able, gpu):
 
 def test_a_mark_that_windows_puts_before_a_file_is_no_matter():
     assert RunSpec.from_json('\ufeff{"rank": 4}') == RunSpec(rank=4)
+
+
+@pytest.mark.parametrize(
+    "settings, steps",
+    [({"training_rows": 21}, 4), ({"training_rows": 21, "batch_size": 4}, 4), ({"task": "intent"}, 38)],
+)
+def test_a_presets_epochs_become_steps(settings, steps):
+    """Three epochs at the preset's own batch of 16."""
+    assert with_preset(RunSpec(**settings), PRESETS["qlora-7b"]).steps == steps
 
 
 def test_what_a_run_here_cannot_have_is_set_aside_with_a_reason(monkeypatch):
