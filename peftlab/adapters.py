@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from safetensors import SafetensorError
+
 from . import methods
 from .base import architecture as architectures
 from .base import models, weights
@@ -129,7 +131,7 @@ def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
             raise ValueError(f"its base is {adapter.spec.model}")
         by_peft = (adapter.folder / CONFIG).exists()
         model = through_peft.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:200]
         what = f"{adapter.folder}: does not fit {base.entry.name} ({reason})"
         raise AdapterError(f"{what}; choose its own base") from None

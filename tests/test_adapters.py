@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -154,11 +155,15 @@ def test_a_folder_without_a_readable_adapter_is_refused(file, text, said, tmp_pa
         adapters.read(tmp_path)
 
 
-def test_a_pickled_adapter_is_refused(tiny_model, tmp_path):
+def test_a_pickled_adapter_is_refused_and_one_that_is_cut_short(tiny_model, tmp_path):
     import torch
     from safetensors.torch import load_file
 
     base, spec, made = trained(tiny_model, "lora")
+    short = adapters.save(made, spec, tmp_path / "short")
+    os.truncate(short / "adapter_model.safetensors", 500)
+    with pytest.raises(AdapterError, match="does not fit .*header"):
+        adapters.apply(base, adapters.read(short))
     folder = adapters.save(made, spec, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()

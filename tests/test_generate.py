@@ -98,7 +98,7 @@ def test_sampling_hangs_on_its_seed_alone_and_rows_have_the_same_luck(base):
     assert len({str(draw(s)) for s in range(4)}) > 1
 
 
-NONSENSE = {"temperature": (-1, float("nan")), "max_new_tokens": (0,), "top_p": (0, 2)}
+NONSENSE = {"temperature": (-1, float("nan")), "max_new_tokens": (0,), "top_p": (0, 2), "seed": (-1, 2**63)}
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in NONSENSE.items() for value in values])

@@ -125,7 +125,7 @@ def _from_key(key: str) -> BaseModel:
             raise ValueError
     except (ValueError, zlib.error):
         raise SpecError(
-            f"model={key[:20]}…: this key of a pasted config is cut short or damaged; copy the whole link, or paste it again"
+            f"model={key[:20]}…: this key of a pasted config is cut short; copy the whole link, or paste the config.json"
         ) from None
     name, config = _read(text)
     name = name or f"{config['model_type']} from config.json"

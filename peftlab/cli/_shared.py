@@ -147,6 +147,6 @@ def check_writable(*files: Path | None) -> None:
     for file in filter(None, files):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.open("ab").close()
         except OSError as error:
             raise SpecError(f"{file}: cannot be written ({error.strerror}); give another path") from None

@@ -24,6 +24,7 @@ def add(commands: Commands) -> None:
 def run(args: Namespace) -> int:
     """Returns the exit status of the page's process, as a shell tells it."""
     try:
+        socket.getaddrinfo(args.host or "127.0.0.1", None)
         socket.create_server((args.host or "127.0.0.1", args.port or 0)).close()
     except socket.gaierror:
         raise SpecError(

@@ -48,6 +48,8 @@ class Decoding:
             raise SpecError(f"temperature={self.temperature:g}: {said}")
         if not 0 < self.top_p <= 1:
             raise SpecError(f"top-p={self.top_p:g}: it must be more than 0 and at most 1; try 1")
+        if not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed={self.seed}: a seed is a whole number from 0 to {2**63 - 1:,}; try 0")
 
 
 class Reader:
