@@ -89,6 +89,8 @@ def test_memory(document, run):
     said = run(*asked)[1]
     assert f"{units.size(data['peak_allocated_bytes'])} allocated, {units.size(data['process_bytes'])} in all" in said
     assert "--exact traces it" in said and "smallest GPU that holds it" in said
+    assert "Full fine-tuning on Gemma 3 270M" in said and "NVIDIA H100 SXM5 80 GB, 85.5 GB: holds it, " in said
+    assert "NVIDIA T4, 16.1 GB: does not hold these " in run("memory", "--model", "llama-3.1-8b", "--gpu", "t4")[1]
 
 
 def test_memory_by_a_convention(document, run):

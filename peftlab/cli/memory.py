@@ -36,14 +36,21 @@ def run(args: Namespace) -> Output:
 
 def _lines(report: MemoryReport) -> Iterator[str]:
     states = {"weights": report.weights, "gradients": report.gradients, "optimizer": report.optimizer}
+    what = f"{report.method_name} on {report.model_name}"
     yield from table([(name, units.size(n)) for name, n in (states | {"sum": report.states}).items()])
     if report.peak:
         parts = {kind.replace("_", " "): units.size(n) for kind, n in report.peak.bytes.items() if n}
         yield from table([(f"at the peak: {kind}", size) for kind, size in parts.items()])
         how = "a trace of it on fake tensors" if report.source == "trace" else "the closed form; --exact traces it"
         allocated, whole = units.size(report.allocated), units.size(report.process)
-        yield f"peak of a step: {allocated} allocated, {whole} in all, by {how}"
+        yield f"{what}, peak of a step: {allocated} allocated, {whole} in all, by {how}"
     else:
-        yield f"{report.method_name} on {report.model_name}, {report.convention}; activations are not included"
-    one = next((f.gpu.name for f in fits(report.needed) if f.n_gpus == 1), None)
-    yield f"smallest GPU that holds it: {one}" if one else "no single GPU of the catalogue holds it"
+        yield f"{what}, {report.convention}; activations are not included"
+    found = fits(report.needed)
+    for fit in (f for f in found if f.gpu.key == report.spec.gpu):
+        short = f"does not hold these {units.size(round(report.needed))}"
+        holds = f"holds it, {units.percent(fit.share)} full" if fit.n_gpus == 1 else short
+        yield f"{fit.gpu.name}, {units.size(fit.gpu.memory_bytes)}: {holds}"
+    one = next((f.gpu for f in found if f.n_gpus == 1), None)
+    smallest = f"{one.name}, {units.size(one.memory_bytes)}" if one else ""
+    yield f"smallest GPU that holds it: {smallest}" if one else "no single GPU of the catalogue holds it"
