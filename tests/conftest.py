@@ -24,13 +24,9 @@ from peftlab.data.tasks import Task
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Tests on real weights begin first and in one process, because they train for minutes and share what they train."""
-    real = [item for item in items if item.get_closest_marker("real") and not item.get_closest_marker("browser")]
-    for item in real:
-        item.add_marker(pytest.mark.xdist_group("real"))
-    items.sort(key=lambda item: item not in real)
+    """Tests on real weights begin first, because they train for minutes."""
+    items.sort(key=lambda item: not item.get_closest_marker("real"))
 
 
 @pytest.fixture(autouse=True, scope="module")
