@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection
 
 from . import hardware, methods
+from .base import architecture as architectures
 from .base import models
 from .catalog import Preset, entry_of
 from .catalog.gpus import GPUS
@@ -39,7 +40,7 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
         "precision": precision, "adapter_precision": "fp32",
         "quantization": "none", "double_quantization": True, "optimizer": "adamw", "optimizer_precision": "parameters",
         "batch_size": task.batch_size, "accumulation": 1, "sequence_length": task.sequence_length,
-        "gradient_checkpointing": False, "attention": "sdpa", "hold_outputs": False,
+        "gradient_checkpointing": False, "attention": _attention_of(model), "hold_outputs": False,
         "gpu": gpu, "n_gpus": 1, "sharding": "none", "offload": "none",
     }  # fmt: skip
     automatic |= {**method.defaults, "rank": rank}
@@ -50,6 +51,11 @@ def resolve(spec: RunSpec, machine: hardware.Machine | None = None) -> Resolved:
     unread |= {"double_quantization"} if filled["quantization"] != "nf4" else set()
     unread |= {name for name in ("gpu", "training_rows") if not filled[name]}
     return Resolved(**filled | {name: SETTINGS[name].type() for name in unread}, unread=frozenset(unread))
+
+
+def _attention_of(model: models.BaseModel) -> str:
+    """The attention that the model's family supports; sdpa for a bare count, whose family is not known."""
+    return architectures.of(model.key).facts.attention if model.config is not None else "sdpa"
 
 
 def resolve_here(spec: RunSpec) -> Resolved:
@@ -66,6 +72,8 @@ def cannot_run(spec: Resolved, offered: Collection[str] | None = None) -> dict[s
     found = {n: f"training runs with {v} only; set it to {v}" for n, v in only.items() if getattr(spec, n) != v}
     if spec.precision == "amp" and hardware.here().device == "cpu":
         found["precision"] = "mixed precision needs a CUDA GPU; use fp32 or bf16 here"
+    if spec.attention == "sdpa" and _attention_of(models.find(spec.model)) == "eager":
+        found["attention"] = "this model's family has no sdpa in transformers; set it to eager"
     if offered is not None and spec.model not in offered:
         found["model"] = f"it is not trained while people watch; {models.find(models.DEFAULT).name} runs in its place"
     return found

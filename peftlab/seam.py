@@ -8,6 +8,7 @@ each token stands (`run/batches.py`).
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 ROTARY = "apply_rotary_pos_emb"
+PLACES = ("attention_mask", "position_ids")
+"""The arguments that tell a model which tokens are padding, and where in its row each one stands."""
 TURN = "peftlab_turn"
 """The attribute of a `sin` that holds the function to call in place of ROTARY."""
 _importing = threading.Lock()
@@ -103,6 +106,11 @@ def attention_of(config: PreTrainedConfig) -> str:
     return config._attn_implementation
 
 
+def has_sdpa(model: PreTrainedModel) -> bool:
+    """Whether transformers lets models of this class attend by torch's scaled_dot_product_attention."""
+    return model._supports_sdpa
+
+
 def windows(config: PreTrainedConfig) -> list[int]:
     """Each limit that the config sets to the number of tokens that a token attends to."""
     found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -143,17 +151,74 @@ def cache_name() -> str:
     return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def read(model: Module, held: Cache | None, **inputs: object) -> tuple[Tensor, Cache]:
-    """(logits for inputs that follow the tokens in `held`, the cache of all these tokens)"""
+@cache
+def _arguments(kind: type[Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def takes(model: Module, name: str) -> bool:
+    """Whether the forward of the transformers model inside `model` has an argument of that name.
+
+    A name that it does not have would go on to its layers unseen, or end in a TypeError.
+    """
+    return name in _arguments(type(writer(model) or model))
+
+
+def logits(model: Module, keep: Tensor | None = None, **inputs: object) -> Tensor:
+    """The logits at the places `keep`, or at all; of the inputs, the model gets those that it takes."""
+    return _logits(model, keep, {**inputs, "use_cache": False})[0]
+
+
+def taken(model: Module, inputs: Mapping[str, object]) -> dict[str, object]:
+    """Those of the inputs that the model takes."""
+    names = _arguments(type(writer(model) or model))
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def _logits(model: Module, keep: Tensor | None, inputs: Mapping[str, object]) -> tuple[Tensor, Any]:
+    """(the logits at the places `keep`, or at all; the whole output)"""
+    given = taken(model, inputs if keep is None else {**inputs, "logits_to_keep": keep})
+    out = model(**given)
+    return (out.logits if keep is None or "logits_to_keep" in given else out.logits[:, keep]), out
+
+
+def read(model: Module, held: Cache | None, keep: Tensor | None = None, **inputs: object) -> tuple[Tensor, Cache | None]:
+    """(logits at the places `keep` of inputs that follow the tokens in `held`, the cache of all these tokens)
+
+    The cache is None for a model that keeps nothing in transformers' own: it has to read all tokens again.
+    """
     name = cache_name()
-    out = model(**inputs, use_cache=True, **({} if held is None else {name: held}))
-    return out.logits, getattr(out, name)
+    made, out = _logits(model, keep, {**inputs, "use_cache": True, **({} if held is None else {name: held})})
+    return made, getattr(out, name, None) if takes(model, name) else None
+
+
+def keeps_only_tokens(held: object) -> bool:
+    """Whether a cache is keys and values of single tokens, layer after layer, and no state that sums up all of them."""
+    from transformers import cache_utils
+
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # the last keeps nothing, being another's
+    plain = [getattr(cache_utils, name, None) for name in names]
+    layers: list[Any] = getattr(held, "layers", [])
+    return bool(layers) and all(type(layer) in plain for layer in layers)
+
+
+def reads_by_attention(model: Module) -> bool:
+    """Whether the model says of itself that attention, told where each token stands, is all that reads a text."""
+    from transformers import DynamicCache
+
+    inner: Any = writer(model)
+    if inner is None or inner._is_stateful or not all(takes(model, name) for name in PLACES):
+        return False
+    try:
+        return keeps_only_tokens(DynamicCache(config=inner.config))
+    except Exception:  # layers of a kind that only the model itself can make
+        return False
 
 
 def kept_by(held: Cache) -> list[Tensor]:
-    """The keys and values of layer after layer, each rows × heads × tokens × d."""
+    """The keys and values of layer after layer, each rows × heads × tokens × d, of a cache that `keeps_only_tokens`."""
     layers: list[Any] = held.layers
-    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return [tensor for layer in layers if layer.keys is not None for tensor in (layer.keys, layer.values)]
 
 
 def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
@@ -174,7 +239,7 @@ def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
             return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
 
     layers: list[Any] = held.layers
-    return Cache(layers=[Layer(layer.keys, layer.values, room, at) for layer in layers])
+    return Cache(layers=[layer if layer.keys is None else Layer(layer.keys, layer.values, room, at) for layer in layers])
 
 
 def writer(model: Module) -> PreTrainedModel | None:

@@ -84,7 +84,9 @@ class RunSpec:
         "longest example; longer ones are refused", "the task's", low=8, high=10_000_000, example="128"
     )
     gradient_checkpointing: bool | None = setting("recompute activations instead of keeping them", "no")
-    attention: str | None = setting("attention implementation", "sdpa", choices=("sdpa", "eager"))
+    attention: str | None = setting(
+        "attention implementation", "sdpa, or eager for a family that has no other", choices=("sdpa", "eager")
+    )
     hold_outputs: bool | None = setting("keep the logits alive through the backward pass", "no")
     learning_rate: float | None = setting("peak learning rate", "the method's own", above=0, high=10, example="0.002")
     steps: int | None = setting("optimizer steps", "the task's", low=1, high=1_000_000, example="40")

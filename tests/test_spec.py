@@ -3,6 +3,7 @@ import random
 from urllib.parse import parse_qsl
 
 import pytest
+from tiny import ROOT
 
 from peftlab import RunSpec, SpecError, hardware, resolve
 from peftlab.catalog import PRESETS
@@ -197,3 +198,14 @@ def test_what_a_run_here_cannot_have_is_set_aside_with_a_reason(monkeypatch):
     assert not cannot_run(resolve(fit)) and set_aside(fit) == (fit, {})
     assert aside_said(fit, {}) == "" and "<b>N GPUs 4</b> (training runs with 1 only)" in aside_said(asked, reasons)
     assert "<b>Llama 3.1 8B</b>" in aside_said(asked, reasons)
+
+
+def test_attention_is_what_the_family_has(config_files):
+    """Gemma 2 has no SDPA in transformers: automatic is eager there, and a run that asks for sdpa sets it aside."""
+    gemma2 = RunSpec(model=str(ROOT / "tests/cases/tiny-gemma2.json"))
+    assert resolve(gemma2).attention == "eager" and resolve(RunSpec(model="7B")).attention == "sdpa"
+    assert not cannot_run(resolve(RunSpec(model=config_files["llama"], attention="sdpa")))
+    fit, reasons = set_aside(gemma2.but(attention="sdpa"))
+    assert fit == gemma2 and reasons == {
+        "attention": "this model's family has no sdpa in transformers; set it to eager"
+    }

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import catalog
+from .. import catalog, seam
 from ..errors import SpecError
 from ..spec import Json
 from . import configs, models
@@ -123,6 +123,8 @@ class Facts:
     attention_dropout: float = 0.0
     experts: int = 0
     experts_per_token: int = 0
+    attention: str = "sdpa"
+    """The attention that transformers chooses for this family: sdpa, or eager where its class has no other."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,10 @@ def describe(model: PreTrainedModel) -> Architecture:
     modules = tuple(replace(module, layers=tuple(layers)) for module, layers in groups.values())
     c = model.config
     context = get(c, "max_position_embeddings") or get(c, "n_positions") or 0
-    return Architecture(c.num_hidden_layers, modules, c.hidden_size, context, _facts(c))
+    return Architecture(c.num_hidden_layers, modules, c.hidden_size, context, _facts(c, seam.has_sdpa(model)))
 
 
-def _facts(config: PreTrainedConfig) -> Facts:
+def _facts(config: PreTrainedConfig, has_sdpa: bool) -> Facts:
     def first(*names: str) -> Any:
         """The value of the first of `names` that the config has; 0 where it has none."""
         return next((v for v in (get(config, name) for name in names) if v), 0)
@@ -223,6 +225,7 @@ def _facts(config: PreTrainedConfig) -> Facts:
         attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
         experts=first("num_local_experts", "num_experts", "n_routed_experts"),
         experts_per_token=first("num_experts_per_tok"),
+        attention="sdpa" if has_sdpa else "eager",
     )
 
 
