@@ -50,11 +50,17 @@ def prepare(adapted: torch.nn.Module, spec: Resolved) -> PreTrainedModel:
     return model.train()
 
 
-def micro(model: PreTrainedModel, spec: Resolved, device: str, logits: int | None = None) -> Iterator[str]:
-    """One forward and one backward pass, every token predicted or the last `logits`. Yields each one's name as it begins."""
+def micro(
+    model: PreTrainedModel, spec: Resolved, device: str, logits: int | None = None, ids: Tensor | None = None
+) -> Iterator[str]:
+    """One forward and one backward pass, every token predicted or the last `logits`. Yields each one's name as it begins.
+
+    The tokens are `ids`, or all the same one: a mixture then asks few of its experts.
+    """
     head = fused.head(model)
     yield "forward"
-    ids = torch.zeros(spec.batch_size, spec.sequence_length, dtype=torch.long, device=device)
+    if ids is None:
+        ids = torch.zeros(spec.batch_size, spec.sequence_length, dtype=torch.long, device=device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=spec.precision == "amp"):
         kept = {} if logits is None else {"logits_to_keep": logits}
         out = model(input_ids=ids, use_cache=False, **kept).logits
