@@ -250,8 +250,16 @@ def writer(model: Module) -> PreTrainedModel | None:
 
 def writers() -> tuple[Mapping[str, str], ...]:
     """Three tables, model_type → name of a class that writes text: encoder and decoder, masked, causal."""
+    return tuple(_table(kind) for kind in ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM"))
+
+
+def tasks() -> tuple[Mapping[str, str], ...]:
+    """Three tables, model_type → name of a class: causal, encoder and decoder, and one that sorts texts into classes."""
+    return tuple(_table(kind) for kind in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION"))
+
+
+def _table(kind: str) -> Mapping[str, str]:
     library()
     from transformers.models.auto import modeling_auto as auto
 
-    kinds = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
-    return tuple(getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in kinds)
+    return getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")

@@ -228,7 +228,7 @@ def _steered(
         if position_ids is not None:
             position_ids = torch.cat([torch.arange(virtual, device=device).expand(batch, -1), position_ids], 1)
     rest |= {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-    out = base(**inputs, **rest)
+    out = base(**seam.taken(base, {**inputs, **rest}))
     if first and not in_cache and isinstance(logits_to_keep, int) and not logits_to_keep:
         out.logits = out.logits[:, virtual:]
     return out

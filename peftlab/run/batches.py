@@ -68,11 +68,11 @@ class Batch:
         return replace(self, data=self.data.to(device, non_blocking=True))
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with."""
+        """What `seam.logits` asks the model with."""
         ids = self.data[0]
         # an index: with a slice the head would copy its weight
         last = torch.arange(self.start - ids.shape[1], 0, device=ids.device)
-        return {"input_ids": ids, "logits_to_keep": last}
+        return {"input_ids": ids, "keep": last}
 
     def learned(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """(the model's output where a token is predicted, those tokens; IGNORED where nothing is learned)"""
@@ -168,9 +168,9 @@ class Packed:
     """1 × places: those next tokens."""
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is called with."""
+        """What `seam.logits` asks the model with."""
         return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self.mask,
-                "logits_to_keep": self.predicting}  # fmt: skip
+                "keep": self.predicting}  # fmt: skip
 
     def learned(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """(the model's output where a token is predicted, those tokens)"""
@@ -205,6 +205,8 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str:
     nearest = min(chain.from_iterable(map(seam.windows, seam.configs_of(model))), default=longest)
     if nearest < longest:
         return f"tokens attend to {nearest} others at most"
+    if not all(seam.takes(model, name) for name in seam.PLACES):
+        return "this model is not told where tokens stand"
     ids = torch.tensor([[5, 11, 3, 7, 2, 9], [5, 11, 8, 4, 4, 1]]) % model.config.vocab_size
     labels = ids.clone()
     labels[:, :3] = labels[1, 5] = IGNORED
@@ -212,8 +214,8 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str:
     model.eval()
     try:
         with torch.no_grad():
-            apart = model(**tried.inputs(), use_cache=False).logits
-            together = model(**pack(tried).inputs(), use_cache=False).logits[0]
+            apart = seam.logits(model, **tried.inputs())
+            together = seam.logits(model, **pack(tried).inputs())[0]
     except Exception as error:  # anybody's architecture, in transformers' code
         return f"this model takes no mask of its own: {type(error).__name__}"
     finally:

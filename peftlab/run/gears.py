@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.cuda import CUDAGraph
 from torch.optim import Optimizer
 
-from .. import fused, methods, optimizers
+from .. import fused, methods, optimizers, seam
 from ..spec import Resolved
 from . import graphs
 from .batches import Batch, Packed, pack
@@ -80,7 +80,7 @@ class Step:
     def loss(self, piece: Batch | Packed) -> tuple[Tensor, Tensor | None]:
         """Returns the sum of the cross-entropy over the answers' tokens, and the logits if the spec holds them."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.spec.precision == "amp"):
-            out = self.model(**piece.inputs(), use_cache=False).logits
+            out = seam.logits(self.model, **piece.inputs())
         loss = fused.cross_entropy(*piece.learned(out), self.head)
         return loss, out if self.spec.hold_outputs else None
 

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile, zip_longest
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from torch.cuda import CUDAGraph
 from .. import seam
 from ..errors import SpecError
 from . import graphs
+from .batches import CLOSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,14 +53,51 @@ class Decoding:
             raise SpecError(f"seed={self.seed}: a seed is a whole number from 0 to {2**63 - 1:,}; try 0")
 
 
+_padding: dict[tuple[object, ...], bool] = {}
+"""What `pads` found of models of a class with a config and a method."""
+
+
+def pads(model: PreTrainedModel) -> bool:
+    """Whether a row that is padded on the left gives the logits that it gives alone, and reads on as it does.
+
+    Models that read by attention alone do. Others are tried on two rows, one time a process: a recurrent state, or
+    positions that are counted from the first column, may not leave out what is padding.
+    """
+    if seam.reads_by_attention(model):
+        return True
+    method = sorted(str(config.peft_type) for config in getattr(model, "peft_config", {}).values())
+    key = (type(seam.writer(model)), str(model.config.to_dict()), str(model.dtype), *method)
+    if key not in _padding:
+        short, long = [5, 9], [7, 4, 8, 3, 6]
+
+        def said(prompts: list[list[int]]) -> Tensor:
+            """The logits of the first row after its prompt and after one more token."""
+            reader = Reader(model, prompts, pad=0, alike=False)
+            first = reader.logits()
+            reader.feed(torch.full((len(prompts),), 2, device=model.device))
+            return torch.stack((first[0], reader.logits()[0]))
+
+        with torch.inference_mode():
+            alone = said([short])
+            try:
+                _padding[key] = bool((said([short, long]) - alone).abs().max() <= CLOSE * alone.std())
+            except Exception:  # anybody's architecture, in transformers' code
+                _padding[key] = False
+    return _padding[key]
+
+
 class Reader:
-    """A model that reads token by token, with a cache that grows. What the prompts share is read once."""
+    """A model that reads token by token, with a cache that grows. What the prompts share is read once.
+
+    A model that keeps nothing in transformers' own cache reads all tokens again for each new one.
+    """
 
     cache: Any = None
     """transformers' Cache, once something was read."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, alike: bool = True) -> None:
         self.model, device = model, model.device
+        alike = alike and seam.reads_by_attention(model)
         columns = zip(*(p[:-1] for p in prompts), strict=False) if alike and len(prompts) > 1 else ()
         shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
         common = len(shared) if len(shared) >= SHARED else 0
@@ -79,9 +117,8 @@ class Reader:
         """Reads what was fed last: logits of each row's next token, rows × vocabulary, in fp32."""
         last = torch.full((1,), -1, device=self.ids.device)  # as a slice, the head would copy its weight for each row
         logits, self.cache = seam.read(
-            self.model, self.cache, input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions,
-            logits_to_keep=last,
-        )  # fmt: skip
+            self.model, self.cache, last, input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions
+        )
         return logits[:, -1].float()
 
     def seen(self) -> int:
@@ -90,9 +127,11 @@ class Reader:
 
     def feed(self, token: Tensor) -> None:
         """Gives each row its next token, which `logits` reads."""
-        self.ids = token[:, None]
+        ids, positions = token[:, None], self.positions[:, -1:] + 1
+        again = self.cache is None
+        self.ids = torch.cat([self.ids, ids], 1) if again else ids
+        self.positions = torch.cat([self.positions, positions], 1) if again else positions
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.positions = self.positions[:, -1:] + 1
 
 
 _kept: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int], Replayed]] = WeakKeyDictionary()
@@ -116,7 +155,12 @@ class Replayed(Reader):
 
     @classmethod
     def of(cls, reader: Reader, tokens: int) -> Replayed | None:
-        """Goes on where `reader` is, for so many `tokens`; None where its cache has dropped what a sliding window passed."""
+        """Goes on where `reader` is, for so many `tokens`; None where its cache holds something else than every token.
+
+        That is a recurrent state, or what a sliding window has not passed yet.
+        """
+        if not (seam.reads_by_attention(reader.model) and seam.keeps_only_tokens(reader.cache)):
+            return None
         if any(tensor.shape[-2] != reader.seen() for tensor in seam.kept_by(reader.cache)):
             return None
         rows, masked = reader.mask.shape
@@ -170,9 +214,26 @@ def decode(
 ) -> Iterator[list[int | None]]:
     """Yields one token for each prompt at a time, None for a row that has ended; stops when all have.
 
-    `prompts` are token ids of any lengths; shorter ones are padded on the left. Rows are `alike` where the model does the
-    same to each: what prompts share is then read once. On a GPU a token's numbers are fetched while the next is under way.
+    `prompts` are token ids of any lengths; shorter ones are padded on the left, where the model `pads`, and else those of
+    each length are read apart. Rows are `alike` where the model does the same to each: what prompts share is then read
+    once. On a GPU a token's numbers are fetched while the next is under way.
     """
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) == 1 or pads(model):
+        yield from _decode(model, prompts, eos, decoding, alike)
+        return
+    rows = [[row for row, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
+    apart = [_decode(model, [prompts[row] for row in of_length], eos, decoding, False) for of_length in rows]
+    for columns in zip_longest(*apart, fillvalue=[]):
+        both = (zip(of_length, column, strict=False) for of_length, column in zip(rows, columns, strict=True))
+        said = dict(chain.from_iterable(both))
+        yield [said.get(row) for row in range(len(prompts))]
+
+
+def _decode(
+    model: PreTrainedModel, prompts: Sequence[list[int]], eos: int, decoding: Decoding, alike: bool
+) -> Iterator[list[int | None]]:
+    """Decodes prompts of which shorter ones are padded."""
     device = model.device
     draw = torch.Generator(device=device).manual_seed(decoding.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)

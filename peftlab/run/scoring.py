@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import seam
 from ..data import tasks
 from ..data.tasks import Row, Task
 from ..places import ASSETS
@@ -75,5 +76,5 @@ def _nats(model: PreTrainedModel, given: list[int], told: list[int]) -> float:
     """Cross-entropy in nats of the tokens `told` after those `given`, summed."""
     read = torch.tensor([given + told], device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=read[:, :-1], use_cache=False).logits[0, -len(told) :].float()
+        logits = seam.logits(model, input_ids=read[:, :-1])[0, -len(told) :].float()
     return torch.nn.functional.cross_entropy(logits, read[0, -len(told) :], reduction="sum").item()
