@@ -1,202 +1,220 @@
-"""Real training steps, each in a fresh process on a CUDA machine, beside what the trace predicts for them."""
+"""Real training steps on a CUDA machine, their bytes and their seconds, beside what the trace predicts for them."""
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
+import random
 import subprocess
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from .. import hardware, methods, seam
-from ..base import architecture, configs, models
-from ..errors import PeftlabError, RunError, SpecError
+from .. import hardware
+from ..base import models
+from ..errors import RunError, SpecError, plain
 from ..measured import provenance
-from ..memory import exact, step
+from ..memory import exact
 from ..resolve import resolve
 from ..spec import Json, Resolved, RunSpec
-from . import Say, write
+from . import Say, steps, write
+from .grid import graph_grid, grid
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-SPREAD = 0.02
-"""Standard deviation of the weights, as most models start."""
-
-
-def grid() -> Iterator[RunSpec]:
-    """Architectures, methods, precisions, optimizers and quantizations, each varied where it matters."""
-    small: Json = {"batch_size": 4, "sequence_length": 512, "precision": "bf16"}
-    every = """full head last-block ln lora dora lora-plus adalora vera ia3 oft prompt p-tuning prefix houlsby pfeiffer parallel
-               io-adapter compacter"""
-    yield from _by("qwen3-0.6b", every, small)
-    for model in ("smollm2-135m", "gemma-3-270m", "gpt2", "opt-350m", "llama-3.2-1b"):
-        yield from _by(model, "full lora bitfit" if model in ("gpt2", "opt-350m") else "full lora ia3", small)
-        yield from _by(model, "lora", small | {"precision": "fp32"})
-        yield from _by(model, "lora", small | {"gradient_checkpointing": True})
-    yield from _by("smollm2-360m", "full lora houlsby", small | {"precision": "amp"})
-    short = {"batch_size": 1, "sequence_length": 128, "precision": "amp"}  # the optimizer's step is the peak
-    yield from _by("llama-3.2-1b", "full", short)
-    for optimizer in ("sgd", "sgd-momentum", "adafactor", "lion", "adamw-8bit", "paged-adamw-8bit"):
-        yield from _by("smollm2-360m", "full", small | {"optimizer": optimizer})
-    yield from _by("smollm2-360m", "full", small | {"optimizer_precision": "fp32"})
-    settings: Json
-    for settings in ({"dropout": 0.05}, {"layers": "last:4"}, {"adapter_precision": "bf16"}, {"hold_outputs": True},
-                     {"accumulation": 4}, {"attention": "eager"}, {"precision": "fp16"}, {"optimizer": "adamw-8bit"},
-                     {"target_modules": "query,value"}, {"batch_size": 3, "sequence_length": 700}):  # fmt: skip
-        yield from _by("smollm2-360m", "lora", small | settings)
-    long: Json = {"batch_size": 1, "sequence_length": 2048, "precision": "bf16"}
-    yield from _by("gemma-3-270m", "lora", long)
-    yield from _by("gemma-3-270m", "full", long | {"gradient_checkpointing": True})
-    yield from _by("olmoe-1b-7b", "lora ln", small)
-    long["rank"] = 16
-    yield from _by("smollm2-1.7b", "qlora", long | {"gradient_checkpointing": True})
-    yield from _by("smollm2-1.7b", "qlora", long | {"double_quantization": False})
-    yield from _by("smollm2-1.7b", "lora", long | {"quantization": "int8"})
-    yield from _by("llama-3.1-8b", "lora qlora", long | {"sequence_length": 1024})
-    yield from _by("llama-3.1-8b", "qlora", long | {"gradient_checkpointing": True})
-
-
-def _by(model: str, methods: str, settings: Json) -> Iterator[RunSpec]:
-    for method in methods.split():
-        yield RunSpec(model=model, method=method, **settings)
-
-
-def measure(spec: Resolved) -> Json:
-    """Bytes at the peak of a steady step on this machine's GPU, and its seconds. Random weights take as much memory as any."""
-    entry, shape = models.find(spec.model), architecture.of(spec.model)
-    assert entry.config is not None
-    model = torch.nn.Module.to(configs.build_meta(entry.config), step.DTYPES[spec.precision]).requires_grad_(False)
-    seam.set_attention(model.config, spec.attention)
-    if spec.quantization != "none":
-        _quantize(model, {name for m in shape.linear() for _, name in m.names()}, spec)
-    step.materialize(model, lambda _, tensor: drawn(tensor, "cuda"))
-    chosen = methods.targets(shape, spec, entry.name)
-    model = step.prepare(methods.find(spec.method).attach(model, chosen, spec), spec)
-    optimizer = step.optimizer([p for p in model.parameters() if p.requires_grad], spec)
-    torch.cuda.empty_cache()
-    seconds = []
-    for _ in range(3):  # the first makes the optimizer's states; the last is measured
-        torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        for _ in range(spec.accumulation):
-            for _ in step.micro(model, spec, "cuda"):
-                pass
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-        "after_bytes": torch.cuda.memory_allocated(),
-        "device_used_bytes": total - free,
-        "step_seconds": min(seconds),
-    }
-
-
-def drawn(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """In place of a tensor without numbers, one of its shape and type with random ones, or zeros where they are whole."""
-    if not tensor.is_meta:  # a quantized weight
-        return tensor
-    made = torch.empty_like(tensor, device=device)
-    return made.normal_(0, SPREAD) if made.is_floating_point() else made.zero_()
-
-
-def _quantize(model: PreTrainedModel, names: set[str], spec: Resolved) -> None:
-    """Quantizes the linear maps of these names as weights.load does for a model on disk."""
-    import bitsandbytes as bnb
-
-    library: Any = bnb.nn
-    four, double = spec.quantization == "nf4", spec.double_quantization
-    draw = functools.cache(torch.randn)  # drawing 8 billion numbers takes minutes
-    for name, module in list(model.named_modules()):
-        if name not in names:
-            continue
-        assert isinstance(module, torch.nn.Linear)
-        sizes = (module.in_features, module.out_features, module.bias is not None)
-        weight = draw(module.weight.shape, dtype=module.weight.dtype)
-        if four:
-            new = library.Linear4bit(*sizes, weight.dtype, double, "nf4", device="meta")
-            new.weight = library.Params4bit(weight, False, compress_statistics=double, quant_type="nf4", module=new)
-        else:
-            new = library.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
-            new.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        new.weight = new.weight.to("cuda")
-        model.set_submodule(name, new.requires_grad_(False))
-    vars(model).update(is_loaded_in_4bit=four, is_loaded_in_8bit=not four)
-    torch.cuda.empty_cache()
+KEPT = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
+"""What of a prediction is recorded."""
+AT_ONCE, READY, ALONE = 6, 3, 3
+"""Processes that predict, and that get models ready for the one that is timed; rows that are measured alone in any case."""
+_turn: Any = None
+"""In a process that times: the lock of whoever uses the GPU."""
 
 
 def record_memory(out: Path, say: Say, at_once: int = 1) -> Json:
-    """Runs the grid and writes every row to `out`, measured and predicted; rows that it has from this hardware stay.
+    """Runs the grid and writes every row to `out`, measured and predicted; what it has from this hardware stays.
 
-    A row's seconds and what its whole process takes can be told only while no other uses the GPU: with several `at_once`,
-    for the first rows. A row that fails says so, and the others go on. Raises SpecError without a GPU, and RunError where
-    every row fails.
+    First the bytes of each row, each in a process of its own; several may run `at_once`, and what a whole process takes is
+    told where none ran beside it. Then the seconds of each row, alone. A row that fails says so, and the others go on.
+
+    Without a GPU nothing is measured, and the rows in `out` are predicted anew. Raises SpecError where it has none, and
+    RunError where every row fails.
     """
-    if hardware.here().device != "cuda":
-        raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
-    others = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    idle = int(subprocess.run(others, capture_output=True, text=True, check=True).stdout) * 2**20
-    fresh = multiprocessing.get_context("forkserver")  # its children share the imports, and no CUDA context
-    fresh.set_forkserver_preload(["torch", "transformers", "accelerate"])
-    specs = [resolve(spec) for spec in grid()]
-    rows: list[Json] = [{"spec": spec.to_dict()} for spec in specs]
-    document = provenance() | {"kind": "memory", "rows": rows}
-    known: list[Json] = []
+    before: Json = {}
     if out.exists() and out.stat().st_size:  # the command line makes an empty one, to know that it can
-        before: Json = json.loads(out.read_text(encoding="utf-8"))
-        known = [row for row in before["rows"] if "measured" in row and before["hardware"] == document["hardware"]]
+        before = json.loads(out.read_text(encoding="utf-8"))
+    if on_cpu := hardware.here().device != "cuda":
+        if not before:
+            raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
+        document = before
+    else:
+        document = provenance() | {"kind": "memory"}
+        document |= {"rows": _rows(grid(), "eager", before), "graph_rows": _rows(graph_grid(), "graph", before)}
+    recording = Recording(document | {"predicted_with": hardware.versions()}, out, say)
+    predicting = threading.Thread(target=recording.predict)
+    predicting.start()
+    if not on_cpu:
+        recording.measure(at_once)
+    predicting.join()  # or it would slow the steps
+    if not on_cpu:
+        recording.time()
+    if all("measured" not in row for row in document["rows"]):
+        raise RunError(f"no configuration could be measured; the first said: {document['rows'][0]['error']}")
+    return recording.document
 
-    def run(i: int, alone: bool) -> None:
-        row, name = rows[i], f"{specs[i].model} {specs[i].method}"
+
+def _rows(specs: Iterable[RunSpec], gear: str, before: Json) -> list[Json]:
+    """A row for each of `specs`, with what was measured `before` on this hardware."""
+    known: dict[str, Json] = {}
+    if before.get("hardware") == hardware.here().name:
+        old = [*before["rows"], *before.get("graph_rows", ())]
+        known = {_key(row): row["measured"] for row in old if "measured" in row}
+    rows: list[Json] = []
+    for spec in map(resolve, specs):
+        row: Json = {"name": models.find(spec.model).name, "gear": gear, "spec": spec.to_dict()}
+        rows.append(row | ({"measured": known[_key(row)]} if _key(row) in known else {}))
+    return rows
+
+
+def _key(row: Json) -> str:
+    return row.get("gear", "eager") + json.dumps(row["spec"], sort_keys=True)
+
+
+class Recording:
+    """A document of `bench memory` that is filled in, and written after each row."""
+
+    def __init__(self, document: Json, out: Path, say: Say) -> None:
+        self.document, self.out, self.say = document, out, say
+        self.rows: list[Json] = document["rows"]
+        self._writing = threading.Lock()
+
+    def predict(self) -> None:
+        """Traces every row's step. What cannot be predicted has an `error`."""
+        with processes(AT_ONCE) as pool:
+            asked = {pool.submit(exact, _spec(row)): row for row in self.rows}
+            for done in as_completed(asked):
+                row = asked[done]
+                row.pop("predicted", None)
+                try:
+                    report = done.result().to_dict()
+                    self._fill(row, predicted={name: report[name] for name in KEPT})
+                except Exception as error:
+                    self._fill(row, error=_reason(error))
+
+    def measure(self, at_once: int) -> None:
+        """Measures the bytes of the rows that have none, each in a process of its own, in an order that mixes their sizes."""
+        rows = [row for row in self.rows if "measured" not in row]
+        random.Random(0).shuffle(rows)
+        before, again = _used_bytes(), []
+
+        def run(row: Json, alone: bool) -> None:
+            try:
+                with processes(1) as process:
+                    found = process.submit(steps.measure, _spec(row)).result()
+                used, squeezed = found.pop("device_used_bytes") - before, found.pop("squeezed")
+                if alone or not squeezed:
+                    self._fill(row, measured=found | {"process_bytes": used if alone else None})
+                    return
+            except Exception as error:
+                if alone:
+                    self._fill(row, error=_reason(error))
+                    return
+            again.append(row)  # the others may have left too little of the GPU
+
+        first = len(rows) if at_once == 1 else ALONE
+        for row in rows[:first]:
+            run(row, alone=True)
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda row: run(row, alone=False), rows[first:]))
+        for row in again:
+            run(row, alone=True)
+
+    def time(self) -> None:
+        """Times the rows that are not, one after the other; while one is timed, the next models are built."""
+        rows = [row for row in self.rows if "measured" in row] + self.document["graph_rows"]
+        rows = [row for row in rows if not row.get("measured", {}).get("step_seconds")]
+        died: list[Json] = []
+        self._time(rows, READY, died)
+        for row in died:  # itself, or another one of its process
+            self._time([row], 1, [])
+
+    def _time(self, rows: list[Json], at_once: int, died: list[Json]) -> None:
+        with processes(at_once, _take_turns, _context().Lock()) as pool:
+            asked = {pool.submit(timed, _spec(row), row["gear"]): row for row in rows}
+            for done in as_completed(asked):
+                row = asked[done]
+                row.pop("untimed", None)
+                try:
+                    self._fill(row, measured=row.get("measured", {}) | done.result())
+                except Exception as error:
+                    died += [row] if isinstance(error, BrokenProcessPool) else []
+                    self._fill(row, untimed=_reason(error))
+
+    def _fill(self, row: Json, **found: Any) -> None:
+        """Adds to a row, writes the document and says what is known of the row now."""
+        with self._writing:
+            row |= found
+            if "measured" in row and ("predicted" in row or row["gear"] == "graph") and "error" not in found:
+                row.pop("error", None)
+            write(self.document, self.out)
+            self.say(f"{row['name']} {row['spec']['method']}, {row['gear']}: {', '.join(_known(row))}")
+
+
+def _known(row: Json) -> Iterator[str]:
+    """What is known of a row, in words."""
+    measured, predicted = row.get("measured", {}), row.get("predicted")
+    if predicted and "peak_allocated_bytes" in measured:
+        for quantity in KEPT[:2]:
+            yield f"{quantity.split('_')[1]} {predicted[quantity] / measured[quantity] - 1:+.2%}"
+    elif measured or predicted:
+        yield "measured" if measured else "predicted"
+    if seconds := measured.get("step_seconds"):
+        yield f"{1000 * seconds:.1f} ms"
+    yield from (row[what] for what in ("error", "untimed") if what in row)
+
+
+def _spec(row: Json) -> Resolved:
+    return resolve(RunSpec.from_dict(row["spec"]))
+
+
+def _reason(error: Exception) -> str:
+    return "the process died" if isinstance(error, BrokenProcessPool) else plain(error)
+
+
+def _used_bytes() -> int:
+    """Bytes of the GPU that are taken before anything is measured."""
+    ask = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout) * 2**20
+
+
+def processes(n: int, begin: Callable[..., None] | None = None, *given: Any) -> Executor:
+    """So many fresh processes that share the imports, and no CUDA context; each calls `begin` with what is `given`."""
+    return ProcessPoolExecutor(n, _context(), begin, given)
+
+
+@cache
+def _context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "accelerate", "peft", __name__])
+    return context
+
+
+def _take_turns(lock: Any) -> None:
+    global _turn
+    _turn = lock
+
+
+def timed(spec: Resolved, gear: str) -> Json:
+    """`steps.timed` of a run, in a process of `Recording.time`. Raises RunError with what went wrong."""
+    model, why = steps.on_meta(spec), ""
+    with _turn:
         try:
-            found = next((k["measured"] for k in known if k["spec"] == row["spec"]), None)
-            if not found:
-                found = _measure_apart(specs[i], fresh)
-                used = found.pop("device_used_bytes") - idle
-                found |= {"process_bytes": used} if alone else {"process_bytes": None, "step_seconds": None}
-            row["measured"] = found
-            report = predicted[i].result().to_dict()
-            kept = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "components")
-            row["predicted"] = {quantity: report[quantity] for quantity in kept}
-            errors = (row["predicted"][quantity] / row["measured"][quantity] - 1 for quantity in kept[:2])
-            say("{}: allocated {:+.2%}, reserved {:+.2%}".format(name, *errors))
-        except PeftlabError as error:
-            row["error"] = str(error)
-            say(f"{name}: {error}")
-        write(document, out)
-
-    first = len(specs) if at_once == 1 else 4
-    with ProcessPoolExecutor(6, fresh) as several, ThreadPoolExecutor(at_once) as pool:
-        predicted = [several.submit(exact, spec) for spec in specs]
-        wait(predicted)  # or they would slow the steps
-        for i in range(first):
-            run(i, alone=True)
-        list(pool.map(lambda i: run(i, alone=False), range(first, len(specs))))
-    if all("error" in row for row in rows):
-        raise RunError(f"no configuration could be measured; the first said: {rows[0]['error']}")
-    return document
-
-
-def _measure_apart(spec: Resolved, context: BaseContext) -> Json:
-    """`measure` in a process of its own. Raises RunError with its error, also where the process dies."""
-    try:
-        with ProcessPoolExecutor(1, context) as process:
-            return process.submit(measure, spec).result()
-    except BrokenProcessPool:
-        raise RunError("the process died") from None
-    except Exception as error:
-        said = str(error).splitlines() or ["no word"]
-        raise RunError(f"{type(error).__name__}: {said[0]}") from None
+            return steps.timed(model, spec, gear, hardware.here().device)
+        except Exception as error:
+            why = plain(error)
+        finally:
+            del model
+            steps.release()
+    raise RunError(why)

@@ -27,7 +27,7 @@ from ..run.scoring import PUBLIC_DOMAIN
 from ..spec import Json, Resolved, RunSpec, closest
 from . import Say, peers, write
 from .chart import chart
-from .memory import drawn
+from .steps import drawn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
