@@ -67,11 +67,16 @@ def offer_rotation(kind: type) -> bool:
     runs. There it is wrapped, once, and does as before for every `sin` without a TURN: other models see no difference.
     """
     files = {sys.modules[base.__module__] for base in kind.__mro__ if base.__module__ in sys.modules}
-    calling = [file for file in files if callable(getattr(file, ROTARY, None))]
+    calling = [file for file in files if _rotates_both(getattr(file, ROTARY, None))]
     for file in calling:
         if not hasattr(own := getattr(file, ROTARY), TURN):
             setattr(file, ROTARY, _giving_way(own))
     return bool(calling)
+
+
+def _rotates_both(rotation: Rotation | None) -> bool:
+    """Whether this takes what `_giving_way` does: some families rotate one of the two at a time."""
+    return rotation is not None and list(inspect.signature(rotation).parameters)[:4] == ["q", "k", "cos", "sin"]
 
 
 def _giving_way(own: Rotation) -> Rotation:
@@ -101,6 +106,13 @@ def configs_of(model: Module) -> list[PreTrainedConfig]:
     return list({id(c): c for c in found if hasattr(c, "_attn_implementation")}.values())
 
 
+def attending_by_name(model: Module) -> set[int]:
+    """The ids of the configs whose models look up their attention under its name, as `register_attention` has it."""
+    kind = library().PreTrainedModel
+    models = [module for module in model.modules() if isinstance(module, kind)]
+    return {id(m.config) for m in models if m._supports_attention_backend}
+
+
 def attention_of(config: PreTrainedConfig) -> str:
     """sdpa, eager, or a name that was registered."""
     return config._attn_implementation
@@ -109,6 +121,11 @@ def attention_of(config: PreTrainedConfig) -> str:
 def has_sdpa(model: PreTrainedModel) -> bool:
     """Whether transformers lets models of this class attend by torch's scaled_dot_product_attention."""
     return model._supports_sdpa
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether the model is of a class that tells kinds of texts apart."""
+    return "ForSequenceClassification" in type(model).__name__
 
 
 def windows(config: PreTrainedConfig) -> list[int]:
@@ -141,6 +158,16 @@ def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask as made
 
     return made(*args, **kwargs)
+
+
+@cache
+def make_masks_for_fakes() -> None:
+    """Has masks made for fake tensors as for real ones: transformers takes them for a compilation, and then makes every mask."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from transformers import masking_utils
+
+    own = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: own(None if isinstance(tensor, FakeTensor) else tensor)
 
 
 @cache
@@ -250,16 +277,13 @@ def writer(model: Module) -> PreTrainedModel | None:
 
 def writers() -> tuple[Mapping[str, str], ...]:
     """Three tables, model_type → name of a class that writes text: encoder and decoder, masked, causal."""
-    return tuple(_table(kind) for kind in ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM"))
+    return tuple(map(classes, ("seq2seq", "masked", "causal")))
 
 
-def tasks() -> tuple[Mapping[str, str], ...]:
-    """Three tables, model_type → name of a class: causal, encoder and decoder, and one that sorts texts into classes."""
-    return tuple(_table(kind) for kind in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION"))
-
-
-def _table(kind: str) -> Mapping[str, str]:
+def classes(task: str) -> Mapping[str, str]:
+    """model_type → name of the class for causal, seq2seq, masked or classification."""
     library()
     from transformers.models.auto import modeling_auto as auto
 
-    return getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
+    names = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM", "masked": "MASKED_LM"}
+    return getattr(auto, f"MODEL_FOR_{names.get(task, 'SEQUENCE_CLASSIFICATION')}_MAPPING_NAMES")

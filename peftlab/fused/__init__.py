@@ -1,16 +1,16 @@
 """The same functions in fewer operations, put in place of a model's own: norms, rotary positions, masks, maps, the loss.
 
 Everything is made of torch's own operations, so nothing is compiled, and results differ by rounding alone. Each module is
-tried out; one that is not known to do the same keeps its own operations, and `Fused.kept` says so.
+tried out, and then the whole model (`trial`); what is not known to do the same stays, and `Fused.kept` says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from . import attention, functions, maps
+from . import attention, functions, maps, trial
 from .loss import Head, cross_entropy, head, last_map
 from .maps import adjoin
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..spec import Resolved
 
 SomeModel = TypeVar("SomeModel", bound="Module")
+Taken: TypeAlias = "tuple[dict[str, int], list[str]]"
 
 __all__ = ["Fused", "Head", "adjoin", "cross_entropy", "head", "quicken", "together", "why_not"]
 
@@ -45,23 +46,37 @@ def quicken(model: Module, logits: bool = False) -> Fused:
 
     Unless `logits` are asked for, it may give hidden states in training from then on: `cross_entropy` takes them with a `head`.
     """
-    found = functions.Found(model)
-    attending, other_attention = attention.take(model)
-    for module, forward in (found.norms | found.rotary).items():
-        maps.give_forward(module, forward)
-    apart = maps.kept(model)
-    groups = maps.take(model)
+    fitting = trial.fitting(model, KINDS)
+    said = [KINDS[kind](model) for kind in fitting]
+    kept = [f"{kind} (tried, they gave other logits)" for kind in KINDS if kind not in fitting]
     last, why = (None, "") if logits else last_map(model)
     if last:
         last.__class__ = Head
-    return Fused(
-        norms=len(found.norms),
-        rotary=len(found.rotary),
-        attention=attending,
-        lora=sum(len(group.updates) for group in groups),
-        joined=sum(len(group.members) > 1 for group in groups),
-        kept=(*found.kept, *other_attention, *apart, *([f"the loss ({why})"] if why else ())),
-    )
+    counts = {name: n for of_kind, _ in said for name, n in of_kind.items()}
+    kept += [*(what for _, others in said for what in others), *([f"the loss ({why})"] if why else ())]
+    return Fused(**counts, kept=tuple(kept))
+
+
+def _functions(model: Module) -> Taken:
+    found = functions.Found(model)
+    for module, forward in (found.norms | found.rotary).items():
+        maps.give_forward(module, forward)
+    return {"norms": len(found.norms), "rotary": len(found.rotary)}, found.kept
+
+
+def _attention(model: Module) -> Taken:
+    attending, others = attention.take(model)
+    return {"attention": attending}, others
+
+
+def _maps(model: Module) -> Taken:
+    apart, groups = maps.kept(model), maps.take(model)
+    adapted, joined = (sum(len(g.updates) for g in groups), sum(len(g.members) > 1 for g in groups))
+    return {"lora": adapted, "joined": joined}, apart
+
+
+KINDS = {"norms and rotary positions": _functions, "masks": _attention, "linear maps": _maps}
+"""What fuses the operations of a kind in a private copy, and says of how many modules, and what it leaves as it is."""
 
 
 def why_not(spec: Resolved) -> str:

@@ -20,9 +20,9 @@ ROWS = "peftlab_rows"
 
 def take(model: Module) -> tuple[int, list[str]]:
     """Puts `attend` in place of sdpa in the configs of a private copy: (how many attend so, how the others do, in words)."""
-    configs = seam.configs_of(model)
+    configs, looked_up = seam.configs_of(model), seam.attending_by_name(model)
     for config in configs:
-        if seam.attention_of(config) == "sdpa":
+        if seam.attention_of(config) == "sdpa" and id(config) in looked_up:
             seam.register_attention(NAME, attend, _mask)
             seam.set_attention(config, NAME)
     ways = [seam.attention_of(config) for config in configs]
@@ -30,23 +30,23 @@ def take(model: Module) -> tuple[int, list[str]]:
 
 
 def attend(
-    module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+    module: Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, but the rows of a packed sequence are read side by side, and a single token's heads that share keys
     as so many tokens of one head. Queries are rows × heads × length × d; the output is rows × length × heads × d.
     """
     rows, heads, length, _ = query.shape
-    if (packed := getattr(mask, ROWS, None)) is not None:
+    if (packed := getattr(attention_mask, ROWS, None)) is not None:
         side, back = packed
         query, key, value = (
             x[0].index_select(1, side.flatten()).unflatten(1, side.shape).transpose(0, 1) for x in (query, key, value)
         )
         out, _ = seam.sdpa(module, query, key, value, None, **more)
         return out.flatten(0, 1).index_select(0, back)[None], None
-    if mask is None or length > 1 or any(more.get(name) is not None for name in ("softcap", "position_bias")):
-        return seam.sdpa(module, query, key, value, mask, **more)
+    if attention_mask is None or length > 1 or any(more.get(name) is not None for name in ("softcap", "position_bias")):
+        return seam.sdpa(module, query, key, value, attention_mask, **more)
     grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
-    out = scaled_dot_product_attention(grouped, key, value, mask.to(query.dtype), scale=more.get("scaling"))
+    out = scaled_dot_product_attention(grouped, key, value, attention_mask.to(query.dtype), scale=more.get("scaling"))
     return out.reshape(rows, 1, heads, -1), None
 
 
