@@ -229,17 +229,30 @@ def keeps_only_tokens(held: object) -> bool:
     return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
-def reads_by_attention(model: Module) -> bool:
-    """Whether the model says of itself that attention, told where each token stands, is all that reads a text."""
+def _empty_cache(model: Module) -> Cache | None:
+    """A cache as the config of the model asks for; None where transformers cannot make one."""
     from transformers import DynamicCache
 
     inner: Any = writer(model)
-    if inner is None or inner._is_stateful or not all(takes(model, name) for name in PLACES):
-        return False
     try:
-        return keeps_only_tokens(DynamicCache(config=inner.config))
-    except Exception:  # layers of a kind that only the model itself can make
-        return False
+        return DynamicCache(config=inner.config)
+    except Exception:  # layers of a kind that only the model itself can make, or none
+        return None
+
+
+def reads_by_attention(model: Module) -> bool:
+    """Whether the model says of itself that attention, told where each token stands, is all that reads a text."""
+    inner: Any = writer(model)
+    told = inner is not None and all(takes(model, name) for name in (*PLACES, cache_name()))
+    return told and not inner._is_stateful and keeps_only_tokens(_empty_cache(model))
+
+
+def sums_up_by_itself(model: Module) -> bool:
+    """Whether the model's family brings a cache of its own, which may sum up tokens in blocks that padding would shift."""
+    from transformers import cache_utils
+
+    layers: list[Any] = getattr(_empty_cache(model), "layers", [])
+    return any(type(layer).__module__ != cache_utils.__name__ for layer in layers)
 
 
 def kept_by(held: Cache) -> list[Tensor]:

@@ -79,6 +79,13 @@ def normal(config: Config) -> Json:
         return values
 
 
+def parsed(config: Config) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """(transformers' own config of a config.json's text model, the class to build of it). Raises SpecError."""
+    with in_words(config):
+        _, made, cls = _parse(config)
+        return made, cls
+
+
 def layer_types(config: Config) -> list[str] | None:
     """The kind of attention of each layer; None for a family whose layers are all alike."""
     with in_words(config):
