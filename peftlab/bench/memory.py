@@ -29,6 +29,8 @@ KEPT = ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "compone
 """What of a prediction is recorded."""
 AT_ONCE, READY, ALONE = 6, 3, 3
 """Processes that predict, and that get models ready for the one that is timed; rows that are measured alone in any case."""
+PRELOADED = ["torch", "transformers", "accelerate"]
+"""What the processes share. peft is not among it: it imports bitsandbytes, which sets CUDA up, and that a fork cannot use."""
 _turn: Any = None
 """In a process that times: the lock of whoever uses the GPU."""
 
@@ -197,7 +199,7 @@ def processes(n: int, begin: Callable[..., None] | None = None, *given: Any) -> 
 @cache
 def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "accelerate", "peft", __name__])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
