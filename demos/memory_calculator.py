@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -70,14 +71,19 @@ def has_step(asked: Asked) -> bool:
 
 
 def seen(asked: Asked) -> tuple[Reports, Forms]:
-    """Full fine-tuning and the chosen method: traced where both traces are known, else by the closed form."""
+    """Full fine-tuning and the chosen method: traced where both traces are known, else by the closed form.
+
+    Where the closed form does not know one of the two, it is the states of both, which can be compared.
+    """
     full, chosen = both(asked.spec)
     if has_step(asked):
         forms = closed(full), closed(chosen)
         traced = worker.known(exact, full), worker.known(exact, chosen)
-        if traced[0] and traced[1]:
-            return (traced[0], traced[1]), forms
-        return (forms[0].report(), forms[1].report()), forms
+        reports = (traced[0], traced[1]) if traced[0] and traced[1] else (forms[0].report(), forms[1].report())
+        if unknown := next((form.states.unknown for form in forms if form.states.unknown), ""):
+            reports = reports if reports[0].source == "trace" else (forms[0].states, forms[1].states)
+            return (replace(reports[0], unknown=unknown), replace(reports[1], unknown=unknown)), (None, None)
+        return reports, forms
     entry, rule = find(asked.run.model), asked["convention"]
     trainable = None if entry.config else max(1, round(entry.total_parameters * asked["share"] / 100))
     return (predict(full, rule), predict(chosen, rule, trainable)), (None, None)
@@ -197,7 +203,7 @@ class Memory(Tab):
             "changed": lambda: settings.changed(asked.spec),
             "numbers": lambda: costs.numbers(full, chosen, forms[1]),
             "gpus": lambda: costs.gpus(full, chosen),
-            "room": lambda: costs.room(forms[1]) if forms[1] else "",
+            "room": lambda: costs.room(forms[1]) if forms[1] else costs.waiting(chosen),
             "spent": lambda: costs.compute_and_disk(chosen, *(asked[name] for name in COSTS)),
             "conventions": lambda: costs.conventions(reports),
             "claims": lambda: statements.tab_table("memory").html,

@@ -13,7 +13,8 @@ const parts = (run) => {
   return {...peak, reserve: (run.form.reserve - 1) * add(peak), context: run.form.context};
 };
 const draw = () => {
-  const {runs, gpus, words, kinds} = props.value;
+  const {runs, gpus, alone, kinds} = props.value;
+  const words = runs.some((run) => !run.form && !isExact(run)) ? {...props.value.words, ...alone} : props.value.words;
   const each = runs.map(parts), totals = each.map(add), most = Math.max(...totals);
   const last = totals.length - 1, needed = totals[last];
   const gpu = gpus.find(([, bytes]) => needed <= bytes), largest = gpus[gpus.length - 1];

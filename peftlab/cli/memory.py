@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from .. import units
 from ..base.models import find
@@ -31,6 +31,8 @@ def run(args: Namespace) -> Output:
             "leave it out, or give a bare count such as --model 100B"
         )
     report = exact(spec) if args.exact else predict(spec, convention, trained)
+    if report.unknown:  # there is but one way to tell, and who asks here can wait for seconds
+        report = replace(exact(spec), unknown=report.unknown)
     return report.to_dict() | {"storage": asdict(storage(report, args.tasks))}, _lines(report)
 
 
@@ -42,6 +44,7 @@ def _lines(report: MemoryReport) -> Iterator[str]:
         parts = {kind.replace("_", " "): units.size(n) for kind, n in report.peak.bytes.items() if n}
         yield from table([(f"at the peak: {kind}", size) for kind, size in parts.items()])
         how = "a trace of it on fake tensors" if report.source == "trace" else "the closed form; --exact traces it"
+        how += f" ({report.unknown})" if report.unknown else ""
         allocated, whole = units.size(report.allocated), units.size(report.process)
         yield f"{what}, peak of a step: {allocated} allocated, {whole} in all, by {how}"
     else:

@@ -124,6 +124,6 @@ def predicted(*specs: Resolved) -> tuple[MemoryReport, ...]:
 
 
 def needed(report: MemoryReport) -> str:
-    """What a run needs, as the Memory tab says it: `about` before the closed form's number."""
+    """What a run needs, as the Memory tab says it: `about` before the closed form's number, states alone where it has none."""
     about = "" if report.source == "trace" or report.process is None else "about "
-    return about + units.size(report.needed)
+    return about + units.size(report.needed) + (" and its activations" if report.unknown else "")

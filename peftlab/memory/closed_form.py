@@ -14,6 +14,7 @@ from ..errors import SpecError
 from ..spec import Json, Resolved, closest
 from .activations import derivation, moments
 from .allocator import MIB
+from .asked import Unknown
 from .conventions import CONVENTIONS, FP4_BYTES, FROZEN_BYTES
 from .lines import Line, Polynomial, constant, total
 from .report import MemoryReport, Moment
@@ -33,7 +34,8 @@ def predict(spec: Resolved, convention: str = EXACT, trainable_parameters: int |
     """Memory of `spec` at the peak of a training step (`exact`), or of its states alone as a convention counts them.
 
     `trainable_parameters` stands in for the count of a model that is only a number; SpecError without it. Such a model, and
-    one that does not write text, has no step to predict: `moments` is empty.
+    one that does not write text, has no step to predict: `moments` is empty. So it is, and `unknown` says why, where the
+    closed form does not know what the model keeps; `exact` tells then.
     """
     entry = models.find(spec.model)
     if convention != EXACT or entry.config is None or not entry.is_causal:
@@ -102,7 +104,7 @@ class ClosedForm:
     states: MemoryReport
     """Weights, gradients and optimizer states alone, and the run's spec."""
     moments: Mapping[str, Mapping[str, Polynomial]]
-    """Bytes by kind at the high points of a step, on one GPU."""
+    """Bytes by kind at the high points of a step, on one GPU; none where `states.unknown` says why."""
     several: Sharded | None = None
     """What several GPUs, or the CPU's memory, change."""
     reserve: float = RESERVE
@@ -122,7 +124,9 @@ class ClosedForm:
         return self.reserve * self.allocated(batch_size, sequence_length, rank) + self.context
 
     def report(self) -> MemoryReport:
-        """The prediction at the spec's own batch, length and rank."""
+        """The prediction at the spec's own batch, length and rank; of the states alone where the step is unknown."""
+        if not self.moments:
+            return self.states
         moments = tuple(
             Moment(name, 0, {kind: self.value(size) for kind, size in kinds.items()})
             for name, kinds in self.moments.items()
@@ -138,7 +142,7 @@ class ClosedForm:
         )
 
     def lines(self) -> tuple[Line, ...]:
-        """The derivation of what is there at the peak, for one GPU alone."""
+        """The derivation of what is there at the peak of a known step, for one GPU alone."""
         peak = max(self.moments, key=lambda name: total(self.moments[name].values()).value(*self._at))
         return tuple(line for line in derivation(self.states.spec) if peak in line.moments)
 
@@ -159,7 +163,11 @@ class ClosedForm:
 
 def closed_form(spec: Resolved) -> ClosedForm:
     """The closed form of a model that writes text. Raises SpecError for others, and as `Case.of` and `plan` do."""
-    return _on_several(ClosedForm(predict_states(spec), moments(spec)))
+    states = predict_states(spec)
+    try:
+        return _on_several(ClosedForm(states, moments(spec)))
+    except Unknown as reason:
+        return ClosedForm(replace(states, unknown=str(reason)), {})
 
 
 def _on_several(form: ClosedForm) -> ClosedForm:

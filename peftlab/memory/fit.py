@@ -35,6 +35,8 @@ class Fit:
     is enough, since each GPU keeps the activations of its own batch."""
     checkpointed: bool = False
     """True where it fits only with gradient checkpointing."""
+    alone: bool = False
+    """True where nothing is known of several GPUs, as of checkpointing, because the closed form does not know the model."""
 
 
 def fits(required: int) -> list[Fit]:
@@ -44,7 +46,7 @@ def fits(required: int) -> list[Fit]:
 
 def gpu_grid(report: MemoryReport) -> list[Fit]:
     """Every GPU of the catalogue against a predicted run, smallest first."""
-    spec = report.spec
+    spec, alone = report.spec, bool(closed_form(report.spec).states.unknown) if report.process else False
     if report.process is None:
         return fits(report.states)
     frugal = replace(spec, gradient_checkpointing=True)
@@ -55,14 +57,14 @@ def gpu_grid(report: MemoryReport) -> list[Fit]:
     found = []
     for gpu in GPUS.values():
         less, n = next(((less, n) for less, n, needed in needs if needed <= gpu.memory_bytes), (False, 0))
-        found.append(Fit(gpu, report.process / gpu.memory_bytes, n, less))
+        found.append(Fit(gpu, report.process / gpu.memory_bytes, n, less, alone))
     return found
 
 
 def _needed(spec: Resolved) -> float:
-    """Bytes of the run's process; infinitely many where its settings exclude each other."""
+    """Bytes of the run's process; infinitely many where its settings exclude each other, or the step is unknown."""
     try:
-        return closed_form(spec).report().needed
+        return closed_form(spec).report().process or math.inf
     except SpecError:
         return math.inf
 

@@ -48,6 +48,8 @@ class MemoryReport:
     optimizer: int
     source: str = "closed-form"
     """`closed-form` or `trace`."""
+    unknown: str = ""
+    """Why the closed form does not know the step, so that only a trace has `moments`; empty where it does."""
     moments: tuple[Moment, ...] = ()
     """A step's high points, in order. A convention has none: it leaves out all that depends on the batch."""
     reserved: int | None = None
@@ -105,7 +107,7 @@ class MemoryReport:
             "cpu_bytes": self.cpu,
             "timeline": [{"phase": m.phase, "part": m.part, "bytes": m.total, **m.bytes} for m in self.moments] or None,
             "source": self.source,
-        }
+        } | ({"unknown": self.unknown} if self.unknown else {})
 
 
 def summary(document: Json) -> Json:

@@ -19,6 +19,9 @@ FORWARD, PASS, LOSS, HEAD, LAST, RECOMPUTE, FIRST, EMBEDDING, OPTIMIZER = MOMENT
     "backward recomputing a layer", "backward in the first layer", "backward at the embedding", "optimizer",
 )  # fmt: skip
 """Where a step can be at its highest. Layers in between lie between the last and the first."""
+KEPT = (FORWARD, PASS, LOSS, HEAD, LAST)
+"""Moments at which everything is there that all layers keep."""
+ALWAYS = (*KEPT, RECOMPUTE, FIRST)
 WORKSPACE = {"h100": 32 * MIB, "h200": 32 * MIB, "": 8320 * 1024}
 """Bytes that cuBLAS keeps in each thread from its first product on. Hopper's are measured
 (assets/measured/memory-h100.json); the others' are PyTorch's default."""

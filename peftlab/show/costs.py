@@ -17,7 +17,7 @@ from ..memory.report import summary
 from ..resolve import resolve
 from ..room import jobs
 from ..spec import Resolved
-from .marks import bold, explained, how, libraries, small, table
+from .marks import bold, explained, how, libraries, sentence, small, table
 from .memory_figures import COMPONENTS
 from .settings import gpu_name, method_name
 
@@ -80,16 +80,24 @@ def gpus(full: MemoryReport, chosen: MemoryReport) -> str:
         if fit.n_gpus == 1:
             said = "fits with checkpointing" if fit.checkpointed else f"fits, {units.percent(fit.share)} full"
             return f'<span class="good">{said}</span>'
-        said = f"needs {fit.n_gpus:,}" if fit.n_gpus else "too small, even shared"
+        small = "too small" if fit.alone else "too small, even shared"
+        said = f"needs {fit.n_gpus:,}" if fit.n_gpus else small
         return f'<span class="bad">{said}{" with checkpointing" if fit.checkpointed else ""}</span>'
 
     reports = [full] if chosen.spec.method == "full" else [full, chosen]
+    if chosen.unknown and not chosen.peak:
+        return waiting(chosen)
     rows = [
         (gpu_name(fits[0].gpu), f"{fits[0].gpu.memory_gb:g} GB", *map(cell, fits))
         for fits in zip(*map(memory.gpu_grid, reports), strict=True)
     ]
     shared = "<p class='note'>Several GPUs share weights and states by FSDP, each with its own batch.</p>"
     return table(("GPU", "memory", *map(method_name, reports)), rows) + ("" if chosen.process is None else shared)
+
+
+def waiting(chosen: MemoryReport) -> str:
+    """Why nothing is said of GPUs yet, or ever of other runs than this one; empty where the closed form knows."""
+    return f'<p class="note">{escape(sentence(chosen.unknown))}</p>' if chosen.unknown else ""
 
 
 def room(form: ClosedForm) -> str:

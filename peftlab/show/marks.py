@@ -17,6 +17,11 @@ def small(text: str) -> str:
     return f"<br><small>{escape(text)}</small>"
 
 
+def sentence(text: str) -> str:
+    """Words with a capital at the beginning and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def how(kind: str, tip: str) -> str:
     """The small mark that answers 'how do you know?': exact, estimated or measured, and `tip` says more."""
     return _tipped("how", kind, escape(tip))

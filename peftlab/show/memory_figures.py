@@ -7,7 +7,7 @@ from ..base import architecture
 from ..catalog.gpus import GPUS
 from ..memory import ClosedForm, MemoryReport, Moment
 from .figures import PALETTE, Chart, look
-from .marks import bold, explained, how
+from .marks import bold, explained, how, sentence
 from .settings import gpu_name, method_name
 
 COMPONENTS = (
@@ -54,10 +54,13 @@ def memory_sentence(full: MemoryReport, chosen: MemoryReport) -> str:
     )
 
 
+ALONE = {"it": "these alone fit", "it_takes": "these alone take"}
+"""What the sentence says of a run's states, where it cannot say it of the whole run."""
+
+
 def it(report: MemoryReport) -> dict[str, str]:
     """What the sentence says of the run: that it fits as a whole, or that its states alone do."""
-    alone = {"it": "these alone fit", "it_takes": "these alone take"}
-    return alone if report.process is None else {"it": "it fits", "it_takes": "it takes"}
+    return ALONE if report.process is None else {"it": "it fits", "it_takes": "it takes"}
 
 
 def _where(report: MemoryReport) -> str:
@@ -137,6 +140,7 @@ def bars_value(
     chosen = reports[-1]
     bare = chosen.convention == "exact"
     why = "A bare count has no layers to predict them from." if bare else "The convention leaves them out."
+    why = next((escape(sentence(r.unknown)) for r in reports if r.unknown), why)
     return {
         "at": at,
         "ranked": any(r.spec.rank for r in reports),
@@ -144,6 +148,7 @@ def bars_value(
         "runs": [_run(r, f, share) for r, f in zip(reports, forms, strict=True)],
         "gpus": [[gpu_name(g), g.memory_bytes] for g in GPUS.values()],
         "words": SENTENCES | it(chosen),
+        "alone": ALONE,
         "kinds": [*COMPONENTS, ("reserve", "overhead", "reserve"), ("context", "overhead", "CUDA context")],
         "closed": CLOSED if forms[-1] else f"<b>Not in these bars:</b> activations, logits and the CUDA context. {why}",
         "exact": _compared(chosen, forms[-1]),
@@ -163,7 +168,7 @@ def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> 
     base = f", base in {spec.quantization}" if spec.quantization != "none" else ""
     return {
         "name": escape(name),
-        "note": explained(spec.precision + base) if form else "",
+        "note": explained(spec.precision + base) if form or report.unknown else "",
         "form": form.to_data() if form else None,
         "states": {k: getattr(report, k) for k in ("frozen_weights", "trainable_weights", "gradients", "optimizer")},
         "exact": exact,
@@ -172,18 +177,21 @@ def _run(report: MemoryReport, form: ClosedForm | None, share: float | None) -> 
 
 def _compared(chosen: MemoryReport, form: ClosedForm | None) -> str:
     """A traced step beside what the closed form estimated; empty until there is one."""
-    if chosen.source != "trace" or form is None:
+    if chosen.source != "trace":
         return ""
     mark = how(
         "exact",
         "One training step traced on fake tensors, replayed through a model of PyTorch's allocator, every token predicted. "
         "Held against an H100 in assets/measured/memory-h100.json.",
     )
-    estimate, needed = form.report().needed, chosen.needed
-    guess = "said the same" if abs(estimate / needed - 1) < 5e-4 else f"estimated {units.size(estimate)}"
+    estimate, needed = form.report().process if form else None, chosen.needed
+    guess = "The closed form does not know this model."
+    if estimate:
+        same = abs(estimate / needed - 1) < 5e-4
+        guess = f"The closed form had {'said the same' if same else f'estimated {units.size(estimate)}'}."
     said = explained(
         f"a traced step: {units.size(chosen.allocated)} allocated at the peak, {units.size(needed)} with PyTorch's reserve and "
-        f"the CUDA context. The closed form had {guess}."
+        f"the CUDA context. {guess}"
     )
     return f"{mark} {said}"
 
