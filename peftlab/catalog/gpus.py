@@ -23,6 +23,8 @@ class GPU:
     bandwidth_gb_s: float
     bf16_tflops: float | None
     """Dense; None where the chip has no bf16."""
+    fp32_tflops: float
+    """Without tensor cores, as torch multiplies fp32 numbers unless it is told otherwise."""
     architecture: str
     year: int
     source: str
