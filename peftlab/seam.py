@@ -123,6 +123,13 @@ def has_sdpa(model: PreTrainedModel) -> bool:
     return model._supports_sdpa
 
 
+def has_plain_cache(config: PreTrainedConfig) -> bool:
+    """Whether the cache of such a model holds the keys and values of each layer, and no state of another kind."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
 def is_classifier(model: PreTrainedModel) -> bool:
     """Whether the model is of a class that tells kinds of texts apart."""
     return "ForSequenceClassification" in type(model).__name__
@@ -209,7 +216,9 @@ def _logits(model: Module, keep: Tensor | None, inputs: Mapping[str, object]) ->
     return (out.logits if keep is None or "logits_to_keep" in given else out.logits[:, keep]), out
 
 
-def read(model: Module, held: Cache | None, keep: Tensor | None = None, **inputs: object) -> tuple[Tensor, Cache | None]:
+def read(
+    model: Module, held: Cache | None, keep: Tensor | None = None, **inputs: object
+) -> tuple[Tensor, Cache | None]:
     """(logits at the places `keep` of inputs that follow the tokens in `held`, the cache of all these tokens)
 
     The cache is None for a model that keeps nothing in transformers' own: it has to read all tokens again.
@@ -279,7 +288,9 @@ def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
             return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
 
     layers: list[Any] = held.layers
-    return Cache(layers=[layer if layer.keys is None else Layer(layer.keys, layer.values, room, at) for layer in layers])
+    return Cache(
+        layers=[layer if layer.keys is None else Layer(layer.keys, layer.values, room, at) for layer in layers]
+    )
 
 
 def writer(model: Module) -> PreTrainedModel | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,94 +13,34 @@ from typing import TYPE_CHECKING, Any
 from .. import catalog, seam
 from ..errors import SpecError
 from ..spec import Json
-from . import configs, models
+from . import configs, models, rewriting, roles
 from .configs import Config, get
+from .modules import Module, runs, told_apart
+from .roles import ROLES
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ROLES: dict[str, tuple[str, ...]] = {
-    "query": ("q_proj", "q", "query"),
-    "key": ("k_proj", "k", "key"),
-    "value": ("v_proj", "v", "value"),
-    "query+key+value": ("c_attn", "qkv_proj"),
-    "attention output": ("o_proj", "self_attn.out_proj", "attn.c_proj", "attention.output.dense", "o"),
-    "gate": ("gate_proj", "wi_0"),
-    "up": ("up_proj", "fc1", "c_fc", "wi", "wi_1", "intermediate.dense"),
-    "gate+up": ("gate_up_proj",),
-    "down": ("down_proj", "fc2", "mlp.c_proj", "wo", "layer.*.output.dense"),
-}
-"""Role of a linear map → the names that families give it. A fused projection has several roles, joined by +."""
+__all__ = [
+    "ROLES",
+    "Architecture",
+    "Facts",
+    "Module",
+    "build",
+    "describe",
+    "from_data",
+    "kept",
+    "of",
+    "runs",
+    "to_data",
+    "told_apart",
+]
 
-
-@dataclass(frozen=True)
-class Module:
-    """One kind of module, with every layer that repeats it."""
-
-    name: str
-    """The dotted name, with `*` for the layer's number."""
-    kind: str
-    """linear, conv1d, embedding (of the tokens), norm or other."""
-    parameters: Mapping[str, tuple[int, ...]]
-    """Name of each of its own parameters → shape."""
-    layers: tuple[int, ...] = ()
-    """Numbers of the layers that have this module; empty for one that stands alone."""
-    tied: bool = False
-    """Whether its weight is another module's too (a head tied to the embedding) and is counted there."""
-    head: bool = False
-    """Whether it maps the last hidden states to the vocabulary."""
-
-    @property
-    def is_linear(self) -> bool:
-        return self.kind in ("linear", "conv1d")
-
-    @property
-    def d_in(self) -> int:
-        """Features of the input. GPT-2's Conv1D stores its weight as in × out; an embedding's input is the vocabulary."""
-        return self.parameters["weight"][0 if self.kind in ("conv1d", "embedding") else 1]
-
-    @property
-    def d_out(self) -> int:
-        return self.parameters["weight"][1 if self.kind in ("conv1d", "embedding") else 0]
-
-    @property
-    def count(self) -> int:
-        """How many modules of this kind the model has."""
-        return len(self.layers) or 1
-
-    @property
-    def weight(self) -> int:
-        """Elements of everything but the bias, for one layer; 0 where the weight is tied."""
-        return 0 if self.tied else sum(math.prod(s) for n, s in self.parameters.items() if n != "bias")
-
-    @property
-    def bias(self) -> int:
-        return math.prod(self.parameters["bias"]) if "bias" in self.parameters else 0
-
-    @cached_property
-    def role(self) -> str:
-        """query, down, head, embedding, norm, …; empty for a linear map whose name is not in ROLES."""
-        if self.head:
-            return "head"
-        if self.kind in ("embedding", "norm"):
-            return self.kind
-        return next((role for role, names in ROLES.items() if any(map(self.ends_in, names))), "")
-
-    @property
-    def short_name(self) -> str:
-        return self.name.rsplit(".", 1)[-1]
-
-    def ends_in(self, parts: str) -> bool:
-        """Whether these are the last parts of its name."""
-        return f".{self.name}".endswith(f".{parts}")
-
-    def names(self) -> Iterator[tuple[int | None, str]]:
-        """(layer, full dotted name) of each module of this kind."""
-        if not self.layers:
-            yield None, self.name
-        for layer in self.layers:
-            yield layer, self.name.replace("*", str(layer), 1)
+CLASSIFIERS = ("classifier", "score")
+"""Names of the heads that peft trains whole in a model for classification."""
+WIDTHS = re.compile(r"intermediate|inner|ff|feed_forward")
+"""What the name of a config's number says that is the width of a feed-forward."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +61,8 @@ class Facts:
     attention_dropout: float = 0.0
     experts: int = 0
     experts_per_token: int = 0
+    plain_cache: bool = True
+    """Whether each layer's cache holds keys and values, and no state of another kind."""
     attention: str = "sdpa"
     """The attention that transformers chooses for this family: sdpa, or eager where its class has no other."""
 
@@ -135,75 +75,162 @@ class Architecture:
     context: int = 0
     """Longest input, in tokens; 0 where the config does not say."""
     facts: Facts = Facts()
+    rewritten: Mapping[str, str] = field(default_factory=dict)
+    """End of a name → the experts' parameter that LoRA in peft adapts for it, and for no linear map of that name."""
+    refused: tuple[str, ...] = ()
+    """Ends of the names of linear maps that LoRA in peft does not adapt."""
 
     @property
     def total_parameters(self) -> int:
         return sum((m.weight + m.bias) * m.count for m in self.modules)
 
+    @cached_property
+    def depths(self) -> Mapping[str, int]:
+        """Name of each stack of layers → how many it has: an encoder's may be another number than the decoder's."""
+        stacks = dict.fromkeys(m.stack for m in self.modules if m.layers)
+        deep = {stack: 1 + max(n for m in self.modules if m.stack == stack for n in m.layers) for stack in stacks}
+        worked = {m.stack for m in self.modules if m.role in ROLES}
+        return {stack: depth for stack, depth in deep.items() if stack in worked or depth == self.n_layers}
+
     def linear(self) -> list[Module]:
-        """Every linear map except the head: what peft calls `all-linear`."""
-        return [m for m in self.modules if m.is_linear and not m.head]
+        """Every linear map except the head."""
+        return [m for m in self.modules if m.is_linear and not m.head and not m.classifier]
+
+    def adaptable(self, low_rank: bool) -> list[Module]:
+        """What `all-linear` means: every linear map except the head, as peft takes it.
+
+        `low_rank`: for LoRA, which finds the experts of some families under the names of linear maps, and refuses some maps.
+        """
+        if not low_rank:
+            return self.linear()
+        maps = [m for m in self.linear() if m.short_name not in (*self.rewritten, *self.refused)]
+        return maps + [m for m in self.modules if m.kind == "experts" and m.short_name in self.rewritten.values()]
 
     def with_role(self, *roles: str) -> list[Module]:
         """Modules that have one of `roles`; a fused projection has several."""
         return [m for m in self.modules if set(m.role.split("+")) & set(roles)]
 
-    def target_names(self) -> list[str]:
-        """For each kind of linear map, the shortest name by which `target_modules` can ask for it alone."""
-        return told_apart([m.name for m in self.linear()])
+    def target_names(self, low_rank: bool = False) -> list[str]:
+        """For each kind of module that can be adapted, the shortest name by which `target_modules` can ask for it alone."""
+        return told_apart([m.name for m in self.adaptable(low_rank)])
 
-    def targets(self, wanted: str) -> list[Module]:
-        """The linear maps of `all-linear`, or of roles and ends of names by comma. Raises SpecError that lists them."""
+    def targets(self, wanted: str, low_rank: bool = False) -> list[Module]:
+        """The modules of `all-linear`, or of roles and ends of names by comma. Raises SpecError that lists them."""
+        able = self.adaptable(low_rank)
         if wanted == "all-linear":
-            return self.linear()
+            return able
+        tokens = [token for t in wanted.split(",") if (token := t.strip())]
         chosen: list[Module] = []
-        for token in (t.strip() for t in wanted.split(",") if t.strip()):
-            found = [m for m in self.modules if m.is_linear and (token in m.role.split("+") or m.ends_in(token))]
-            if not found:
-                have = ", ".join(self.target_names())
-                raise SpecError(f"target-modules={token}: the model has no linear module of that name; it has {have}")
-            chosen += [m for m in found if m not in chosen]
+        for token in tokens:
+            chosen += [m for m in self._named(token, low_rank, tokens) if m not in chosen]
         if not chosen:
             raise SpecError("target-modules is empty: nothing would be trained; try all-linear")
         return chosen
 
+    def _named(self, token: str, low_rank: bool, tokens: list[str]) -> list[Module]:
+        """The modules that one of `tokens` asks for. Raises SpecError where there is none."""
+        able, end = self.adaptable(low_rank), token.rpartition(".")[2]
+        if low_rank and end in self.rewritten:
+            experts = self.rewritten[end]
+            together = [old for old, new in self.rewritten.items() if new == experts]
+            if missing := [old for old in together if not any(f".{t}".endswith(f".{old}") for t in tokens)]:
+                raise SpecError(
+                    f"target-modules={token}: {experts} of the experts holds {' and '.join(together)} in one parameter, "
+                    f"which peft adapts whole; add {', '.join(missing)}"
+                )
+            found = [m for m in able if m.kind == "experts" and m.short_name == experts]
+        else:
+            whole = [m for m in self.modules if (m.head and m.is_linear) or m.kind == "embedding"]
+            found = [m for m in able + whole if token in m.role.split("+") or m.ends_in(token)]
+        if not found:
+            have = ", ".join(self.target_names(low_rank))
+            raise SpecError(f"target-modules={token}: {self._lack(token)}; it has {have}")
+        return found
 
-def told_apart(paths: list[str]) -> list[str]:
-    """For each dotted path, its shortest end that no other path has; the whole path where there is none."""
-    ends = [[".".join(path.split(".")[-n:]) for n in range(1, path.count(".") + 2)] for path in paths]
-    every = Counter(end for of_one in ends for end in of_one)
-    return [next((end for end in of_one if every[end] == 1), of_one[-1]) for of_one in ends]
+    def _lack(self, token: str) -> str:
+        """Why no module of this name can be adapted."""
+        if token.rpartition(".")[2] in self.refused:
+            return "peft attaches no LoRA there, because a fused kernel reads the weight"
+        if any(m.kind == "experts" and m.ends_in(token) for m in self.modules):
+            return "its experts are one parameter that peft does not adapt in this family"
+        return "the model has no linear module of that name"
 
 
 def build(config: Config) -> Architecture:
     """The architecture of a config, built on the meta device, without memory. Raises SpecError as `build_meta` does."""
     with configs.in_words(config):
-        return describe(configs.build_meta(config))
+        return describe(configs.build_meta(config), own_head=config.get("tie_word_embeddings") is False)
 
 
-def describe(model: PreTrainedModel) -> Architecture:
-    """The architecture of a transformers model, on whatever device."""
+def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
+    """The architecture of a transformers model, on whatever device.
+
+    `own_head`: the config says so. Some families build a tied head all the same, and give it its own weights as they load.
+    """
+    c = model.config
+    facts = _facts(c, seam.has_sdpa(model))
+    renamed = rewriting.rewritten(model)
     counted: set[int] = set()
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     groups: dict[tuple[object, ...], tuple[Module, list[int]]] = {}
     for name, module in model.named_modules():
-        if not (own := dict(module.named_parameters(recurse=False))):
-            continue
-        layer = re.search(r"\.(\d+)\.", name)
-        pattern = name.replace(f".{layer[1]}.", ".*.", 1) if layer else name
-        # BERT ties the bias of its head too
-        shapes = {n: tuple(p.shape) for n, p in own.items() if n != "bias" or id(p) not in counted}
-        tied = any(id(own[n]) in counted for n in shapes)
-        counted.update(map(id, own.values()))
-        kind = "embedding" if module is tokens else _kind(module)
-        made = Module(pattern, kind, shapes, (), tied, module is head)
-        _, layers = groups.setdefault((pattern, tuple(shapes.items()), tied), (made, []))
-        if layer:
-            layers.append(int(layer[1]))
-    modules = tuple(replace(module, layers=tuple(layers)) for module, layers in groups.values())
-    c = model.config
+        own = dict(module.named_parameters(recurse=False))
+        experts = [n for n, p in own.items() if facts.experts and _is_of_experts(module, p, c.hidden_size)]
+        parts = [(f"{name}.{n}", "experts", {"weight": own.pop(n)}) for n in experts]
+        if own:
+            parts.append((name, "embedding" if module is tokens else _kind(module), own))
+        for full, kind, parameters in parts:
+            layer = re.search(r"\.(\d+)\.", full)
+            pattern = full.replace(f".{layer[1]}.", ".*.", 1) if layer else full
+            # BERT ties the bias of its head too
+            shapes = {n: tuple(p.shape) for n, p in parameters.items() if n != "bias" or id(p) not in counted}
+            tied = any(id(parameters[n]) in counted for n in shapes) and not (own_head and module is head)
+            counted.update(map(id, parameters.values()))
+            made = Module(
+                pattern, kind, shapes, (), tied,
+                head=module is head,
+                classifier=seam.is_classifier(model) and name.partition(".")[0] in CLASSIFIERS,
+                stacks=2 if kind == "embedding" and c.is_encoder_decoder else 1,
+                ranks=max(1, [*renamed.values()].count(full.rpartition(".")[2])) if kind == "experts" else 1,
+                transposed=kind == "experts" and getattr(module, "is_transposed", False),
+            )  # fmt: skip
+            _, layers = groups.setdefault((pattern, tuple(shapes.items()), tied), (made, []))
+            if layer:
+                layers.append(int(layer[1]))
+    modules = [replace(module, layers=tuple(layers)) for module, layers in groups.values()]
+    told = roles.told(modules, c.hidden_size, _widths(c))
+    named = [replace(m, role=(role := _role(m) or told.get(m, "")), cached=_cached(m, role, facts)) for m in modules]
     context = get(c, "max_position_embeddings") or get(c, "n_positions") or 0
-    return Architecture(c.num_hidden_layers, modules, c.hidden_size, context, _facts(c, seam.has_sdpa(model)))
+    refused = rewriting.refused(model)
+    return Architecture(c.num_hidden_layers, tuple(named), c.hidden_size, context, facts, renamed, refused)
+
+
+def _is_of_experts(module: nn.Module, parameter: nn.Parameter, hidden: int) -> bool:
+    """Whether the parameter holds one matrix for each expert."""
+    return parameter.ndim == 3 and hidden in parameter.shape[1:] and "Conv" not in type(module).__name__
+
+
+def _role(module: Module) -> str:
+    """The role of what is no map inside a layer."""
+    return "head" if module.head else module.kind if module.kind in ("embedding", "norm") else ""
+
+
+def _cached(module: Module, role: str, facts: Facts) -> int:
+    """The keys and values for one token in what a map with this role gives."""
+    if role in ("key", "value"):
+        return module.width
+    queries = facts.heads * facts.head_size if role == "query+key+value" else 0
+    both = module.width - queries if role in ("key+value", "query+key+value") else 0
+    return both if facts.head_size and both > 0 and both % (2 * facts.head_size) == 0 else 0
+
+
+def _widths(config: PreTrainedConfig) -> set[int]:
+    """Numbers in a config that a feed-forward may be as wide as; four times the hidden size is what families leave unsaid."""
+    found, parts = {4 * config.hidden_size}, [config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))]
+    for name, value in (item for part in parts for item in vars(part).items()):
+        if WIDTHS.search(name):
+            found |= {n for n in (value if isinstance(value, list) else [value]) if type(n) is int and n > 1}
+    return found
 
 
 def _facts(config: PreTrainedConfig, has_sdpa: bool) -> Facts:
@@ -211,20 +238,21 @@ def _facts(config: PreTrainedConfig, has_sdpa: bool) -> Facts:
         """The value of the first of `names` that the config has; 0 where it has none."""
         return next((v for v in (get(config, name) for name in names) if v), 0)
 
-    heads, kinds = get(config, "num_attention_heads"), get(config, "layer_types") or []
+    heads, kinds = first("num_attention_heads"), get(config, "layer_types") or []
     windowed = sum(kind == "sliding_attention" for kind in kinds)
     window = max(0, first("sliding_window")) if getattr(config, "use_sliding_window", True) else 0
     return Facts(
         heads=heads,
         kv_heads=first("num_key_value_heads") or heads,
-        head_size=first("head_dim", "d_kv") or config.hidden_size // heads,
+        head_size=first("head_dim", "d_kv") or (config.hidden_size // heads if heads else 0),
         window=window,
         windowed=(windowed if kinds else config.num_hidden_layers) if window else 0,
         activation=first("hidden_act", "hidden_activation", "activation_function", "dense_act_fn") or "",
         dropout=float(first("resid_pdrop", "dropout", "hidden_dropout_prob", "dropout_rate")),
         attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
-        experts=first("num_local_experts", "num_experts", "n_routed_experts"),
+        experts=first("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
         experts_per_token=first("num_experts_per_tok"),
+        plain_cache=seam.has_plain_cache(config),
         attention="sdpa" if has_sdpa else "eager",
     )
 
@@ -238,7 +266,9 @@ def _kind(module: nn.Module) -> str:
 
 def to_data(a: Architecture) -> Json:
     """An architecture as JSON. Layers are [first, last] runs, because nearly every model repeats one layer throughout."""
-    return asdict(a) | {"modules": [asdict(m) | {"layers": runs(m.layers)} for m in a.modules]}
+    usual = {f.name: f.default for f in fields(Module)}
+    modules = [{n: v for n, v in asdict(m).items() if v != usual[n]} | {"layers": runs(m.layers)} for m in a.modules]
+    return asdict(a) | {"modules": modules}
 
 
 def from_data(data: Json) -> Architecture:
@@ -248,14 +278,8 @@ def from_data(data: Json) -> Architecture:
         layers = tuple(n for first, last in m["layers"] for n in range(first, last + 1))
         shapes = {name: tuple(shape) for name, shape in m["parameters"].items()}
         modules.append(Module(**m | {"layers": layers, "parameters": shapes}))
-    return Architecture(**data | {"modules": tuple(modules), "facts": Facts(**data["facts"])})
-
-
-def runs(numbers: tuple[int, ...]) -> list[list[int]]:
-    """[first, last] of each run of consecutive numbers."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return [[start, end] for start, end in zip(starts, ends, strict=True)]
+    parts = {"modules": tuple(modules), "facts": Facts(**data["facts"]), "refused": tuple(data["refused"])}
+    return Architecture(**data | parts)
 
 
 @lru_cache(maxsize=1)

@@ -9,11 +9,11 @@ from ..errors import SpecError
 from ..spec import Resolved, closest
 from . import selection
 from .method import SIZES, Drawing, Keep, Method, Select, Term
-from .selection import Target, Unsuited, by_role, in_layers, linear_targets, once_a_layer
+from .selection import Target, Unsuited, by_role, in_layers, linear_targets, maps_alone, with_roles
 
 __all__ = [
     "METHODS", "SIZES", "Drawing", "Keep", "Method", "Select", "Target", "Term", "Unsuited", "by_role", "find", "in_layers",
-    "linear_targets", "once_a_layer", "register", "targets",
+    "linear_targets", "maps_alone", "register", "targets", "with_roles",
 ]  # fmt: skip
 
 METHODS: dict[str, Method] = {}
@@ -46,11 +46,12 @@ def targets(architecture: Architecture, spec: Resolved, model_name: str = "the m
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
     if method.rank_limit:
         extreme, which = selection.RANK_LIMITS[method.rank_limit]
-        limit = extreme(min(t.module.d_in, t.module.d_out) for t in chosen)
+        limit = extreme(min(t.module.features) for t in chosen)
         if spec.rank > limit:
             usual = min(limit, selection.USUAL_RANK)
             raise SpecError(selection.RANK_REFUSAL.format(rank=spec.rank, which=which, limit=limit, usual=usual))
-    return chosen
+    heads = [m for m in architecture.modules if m.classifier and not any(t.module is m for t in chosen)]
+    return [*chosen, *(Target(m, ()) for m in heads)]
 
 
 for _file in iter_modules(__path__):

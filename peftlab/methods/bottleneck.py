@@ -6,10 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..base.architecture import ROLES, Architecture
+from ..base import architecture as architectures
+from ..base import modules as shapes
+from ..base.architecture import Architecture
+from ..base.roles import nearest
 from ..errors import SpecError
 from ..spec import Resolved
-from . import Drawing, Keep, Method, Target, Term, Unsuited, by_role, in_layers, once_a_layer, register
+from . import Drawing, Keep, Method, Target, Term, Unsuited, by_role, in_layers, register, through_peft
 from .through_peft import adapter_dtype
 
 if TYPE_CHECKING:
@@ -20,11 +23,8 @@ if TYPE_CHECKING:
 KRONECKER = 4  # Compacter's n, the paper's choice: how many small matrices a weight is a sum of products of
 
 
-def _beside(last: Module, parent: Module, adapter: Module) -> None:
-    """Adds to what a feed-forward's `last` map gives what the adapter makes of the input of its first, found by its name."""
-    names = [name.rpartition(".")[2] for role in ("gate", "up", "gate+up") for name in ROLES[role]]
-    children = dict(parent.named_children())
-    first = next(children[name] for name in names if name in children)
+def _beside(place: Module, first: Module, adapter: Module) -> None:
+    """Adds to what `place`, the end of a feed-forward, gives what the adapter makes of the input of its `first` module."""
 
     def keep(module: Module, args: tuple[Tensor, ...]) -> None:
         adapter.input = args[0]
@@ -33,12 +33,21 @@ def _beside(last: Module, parent: Module, adapter: Module) -> None:
         return out + adapter(vars(adapter).pop("input"))  # popped, or it would hold its memory until the next pass
 
     first.register_forward_pre_hook(keep)
-    last.register_forward_hook(add)
+    place.register_forward_hook(add)
 
 
-def beside_feed_forward(architecture: Architecture, spec: Resolved) -> list[Target]:
-    once_a_layer(architecture, "gate" if architecture.with_role("gate") else "up")  # whose input the adapter reads
-    return by_role("down")(architecture, spec)
+def _first(architecture: Architecture, target: Target, layer: int) -> str:
+    """Name of the module that reads the input of the feed-forward which ends in `target`."""
+    module = target.module
+    wide = [m for m in architecture.with_role("gate", "up") if m.kind == module.kind and layer in m.layers]
+    first = nearest(module.parent, [m for m in wide if m.stack == module.stack])[0]
+    return _place(replace(first, layers=(layer,)))[0]
+
+
+def _place(module: shapes.Module) -> list[str]:
+    """Names of the modules whose output is the map's; experts give theirs together."""
+    names = [name for _, name in module.names()]
+    return [name.rpartition(".")[0] for name in names] if module.kind == "experts" else names
 
 
 def ends(architecture: Architecture, spec: Resolved) -> list[Target]:
@@ -51,7 +60,7 @@ def ends(architecture: Architecture, spec: Resolved) -> list[Target]:
 def divided(architecture: Architecture, spec: Resolved) -> list[Target]:
     """Compacter's maps. Raises SpecError where their widths or the bottleneck are no multiple of KRONECKER."""
     chosen = by_role("attention output", "down")(architecture, spec)
-    for name, size in [("bottleneck", spec.bottleneck)] + [("width", t.module.d_out) for t in chosen]:
+    for name, size in [("bottleneck", spec.bottleneck)] + [("width", t.module.width) for t in chosen]:
         if size % KRONECKER:
             fix = f"; try {max(1, round(size / KRONECKER)) * KRONECKER}" if name == "bottleneck" else "; use pfeiffer"
             raise SpecError(f"{name}={size}: Compacter splits it in {KRONECKER} equal parts{fix}")
@@ -69,14 +78,18 @@ def attach(
     device, dtype, rules = next(model.parameters()).device, adapter_dtype(spec), None
     if kronecker:
         rules = torch.nn.Parameter((torch.randn((KRONECKER,) * 3) * KRONECKER**-0.5).to(device, dtype))
-    for module, name in ((t.module, name) for t in targets for name in t.names()):
+    through_peft.own_tensors(model, through_peft.classifiers(targets), train=True)
+    for target, layer in ((t, n) for t in targets if not t.module.classifier for n in t.layers or (0,)):
+        module = target.module
+        (name,) = _place(replace(module, layers=(layer,) if module.layers else ()))
         place = model.get_submodule(name)
-        width = module.d_in if module.head else module.d_out
+        width = module.d_in if module.head else module.width
         place.adapter = adapter = Bottleneck(width, spec.bottleneck, rules).to(device, dtype)
         if module.head:
             place.register_forward_pre_hook(lambda place, args: (args[0] + place.adapter(args[0]), *args[1:]))
         elif beside:
-            _beside(place, model.get_submodule(name.rpartition(".")[0]), adapter)
+            first = _first(architectures.of(spec.model), target, layer)
+            _beside(place, model.get_submodule(first), adapter)
         else:
             place.register_forward_hook(lambda place, args, out: out + place.adapter(out))
     return model
@@ -84,8 +97,8 @@ def attach(
 
 HOULSBY = Method(
     "houlsby",
-    terms=(Term(("bottleneck", "d_out"), 2), Term(("bottleneck",)), Term(("d_out",))),
-    keeps=(Keep(("d_out",)), Keep(("bottleneck",), 2)),  # its input, and what goes into and comes out of GELU
+    terms=(Term(("bottleneck", "width"), 2), Term(("bottleneck",)), Term(("width",))),
+    keeps=(Keep(("width",)), Keep(("bottleneck",), 2)),  # its input, and what goes into and comes out of GELU
     select=by_role("attention output", "down"),
     attach=attach,
     drawing=Drawing(("sub-layer", "*down", "~GELU", "*up"), leaves=1, joins=4),
@@ -103,7 +116,7 @@ register(
     replace(
         HOULSBY,
         key="parallel",
-        select=beside_feed_forward,
+        select=by_role("down"),
         attach=partial(attach, beside=True),
         drawing=Drawing(("feed-forward",), ("*down", "~GELU", "*up"), leaves=0, joins=1),
         defaults={"learning_rate": 1e-2},
@@ -133,8 +146,8 @@ register(
     replace(
         HOULSBY,
         key="compacter",
-        terms=(Term(("d_out",), 3), Term(("bottleneck",), 3)),  # down: d + m + m biases, up: m + d + d biases
-        keeps=(*HOULSBY.keeps, Keep(("d_out", "bottleneck"), 3, each="module")),  # the weights, multiplied out
+        terms=(Term(("width",), 3), Term(("bottleneck",), 3)),  # down: d + m + m biases, up: m + d + d biases
+        keeps=(*HOULSBY.keeps, Keep(("width", "bottleneck"), 3, each="module")),  # the weights, multiplied out
         shared={"rules": (KRONECKER,) * 3},
         select=divided,
         attach=partial(attach, kronecker=True),

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
-from . import Drawing, Keep, Method, Target, Term, linear_targets, register, through_peft
+from . import Drawing, Keep, Method, Target, Term, Unsuited, linear_targets, maps_alone, register, through_peft
+from .selection import only_maps
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -23,26 +24,64 @@ SURVIVING = 2 / 3  # share of AdaLoRA's initial ranks that its final budget pays
 ORTHOGONALITY = 0.5  # weight of AdaLoRA's penalty on A and B that are not orthogonal: peft's default
 
 
+def low_rank(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """LoRA's targets: linear maps, embeddings, and experts where peft adapts those. Raises SpecError for dropout there."""
+    chosen = linear_targets(architecture, spec, low_rank=True)
+    if spec.dropout and (experts := _experts(chosen)):
+        raise SpecError(
+            f"dropout={spec.dropout:g}: {experts} holds all experts in one parameter, whose input peft cannot drop; set it "
+            f"to 0, or name other target-modules: {_others(architecture)}"
+        )
+    return chosen
+
+
+def whole_maps(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """The same, for variants that peft has for linear maps alone. Raises Unsuited for experts in one parameter."""
+    chosen = low_rank(architecture, spec)
+    if experts := _experts(chosen):
+        raise Unsuited(
+            f"has its experts in one parameter, {experts}, for which peft has plain LoRA only; use lora, or name other "
+            f"target-modules: {_others(architecture)}"
+        )
+    return chosen
+
+
+def _experts(targets: list[Target]) -> str:
+    return next((t.module.name for t in targets if t.module.kind == "experts"), "")
+
+
+def _others(architecture: Architecture) -> str:
+    """Names of the modules that are no experts."""
+    able = [m for m in architecture.adaptable(low_rank=True) if m.is_linear]
+    return ",".join(dict.fromkeys(m.short_name for m in able))
+
+
 def quantized(architecture: Architecture, spec: Resolved) -> list[Target]:
     """Raises SpecError for a base that is not quantized."""
     if spec.quantization == "none":
         raise SpecError("quantization=none: QLoRA is LoRA on a quantized base; set it to nf4 or int8, or use lora")
-    return linear_targets(architecture, spec)
+    return low_rank(architecture, spec)
 
 
 def unquantized(architecture: Architecture, spec: Resolved) -> list[Target]:
-    """Raises SpecError for a quantized base."""
+    """Raises SpecError for a quantized base, Unsuited for what is no linear map."""
     if spec.quantization != "none":
         raise SpecError(
             f"quantization={spec.quantization}: PiSSA takes W apart by its singular values, for which W must be whole; "
             "set it to none, or use qlora"
         )
-    return linear_targets(architecture, spec)
+    return only_maps(whole_maps(architecture, spec))
+
+
+def unrefused(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """AdaLoRA's linear maps: peft refuses it where it refuses LoRA, and does not find experts for it."""
+    return [t for t in maps_alone(architecture, spec) if t.module.short_name not in architecture.refused]
 
 
 def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, **settings: object) -> PeftModel:
     settings |= {"r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
-    return through_peft.attach(model, spec, "LoraConfig", **through_peft.linear(targets), **settings)
+    settings |= {**through_peft.linear(model, targets), **through_peft.experts(model, targets, spec)}
+    return through_peft.attach(model, spec, "LoraConfig", **settings)
 
 
 def principal(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
@@ -61,7 +100,7 @@ def adaptive(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> P
     settings = {
         "lora_alpha": spec.alpha,
         "lora_dropout": spec.dropout,
-        **through_peft.linear(targets),
+        **through_peft.linear(model, targets),
         **ranks,
         **times,
     }
@@ -75,7 +114,7 @@ def adaptive(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> P
 def shared_random(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """VeRA: A and B are random, drawn from the seed and shared by all maps; two vectors of each map are trained."""
     drawn = {"projection_prng_key": spec.seed, "save_projection": False}  # the seed makes them again
-    settings = {"r": spec.rank, "vera_dropout": spec.dropout, **through_peft.linear(targets), **drawn}
+    settings = {"r": spec.rank, "vera_dropout": spec.dropout, **through_peft.linear(model, targets), **drawn}
     return through_peft.attach(model, spec, "VeraConfig", **settings)
 
 
@@ -101,7 +140,7 @@ LORA = Method(
     "lora",
     terms=(Term(("rank", "d_in")), Term(("rank", "d_out"))),
     keeps=(Keep(("d_in",), of="input"), DROPPED, Keep(("rank",))),  # for A's gradient and for B's
-    select=linear_targets,
+    select=low_rank,
     attach=attach,
     merge=through_peft.merge,
     drawing=Drawing(("W",), ("*A", "*B", "~× α/r"), leaves=0, joins=1),
@@ -139,6 +178,7 @@ register(
             Keep(("d_in", "d_in"), each="pass"),  # an identity matrix, sent through A and B to see their product
             Keep(("d_in", "d_out"), 4, each="pass"),  # W, BA, α/r BA and their sum, for the norm of each row
         ),
+        select=whole_maps,
         attach=partial(attach, use_dora=True),
         drawing=replace(LORA.drawing, main=("W", "~÷ norm", "*× m")),
     ),
@@ -163,6 +203,7 @@ register(
         key="adalora",
         terms=(*LORA.terms, Term(("rank",))),
         keeps=(*LORA.keeps, Keep(("rank", "d_in"), each="module")),  # ΛA
+        select=unrefused,
         attach=adaptive,
         drawing=replace(LORA.drawing, branch=("*A", "*Λ, pruned", "*B", "~× α/r")),
         defaults={"learning_rate": 1e-2, "rank": 12},
@@ -180,6 +221,7 @@ register(
             Keep(("rank", "d_in"), each="model"),  # the two random matrices
             Keep(("rank", "d_out"), each="model"),
         ),
+        select=maps_alone,
         attach=shared_random,
         rank_limit="",
         drawing=replace(LORA.drawing, branch=("A, random", "*× d", "B, random", "*× b")),

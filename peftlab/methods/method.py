@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-SIZES = ("d_in", "d_out", "weight", "bias")  # of a module; a term's other factors are settings of the run
+SIZES = ("d_in", "d_out", "width", "cached", "stacks", "weight", "bias")
+"""Factors of a term that are sizes of a module; its others are settings of the run."""
 Select: TypeAlias = Callable[[Architecture, Resolved], list[Target]]
 Attach: TypeAlias = "Callable[[PreTrainedModel, list[Target], Resolved], nn.Module]"
 
@@ -101,9 +102,13 @@ class Method:
         return self.about.name
 
     def trained(self, module: Module, spec: Resolved) -> int:
-        """Trainable parameters in one of `module`."""
+        """Trainable parameters in one of `module`. A classifier is new, and is trained whole beside whatever is."""
+        if module.classifier:
+            return module.weight + module.bias
         return round(sum(term.value(module, spec) for term in self.terms))
 
     def kept(self, module: Module, spec: Resolved) -> int:
         """Parameters for one of `module` in the saved adapter."""
+        if module.classifier:
+            return module.weight + module.bias
         return round(sum(term.value(module, spec) for term in self.saved or self.terms))

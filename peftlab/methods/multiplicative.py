@@ -3,13 +3,13 @@
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
-from . import Drawing, Keep, Method, Target, Term, Unsuited, by_role, linear_targets, register, through_peft
-from .selection import FUSED
+from . import Drawing, Keep, Method, Target, Term, Unsuited, in_layers, maps_alone, register, through_peft, with_roles
+from .selection import MAKES_KEYS
 
 
 def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
     """OFT's maps. Raises SpecError where blocks do not fill a map's inputs, Unsuited for Conv1D."""
-    chosen = linear_targets(architecture, spec)
+    chosen = maps_alone(architecture, spec)
     if any(t.module.kind == "conv1d" for t in chosen):
         raise Unsuited("stores its linear maps as Conv1D, which OFT in peft does not take; use lora, or another model")
     size = spec.block_size
@@ -24,21 +24,27 @@ def rotated(architecture: Architecture, spec: Resolved) -> list[Target]:
     return chosen
 
 
+def scaled(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """IA³'s maps: what makes keys and values, and the last of each feed-forward that is a linear map of its own."""
+    found = with_roles(architecture, "key", "value", "down")
+    return in_layers([m for m in found if m.is_linear], architecture, spec.layers)
+
+
 register(
     Method(
         "ia3",
-        terms=(Term(("d_out",), roles=("key", "value", FUSED)), Term(("d_in",), roles=("down",))),
+        terms=(Term(("d_out",), roles=MAKES_KEYS), Term(("d_in",), roles=("down",))),
         keeps=(
-            Keep(("d_out",), of="base", roles=("key", "value", FUSED)),
+            Keep(("d_out",), of="base", roles=MAKES_KEYS),
             Keep(("d_in",), of="factor", roles=("down",)),
         ),
-        select=by_role("key", "value", "down"),
+        select=scaled,
         attach=lambda model, targets, spec: through_peft.attach(
             model,
             spec,
             "IA3Config",
-            **through_peft.linear(targets),
-            feedforward_modules=through_peft.names([t for t in targets if t.module.role == "down"]),
+            **through_peft.linear(model, targets),
+            feedforward_modules=through_peft.names(model, [t for t in targets if t.module.role == "down"]),
         ),
         merge=through_peft.merge,
         drawing=Drawing(("W of keys, values", "*× l")),
@@ -54,7 +60,7 @@ register(
             model,
             spec,
             "OFTConfig",
-            target_modules=through_peft.names(targets),
+            target_modules=through_peft.names(model, targets),
             r=0,
             oft_block_size=spec.block_size,
             module_dropout=spec.dropout,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .. import seam
+from ..base import architecture as architectures
 from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
-from . import Drawing, Method, Target, Term, in_layers, once_a_layer, register, through_peft
-from .selection import FUSED
+from . import Drawing, Method, Target, Term, Unsuited, in_layers, register, through_peft, with_roles
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
-VECTORS = Term(("virtual_tokens", "d_out"))
+VECTORS = Term(("virtual_tokens", "d_out", "stacks"))
 
 
 def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
@@ -26,13 +26,28 @@ def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
 
 
 def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
-    """The maps whose outputs a prefix stands before. Raises SpecError where it cannot: checkpointing, or too long a text."""
+    """The maps whose outputs a prefix stands before. Raises SpecError where it cannot: checkpointing, or too long a text.
+
+    With an encoder, they are those of the decoder's attention to itself. Raises Unsuited for caches that peft cannot fill.
+    """
     _leave_room(architecture, spec)
     if spec.gradient_checkpointing:
         raise SpecError(
             "gradient-checkpointing=true: it drops the cache, which is where the prefix is; turn it off, or use prompt"
         )
-    return in_layers(once_a_layer(architecture, "key", "value"), architecture, "all")
+    makers = with_roles(architecture, "key", "value")
+    own = [m for m in makers if m.stack == makers[-1].stack]
+    depth, widths = architecture.depths[own[0].stack], set()
+    chosen = []
+    for n in range(depth):
+        in_layer = [m for m in own if n in m.layers]
+        first = [m for m in in_layer if m.parent == in_layer[0].parent]
+        widths |= {sum(m.cached for m in first)} if all(m.cached for m in first) else {0}
+        chosen += [m for m in first if m not in chosen]
+    if 0 in widths or len(widths) > 1 or not architecture.facts.plain_cache:
+        odd = next((m.name for m in own if not m.cached), "some layers have none, or of another width")
+        raise Unsuited(f"keeps no plain keys and values in every layer ({odd}), and peft fills only those; use prompt")
+    return [Target(m, m.layers) for m in chosen]
 
 
 def _leave_room(architecture: Architecture, spec: Resolved) -> None:
@@ -53,22 +68,28 @@ def _leave_room(architecture: Architecture, spec: Resolved) -> None:
 
 def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, config: str, **settings: object) -> PeftModel:
     """Vectors as wide as the embedding: a model that projects its embedding takes them before the projection."""
-    return through_peft.attach(
-        model, spec, config, num_virtual_tokens=spec.virtual_tokens, token_dim=targets[0].module.d_out, **settings
-    )
+    shape = architectures.of(spec.model)
+    settings |= {"token_dim": targets[0].module.d_out, "num_layers": shape.n_layers}
+    settings |= {"num_attention_heads": shape.facts.heads or 1}  # which peft asks for, and these methods do not read
+    return through_peft.attach(model, spec, config, num_virtual_tokens=spec.virtual_tokens, **settings)
 
 
 def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
     import torch
 
-    adapted = through_peft.attach(model, spec, "PrefixTuningConfig", num_virtual_tokens=spec.virtual_tokens)
+    facts, layers = architectures.of(spec.model).facts, {n for t in targets for n in t.layers}
+    width = sum(t.module.cached * t.count for t in targets) // (2 * len(layers))
+    shape = {"num_layers": len(layers), "token_dim": width, "num_attention_heads": width // facts.head_size}
+    adapted = through_peft.attach(model, spec, "PrefixTuningConfig", num_virtual_tokens=spec.virtual_tokens, **shape)
+    if model.config.is_encoder_decoder:
+        return adapted
     weight = adapted.prompt_encoder["default"].get_parameter("embedding.weight")
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     ids = torch.randint(0, vocabulary, (1, spec.virtual_tokens))
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
-        flat = [t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(cache)]
+        flat = [t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(cast("Cache", cache))]
         weight.copy_(torch.cat(flat, 1))
     return adapted
 
@@ -98,10 +119,7 @@ register(
     replace(
         PROMPT,
         key="prefix",
-        terms=(
-            Term(("virtual_tokens", "d_out"), roles=("key", "value", FUSED)),
-            Term(("virtual_tokens", "d_in"), -1, roles=(FUSED,)),  # the query's share, as wide as the input
-        ),
+        terms=(Term(("virtual_tokens", "cached")),),
         select=keys_and_values,
         attach=prefix,
         drawing=replace(PROMPT.drawing, main=("keys, values", "attention"), branch=("*prefix",)),

@@ -8,7 +8,9 @@ from ..base.architecture import Architecture, Module
 from ..errors import SpecError
 from ..spec import Resolved, parse_layers
 
-FUSED = "query+key+value"  # the role of a projection that makes queries, keys and values at once
+FUSED = ("query+key+value", "key+value")
+"""Roles of projections that make keys and values at once, the first queries too."""
+MAKES_KEYS = ("key", "value", *FUSED)
 WHERE = {"all-linear": "every linear layer", "query,value": "q and v", "q_proj,v_proj": "q and v"}
 """Target modules that have a name of their own."""
 USUAL_RANK = 8
@@ -41,32 +43,46 @@ class Unsuited(SpecError):
 
 
 def in_layers(modules: list[Module], architecture: Architecture, layers: str) -> list[Target]:
-    """`modules` within the chosen layers; ones outside any layer only when all layers are chosen."""
-    numbers = parse_layers(layers or "all", architecture.n_layers)
-    whole = len(numbers) == architecture.n_layers
-    found = [Target(m, tuple(n for n in m.layers if n in numbers)) for m in modules if m.layers or whole]
+    """`modules` within the chosen layers of each stack; ones outside any stack only when all layers are chosen."""
+    chosen = {stack: parse_layers(layers or "all", depth) for stack, depth in architecture.depths.items()}
+    whole = all(len(chosen[stack]) == depth for stack, depth in architecture.depths.items())
+    found = [
+        Target(m, tuple(n for n in m.layers if m.stack not in chosen or n in chosen[m.stack]))
+        for m in modules
+        if m.stack in chosen or whole
+    ]
     return [t for t in found if t.layers or not t.module.layers]
 
 
-def linear_targets(architecture: Architecture, spec: Resolved) -> list[Target]:
-    """The linear maps named by the spec, in its layers."""
-    return in_layers(architecture.targets(spec.target_modules), architecture, spec.layers)
+def linear_targets(architecture: Architecture, spec: Resolved, low_rank: bool = False) -> list[Target]:
+    """The linear maps named by the spec, in its layers; `low_rank` as in `Architecture.adaptable`."""
+    return in_layers(architecture.targets(spec.target_modules, low_rank), architecture, spec.layers)
 
 
-def once_a_layer(architecture: Architecture, *roles: str) -> list[Module]:
-    """The modules that play `roles`, each once in every layer. Raises Unsuited where one is missing, or not alone."""
+def only_maps(targets: list[Target]) -> list[Target]:
+    """`targets`, for a method that peft has for linear maps alone. Raises Unsuited where another kind is named."""
+    if other := next((t.module for t in targets if not t.module.is_linear), None):
+        raise Unsuited(f"has an {other.kind} in {other.name}, and this method takes linear maps alone; use lora for it")
+    return targets
+
+
+def maps_alone(architecture: Architecture, spec: Resolved) -> list[Target]:
+    """The linear maps named by the spec, in its layers. Raises Unsuited where another kind is named."""
+    return only_maps(linear_targets(architecture, spec))
+
+
+def with_roles(architecture: Architecture, *roles: str) -> list[Module]:
+    """The modules that play `roles`, in the layers that have them. Raises Unsuited where the whole model lacks one."""
     for role in roles:
-        layers = sorted(n for m in architecture.with_role(role) for n in m.layers)
-        if layers != list(range(architecture.n_layers)):
-            many = len(layers) > architecture.n_layers
-            found = f"several {role} projections in a layer" if many else f"no {role} projection under a known name"
-            raise Unsuited(f"has {found}; use lora, which takes any linear map")
-    return architecture.with_role(*roles)
+        if not any(m.layers for m in architecture.with_role(role)):
+            maps = ", ".join(architecture.target_names()[:8])
+            raise Unsuited(f"has no {role} projection in any layer, only {maps}; use lora, which takes any linear map")
+    return [m for m in architecture.with_role(*roles) if m.layers]
 
 
 def by_role(*roles: str) -> Callable[[Architecture, Resolved], list[Target]]:
-    """A method's `select`: the modules that play `roles`, one of each in every chosen layer."""
-    return lambda architecture, spec: in_layers(once_a_layer(architecture, *roles), architecture, spec.layers)
+    """A method's `select`: the modules that play `roles`, in the chosen layers that have them."""
+    return lambda architecture, spec: in_layers(with_roles(architecture, *roles), architecture, spec.layers)
 
 
 def where(spec: Resolved) -> str:

@@ -24,10 +24,10 @@ def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pre
     chosen = {name: t.module for t in targets for name in t.names()}
     for name, module in chosen.items():
         factors = {f for term in terms if term.value(module, spec) for f in term.factors}
-        for own, _ in model.get_submodule(name).named_parameters(recurse=False):
-            if factors & ({"bias"} if own == "bias" else {"weight", "d_in"}):
-                wanted.add(f"{name}.{own}")
-    alone = [model.get_submodule(name) for name in chosen] if len(chosen) == 1 else None
+        for own in module.own_names(name):
+            if module.classifier or factors & ({"bias"} if own == f"{name}.bias" else {"weight", "d_in"}):
+                wanted.add(own)
+    alone = [model.get_submodule(name) for name, m in chosen.items() if m.head] if len(chosen) == 1 else None
     through_peft.own_tensors(model, wanted, train=True, only=alone)
     return model
 
@@ -83,7 +83,7 @@ register(
         key="ln",
         select=modules_that(lambda module, spec: module.kind == "norm", layers=""),
         attach=lambda model, targets, spec: through_peft.attach(
-            model, spec, "LNTuningConfig", target_modules=through_peft.names(targets)
+            model, spec, "LNTuningConfig", target_modules=through_peft.names(model, targets)
         ),
         merge=through_peft.merge,
         in_place=False,

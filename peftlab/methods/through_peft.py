@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import MethodType
@@ -19,16 +20,43 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutput
 
 
-def names(targets: list[Target]) -> list[str]:
-    """What peft calls `target_modules`: the ends of names that a whole kind of module shares, else full names."""
-    whole = [t for t in targets if len(t.layers) == len(t.module.layers)]
-    return [t.module.name.split(".*.")[-1] for t in whole] + [n for t in targets if t not in whole for n in t.names()]
+def names(model: nn.Module, targets: list[Target]) -> list[str]:
+    """What peft calls `target_modules`: ends of names where all that end so are chosen, else full names.
+
+    A classifier is none of them: peft trains it whole, by itself.
+    """
+    adapted = [t for t in targets if not t.module.classifier]
+    chosen = {name for t in adapted for name in t.names()}
+    others = {name for name, _ in (*model.named_modules(), *model.named_parameters())} - chosen
+    found: list[str] = []
+    for target in adapted:
+        end = target.module.name.split(".*.")[-1]
+        alone = not any(f".{name}".endswith(f".{end}") for name in others)
+        found += [end] if alone else target.names()
+    return found
 
 
-def linear(targets: list[Target]) -> dict[str, Any]:
-    """What peft's configs of adapters on linear maps have in common."""
-    transposed = targets[0].module.kind == "conv1d"
-    return {"target_modules": names(targets), "fan_in_fan_out": transposed}
+def classifiers(targets: list[Target]) -> list[str]:
+    """Full names of the parameters of a classifier."""
+    return [own for t in targets if t.module.classifier for own in t.module.own_names(t.module.name)]
+
+
+def linear(model: nn.Module, targets: list[Target]) -> dict[str, Any]:
+    """What peft's configs of adapters on linear maps and embeddings have in common."""
+    maps = [t for t in targets if t.module.kind != "experts"]
+    transposed = any(t.module.kind == "conv1d" for t in maps)
+    return {"target_modules": names(model, maps), "fan_in_fan_out": transposed}
+
+
+def experts(model: nn.Module, targets: list[Target], spec: Resolved) -> dict[str, Any]:
+    """What peft's config of LoRA says of experts' parameters: a gate and an up projection in one get twice the rank."""
+    own = [t for t in targets if t.module.kind == "experts"]
+    times = {re.escape(name): t.module.ranks for t in own if t.module.ranks > 1 for name in names(model, [t])}
+    return {
+        "target_parameters": names(model, own) or None,
+        "rank_pattern": {name: n * spec.rank for name, n in times.items()},
+        "alpha_pattern": {name: n * spec.alpha for name, n in times.items()},
+    }
 
 
 def adapter_dtype(spec: Resolved) -> dtype:
@@ -42,12 +70,19 @@ def attach(model: PreTrainedModel, spec: Resolved, config: str, **settings: obje
     import peft
 
     device, old = next(model.parameters()).device, _tensors(model)
-    made: PeftConfig = getattr(peft, config)(task_type="CAUSAL_LM", **settings)
+    made: PeftConfig = getattr(peft, config)(task_type=task_type(model), **settings)
     adapted = cast("PeftModel", peft.get_peft_model(model, made))
     for number, tensor in _tensors(adapted).items():
         if number not in old:
             tensor.data = tensor.data.to(device, adapter_dtype(spec))
     return _settled(adapted)
+
+
+def task_type(model: PreTrainedModel) -> str:
+    """peft's name of what the model is for."""
+    if seam.is_classifier(model):
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _tensors(model: nn.Module) -> dict[int, Tensor]:
