@@ -192,7 +192,8 @@ class Memory(Tab):
         run, (reports, forms) = asked.run, seen(asked)
         full, chosen = reports
         share = None if find(run.model).config else asked["share"]
-        surprises = "".join(f"<p>{said}</p>" for said in memory_figures.memory_surprises(full, chosen)[:2])
+        said = [escape(find(run.model).note), *memory_figures.memory_surprises(full, chosen)[:2]]
+        surprises = "".join(f"<p>{sentence}</p>" for sentence in said if sentence)
         timeline = figures.themed(memory_figures.memory_timeline, chosen) if chosen.moments else None
         return {
             "bars": memory_figures.bars_value(reports, forms, at(chosen.spec), share),

@@ -24,8 +24,10 @@ from peftlab.data.tasks import Task
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
 
 
-def pytest_collection_modifyitems(items):
-    """Tests on real weights begin first, because they train for minutes."""
+def pytest_collection_modifyitems(config, items):
+    """Tests on real weights begin first, because they train for minutes. The survey is run where `-m` asks for it."""
+    if "survey" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("survey")]
     items.sort(key=lambda item: not item.get_closest_marker("real"))
 
 

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS, GPT2, LLAMA, ROOT
 
-from peftlab import RunSpec, SpecError, seam
+from peftlab import RunSpec, SpecError, cli, seam
 from peftlab.base import architecture, configs, models
 from peftlab.base.models import MODELS
+from peftlab.bench import families
 
 
 def pasted(config, **changes):
@@ -54,6 +55,7 @@ def test_a_pasted_config_counts_as_the_catalogues_own(key):
     own = MODELS[key]
     entry = pasted(own.config, _name_or_path="some/Where-7B", torch_dtype="bfloat16", quantization_config={"bits": 4})
     assert entry == models.find(entry.key) and entry.name == "Where-7B" and entry.is_causal == own.is_causal
+    assert "quantization chosen here" in entry.note
     models._from_key.cache_clear()
     models._read.cache_clear()
     assert architecture.of(entry.key) == architecture.of(key)
@@ -120,6 +122,56 @@ def test_every_family_counts_what_transformers_counts(config):
     assert architecture.describe(model).total_parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "exaone", "t5gemma"])
+def test_a_family_without_heads_of_anothers_class_or_of_two_stacks_is_built(kind):
+    """exaone's fields are read by Llama's class; T5Gemma's stand in the config of its encoder and its decoder."""
+    config = families.tiny(kind)
+    entry = pasted(config)
+    model = configs.build_meta(entry.config)
+    assert architecture.of(entry.key).total_parameters == sum(p.numel() for p in model.parameters()) > 0
+    assert configs.stack(model.config).num_hidden_layers == families.LAYERS
+
+
+def test_infinite_numbers_are_read_as_transformers_writes_them():
+    written = [0.0, {"__float__": "Infinity"}]
+    entry = pasted(families.tiny("falcon_h1"), time_step_limit=written)
+    assert entry.config["time_step_limit"] == [0.0, float("inf")]
+    assert list(configs.parsed(entry.config)[0].time_step_limit) == [0.0, float("inf")]
+
+
+def test_a_model_that_sorts_texts_is_built_with_its_classifier():
+    entry = pasted(families.tiny("bert", "classification"), id2label={"0": "bad", "1": "so", "2": "good"})
+    assert entry.config["architectures"] == ["BertForSequenceClassification"] and not entry.is_causal
+    assert configs.build_meta(entry.config).classifier.out_features == 3
+    assert "writes no text" in entry.note and "counted and not trained" in entry.note
+
+
+@pytest.mark.parametrize(
+    "quantized, said",
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "GPTQ of 4 bits"),
+        ({"quant_method": "awq", "bits": "four"}, "AWQ:"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8:"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4:"),
+        ({"load_in_4bit": True}, "QUANTIZED:"),
+    ],
+)
+def test_a_quantized_checkpoint_is_counted_as_it_is_without_and_said(quantized, said):
+    entry, plain = pasted(LLAMA, quantization_config=quantized), pasted(LLAMA)
+    assert architecture.of(entry.key) == architecture.of(plain.key)
+    assert said in entry.note and "quantization chosen here" in entry.note and plain.note == ""
+    assert models.find(entry.key) == entry
+
+
+def test_of_a_vision_model_it_is_said_that_the_text_model_alone_is_counted(capsys):
+    text = families.tiny("llama")
+    entry = pasted({"model_type": "llava", "text_config": text, "quantization_config": {"quant_method": "awq"}})
+    assert "of this llava, the text model alone is counted; its checkpoint is AWQ" in entry.note and entry.is_causal
+    assert models.find(entry.key).note == entry.note and pasted(entry.config).note.endswith(entry.note.split(":", 1)[1])
+    assert cli.main(["params", "--model", entry.key]) == cli.main(["memory", "--model", entry.key]) == 0
+    assert capsys.readouterr().out.count("of this llava") == 2
+
+
 def test_a_layer_that_differs_from_the_others_is_counted_as_it_is():
     shape = architecture.build({
         "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 512,
@@ -134,9 +186,14 @@ NO_CONFIG = {
     "an object, not a": ["[1]", "null"],
     "model_type is missing": ["{}", '{"model_type": 5}', '{"model_type": ""}'],
     "at most 64 kB": [" " * 70_000],
-    "num_attention_heads is missing": ['{"model_type": "mamba"}'],
-    "vocab_size is missing": ['{"model_type": "vit"}'],
-    "hidden_size is missing": ['{"model_type": "encoder-decoder"}', '{"model_type": "gpt2", "n_layer": 2}'],
+    "no language model of it": ['{"model_type": "vit"}', '{"model_type": "musicgen"}'],
+    "vocab_size is missing": ['{"model_type": "esm", "hidden_size": 64, "num_hidden_layers": 2}'],
+    "hidden_size is missing": [
+        '{"model_type": "mamba"}',
+        '{"model_type": "gpt2", "n_layer": 2}',
+        '{"model_type": "encoder-decoder"}',
+        '{"model_type": "blt"}',
+    ],
 }
 
 
@@ -196,7 +253,7 @@ def test_a_familys_own_names_are_checked_too():
 
 def test_nothing_is_built_before_the_numbers_are_checked(monkeypatch):
     monkeypatch.setattr(configs, "_bounded", lambda: pytest.fail("a model is being built"))
-    for changes in ({"n_layer": 10**6}, {"n_head": 7}, {"vocab_size": 0}, {"n_embd": "64"}, {"model_type": "mamba"}):
+    for changes in ({"n_layer": 10**6}, {"n_head": 7}, {"vocab_size": 0}, {"n_embd": "64"}, {"model_type": "vit"}):
         refused(architecture.build, {**GPT2, **changes})
 
 

@@ -167,7 +167,7 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
 
     `own_head`: the config says so. Some families build a tied head all the same, and give it its own weights as they load.
     """
-    c = model.config
+    c = configs.stack(model.config)
     facts = _facts(c, seam.has_sdpa(model))
     renamed = rewriting.rewritten(model)
     counted: set[int] = set()
@@ -190,7 +190,7 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
                 pattern, kind, shapes, (), tied,
                 head=module is head,
                 classifier=seam.is_classifier(model) and name.partition(".")[0] in CLASSIFIERS,
-                stacks=2 if kind == "embedding" and c.is_encoder_decoder else 1,
+                stacks=2 if kind == "embedding" and model.config.is_encoder_decoder else 1,
                 ranks=max(1, [*renamed.values()].count(full.rpartition(".")[2])) if kind == "experts" else 1,
                 transposed=kind == "experts" and getattr(module, "is_transposed", False),
             )  # fmt: skip

@@ -47,7 +47,14 @@ IGNORED = {
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that are set to 0 where a family has a default, because that may lie outside the config's vocabulary."""
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""Fields that every text model with attention has, the first two in every config.json; families have names of their own."""
+"""Fields that every text model with attention has, the first two in every config.json; families have names of their own.
+
+A family without attention heads, or one that reads bytes, has no field for what it lacks.
+"""
+FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""What transformers writes under `__float__` for a number that JSON has none for."""
+WHOLE, CHECKPOINT = "text_model_of", "quantization_config"
+"""Fields of `normal` that say nothing about shapes: the family whose text model this is; how its checkpoint is quantized."""
 HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
@@ -73,8 +80,9 @@ def normal(config: Config) -> Json:
     """
     with in_words(config):
         values, parsed, _ = _parse(config)
+        given = {*values, *(name for part in values.values() if isinstance(part, dict) for name in part)}
         for name in NEEDED[:2]:
-            if not {name, parsed.attribute_map.get(name, name)} & set(values):
+            if not {name, parsed.attribute_map.get(name, name)} & given:
                 raise SpecError(f"{name} is missing, and this may be any {parsed.model_type}; paste the whole file")
         return values
 
@@ -95,6 +103,7 @@ def layer_types(config: Config) -> list[str] | None:
 def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel]]:
     """(`normal`, transformers' config, the class to build)"""
     kind, values, whole = _text_model(config)
+    about = _checkpoint(config) | ({WHOLE: whole} if whole != kind else {})
     config_class = seam.library().CONFIG_MAPPING[kind]
     if isinstance(labels := values.get("id2label"), dict) and len(labels) != 2:
         values["num_labels"] = len(labels)
@@ -111,28 +120,49 @@ def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel
     if isinstance(window := values.get("sliding_window"), (list, dict, str)):
         raise SpecError(f"sliding_window={shown(window)}: this is a whole number or null; use the model's own")
     parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
-    for name in NEEDED:
-        if get(parsed, name) is None:
-            raise SpecError(f"{name} is missing: {kind} has none, unlike text models with attention; try llama")
-        _check_count(name, get(parsed, name))
-    _check_heads(values, parsed)
     cls = _model_class(kind, values.get("architectures"), parsed, whole)
-    return {**values, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
+    main = stack(parsed)
+    for name in NEEDED:
+        if get(main, name) is not None:
+            _check_count(name, get(main, name))
+        elif name in NEEDED[:2] or name in defaults:
+            raise SpecError(f"{name} is missing: this {kind} has none, and it cannot be counted without; try llama")
+    if get(main, "num_attention_heads") is not None:
+        _check_heads(values, main)
+    return {**values, **about, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
+
+
+def stack(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a transformers config that says how wide and deep the layers are: the decoder's, where each stack has one."""
+    return config if get(config, "hidden_size") is not None else config.get_text_config(decoder=True)
+
+
+def _checkpoint(config: Config) -> Json:
+    """CHECKPOINT with the method and the bits alone, where a config says that its weights are quantized."""
+    text = config.get("text_config")
+    parts = [part for part in (config, text) if isinstance(part, dict)]
+    for said in (part.get(name) for part in parts for name in (CHECKPOINT, "compression_config")):
+        if isinstance(said, dict) and said:
+            method, bits = said.get("quant_method"), said.get("bits")
+            named = {"quant_method": shown(method) if isinstance(method, str) and method else "quantized"}
+            return {CHECKPOINT: named | ({"bits": bits} if type(bits) is int and 0 < bits <= 16 else {})}
+    return {}
 
 
 def _text_model(config: Config) -> tuple[str, Json, str]:
     """(model_type and fields of the text model in `config`, model_type of the whole, which is nearly always the same)"""
     known = seam.library().CONFIG_MAPPING
-    whole, text = config.get("model_type"), config.get("text_config")
-    if not isinstance(whole, str) or not whole:
+    kind, text = config.get("model_type"), config.get("text_config")
+    whole = config.get(WHOLE, kind)
+    if not isinstance(kind, str) or not kind or not isinstance(whole, str):
         raise SpecError("model_type is missing: it says how the other numbers are read; paste the whole config.json")
-    parts = getattr(known[whole], "sub_configs", {}) if whole in known else {}
-    kind, values = whole, dict(config)
+    parts = getattr(known[kind], "sub_configs", {}) if kind in known else {}
+    values = dict(config)
     if isinstance(text, dict) and text:
         kind = getattr(parts.get("text_config"), "model_type", "") or text.get("model_type") or ""
         values = {name: config[name] for name in ("tie_word_embeddings",) if name in config} | text
     elif "text_config" in parts:
-        raise SpecError(f"text_config is missing: a {whole} has its text model there; paste its whole config.json")
+        raise SpecError(f"text_config is missing: a {kind} has its text model there; paste its whole config.json")
     values.pop("model_type", None)
     if not isinstance(kind, str) or kind not in known:
         name = f"model_type={shown(kind or 'missing')}"
@@ -147,6 +177,8 @@ def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
     """A field's value, with what says something about shapes. Raises SpecError beyond LIMITS and for deep nesting."""
     if depth > 8:
         raise SpecError("config.json is nested more than 8 deep, and no model's is; paste a model's own config.json")
+    if isinstance(value, dict) and isinstance(number := value.get("__float__"), str) and number in FLOATS:
+        return FLOATS[number]
     if isinstance(value, dict):
         said = {
             n: v for n, v in value.items() if n not in _ignored() and (n[:1] != "_" or n == "_sliding_window_pattern")
@@ -187,10 +219,13 @@ def _model_class(kind: str, named: object, parsed: PreTrainedConfig, whole: str)
     """The class to build: the one that the config names, if it is a model of that config, else one that writes text."""
     transformers, tables = seam.library(), seam.writers()
     first = named[:1] if isinstance(named, list) else []
-    for name in (*first, *(table.get(k) for k in (kind, whole) for table in tables)):
+    own = [name for table in tables if (name := table.get(kind))]
+    for name in (*first, *own, *(table.get(whole) for table in tables)):
         cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-        if is_model and cls.config_class and isinstance(parsed, cls.config_class):
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class):
+            continue
+        # a family of plain fields may be built by another one's class, which reads them as its own
+        if isinstance(parsed, cls.config_class) or (name in own and not parsed.sub_configs):
             return cls
     part = "" if kind == whole else f" (the text model of {whole})"
     raise SpecError(f"model_type={kind}{part}: transformers builds no language model of it; name one such as llama")

@@ -70,6 +70,24 @@ class BaseModel:
         names = (self.config or {}).get("architectures") or [""]
         return "CausalLM" in names[0] or "LMHead" in names[0]
 
+    @property
+    def note(self) -> str:
+        """What is to be said beside any number about it, in a sentence; empty for a model that writes text, and whole."""
+        config = self.config or {}
+        said = []
+        if whole := config.get(configs.WHOLE):
+            said.append(f"of this {whole}, the text model alone is counted")
+        if (quantized := config.get(configs.CHECKPOINT)) is not None:
+            bits = f" of {quantized['bits']} bits" if "bits" in quantized else ""
+            method = str(quantized.get("quant_method")).upper()
+            said.append(
+                f"its checkpoint is {method}{bits}: the shapes are counted as they are without it, and memory is that "
+                "of the quantization chosen here"
+            )
+        if self.config and not self.is_causal:
+            said.append("it writes no text from left to right, so it is counted and not trained here")
+        return f"{self.name}: {'; '.join(said)}." if said else ""
+
 
 _entries = catalog.read("models")
 _wheels = {key: Wheel(**entry.pop("wheel")) for key, entry in _entries.items() if "wheel" in entry}

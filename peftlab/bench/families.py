@@ -61,12 +61,16 @@ def kinds(task: str) -> list[str]:
 def tiny(kind: str, task: str = "") -> Json:
     """A config.json of the family, small in every size that its own default config has; for its first task, or the given.
 
-    Raises what transformers raises.
+    Raises SpecError where transformers refuses its own default.
     """
     own = catalog.read("families").get(kind, {})
     task = task or next(task for task in TASKS if kind in seam.classes(task))
     made = {"model_type": kind, "architectures": [seam.classes(task)[kind]]}
-    made |= _small(seam.library().CONFIG_MAPPING[kind]())
+    with configs.in_words(made):
+        config = seam.library().CONFIG_MAPPING[kind]()
+    made |= _small(config)
+    if task == "causal" and hasattr(config, "is_decoder"):
+        made["is_decoder"] = True
     return made | {name: made[name] | v if isinstance(made.get(name), dict) else v for name, v in own.items()}
 
 
@@ -75,7 +79,7 @@ def _small(config: PreTrainedConfig) -> Json:
     standard = {own: name for name, own in config.attribute_map.items()}
     layers, heads = (configs.get(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
     made: Json = {}
-    for field, value in vars(config).items():
+    for field, value in (config.to_dict() | vars(config)).items():  # the first has what differs by layer too
         name = standard.get(field, field)
         if isinstance(value, seam.library().PreTrainedConfig):
             made[field] = {"model_type": value.model_type, **_small(value)}
@@ -88,9 +92,6 @@ def _small(config: PreTrainedConfig) -> Json:
         elif isinstance(value, list) and len(value) == layers:
             kinds = list({json.dumps(v): v for v in value}.values())
             made[field] = [_at_most(name, v) for v in (kinds * LAYERS)[:LAYERS]]
-        elif isinstance(value, dict) and field == "per_layer_config":
-            first = {layer: own for layer, own in value.items() if int(layer) < LAYERS}
-            made[field] = {layer: {n: _at_most(n, v) for n, v in own.items()} for layer, own in first.items()}
         elif (small := _at_most(name, value)) != value:
             made[field] = small
     return made

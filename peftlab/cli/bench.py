@@ -10,19 +10,22 @@ from ._shared import Commands, Output, check_writable, count, note, note_event, 
 
 def add(commands: Commands) -> None:
     parser = verb(commands, "bench", run, "measure on this machine and write JSON", spec=True)
-    what = ("train", "gears", "generate", "record", "memory", "calculators", "page")
+    what = ("train", "gears", "generate", "record", "memory", "calculators", "page", "families")
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--at-once", type=count, default=1, help="memory: processes that share the GPU")
     parser.add_argument("--seeds", type=count, default=1, help="train: runs of each trainer")
     parser.add_argument("--peer", action="append", help="train: one of the trainers; repeatable (default: all)")
     random = "train: of the model's shapes, and rows of --sequence-length tokens"
+    parser.add_argument("--family", action="append", help="families: one of them; repeatable (default: all)")
+    parser.add_argument("--jobs", type=count, default=1, help="families: how many at once")
+    parser.add_argument("--again", action="store_true", help="families: those too that the file has already")
     parser.add_argument("--random-weights", action="store_true", help=random)
     parser.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, memory, record, speed
+    from ..bench import calculators, memory, record, speed, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -33,6 +36,7 @@ def run(args: Namespace) -> Output:
         "record": lambda: record.record_train(spec_of(args), out, note_event, args.adapter_out),
         "memory": lambda: memory.record_memory(out, note, args.at_once),
         "calculators": lambda: calculators.record_calculators(out),
+        "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
     }
     document = recorders[args.what]()

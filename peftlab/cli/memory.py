@@ -39,6 +39,7 @@ def run(args: Namespace) -> Output:
 def _lines(report: MemoryReport) -> Iterator[str]:
     states = {"weights": report.weights, "gradients": report.gradients, "optimizer": report.optimizer}
     what = f"{report.method_name} on {report.model_name}"
+    yield from filter(None, [find(report.spec.model).note])
     yield from table([(name, units.size(n)) for name, n in (states | {"sum": report.states}).items()])
     if report.peak:
         parts = {kind.replace("_", " "): units.size(n) for kind, n in report.peak.bytes.items() if n}

@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from .. import units
+from ..base.models import find
 from ..count import count
 from ..resolve import resolve
 from ._shared import Commands, Output, spec_of, table, verb
@@ -20,4 +21,6 @@ def run(args: Namespace) -> Output:
         f"{report.trainable_parameters:,} of {report.total_parameters:,} parameters are trained "
         f"({units.percent(report.trainable_percent / 100)}); the adapter is {units.size(report.adapter_bytes)}"
     )
-    return report.to_dict(), [*table([("module", "shape", "layers", "trainable"), *rows]), last]
+    note = find(report.spec.model).note
+    lines = [*table([("module", "shape", "layers", "trainable"), *rows]), *report.frozen, *([note] if note else []), last]
+    return report.to_dict() | ({"note": note} if note else {}), lines
