@@ -156,6 +156,9 @@ class Recording:
 
     def _fill(self, row: Json, **found: Any) -> None:
         """Adds to a row, writes the document and says what is known of the row now."""
+        for what in ("error", "untimed"):
+            if what in found:  # with the model's name, since a key may be all of a config
+                found[what] = found[what].replace(row["spec"]["model"], row["name"])
         with self._writing:
             row |= found
             if "measured" in row and ("predicted" in row or row["gear"] == "graph") and "error" not in found:

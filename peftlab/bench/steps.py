@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -187,4 +188,7 @@ def _quantize(model: PreTrainedModel, names: set[str], spec: Resolved) -> None:
         new.weight = new.weight.to("cuda")
         model.set_submodule(name, new.requires_grad_(False))
     vars(model).update(is_loaded_in_4bit=four, is_loaded_in_8bit=not four)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # at each product it says how it rounds
     torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ from functools import lru_cache
 from html import escape
 
 from .. import memory, units
+from ..base import models
 from ..base.models import MODELS
 from ..catalog.gpus import GPU, GPUS
 from ..errors import SpecError
@@ -207,7 +208,7 @@ def measured() -> str:
 
 
 def _run(spec: Mapping[str, str], more: str) -> str:
-    return f"{escape(MODELS[spec['model']].name)}, {escape(spec['method'])}{small(more)}"
+    return f"{escape(models.find(spec['model']).name)}, {escape(spec['method'])}{small(more)}"
 
 
 @lru_cache(maxsize=1)
