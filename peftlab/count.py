@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import methods
 from .base import architecture as architectures
 from .base import models
-from .base.architecture import Module
+from .base.architecture import Architecture, Module
 from .errors import SpecError
+from .methods import Method
 from .resolve import resolve
 from .spec import Json, Resolved, RunSpec
 
@@ -40,6 +42,7 @@ class ParameterReport:
     adapter_bytes: int  # of its file's tensors; a header adds about 100 bytes a tensor, and AdaLoRA prunes its own
     modules: tuple[ModuleCount, ...]
     names: tuple[tuple[str, int], ...]  # (full module name, trained parameters) of each trained module
+    frozen: tuple[str, ...] = ()  # sentences on what one may expect to be trained, or quantized, and is not
 
     @property
     def frozen_parameters(self) -> int:
@@ -60,6 +63,7 @@ class ParameterReport:
             "trainable_parameters": self.trainable_parameters,
             "trainable_percent": self.trainable_percent,
             "adapter_bytes": self.adapter_bytes,
+            "frozen": list(self.frozen),
             "modules": [{"name": name, "shape": list(shape), "trainable": k} for name, shape, k in own],
         }
 
@@ -95,7 +99,41 @@ def count(spec: Resolved) -> ParameterReport:
         adapter_bytes=saved * BYTES[spec.trained_precision],
         modules=tuple(modules),
         names=tuple(names),
+        frozen=tuple(_left(shape, spec, method, [t.module for t in chosen.values()])),
     )
+
+
+def _left(shape: Architecture, spec: Resolved, method: Method, trained: list[Module]) -> Iterator[str]:
+    """What stays as it is though it is of the kind that `method` trains, or that `spec` quantizes, and why."""
+    experts = [m for m in shape.modules if m.kind == "experts"]
+    if experts and spec.quantization != "none":
+        yield f"The experts stay 16-bit: they are one parameter, {_named(experts)}, and only linear maps are quantized."
+    if method.in_place or method.before_layers or not any(m.is_linear and m.layers for m in trained):
+        return
+    everywhere = spec.target_modules == "all-linear" or "target_modules" not in method.settings
+    if everywhere and experts and not any(m.kind == "experts" for m in trained):
+        yield f"The experts stay frozen: they are one parameter, {_named(experts)}, which this method does not adapt."
+    if spec.target_modules == "all-linear":
+        left = [m for m in shape.linear() if m not in trained and (m.layers or spec.layers == "all")]
+        if refused := [m for m in left if m.short_name in shape.refused]:
+            yield f"{_named(refused)} stays frozen: peft attaches no LoRA there, because a fused kernel reads the weight."
+        if renamed := [m for m in left if m.short_name in shape.rewritten]:
+            yield f"{_named(renamed)} stay frozen: peft takes these names for the experts'."
+        if routers := [
+            m for m in shape.modules if experts and m.kind == "other" and m.short_name in ("gate", "router")
+        ]:
+            yield f"{_named(routers)}, which sends tokens to experts, stays frozen."
+    elif "layers" in method.settings and "target_modules" not in method.settings and spec.layers == "all":
+        for stack, depth in shape.depths.items():
+            lacking = tuple(n for n in range(depth) if not any(m.stack == stack and n in m.layers for m in trained))
+            if lacking and len(lacking) < depth:
+                text = ",".join(f"{a}-{b}" if a < b else str(a) for a, b in architectures.runs(lacking))
+                yield f"Layers {text} of {stack} stay as they are: they have nothing that this method adapts."
+
+
+def _named(modules: list[Module]) -> str:
+    """What the modules are called inside a layer, each once."""
+    return ", ".join(dict.fromkeys(m.name.rpartition(".*.")[2] for m in modules))
 
 
 def why_not(method: str, model: str) -> str:

@@ -123,11 +123,17 @@ def has_sdpa(model: PreTrainedModel) -> bool:
     return model._supports_sdpa
 
 
-def has_plain_cache(config: PreTrainedConfig) -> bool:
-    """Whether the cache of such a model holds the keys and values of each layer, and no state of another kind."""
+def has_plain_cache(model: PreTrainedModel) -> bool:
+    """Whether the model takes a cache that holds the keys and values of each layer, and no state of another kind.
+
+    One that does not write text takes none, and is told by its layers alone.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    taken = inspect.signature(model.forward).parameters.get(cache_name())
+    layers = DynamicCache(config=model.config).layers
+    plain = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return plain and (not model.can_generate() or (taken is not None and "Cache" in str(taken.annotation)))
 
 
 def is_classifier(model: PreTrainedModel) -> bool:

@@ -168,7 +168,7 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
     `own_head`: the config says so. Some families build a tied head all the same, and give it its own weights as they load.
     """
     c = configs.stack(model.config)
-    facts = _facts(c, seam.has_sdpa(model))
+    facts = _facts(model)
     renamed = rewriting.rewritten(model)
     counted: set[int] = set()
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
@@ -216,11 +216,10 @@ def _role(module: Module) -> str:
 
 
 def _cached(module: Module, role: str, facts: Facts) -> int:
-    """The keys and values for one token in what a map with this role gives."""
+    """The keys and values for one token in what a map with this role gives; those of a low-rank pair are yet to be made."""
     if role in ("key", "value"):
         return module.width
-    queries = facts.heads * facts.head_size if role == "query+key+value" else 0
-    both = module.width - queries if role in ("key+value", "query+key+value") else 0
+    both = module.width - facts.heads * facts.head_size if role == "query+key+value" else 0
     return both if facts.head_size and both > 0 and both % (2 * facts.head_size) == 0 else 0
 
 
@@ -233,7 +232,9 @@ def _widths(config: PreTrainedConfig) -> set[int]:
     return found
 
 
-def _facts(config: PreTrainedConfig, has_sdpa: bool) -> Facts:
+def _facts(model: PreTrainedModel) -> Facts:
+    config = model.config
+
     def first(*names: str) -> Any:
         """The value of the first of `names` that the config has; 0 where it has none."""
         return next((v for v in (get(config, name) for name in names) if v), 0)
@@ -252,8 +253,8 @@ def _facts(config: PreTrainedConfig, has_sdpa: bool) -> Facts:
         attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
         experts=first("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
         experts_per_token=first("num_experts_per_tok"),
-        plain_cache=seam.has_plain_cache(config),
-        attention="sdpa" if has_sdpa else "eager",
+        plain_cache=seam.has_plain_cache(model),
+        attention="sdpa" if seam.has_sdpa(model) else "eager",
     )
 
 
@@ -261,7 +262,8 @@ def _kind(module: nn.Module) -> str:
     from torch.nn import Linear
 
     name = "Linear" if isinstance(module, Linear) else type(module).__name__
-    return {"Linear": "linear", "Conv1D": "conv1d"}.get(name, "norm" if "Norm" in name else "other")
+    is_norm = "Norm" in name and not any(module.children())
+    return {"Linear": "linear", "Conv1D": "conv1d"}.get(name, "norm" if is_norm else "other")
 
 
 def to_data(a: Architecture) -> Json:

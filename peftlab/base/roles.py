@@ -106,6 +106,8 @@ def _feed_forward(maps: list[Module], hidden: int, widths: Collection[int]) -> d
         if outer != hidden or not any(inner % width == 0 or width == 2 * inner for width in widths):
             continue
         alike = [m for m in maps if m.kind == last.kind and m.features[1] in (inner, 2 * inner) and m not in found]
+        if inner == outer:  # then a square map before it tells nothing
+            alike = [m for m in alike if m.features[0] != m.features[1]]
         first = nearest(last.parent, [m for m in alike if m is not last])[:2]
         if len(first) == 1:
             found[first[0]] = "gate+up" if first[0].features[1] == 2 * inner else "up"

@@ -39,8 +39,8 @@ def _beside(place: Module, first: Module, adapter: Module) -> None:
 def _first(architecture: Architecture, target: Target, layer: int) -> str:
     """Name of the module that reads the input of the feed-forward which ends in `target`."""
     module = target.module
-    wide = [m for m in architecture.with_role("gate", "up") if m.kind == module.kind and layer in m.layers]
-    first = nearest(module.parent, [m for m in wide if m.stack == module.stack])[0]
+    wide = [m for m in architecture.with_role("gate", "up") if m.kind == module.kind and m.stack == module.stack]
+    first = nearest(module.parent, [m for m in wide if layer in m.layers] or wide)[0]
     return _place(replace(first, layers=(layer,)))[0]
 
 

@@ -147,6 +147,7 @@ LORA = Method(
     settings=("rank", "alpha", "dropout", "target_modules", "layers", "adapter_precision"),
     defaults={"learning_rate": rate_of_rank},
     rank_limit="largest",
+    low_rank=True,
 )
 register(
     LORA,
@@ -204,6 +205,7 @@ register(
         terms=(*LORA.terms, Term(("rank",))),
         keeps=(*LORA.keeps, Keep(("rank", "d_in"), each="module")),  # ΛA
         select=unrefused,
+        low_rank=False,
         attach=adaptive,
         drawing=replace(LORA.drawing, branch=("*A", "*Λ, pruned", "*B", "~× α/r")),
         defaults={"learning_rate": 1e-2, "rank": 12},
@@ -222,6 +224,7 @@ register(
             Keep(("rank", "d_out"), each="model"),
         ),
         select=maps_alone,
+        low_rank=False,
         attach=shared_random,
         rank_limit="",
         drawing=replace(LORA.drawing, branch=("A, random", "*× d", "B, random", "*× b")),

@@ -90,6 +90,7 @@ class Method:
     """What to do to the model once the optimizer has taken step n, from 1, while the gradients are still there."""
     rank_limit: str = ""
     """A key of RANK_LIMITS: which of the adapted matrices' own ranks the run's may not exceed; empty for none."""
+    low_rank: bool = False  # it is LoRA in peft, whose targets `Architecture.adaptable` tells from those of others
     before_layers: bool = False  # it makes tensors for all layers before the first of them runs
     if_nothing: str = ""  # why there may be nothing to train, and what to do about it
 

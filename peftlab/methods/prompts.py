@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from .. import seam
@@ -12,6 +11,7 @@ from ..base.architecture import Architecture
 from ..errors import SpecError
 from ..spec import Resolved
 from . import Drawing, Method, Target, Term, Unsuited, in_layers, register, through_peft, with_roles
+from .selection import FUSED
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,16 +36,20 @@ def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
             "gradient-checkpointing=true: it drops the cache, which is where the prefix is; turn it off, or use prompt"
         )
     makers = with_roles(architecture, "key", "value")
-    own = [m for m in makers if m.stack == makers[-1].stack]
-    depth, widths = architecture.depths[own[0].stack], set()
-    chosen = []
-    for n in range(depth):
+    stacks = [s for s, depth in architecture.depths.items() if any(m.stack == s for m in makers)]
+    has_encoder = any(m.stacks > 1 for m in architecture.modules)
+    deep = stacks[-1:] if has_encoder else [s for s in stacks if architecture.depths[s] == architecture.n_layers]
+    own, chosen, widths = [m for m in makers if m.stack in deep], [], set()
+    for n in range(architecture.depths[deep[0]] if len(deep) == 1 else 0):
         in_layer = [m for m in own if n in m.layers]
         first = [m for m in in_layer if m.parent == in_layer[0].parent]
-        widths |= {sum(m.cached for m in first)} if all(m.cached for m in first) else {0}
+        widths.add(sum(m.cached for m in first) if all(m.cached for m in first) else 0)
         chosen += [m for m in first if m not in chosen]
-    if 0 in widths or len(widths) > 1 or not architecture.facts.plain_cache:
-        odd = next((m.name for m in own if not m.cached), "some layers have none, or of another width")
+    facts = architecture.facts
+    usual = 2 * facts.kv_heads * facts.head_size
+    fits = widths == {usual} or (len(widths) == 1 and chosen[0].role in FUSED and 0 < max(widths) < usual)
+    if not fits or not facts.plain_cache or len({m.parent for m in chosen}) != 1:
+        odd = next((m.name for m in own if not m.cached), "some layers have none, others, or a state of another kind")
         raise Unsuited(f"keeps no plain keys and values in every layer ({odd}), and peft fills only those; use prompt")
     return [Target(m, m.layers) for m in chosen]
 
@@ -74,6 +78,12 @@ def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, config
     return through_peft.attach(model, spec, config, num_virtual_tokens=spec.virtual_tokens, **settings)
 
 
+def vectors(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
+    """Starts from the vectors of random tokens, which peft finds by their number; from noise where it would not find them."""
+    found = targets[0].module.d_in == getattr(model.config, "vocab_size", 0)
+    return attach(model, targets, spec, "PromptTuningConfig", prompt_tuning_init="SAMPLE_VOCAB" if found else "RANDOM")
+
+
 def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
     import torch
@@ -82,15 +92,17 @@ def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pef
     width = sum(t.module.cached * t.count for t in targets) // (2 * len(layers))
     shape = {"num_layers": len(layers), "token_dim": width, "num_attention_heads": width // facts.head_size}
     adapted = through_peft.attach(model, spec, "PrefixTuningConfig", num_virtual_tokens=spec.virtual_tokens, **shape)
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:  # peft's own start: the cache would need a text for the encoder
         return adapted
     weight = adapted.prompt_encoder["default"].get_parameter("embedding.weight")
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     ids = torch.randint(0, vocabulary, (1, spec.virtual_tokens))
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
-        flat = [t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(cast("Cache", cache))]
-        weight.copy_(torch.cat(flat, 1))
+        own = getattr(cache, "self_attention_cache", cache)  # BERT as a decoder keeps room for an encoder's
+        flat = [t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(cast("Cache", own))]
+        if (start := torch.cat(flat, 1)).shape == weight.shape:  # a few models put tokens of their own before the text
+            weight.copy_(start)
     return adapted
 
 
@@ -98,7 +110,7 @@ PROMPT = Method(
     "prompt",
     terms=(VECTORS,),
     select=embedding,
-    attach=partial(attach, config="PromptTuningConfig", prompt_tuning_init="SAMPLE_VOCAB"),
+    attach=vectors,
     drawing=Drawing(("embedding", "all layers"), ("*vectors",), joins=1, how="before"),
     settings=("virtual_tokens", "adapter_precision"),
     defaults={"learning_rate": 1e-1},

@@ -25,7 +25,11 @@ def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pre
     for name, module in chosen.items():
         factors = {f for term in terms if term.value(module, spec) for f in term.factors}
         for own in module.own_names(name):
-            if module.classifier or factors & ({"bias"} if own == f"{name}.bias" else {"weight", "d_in"}):
+            if own == f"{name}.bias":
+                trained = "bias" in factors
+            else:  # a head's term counts its matrix alone
+                trained = "weight" in factors or ("d_in" in factors and own == f"{name}.weight")
+            if trained or module.classifier:
                 wanted.add(own)
     alone = [model.get_submodule(name) for name, m in chosen.items() if m.head] if len(chosen) == 1 else None
     through_peft.own_tensors(model, wanted, train=True, only=alone)

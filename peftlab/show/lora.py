@@ -80,9 +80,10 @@ def flows(model: str) -> str:
 def code(spec: RunSpec) -> str:
     """A LoRA layer from scratch with the settings on screen, for the first matrix that they adapt."""
     of = resolve(of_family(spec))
-    module = architecture.of(of.model).targets(of.target_modules)[0]
-    rank = min(of.rank, module.d_in, module.d_out)
-    return lora_layer(module.d_in, module.d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
+    module = architecture.of(of.model).targets(of.target_modules, METHODS[of.method].low_rank)[0]
+    d_in, d_out = module.features
+    rank = min(of.rank, d_in, d_out)
+    return lora_layer(d_in, d_out, rank, of.alpha or 2.0 * rank)  # VeRA has no alpha
 
 
 def lora_layer(d_in: int, d_out: int, rank: int, alpha: float) -> str:
@@ -157,7 +158,7 @@ def _by_role(model: str, target_modules: str) -> str:
     """The roles of the modules that one model names, which every family of models understands."""
     if target_modules == "all-linear":
         return target_modules
-    found = architecture.of(model).targets(target_modules)
+    found = architecture.of(model).targets(target_modules, low_rank=True)
     return ",".join(sorted({role for m in found for role in (m.role or m.short_name).split("+")}))
 
 
@@ -178,5 +179,5 @@ def _derived(report: ParameterReport) -> str:
     return (
         f"<b>{escape(report.model_name)}</b><br>{rank} × {trained // rank:,} inputs and outputs<br>"
         f"= {trained:,} trained,<br>{units.percent(report.trainable_percent / 100)} of {report.total_parameters:,}"
-        + ("<br>(its experts get no adapter)" if architecture.of(report.spec.model).facts.experts else "")
+        + "".join(f"<br>({escape(text)})" for text in report.frozen)
     )

@@ -49,8 +49,9 @@ def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, 
     spec = of_family(spec)
     of = resolve(spec)
     shape = architecture.of(of.model)
-    wanted = shape.targets(of.target_modules)
-    linear = shape.linear() + [m for m in wanted if m.head]
+    low_rank = METHODS[of.method].low_rank
+    able, wanted = shape.adaptable(low_rank), shape.targets(of.target_modules, low_rank)
+    linear = able + [m for m in wanted if m not in able]
     names = architecture.told_apart([m.name for m in linear])
     return {
         "key": of.model,
