@@ -67,6 +67,10 @@ def _temporaries(case: Case) -> list[Line]:
         parts = {"k f" if case.shape.facts.experts else "f": both, "h": 2 * case.stream_bytes}
         note = "of the feed-forward's middle, beside what has not been freed yet"
         found += case.line("one layer's gradients of activations", "B S", parts, (LAST, FIRST), note)
+    if case.adapted_experts:
+        sizes = {"N_e": max(t.module.weight for t in case.adapted_experts)}
+        parts, note = {"N_e": case.trained_bytes}, "an adapter's product in its own format, before it is added"
+        found += case.line("the largest experts' update", "", parts, (LAST, FIRST), note, sizes)
     largest = max(case.shape.linear(), key=lambda m: m.weight, default=None)
     if case.spec.quantization == "nf4" and largest:
         note = "one module at a time, for the product with its gradient"
@@ -100,10 +104,16 @@ def _logits(case: Case) -> list[Line]:
 
 def _in_layers(case: Case, moments: tuple[str, ...], one: bool) -> list[Line]:
     """What all layers that a gradient reaches keep, or `one`: the one that is recomputed, or the backward pass's last."""
-    counted = [(t.module, 1 if one else t.count) for t in case.targets if t.module.layers]
+    others = [t for t in case.targets if t.module.layers and t not in case.adapted_experts]
+    counted = [(t.module, 1 if one else t.count) for t in others]
     layers, suffix = ("", ", one layer") if one else ("L ", "")
     kept = plain.kept if asked.formulas_hold(case) else asked.kept
-    return kept(case, layers, suffix, moments) + _methods_own(case, counted, moments, suffix)
+    experts = sum(t.module.weight * (1 if one else t.count) for t in case.adapted_experts)
+    note = "the sum of weights and adapter, for the gradient of the experts' inputs"
+    added = case.line(
+        f"experts with their adapters{suffix}", "", {"N_e": case.product_bytes}, moments, note, {"N_e": experts}
+    )
+    return kept(case, layers, suffix, moments) + added + _methods_own(case, counted, moments, suffix)
 
 
 def _number_bytes(case: Case, keep: Keep) -> int:

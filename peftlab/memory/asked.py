@@ -72,8 +72,6 @@ def _agree(model: str, attention: str) -> bool:
 def _saved(case: Case) -> tuple[Saved, ...]:
     """What the model's modules save in this run. Raises Unknown where it cannot be told."""
     spec = case.spec
-    if not case.method.in_place and any(t.module.kind == "experts" for t in case.targets):
-        raise Unknown("the closed form does not know adapted experts; the exact trace tells")
     if case.method.before_layers:
         raise Unknown("the closed form does not know this model's attention to a prefix; the exact trace tells")
     from .saved import saved
@@ -87,6 +85,7 @@ def _saved(case: Case) -> tuple[Saved, ...]:
 def _needed(case: Case) -> list[Saved]:
     """Those of `_saved` that a gradient of this run needs."""
     trained = {m.name for m in case.shape.modules if case.trains(m)} | {m.name for m in plain.readers(case)}
+    trained |= {t.module.name for t in case.adapted_experts}
     if case.spec.quantization == "int8":
         trained |= {m.name for m in case.shape.linear()}
     # a tensor is for the weights of a module, of those around it, or for everything below

@@ -141,12 +141,14 @@ class Case:
     @cached_property
     def feed_forward_width(self) -> int:
         """Width of the feed-forward, or of one expert."""
-        for m in self.layer_modules:
-            if m.role in ("up", "gate+up"):
-                return m.d_out // len(m.role.split("+"))
-            if "gate_up_proj" in m.parameters:
-                return m.parameters["gate_up_proj"][1] // 2
-        return 0
+        experts = [m.width // m.ranks for m in self.layer_modules if m.kind == "experts" and m.ranks > 1]
+        maps = [m for m in self.layer_modules if m.role in ("up", "gate+up") and m.is_linear]
+        return next(iter(experts), 0) or next((m.d_out // len(m.role.split("+")) for m in maps), 0)
+
+    @cached_property
+    def adapted_experts(self) -> list[Target]:
+        """Experts in one parameter that get an adapter: their weights with it added are tensors of their own."""
+        return [] if self.method.in_place else [t for t in self.targets if t.module.kind == "experts"]
 
     @cached_property
     def head(self) -> Module | None:

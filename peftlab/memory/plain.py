@@ -133,7 +133,7 @@ def _feed_forward(case: Case) -> Sum:
     """Bytes a token between the first and the last linear map of one layer's feed-forward."""
     e, facts = case.product_bytes, case.shape.facts
     if facts.experts:
-        trained = any(case.trains(m) for m in case.layer_modules if "gate_up_proj" in m.parameters)
+        trained = bool(case.adapted_experts) or any(case.trains(m) for m in case.layer_modules if m.kind == "experts")
         return {"k f": e * (3 + trained), "k h": e * (1 + trained), "E": 4, "k": ROUTING}
     return {"f": e * (3 if case.shape.with_role("gate") else PLAIN.get(facts.activation, 1))}
 
