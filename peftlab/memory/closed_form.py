@@ -143,6 +143,8 @@ class ClosedForm:
 
     def lines(self) -> tuple[Line, ...]:
         """The derivation of what is there at the peak of a known step, for one GPU alone."""
+        if not self.moments:
+            return ()
         peak = max(self.moments, key=lambda name: total(self.moments[name].values()).value(*self._at))
         return tuple(line for line in derivation(self.states.spec) if peak in line.moments)
 
