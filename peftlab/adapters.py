@@ -15,7 +15,7 @@ from . import methods
 from .base import architecture as architectures
 from .base import models, weights
 from .errors import AdapterError, SpecError
-from .methods import through_peft
+from .methods import loading, through_peft
 from .places import ASSETS
 from .resolve import resolve
 from .spec import Json, Resolved, RunSpec
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 BUNDLED = ASSETS / "adapters"
 MANIFEST = "peftlab.json"
-TENSORS = "adapter_model.safetensors"
-"""peft's name. Without a CONFIG beside it, the manifest's spec says how to attach the model's own parameters, by name."""
-CONFIG = "adapter_config.json"
+TENSORS, CONFIG = loading.TENSORS, loading.CONFIG
+"""peft's names. Without a CONFIG, the manifest's spec says how to attach the model's own parameters, by name."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +125,50 @@ def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     copy, file = weights.share(base.model), adapter.folder / TENSORS
     try:
         if not file.exists():  # then peft would read a pickle, or ask the Hub
-            raise ValueError(f"it has no {TENSORS}")
+            raise ValueError(f"it has no {TENSORS}{_pickled(adapter.folder)}")
         if adapter.spec.model != base.entry.key:  # another base of the same shapes would take it without a word
             raise ValueError(f"its base is {adapter.spec.model}")
+        _check_finite(adapter)
         by_peft = (adapter.folder / CONFIG).exists()
-        model = through_peft.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:200]
+        model = loading.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:240]
         what = f"{adapter.folder}: does not fit {base.entry.name} ({reason})"
         raise AdapterError(f"{what}; choose its own base") from None
     return cast("PreTrainedModel", model.requires_grad_(False).eval())
+
+
+def _pickled(folder: Path) -> str:
+    """What to do about an adapter that is only there as a pickle."""
+    found = next((file.name for file in folder.glob("*.bin")), None)
+    return (
+        f" but {found}, a pickle, which could run any code; save it as safetensors with peft's save_pretrained"
+        if found
+        else ""
+    )
+
+
+def _check_finite(adapter: Adapter) -> None:
+    """Raises AdapterError for numbers that are none, and names a tensor that has them."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter.folder / TENSORS)
+    odd = {name: n for name, t in tensors.items() if (n := int((~t.isfinite()).sum()))}
+    if odd:
+        name, total = next(iter(odd)), sum(t.numel() for t in tensors.values())
+        raise AdapterError(
+            f"{adapter.folder}: {name} has {odd[name]:,} numbers that are not finite ({sum(odd.values()):,} of its own "
+            f"{total:,} numbers are not, in {len(odd)} of {len(tensors)} tensors); train again at a lower learning rate"
+        )
+
+
+def set_aside(adapter: Adapter) -> str:
+    """What the installed peft does not know of an adapter's settings, and leaves out because it is off; empty where nothing."""
+    if not (adapter.folder / CONFIG).exists() or not (odd := loading.unknown(adapter.folder)):
+        return ""
+    return (
+        f"{adapter.label}: {CONFIG} has {', '.join(odd)}, which the installed peft does not know; off, and so left out"
+    )
 
 
 def _attached(base: PreTrainedModel, spec: Resolved, file: Path) -> Module:
@@ -186,11 +219,10 @@ def merge(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
         reason = str(error).splitlines()[0].rstrip(".")
         raise AdapterError(f"{adapter.folder}: it cannot be merged ({reason}); use it as it is") from None
     if not finite:
-        tensors = load_file(adapter.folder / TENSORS).values()
-        odd, total = sum(int((~t.isfinite()).sum()) for t in tensors), sum(t.numel() for t in tensors)
+        total = sum(t.numel() for t in load_file(adapter.folder / TENSORS).values())
         raise AdapterError(
-            f"{adapter.folder}: merged, it gives weights that are not finite ({odd:,} of its own {total:,} numbers are "
-            "not; none may be); train again at a lower learning rate"
+            f"{adapter.folder}: merged, it gives weights that are not finite (0 of its own {total:,} numbers are not, but "
+            "they are too large); train again at a lower learning rate"
         )
     fused.adjoin(merged)
     return cast("PreTrainedModel", merged.requires_grad_(False).eval())

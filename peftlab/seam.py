@@ -230,8 +230,24 @@ def read(
     The cache is None for a model that keeps nothing in transformers' own: it has to read all tokens again.
     """
     name = cache_name()
-    made, out = _logits(model, keep, {**inputs, "use_cache": True, **({} if held is None else {name: held})})
+    given = inputs if held is None else {**inputs, name: held}
+    try:
+        made, out = _logits(model, keep, {**given, "use_cache": True})
+    except (LookupError, ValueError, TypeError, AttributeError):
+        if held is not None:
+            raise
+        return logits(model, keep, **inputs), None  # a cache that the family's own config does not suit
     return made, getattr(out, name, None) if takes(model, name) else None
+
+
+def first_position(model: Module) -> int:
+    """The position of a row's first token: families whose table of positions has a place for padding begin after it."""
+    from torch.nn import Embedding
+
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding) and "position" in name and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def keeps_only_tokens(held: object) -> bool:

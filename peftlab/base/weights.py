@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import hardware, seam
 from ..errors import SpecError
 from ..spec import Resolved
-from . import models
+from . import configs, models
 from .fetching import Source, fetch, folder_of, source_of
 
 if TYPE_CHECKING:
@@ -75,10 +75,12 @@ def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
     source = source_of(entry)
     assert source is not None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(spec.precision, torch.float32)
-    with seam.building:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder_of(entry), dtype=dtype, attn_implementation=spec.attention, **_quantized(spec, dtype, device)
-        )
+    how = {"dtype": dtype, "attn_implementation": spec.attention, **_quantized(spec, dtype, device)}
+    try:
+        with seam.building:
+            model = _class_of(entry).from_pretrained(folder_of(entry), **how)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise _refused(spec, error) from None
     # an adapter names its base by this: it is to be the published model, not this machine's copy
     model.name_or_path = model.config._name_or_path = entry.hub_id or str(entry.folder)
     model.requires_grad_(False).eval()
@@ -86,10 +88,53 @@ def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
         model.to(device)
         fused.adjoin(model)
     _settle(model)
+    _try(model, spec)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(entry))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(entry, model, tokenizer, source, device)
+
+
+def _class_of(entry: models.BaseModel) -> Any:
+    """What loads the model: transformers' own choice, or the class of a text model that it has on no list."""
+    transformers = seam.library()
+    config = transformers.AutoConfig.from_pretrained(folder_of(entry))
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping or not entry.config:
+        return transformers.AutoModelForCausalLM
+    return configs.parsed(entry.config)[1]
+
+
+def _refused(spec: Resolved, error: Exception) -> SpecError:
+    """What transformers says against loading a model, in one line."""
+    said = " ".join(str(error).split())
+    if spec.attention == "sdpa" and "scaled_dot_product_attention" in said:
+        return SpecError("attention=sdpa: this model's family has no sdpa in transformers; set it to eager")
+    return SpecError(
+        f"model={spec.model}: transformers cannot load it ({type(error).__name__}: {said[:200]}); try {models.DEFAULT}"
+    )
+
+
+def _try(model: PreTrainedModel, spec: Resolved) -> None:
+    """Has a model read two short rows that differ in their last token.
+
+    Raises SpecError where it cannot, and where earlier logits differ: a model that sees what it is to predict learns nothing.
+    """
+    import torch
+
+    from ..fused import trial
+
+    ids = torch.arange(6, device=model.device).repeat(2, 1)
+    ids[1, -1] += 1
+    try:
+        with torch.no_grad():
+            one, other = seam.logits(model, input_ids=ids)[:, :-1].float()
+    except Exception as error:  # anybody's architecture, in transformers' code
+        raise _refused(spec, error) from None
+    if (one - other).abs().max() > trial.rounding(model.dtype) * one.std():
+        raise SpecError(
+            f"model={spec.model}: it reads the tokens after each token too, and so cannot learn to write them; set "
+            f"is_decoder in its config.json where the family has that, or try {models.DEFAULT}"
+        )
 
 
 def allocated(base: Base | None = None) -> int:

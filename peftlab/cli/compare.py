@@ -37,7 +37,7 @@ def run(args: Namespace) -> Output:
         report = finish(on_task(chosen, tasks.find(task), args.merged), "answering")
     else:
         raise SpecError(f"{args.adapter[0]} does not say what it was trained on; give --task or --prompt")
-    lines = []
+    lines = list(report.notes)
     for exchange in report.exchanges[:5]:
         lines += [f"\n> {exchange.prompt}", *(f"{reply.model:>10}: {reply.text.strip()}" for reply in exchange.replies)]
         if exchange.reference:

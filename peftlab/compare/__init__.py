@@ -65,6 +65,8 @@ class ComparisonReport:
     exchanges: tuple[Exchange, ...]
     scores: tuple[Score, ...]
     """One for each model; empty for a prompt of one's own."""
+    notes: tuple[str, ...] = ()
+    """What was left out of an adapter's settings, in words."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -169,7 +171,7 @@ def on_prompt(chosen: list[Adapter], prompt: str, decoding: Decoding, merged: bo
     virtual = max(a.spec.virtual_tokens or 0 for a in chosen)
     ids = prompt_tokens(base, instruction_of(chosen[0]), prompt, decoding, virtual)
     *_, said = side_by_side(base, models, ids, decoding)
-    return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), ())
+    return ComparisonReport(None, None, (Exchange(prompt, None, tuple(said.values())),), (), notes_on(chosen))
 
 
 def on_task(chosen: list[Adapter], task: tasks.Task, merged: bool = False) -> Generator[float, None, ComparisonReport]:
@@ -189,7 +191,12 @@ def on_task(chosen: list[Adapter], task: tasks.Task, merged: bool = False) -> Ge
         scores.append(score_of(name, [a.score for a in told.result], forgetting))
     rows = zip(task.heldout, *replies, strict=True)
     exchanges = tuple(Exchange(row.prompt, row.answer, tuple(of_row)) for row, *of_row in rows)
-    return ComparisonReport(task.key, task.metric, exchanges, tuple(scores))
+    return ComparisonReport(task.key, task.metric, exchanges, tuple(scores), notes_on(chosen))
+
+
+def notes_on(chosen: list[Adapter]) -> tuple[str, ...]:
+    """What was left out of each adapter's settings, in words."""
+    return tuple(note for adapter in chosen if (note := adapters.set_aside(adapter)))
 
 
 def recorded(adapter: Adapter) -> ComparisonReport | None:

@@ -37,7 +37,7 @@ def give_forward(module: Module, forward: Callable[..., object]) -> None:
 def adjoin(model: Module) -> None:
     """Moves weights that read the same input side by side in memory, so that one product can do for all. Numbers stay."""
     for module, names in itertools.product(model.modules(), SIBLINGS):
-        found = (lora.base_of(child) for name in names if (child := getattr(module, name, None)))
+        found = (lora.base_of(child) for name in names if (child := module._modules.get(name)) is not None)
         maps = [base for base in found if isinstance(base, torch.nn.Linear)]
         weights = [child.weight for child in maps]
         alike = len({(w.shape[1], w.dtype) for w in weights}) == 1 and not any(w.requires_grad for w in weights)

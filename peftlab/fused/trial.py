@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-CLOSE = {torch.float32: 1e-3}
-"""Logits that differ by less than this share of their spread are the same, up to rounding; in other types, by ROUNDING."""
-ROUNDING = 0.05
 _found: dict[tuple[object, ...], tuple[str, ...]] = {}
 """The kinds that fit models of these modules, with this config, in this type and on this device."""
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Logits in this type that differ by no more than this share of their spread are the same."""
+    return 1e-3 if dtype == torch.float32 else 0.05
 
 
 def fitting(model: Module, kinds: Mapping[str, Callable[[Module], object]]) -> tuple[str, ...]:
@@ -56,29 +58,29 @@ def _alike(model: Module, kinds: list[Callable[[Module], object]], want: Tensor)
         off = (_read(model, kinds) - want).abs().amax(-1) / want.std(-1)
     except Exception:
         return False
-    dtype = next(model.parameters()).dtype
-    return bool(off.unflatten(1, (2, 2)).amin(2).amax() <= CLOSE.get(dtype, ROUNDING))
+    return bool(off.unflatten(1, (2, 2)).amin(2).amax() <= rounding(next(model.parameters()).dtype))
 
 
 def _read(model: Module, kinds: list[Callable[[Module], object]]) -> Tensor:
     """The logits after four rows, of which two are padded, and after one more token: 1 or 2 × rows × vocabulary.
 
-    The model, a private copy, has these kinds of operations fused only meanwhile. Raises what transformers does.
+    The model, a private copy, has these kinds of operations fused only meanwhile. What is trained asks for gradients, since
+    some families change a product in place, which a part of a joined one forbids. Raises what transformers does.
     """
     device = next(model.parameters()).device
     ids = torch.arange(24, device=device).view(4, 6) * 5 % 23
     mask, last = torch.ones_like(ids), torch.full((1,), -1, device=device)
     mask[:2, :2] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    with _restored(model), torch.no_grad():
+    with _restored(model), torch.enable_grad():
         for fuse in kinds:
             fuse(model)
         said, held = seam.read(model, None, last, input_ids=ids, attention_mask=mask, position_ids=places)
         if held is None:
-            return said.float().view(1, len(ids), -1)
+            return said.detach().float().view(1, len(ids), -1)
         ids, mask, places = ids[:, :1], torch.cat((mask, mask[:, -1:]), 1), places[:, -1:] + 1
         more, _ = seam.read(model, held, last, input_ids=ids, attention_mask=mask, position_ids=places)
-        return torch.cat((said, more), 1).float().transpose(0, 1)
+        return torch.cat((said, more), 1).detach().float().transpose(0, 1)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutput
+
+ADDING = (
+    "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "LORA", "ADALORA", "IA3", "VERA", "OFT", "BOFT",
+    "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS",
+)  # fmt: skip
+"""peft's kinds of adapter that never write into a base's weights where they are."""
 
 
 def names(model: nn.Module, targets: list[Target]) -> list[str]:
@@ -90,42 +95,6 @@ def _tensors(model: nn.Module) -> dict[int, Tensor]:
     return {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
 
 
-def load(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A PeftModel on `model`'s device with the adapter of `folder`, in the wider of the file's type and the base's.
-
-    peft loads some numbers in the base's type: a norm in bf16 would lose what it has learned. What it loads into the
-    model's own tensors, such as biases, goes into copies of them, because their storage is shared. Raises OSError,
-    ValueError, KeyError or RuntimeError for files that do not fit.
-    """
-    import torch
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    device = next(model.parameters()).device
-    config = PeftConfig.from_pretrained(str(folder))
-    saved = load_file(folder / "adapter_model.safetensors")
-    own_tensors(model, {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in saved})
-    old = _tensors(model)
-    is_pissa = str(getattr(config, "init_lora_weights", "")) == "pissa"
-    if is_pissa:
-        config.init_lora_weights = True
-    adapted = PeftModel.from_pretrained(model, folder, config=config).to(device)
-    if is_pissa:
-        leave_residual(adapted)
-    added = [t for number, t in _tensors(adapted).items() if number not in old]
-    at = {t.data_ptr(): t for t in added if t.numel()}
-    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    check_names(saved.keys() - adapted.state_dict(), state.keys() - adapted.state_dict())
-    places = {name: at.get(t.data_ptr()) for name, t in state.items() if t.numel()}
-    wider = torch.promote_types(next(iter(saved.values())).dtype, model.dtype)
-    for tensor in added:
-        tensor.data = tensor.data.to(wider)
-    for name, tensor in saved.items():
-        if (place := places.get(name)) is not None:
-            place.data = tensor.to(device, wider)
-    return _settled(adapted)
-
-
 def _named(module: nn.Module, recurse: bool = True) -> list[tuple[str, Tensor]]:
     """Parameters and buffers by all of their names."""
     return [*module.named_parameters("", recurse, False), *module.named_buffers("", recurse, False)]
@@ -185,24 +154,39 @@ def leave_residual(model: nn.Module, start: bool = False) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """The base of a PeftModel with the adapter in its weights, in their type. Raises SpecError for virtual tokens.
 
-    `safe_merge` writes new weights, because the old ones' storage is shared. A head gets a weight of its own first, or the
-    embedding tied to it would change too.
+    `safe_merge` writes new weights, because the old ones' storage is shared; where a kind of adapter is not known to do so,
+    adapted modules get weights of their own first. A head that is tied to the embedding gets one where either is adapted.
     """
     from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from torch.nn import Module
 
     adapted = cast("PeftModel", model)
     if adapted.active_peft_config.is_prompt_learning:
         raise SpecError("virtual tokens are no part of any weight, so this adapter cannot be merged; use it as it is")
     base = cast("PreTrainedModel", adapted.get_base_model())
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if hasattr(head, "get_base_layer") and head.get_base_layer().weight is embedding.weight:
-        layer = head.get_base_layer()
-        layer.weight = type(layer.weight)(layer.weight.detach().clone(), requires_grad=False)
+    inside = {id(layer): layer for m in base.modules() if isinstance(layer := getattr(m, "base_layer", None), Module)}
+    if _untie(base, inside):
         base.config.tie_word_embeddings = False
+    if adapted.active_peft_config.peft_type not in ADDING:
+        for parameter in (p for layer in inside.values() for p in layer.parameters()):
+            parameter.data = parameter.data.clone()
     for norm in (m for m in adapted.modules() if isinstance(m, LNTuningLayer)):
         # peft would leave it in the adapter's type
         norm.ln_tuning_layers.to(norm.get_base_layer().get_parameter("weight").dtype)
     return adapted.merge_and_unload(safe_merge=True)
+
+
+def _untie(base: nn.Module, adapted: Collection[int]) -> bool:
+    """Gives each module with a weight that an adapted one has too a weight of its own; whether there was one."""
+    holders: dict[int, list[nn.Module]] = {}
+    for module in base.modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            holders.setdefault(id(weight), []).append(module)
+    tied = [modules for modules in holders.values() if len(modules) > 1 and any(id(m) in adapted for m in modules)]
+    for module in (module for modules in tied for module in modules[1:]):
+        weight = module.get_parameter("weight")
+        module.weight = type(weight)(weight.detach().clone(), requires_grad=False)
+    return bool(tied)
 
 
 def _settled(model: PeftModel) -> PeftModel:
@@ -261,7 +245,8 @@ def _steered(
         embedded = base.get_input_embeddings()(input_ids)
         inputs = {"inputs_embeds": torch.cat([self.get_prompt(batch).to(embedded.dtype), embedded], 1)}
         if position_ids is not None:
-            position_ids = torch.cat([torch.arange(virtual, device=device).expand(batch, -1), position_ids], 1)
+            ahead = seam.first_position(base) + torch.arange(virtual, device=device)
+            position_ids = torch.cat([ahead.expand(batch, -1), position_ids], 1)
     rest |= {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
     out = base(**seam.taken(base, {**inputs, **rest}))
     if first and not in_cache and isinstance(logits_to_keep, int) and not logits_to_keep:

@@ -207,6 +207,8 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str:
         return f"tokens attend to {nearest} others at most"
     if not all(seam.takes(model, name) for name in seam.PLACES):
         return "this model is not told where tokens stand"
+    if seam.first_position(model):
+        return "this model counts positions from another number"
     ids = torch.tensor([[5, 11, 3, 7, 2, 9], [5, 11, 8, 4, 4, 1]]) % model.config.vocab_size
     labels = ids.clone()
     labels[:, :3] = labels[1, 5] = IGNORED

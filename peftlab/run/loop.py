@@ -24,7 +24,7 @@ from torch.nn import Module
 from .. import adapters, fused, methods
 from ..base import architecture, weights
 from ..data import tasks
-from ..errors import RunError, SpecError
+from ..errors import PeftlabError, RunError, SpecError
 from ..seeded import seeded
 from ..spec import Json, Resolved
 from .batches import Batch, Batches, encode, why_not_packed
@@ -209,6 +209,10 @@ class Run:
                 self.pending.append(self.gear.run(pieces, rate))
             except CaptureError as error:
                 why = str(error)
+            except Exception as error:  # anybody's architecture, in transformers' and peft's code
+                if step or isinstance(error, PeftlabError | torch.OutOfMemoryError):
+                    raise
+                raise self._refused(error) from None
         if why:  # no longer handling the error, which would hold on to the memory of the step that failed
             self.gear.close()
             self.gear = Eager(self.gear.step, why)
@@ -245,6 +249,14 @@ class Run:
         yield from events
         if diverged:
             raise diverged
+
+    def _refused(self, error: Exception) -> RunError:
+        """What the first step ended with, in one line."""
+        reason, spec = " ".join(str(error).split())[:200], self.spec
+        return RunError(
+            f"the first step failed ({type(error).__name__}: {reason}): {methods.find(spec.method).name} does not train "
+            f"{self.base.entry.name} with these settings; try another method, or report the model"
+        )
 
     def _gone_back(self, what: str) -> RunError:
         """Puts the last sound parameters back and saves them; returns the error that says so."""

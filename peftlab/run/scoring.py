@@ -63,7 +63,8 @@ def nats_per_token(
     """
     ids = tokenizer(text or PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     begin = tasks.opening(tokenizer)
-    before = len(begin) + getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    before = len(begin) + virtual + seam.first_position(model)
     window = max(1, min(window, (getattr(model.config, "max_position_embeddings", None) or window) - before))
     total = sum(
         _nats(model, [*begin, ids[start]], ids[start + 1 : start + window + 1])
