@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from .. import units
@@ -31,8 +32,9 @@ def run(args: Namespace) -> Output:
             "leave it out, or give a bare count such as --model 100B"
         )
     report = exact(spec) if args.exact else predict(spec, convention, trained)
-    if report.unknown:  # there is but one way to tell, and who asks here can wait for seconds
-        report = replace(exact(spec), unknown=report.unknown)
+    if report.unknown:  # who asks here can wait for seconds; the states stand where there is no trace either
+        with suppress(SpecError):
+            report = replace(exact(spec), unknown=report.unknown)
     return report.to_dict() | {"storage": asdict(storage(report, args.tasks))}, _lines(report)
 
 
@@ -49,7 +51,8 @@ def _lines(report: MemoryReport) -> Iterator[str]:
         allocated, whole = units.size(report.allocated), units.size(report.process)
         yield f"{what}, peak of a step: {allocated} allocated, {whole} in all, by {how}"
     else:
-        yield f"{what}, {report.convention}; activations are not included"
+        why = f": {report.unknown}" if report.unknown else ""
+        yield f"{what}, {report.convention}; activations are not included{why}"
     found = fits(report.needed)
     for fit in (f for f in found if f.gpu.key == report.spec.gpu):
         short = f"does not hold these {units.size(round(report.needed))}"
