@@ -146,6 +146,13 @@ def test_a_model_that_sorts_texts_is_built_with_its_classifier():
     assert "writes no text" in entry.note and "counted and not trained" in entry.note
 
 
+def test_a_decoder_is_causal_whatever_its_class_is_called():
+    assert (
+        pasted(families.tiny("bert-generation")).is_causal
+        and not pasted(families.tiny("bert", "classification")).is_causal
+    )
+
+
 @pytest.mark.parametrize(
     "quantized, said",
     [

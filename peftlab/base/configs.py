@@ -222,10 +222,10 @@ def _model_class(kind: str, named: object, parsed: PreTrainedConfig, whole: str)
     own = [name for table in tables if (name := table.get(kind))]
     for name in (*first, *own, *(table.get(whole) for table in tables)):
         cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class):
-            continue
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        reads = getattr(cls, "config_class", None)
         # a family of plain fields may be built by another one's class, which reads them as its own
-        if isinstance(parsed, cls.config_class) or (name in own and not parsed.sub_configs):
+        if is_model and reads and (isinstance(parsed, reads) or (name in own and not parsed.sub_configs)):
             return cls
     part = "" if kind == whole else f" (the text model of {whole})"
     raise SpecError(f"model_type={kind}{part}: transformers builds no language model of it; name one such as llama")

@@ -68,7 +68,7 @@ class BaseModel:
     def is_causal(self) -> bool:
         """Whether it writes text from left to right; the others can be counted and are not trained here."""
         names = (self.config or {}).get("architectures") or [""]
-        return "CausalLM" in names[0] or "LMHead" in names[0]
+        return bool(re.search("CausalLM|LMHead|Decoder$", names[0]))
 
     @property
     def note(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def tiny(kind: str, task: str = "") -> Json:
     """
     own = catalog.read("families").get(kind, {})
     task = task or next(task for task in TASKS if kind in seam.classes(task))
-    made = {"model_type": kind, "architectures": [seam.classes(task)[kind]]}
+    made: Json = {"model_type": kind, "architectures": [seam.classes(task)[kind]]}
     with configs.in_words(made):
         config = seam.library().CONFIG_MAPPING[kind]()
     made |= _small(config)
@@ -78,6 +79,7 @@ def _small(config: PreTrainedConfig) -> Json:
     """The fields of a config that a tiny one has otherwise."""
     standard = {own: name for name, own in config.attribute_map.items()}
     layers, heads = (configs.get(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
+    declared = {f.name: f.default for f in fields(type(config))}
     made: Json = {}
     for field, value in (config.to_dict() | vars(config)).items():  # the first has what differs by layer too
         name = standard.get(field, field)
@@ -92,8 +94,8 @@ def _small(config: PreTrainedConfig) -> Json:
         elif isinstance(value, list) and len(value) == layers:
             kinds = list({json.dumps(v): v for v in value}.values())
             made[field] = [_at_most(name, v) for v in (kinds * LAYERS)[:LAYERS]]
-        elif (small := _at_most(name, value)) != value:
-            made[field] = small
+        elif declared.get(field, declared.get(name)) is not None and (small := _at_most(name, value)) != value:
+            made[field] = small  # what the family works out itself, it works out again
     return made
 
 

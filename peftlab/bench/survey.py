@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -104,11 +105,14 @@ def totals(rows: Sequence[Json]) -> Json:
     found: Json = {}
     for task in families.TASKS:
         of_task = [row for row in rows if row["task"] == task]
+        needed = STAGES[:3] if task == "causal" else STAGES[:1]
+        supported = sum(all(row.get(stage) == RIGHT for stage in needed) for row in of_task)
         right = {stage: sum(row.get(stage) == RIGHT for row in of_task) for stage in STAGES[:-1]}
         said = Counter(word for row in of_task for word in {v.split(":")[0] for v in _verdicts(row)})
         refused = Counter(m for row in of_task for m, v in row.get("methods", {}).items() if v.startswith("refused"))
         found[task] = {
-            "families": len(of_task), **{stage: n for stage, n in right.items() if n}, "with_something_wrong": said["wrong"],
+            "families": len(of_task), "supported": supported, **{stage: n for stage, n in right.items() if n},
+            "with_something_wrong": said["wrong"],
             "refused": dict(sorted(refused.items())),
         }  # fmt: skip
     errors = [row["closed_form"] for row in rows if isinstance(row.get("closed_form"), float)]
@@ -180,7 +184,7 @@ def look(kind: str, task: str) -> Iterator[Json]:
         if model is None:
             yield row
             return
-        row["methods"] = {method: _tried(lambda m=method: _counted(model, str(folder), m))[0] for method in METHODS}
+        row["methods"] = {method: _tried(partial(_counted, model, str(folder), method))[0] for method in METHODS}
         needed = [row["methods"][method] for method in ("full", "lora")]
         row["counted"] = next((said for said in needed if said != RIGHT), RIGHT)
         yield row
@@ -220,8 +224,8 @@ def _saved(kind: str, task: str, folder: Path) -> PreTrainedModel:
     return cls.from_pretrained(families.save(kind, folder, task)).requires_grad_(False)
 
 
-def _spec(model: str, method: str, **settings: object) -> RunSpec:
-    used = {name: size for name, size in SIZES.items() if name in METHODS[method].settings}
+def _spec(model: str, method: str, **settings: Any) -> RunSpec:
+    used: Json = {name: size for name, size in SIZES.items() if name in METHODS[method].settings}
     return RunSpec(model=model, method=method, **used, **settings)
 
 
@@ -246,7 +250,7 @@ def _trained(folder: Path, out: Path) -> tuple[Resolved, Path]:
     events = list(train(spec, out))
     losses = [event["loss"] for event in events if event["type"] == "step"]
     assert len(losses) == TASK["steps"] and all(map(math.isfinite, losses)), f"its losses are {losses}"
-    return spec, Path(events[-1]["adapter"])
+    return spec, Path(str(events[-1]["adapter"]))
 
 
 def _applied(run: tuple[Resolved, Path]) -> PreTrainedModel:
@@ -273,8 +277,8 @@ def _closed_form_error(kind: str, task: str, file: Path) -> float | str:
     config = seam.library().CONFIG_MAPPING[kind]()
     file.write_text(json.dumps(config.to_dict() | {"architectures": [seam.classes(task)[kind]]}))
     spec = resolve(_spec(str(file), "lora", **USUAL))
-    predicted = predict(spec)
-    if predicted.peak is None:
+    if (predicted := predict(spec).allocated) is None:
         return UNKNOWN
     traced = exact(spec).allocated
-    return round(predicted.allocated / traced - 1, 4)
+    assert traced, "the trace says nothing"
+    return round(predicted / traced - 1, 4)
