@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from torch.nn import Module
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -175,7 +177,7 @@ def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 @cache
 def make_masks_for_fakes() -> None:
-    """Has masks made for fake tensors as for real ones: transformers takes them for a compilation, and then makes every mask."""
+    """Has masks made for fake tensors as for real ones: transformers takes fakes for a compilation, and makes every mask."""
     from torch._subclasses.fake_tensor import FakeTensor
     from transformers import masking_utils
 
@@ -313,6 +315,13 @@ def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
     return Cache(
         layers=[layer if layer.keys is None else Layer(layer.keys, layer.values, room, at) for layer in layers]
     )
+
+
+def is_listed(folder: Path) -> bool:
+    """Whether transformers' list of models that write text has the config in `folder`. Raises what transformers does."""
+    transformers = library()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return type(config) in transformers.AutoModelForCausalLM._model_mapping
 
 
 def writer(model: Module) -> PreTrainedModel | None:

@@ -97,10 +97,8 @@ def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
 
 def _class_of(entry: models.BaseModel) -> Any:
     """What loads the model: transformers' own choice, or the class of a text model that it has on no list."""
-    transformers = seam.library()
-    config = transformers.AutoConfig.from_pretrained(folder_of(entry))
-    if type(config) in transformers.AutoModelForCausalLM._model_mapping or not entry.config:
-        return transformers.AutoModelForCausalLM
+    if not entry.config or seam.is_listed(folder_of(entry)):
+        return seam.library().AutoModelForCausalLM
     return configs.parsed(entry.config)[1]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, device
 from .. import seam
 from ..data import tasks
 from ..data.tasks import Row, Task
-from ..fused import attention
+from ..fused import attention, trial
 from . import graphs
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ PADDING = 0.1
 """The most padding, as a share of the real tokens: rows of other lengths go to batches of another width."""
 IGNORED = -100
 """The label of a token that nothing is learned from, as torch has it."""
-CLOSE = 0.05
-"""Logits that differ by less than this share of their spread are the same up to the rounding of bf16."""
 
 
 @dataclass(frozen=True)
@@ -224,5 +222,5 @@ def why_not_packed(model: PreTrainedModel, longest: int) -> str:
         model.train(was)
     apart, labels = tried.learned(apart)
     apart = apart[labels != IGNORED]
-    same = apart.shape == together.shape and (apart - together).abs().max() <= CLOSE * apart.std()
+    same = apart.shape == together.shape and (apart - together).abs().max() <= trial.rounding(apart.dtype) * apart.std()
     return "" if same else "its packed rows give other logits than padded ones"
