@@ -236,7 +236,7 @@ MOST = {
         *[({n: most + 1}, f"{n}={most + 1}: .*at most {most:,} ") for n, most in MOST.items()],
         ({"num_hidden_layers": 10**30}, "num_hidden_layers=10*: "),
         ({"hidden_size": 2**20, "intermediate_size": 10**8, "num_attention_heads": 4}, "953,615,085,731,840 parameters"),
-        ({"model_type": "mixtral", "num_local_experts": 10_001}, "num_local_experts=10001: .*at most 10,000"),
+        ({"model_type": "mixtral", "num_local_experts": 100_001}, "num_local_experts=100001: .*at most 100,000"),
         ({"hidden_act": "nosuch"}, "KeyError"),
         ({"rope_scaling": {"rope_type": "nosuch", "factor": 2.0}}, "nosuch"),
         ({"layer_types": ["full_attention"]}, "num_hidden_layers"),

@@ -29,9 +29,10 @@ MOST_ON_CPU = 10**7
 """Elements of a tensor that a model may make on the CPU while it is built on the meta device, as XLNet does."""
 LIMITS: tuple[tuple[str, float, int], ...] = (
     (r"layers?$|^depth$", 0, 1_000),
-    (r"experts(_per_tok)?$", 0, 10_000),
+    (r"experts(_per_tok)?$", 0, 100_000),
     (r"heads?$|labels$", 0, 100_000),
     (r"vocab_size$", 0, 10_000_000),
+    (r"relative_positions$", -1, 100_000_000),
     (r"^(hidden|intermediate)_size$|position", 0, 100_000_000),
     (r"theta", -math.inf, 10**12),
     (r"", -math.inf, 100_000_000),

@@ -47,7 +47,7 @@ INDICES = re.compile(r"_ids$|_idxs$|only_layers|cross_attention_layers")
 """Names of lists that hold the numbers of layers."""
 
 
-SET = {"head_dim": 16, "num_key_value_heads": HEADS}
+SET = {"head_dim": 16, "num_key_value_heads": HEADS, "num_experts_per_tok": 2}
 """Numbers that some families leave open and then need."""
 
 
