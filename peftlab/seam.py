@@ -194,7 +194,7 @@ def cache_name() -> str:
 
 
 @cache
-def _arguments(kind: type[Module]) -> frozenset[str]:
+def _arguments(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 

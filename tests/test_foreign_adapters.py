@@ -1,6 +1,7 @@
 """Adapters that peft made elsewhere: they say what they say there, and the shared base keeps every byte and its own answer."""
 
 import json
+from functools import cache
 
 import peft
 import pytest
@@ -65,7 +66,7 @@ KINDS = {
     "p-tuning": lambda t, f: peft.PromptEncoderConfig(encoder_hidden_size=16, **VIRTUAL),
 }
 ON_CONV1D = """lora|lora, bias of adapted maps|lora, every bias|dora|pissa|lora and the head|lora and some tokens|ia3|ln|prefix"""
-IN_BF16 = """lora, every bias|lora, embedding and head|lora and some tokens|lora of the embedding|dora|olora|ia3|ln|oft|fourierft|prompt
+IN_BF16 = """lora, every bias|lora, embedding and head|lora and some tokens|lora of the embedding|dora|pissa|ia3|ln|oft|fourierft|prompt
 |prefix"""
 CASES = [
     *((kind, "qwen2", "fp32") for kind in KINDS),
@@ -79,6 +80,18 @@ def places(models_dir, families):
     """Families with biases and a tied head, and one with neither."""
     tied = QWEN2 | {"tie_word_embeddings": True}
     return families | {"qwen2": str(make_model(models_dir / "qwen2-tied", tied))}
+
+
+@pytest.fixture(scope="module")
+def second(places, tmp_path_factory):
+    """Another adapter of the same base, made once."""
+
+    @cache
+    def of(family, precision):
+        made("lora", family, places[family], folder := tmp_path_factory.mktemp("second"), precision)
+        return folder
+
+    return of
 
 
 def made(kind, family, folder, out, precision="fp32"):
@@ -106,7 +119,7 @@ def said(model):
 
 
 @pytest.mark.parametrize("kind, family, precision", CASES)
-def test_it_says_what_it_says_in_peft_and_the_base_is_untouched(kind, family, precision, places, tmp_path):
+def test_it_says_what_it_says_in_peft_and_the_base_is_untouched(kind, family, precision, places, second, tmp_path):
     wanted, _ = made(kind, family, places[family], tmp_path, precision)
     base = weights.load(resolve(RunSpec(model=places[family], precision=precision)))
     before, own = digest(base.model), said(base.model)
@@ -118,8 +131,7 @@ def test_it_says_what_it_says_in_peft_and_the_base_is_untouched(kind, family, pr
     assert (ours.argmax(-1) == wanted.argmax(-1)).float().mean() >= 0.99
     assert not ours.allclose(own, atol=1e-4), "it changed nothing"
     assert digest(base.model) == before and said(base.model).equal(own), "using it changed the base"
-    made("lora", family, places[family], tmp_path / "second", precision)
-    adapters.apply(base, adapters.read(tmp_path / "second"))
+    adapters.apply(base, adapters.read(second(family, precision)))
     try:
         merged = adapters.merge(base, adapters.read(tmp_path))
     except (SpecError, AdapterError):
