@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 CLASSIFIERS = ("classifier", "score")
-"""Names of the heads that peft trains whole in a model for classification."""
-WIDTHS = re.compile(r"intermediate|inner|ff|feed_forward")
+"""Ends of the names of heads that peft trains whole in a model for classification."""
+WIDTHS = re.compile(r"intermediate|inner|ff|feed_forward|^hidden_dim$")
 """What the name of a config's number says that is the width of a feed-forward."""
 
 
@@ -171,6 +171,7 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
     facts = _facts(model)
     renamed = rewriting.rewritten(model)
     counted: set[int] = set()
+    is_classifier = seam.is_classifier(model)
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     groups: dict[tuple[object, ...], tuple[Module, list[int]]] = {}
     for name, module in model.named_modules():
@@ -189,8 +190,8 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
             made = Module(
                 pattern, kind, shapes, (), tied,
                 head=module is head,
-                classifier=seam.is_classifier(model) and name.partition(".")[0] in CLASSIFIERS,
-                stacks=2 if kind == "embedding" and model.config.is_encoder_decoder else 1,
+                classifier=is_classifier and any(part.endswith(CLASSIFIERS) for part in name.split(".")),
+                stacks=2 if kind == "embedding" and model.config.is_encoder_decoder and not is_classifier else 1,
                 ranks=max(1, [*renamed.values()].count(full.rpartition(".")[2])) if kind == "experts" else 1,
                 transposed=kind == "experts" and getattr(module, "is_transposed", False),
             )  # fmt: skip
@@ -200,7 +201,7 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
     modules = [replace(module, layers=tuple(layers)) for module, layers in groups.values()]
     told = roles.told(modules, c.hidden_size, _widths(c))
     named = [replace(m, role=(role := _role(m) or told.get(m, "")), cached=_cached(m, role, facts)) for m in modules]
-    context = get(c, "max_position_embeddings") or get(c, "n_positions") or 0
+    context = max(0, get(c, "max_position_embeddings") or get(c, "n_positions") or 0)  # XLNet says -1
     refused = rewriting.refused(model)
     return Architecture(c.num_hidden_layers, tuple(named), c.hidden_size, context, facts, renamed, refused)
 

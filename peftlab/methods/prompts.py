@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from .. import seam
 from ..base import architecture as architectures
@@ -15,7 +15,7 @@ from .selection import FUSED
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 VECTORS = Term(("virtual_tokens", "d_out", "stacks"))
 
@@ -100,9 +100,10 @@ def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pef
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
         own = getattr(cache, "self_attention_cache", cache)  # BERT as a decoder keeps room for an encoder's
-        flat = [t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(cast("Cache", own))]
-        if (start := torch.cat(flat, 1)).shape == weight.shape:  # a few models put tokens of their own before the text
-            weight.copy_(start)
+        if own is not None:
+            start = torch.cat([t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(own)], 1)
+            if start.shape == weight.shape:  # a few models put tokens of their own before the text
+                weight.copy_(start)
     return adapted
 
 

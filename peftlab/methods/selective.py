@@ -59,7 +59,7 @@ register(
         FULL,
         key="head",
         terms=(Term(("d_in", "d_out")), Term(("bias",))),  # a tied head's `weight` counts as the embedding's
-        select=modules_that(lambda module, spec: module.head),
+        select=modules_that(lambda module, spec: module.head or module.classifier),
         drawing=Drawing(("embedding", "every block", "*head")),
         defaults={"learning_rate": 1e-3},
         if_nothing="has no vocabulary head of its own; use last-block, or a model that writes text",
