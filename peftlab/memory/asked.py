@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 NEAR = 0.03
 """How far the formulas' bytes may be from the model's own for the formulas to stand."""
-UNSURE = 0.06
-"""The share of the peak that a layer without formulas may keep: its backward pass holds about as much again for a while."""
 PARTS = {
     "norm": "norms",
     "ln_": "norms",

@@ -46,14 +46,16 @@ def fits(required: int) -> list[Fit]:
 
 def gpu_grid(report: MemoryReport) -> list[Fit]:
     """Every GPU of the catalogue against a predicted run, smallest first."""
-    spec, alone = report.spec, bool(closed_form(report.spec).states.unknown) if report.process else False
+    spec = report.spec
     if report.process is None:
         return fits(report.states)
-    frugal = replace(spec, gradient_checkpointing=True)
-    needs = [(False, 1, report.needed), (True, 1, _needed(frugal))]
-    for less, one in ((False, spec), (True, frugal)):
-        shared = replace(one, sharding="fsdp", offload="none")
-        needs += [(less, n, _needed(replace(shared, n_gpus=n))) for n in CLUSTER]
+    needs, alone = [(False, 1, float(report.needed))], bool(closed_form(spec).states.unknown)
+    if not alone:
+        frugal = replace(spec, gradient_checkpointing=True)
+        needs.append((True, 1, _needed(frugal)))
+        for less, one in ((False, spec), (True, frugal)):
+            shared = replace(one, sharding="fsdp", offload="none")
+            needs += [(less, n, _needed(replace(shared, n_gpus=n))) for n in CLUSTER]
     found = []
     for gpu in GPUS.values():
         less, n = next(((less, n) for less, n, needed in needs if needed <= gpu.memory_bytes), (False, 0))

@@ -81,12 +81,20 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-@lru_cache(maxsize=64)
 def saved(model: str, precision: str, attention: str, filled: bool = False) -> tuple[Saved, ...]:
     """What a model's modules save in a step of this precision and attention; `filled`: the text fills the window.
 
     Raises SpecError where the model cannot be asked, or where what it saves is no polynomial in the text's length.
     """
+    answer = _answer(model, precision, attention, filled)
+    if isinstance(answer, str):
+        raise SpecError(answer)
+    return answer
+
+
+@lru_cache(maxsize=64)
+def _answer(model: str, precision: str, attention: str, filled: bool) -> tuple[Saved, ...] | str:
+    """What `saved` returns, or why it refuses; both are remembered, because asking takes seconds."""
     entry, shape = decoder(model), architectures.of(model)
     assert entry.config is not None  # or it would have no architecture
     length = length_of(shape, filled)
@@ -100,13 +108,12 @@ def saved(model: str, precision: str, attention: str, filled: bool = False) -> t
             if amp:
                 materialize(built, lambda _, old: torch.empty_like(old, device="cpu"))
             passes = (length, False), (length, True), (2 * length, True)
-            frozen, short, long = (_pass(built, n, trained, amp) for n, trained in passes)
-        return _told(frozen, short, long, length, len(_layers(built, shape.n_layers)))
-    except SpecError:
-        raise
+            frozen, short, long = (_pass(built, shape.n_layers, n, trained, amp) for n, trained in passes)
+        return _told(frozen, short, long, length, shape.n_layers)
+    except SpecError as error:
+        return str(error)
     except Exception as error:  # anybody's architecture, in transformers' code
-        said = f"{type(error).__name__}: {configs.shown(error, 120)}"
-        raise SpecError(f"they cannot be asked: {said}") from error
+        return f"they cannot be asked: {type(error).__name__}: {configs.shown(error, 120)}"
 
 
 def length_of(shape: architectures.Architecture, filled: bool = False) -> int:
@@ -121,11 +128,11 @@ def _layers(model: nn.Module, depth: int) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
-def _pass(model: Any, length: int, trained: bool, amp: bool) -> list[_Event]:
-    """Every saving of a tensor in one forward pass, with all weights trained or none."""
+def _pass(model: Any, depth: int, length: int, trained: bool, amp: bool) -> list[_Event]:
+    """Every saving of a tensor in one forward pass, with all weights trained or none. SpecError where layers run in a loop."""
     model.requires_grad_(trained)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    running, events = list[str](), list[_Event]()
+    running, events, begun = list[str](), list[_Event](), list[nn.Module]()
     alive: list[Tensor] = []  # or another storage would be given the address
 
     def pack(tensor: Tensor) -> Tensor:
@@ -144,6 +151,8 @@ def _pass(model: Any, length: int, trained: bool, amp: bool) -> list[_Event]:
             end = module.register_forward_hook(lambda *_: (running.pop(), None)[1])
             stack.callback(begin.remove)
             stack.callback(end.remove)
+        for layer in _layers(model, depth):
+            stack.callback(layer.register_forward_pre_hook(lambda module, _: begun.append(module)).remove)
         tokens = model.get_input_embeddings().register_forward_hook(
             lambda *found: None if found[2].requires_grad else found[2].requires_grad_().clone()
         )
@@ -153,6 +162,8 @@ def _pass(model: Any, length: int, trained: bool, amp: bool) -> list[_Event]:
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp))
         with saved_tensors_hooks(pack, lambda tensor: tensor), kernels.Fused(), watch:
             model(input_ids=ids, use_cache=False)
+    if len(begun) > len({*map(id, begun)}):
+        raise SpecError("they run more than once")
     return events
 
 
