@@ -19,7 +19,6 @@ from peftlab.base.models import find, from_config
 from peftlab.catalog.gpus import GPUS, PRICE
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.closed_form import EXACT
-from peftlab.memory.compute import measured_utilisation
 from peftlab.room import worker
 from peftlab.show import costs, figures, marks, memory_figures, settings, statements
 from peftlab.show.methods import method_card, method_panel, method_value
@@ -46,9 +45,8 @@ COSTS = {
     "streams": choice.number("streams", 16, 1, 256),
     "context": choice.number("context", 2048, 256, 32768),
     "price": choice.number("price", PRICE, 0, 1e6, whole=False),
-    "utilisation": choice.number("utilisation", round(100 * measured_utilisation(), 1), 0.1, 100, whole=False),
 }
-"""Assumptions about use: how many tasks and streams, at what price and speed."""
+"""Assumptions about use: how many tasks and streams, at what price."""
 SLIDERS = ("batch_size", "sequence_length", "rank")
 DRAW = f"const SLIDERS = {json.dumps(SLIDERS)};\n" + look.script("words.js", "memory_bars.js")
 """Draws the sentence and the bars from polynomials, so that a slider that moves asks the server nothing."""
@@ -158,15 +156,12 @@ class Memory(Tab):
         self.fold_of("Which GPUs hold it", "gpus")
         self.fold_of("What would fit", "room")
         with self.fold("Time, money, disk and serving"):
-            price, peak = "In your currency; an assumption, type yours", "Of the bf16 peak; measured on an H100"
-            share = COSTS["utilisation"].usual
+            price = "In your currency; an assumption, type yours"
             with gr.Row(elem_classes="view"):
                 self.slider("tasks", "Tasks", "One adapted model for each")
                 self.slider("streams", "Answers at once", "Streams that are served together")
                 self.slider("context", "Tokens each keeps", "Prompt and answer, in the cache", step=256)
                 self.control("price", gr.Number(PRICE, minimum=0, label="Price of a GPU hour", info=price))
-                used = gr.Number(share, minimum=0.1, maximum=100, label="Utilisation, %", info=peak)
-                self.control("utilisation", used)
             self.panel("spent", gr.HTML())
         self.fold_of("The lectures' conventions and numbers, recomputed", "conventions", "claims")
         self.fold_of("Measured beside predicted", "measured")

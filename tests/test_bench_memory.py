@@ -129,5 +129,7 @@ def test_the_grid_has_families_that_the_catalogue_lacks():
     known = {entry.config["model_type"] for entry in models.MODELS.values() if entry.config}
     assert len(kinds - known) >= 20 and len({*grid.grid()}) == len([*grid.grid()])
     assert {file.stem for file in grid.CONFIGS.glob("*.json")} <= {
-        file.stem for file in grid.CONFIGS.glob("*.json") if models.from_config(file.read_text()).key in {s.model for s in specs}
+        file.stem
+        for file in grid.CONFIGS.glob("*.json")
+        if models.from_config(file.read_text()).key in {s.model for s in specs}
     }

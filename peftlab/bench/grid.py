@@ -29,6 +29,7 @@ def _of_the_catalogue() -> Iterator[RunSpec]:
     yield from _by("qwen3-0.6b", every, SMALL)
     for model in ("smollm2-135m", "gemma-3-270m", "gpt2", "opt-350m", "llama-3.2-1b"):
         yield from _by(model, "full lora bitfit" if model in ("gpt2", "opt-350m") else "full lora ia3", SMALL)
+        yield from _by(model, "last-block", SMALL)  # hardly any backward pass
         yield from _by(model, "lora", SMALL | {"precision": "fp32"})
         yield from _by(model, "lora", SMALL | {"gradient_checkpointing": True})
     yield from _by("smollm2-360m", "full lora houlsby", SMALL | {"precision": "amp"})
@@ -57,7 +58,7 @@ def _of_other_families() -> Iterator[RunSpec]:
     """Attention without a fused kernel, state spaces, mixtures with adapted experts, alibi, partial rotary, long texts."""
     yield from _by("bloom-560m", "full lora", SMALL)
     yield from _by("bloom-560m", "lora", SMALL | {"accumulation": 4, "batch_size": 2})
-    yield from _by("pythia-410m", "full lora bitfit", SMALL)
+    yield from _by("pythia-410m", "full last-block lora bitfit", SMALL)
     yield from _by("pythia-410m", "lora", SMALL | {"precision": "fp16"})
     yield from _by("gpt-neo-125m", "full lora", SMALL)
     yield from _by("codegen-350m", "lora", SMALL | {"precision": "fp16"})

@@ -24,14 +24,18 @@ from . import Say, write
 from .memory import AT_ONCE, processes
 
 START = Constants(
-    products=0.6, exact_products=0.6, attention=0.4, memory=0.7, product=4e-6, elements=2e-6, tensor=3e-7, called=1e-5,
-    derived=6e-6, looked=2e-6, updated=2e-6,
+    products=0.6, exact_products=0.7, attention=0.4, memory=0.7, product=4e-6, exact_product=8e-6, elements=2e-6,
+    tensor=3e-7, called=1.5e-5, derived=1.5e-5, viewed=5e-6, derived_view=1e-5, library=1e-4,
 )  # fmt: skip
 """Where a fit begins, as from a data sheet and a profile."""
 SHARES = ("products", "exact_products", "attention", "memory")
-NEAR_START, BUSY = 1e-4, 0.5
-"""How much it counts that a constant is far from its start, as one may that few rows tell of; and the seconds in which the GPU
-computed, beside those of the step."""
+ON_GPU = ("product", "exact_product", "elements", "tensor")
+"""Constants by what they are: shares, and times on the GPU; the others are times of launching."""
+NEAR_START, PARTS = 3e-3, 0.5
+"""How much it counts that a constant is far from its start, for those that few rows tell of; and the seconds in which the GPU
+computed, and those of launching the forward pass, beside those of the step."""
+BOUND = 0.97
+"""A step of whose seconds launching takes this share waits for no GPU."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Timed:
     operations: Step
     seconds: float
     busy: float | None
+    """Seconds in which the GPU computed."""
+    forward: float | None
+    """Seconds in which the forward pass was launched, where the step is as long as all launches."""
 
     @property
     def family(self) -> str:
@@ -95,8 +102,16 @@ def timed(document: Json, say: Say) -> list[Timed]:
             took = rows[i]["measured"]
             try:
                 operations = done.result().operations
+                waits = took["launch_seconds"] < BOUND * took["step_seconds"]
+                forward = None if waits else took.get("forward_launch_seconds")
                 found[i] = Timed(
-                    rows[i]["name"], specs[i], rows[i]["gear"], operations, took["step_seconds"], took["busy_seconds"]
+                    rows[i]["name"],
+                    specs[i],
+                    rows[i]["gear"],
+                    operations,
+                    took["step_seconds"],
+                    took["busy_seconds"],
+                    forward,
                 )
             except PeftlabError as error:
                 say(f"{rows[i]['name']} {specs[i].method}: {error}")
@@ -131,36 +146,41 @@ class _Problem:
             gpu = GPUS[step.spec.gpu]
             for o, n in step.operations.items():
                 peak = (gpu.bf16_tflops or math.inf) if o.bits == 16 else gpu.fp32_tflops
-                own = (
-                    o.kind == "attention",
-                    o.kind != "attention" and o.bits == 16,
-                    o.kind != "attention" and o.bits == 32,
-                )
+                products = o.kind != "attention", o.bits == 16
+                own = (not products[0], products == (True, True), products == (True, False))
+                launched = o.kind not in ("tensor", "library", "view")
+                computing = (o.flops / (peak * 1e12) * is_own for is_own in own)
                 rows.append(i)
                 columns.append([
-                    n, *(o.flops / (peak * 1e12) * is_own for is_own in own), o.moved / (gpu.bandwidth_gb_s * 1e9),
-                    o.flops > 0, o.kind == "tensor", o.kind not in ("tensor", "host") and not o.flops, o.kind == "host",
-                    o.kind not in ("tensor", "host") and o.driven, o.kind not in ("tensor", "host") and not o.driven,
+                    n, o.phase == "forward", *computing, o.moved / (gpu.bandwidth_gb_s * 1e9),
+                    o.flops and o.bits == 16, o.flops and o.bits != 16, not o.flops and o.kind in ("elements", "library"),
+                    o.kind == "tensor", launched and o.driven, launched and not o.driven, o.kind == "view" and o.driven,
+                    o.kind == "view" and not o.driven, o.kind == "library",
                 ])  # fmt: skip
         self.rows = torch.tensor(rows)
-        self.columns = torch.tensor(columns, dtype=torch.float64).T
+        self.columns = torch.tensor([[*map(float, column)] for column in columns], dtype=torch.float64).T
         self.eager = torch.tensor([step.gear == EAGER for step in steps])
         self.seconds = torch.tensor([step.seconds for step in steps], dtype=torch.float64)
         self.busy = torch.tensor([step.busy or math.nan for step in steps], dtype=torch.float64)
+        self.forward = torch.tensor([step.forward or math.nan for step in steps], dtype=torch.float64)
 
     def loss(self, c: Mapping[str, Tensor]) -> Tensor:
-        n, attention, products, exact, moved, product, tensor, elements, host, called, derived = self.columns
+        n, forward, attention, products, exact, moved, *rest = self.columns
+        times = dict(zip([name for name in c if name not in SHARES], rest, strict=True))  # in the order of the fields
         share = {name: c[name].clamp(max=1) for name in SHARES}
         computing = attention / share["attention"] + products / share["products"] + exact / share["exact_products"]
-        begun = product * c["product"] + tensor * c["tensor"] + elements * c["elements"]
-        busy = self._sum(n * (torch.maximum(computing, moved / share["memory"] * (1 - host)) + begun))
-        launch = self._sum(
-            n * (called * c["called"] + derived * c["derived"] + host * c["looked"] + tensor * c["updated"])
-        )
-        step = torch.where(self.eager, seconds.joined(busy, launch), busy)  # type: ignore[arg-type]
-        known = ~self.busy.isnan()
-        loss = (step / self.seconds).log().square().mean()
-        return loss + BUSY * (busy[known] / self.busy[known]).log().square().mean() if known.any() else loss
+        begun = sum(times[name] * c[name] for name in ON_GPU)
+        busy = self._sum(n * (torch.maximum(computing, moved / share["memory"]) + begun))
+        each = n * sum(column * c[name] for name, column in times.items() if name not in ON_GPU)
+        step = torch.where(self.eager, seconds.joined(busy, self._sum(each)), busy)  # type: ignore[arg-type]
+        parts = _squares(busy, self.busy) + _squares(self._sum(each * forward), self.forward)
+        return _squares(step, self.seconds) + PARTS * parts
 
     def _sum(self, each: Tensor) -> Tensor:
         return torch.zeros(len(self.seconds), dtype=torch.float64).index_add(0, self.rows, each)
+
+
+def _squares(predicted: Tensor, measured: Tensor) -> Tensor:
+    """The mean square of log(predicted / measured) where it was measured."""
+    known = ~measured.isnan()
+    return (predicted[known] / measured[known]).log().square().sum() / max(1, int(known.sum()))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SPREAD = 0.02
 """Standard deviation of the weights, as most models start."""
-WARM, STEPS, LONG_ENOUGH, MOST = 2, 5, 0.5, 25
+WARM, STEPS, LONG_ENOUGH, MOST = 2, 5, 1.0, 25
 """Steps that are not timed; then at least STEPS are, and up to MOST until they took so many seconds together."""
 QUEUED = 8
 """Steps that the graph gear queues before it waits, as a run does."""
@@ -58,26 +58,27 @@ def measure(spec: Resolved) -> Json:
 def timed(model: PreTrainedModel, spec: Resolved, gear: str, device: str) -> Json:
     """Seconds of a usual step of a model that is still `on_meta`, which is let go; nobody else may use the GPU.
 
-    They come with those until the last operation was launched, and those in which the GPU computed, where it says. Raises
-    RunError where the gear cannot run the step.
+    They come with those until the last operation was launched, those of them in the forward pass, and those in which the GPU
+    computed, where it says. Raises RunError where the gear cannot run the step.
     """
     on_cuda = device == "cuda"
     prepare = _graph if gear == Graph.name else _eager
     take, each = prepare(model, spec, device)
-    found: list[tuple[float, float]] = []
+    found: list[tuple[float, float, float]] = []
     for done in range(WARM + MOST):
         start = time.perf_counter()
-        take()
+        forward = take()
         launched = time.perf_counter()
         if on_cuda:
             torch.cuda.synchronize()
         if done >= WARM:
-            found.append(((time.perf_counter() - start) / each, (launched - start) / each))
-        if len(found) >= STEPS and sum(whole for whole, _ in found) * each > LONG_ENOUGH:
+            found.append(((time.perf_counter() - start) / each, (launched - start) / each, forward))
+        if len(found) >= STEPS and sum(whole for whole, *_ in found) * each > LONG_ENOUGH:
             break
-    seconds, launching = (statistics.median(column) for column in zip(*found, strict=True))
+    seconds, launching, forward = (statistics.median(column) for column in zip(*found, strict=True))
     busy = _busy(take) / each if on_cuda else None
-    return {"step_seconds": seconds, "launch_seconds": launching, "busy_seconds": busy or None}
+    launches = {"launch_seconds": launching, "forward_launch_seconds": forward or None}
+    return {"step_seconds": seconds} | launches | {"busy_seconds": busy or None}
 
 
 def release() -> None:
@@ -116,17 +117,20 @@ def drawn(tensor: Tensor, device: str) -> Tensor:
     return made.normal_(0, SPREAD) if made.is_floating_point() else made.zero_()
 
 
-def _take(model: PreTrainedModel, optimizer: torch.optim.Optimizer, spec: Resolved, ids: Tensor | None) -> None:
-    """One step as any trainer takes it, one operation launched after the other."""
-    device = next(model.parameters()).device.type
+def _take(model: PreTrainedModel, optimizer: torch.optim.Optimizer, spec: Resolved, ids: Tensor | None) -> float:
+    """One step as any trainer takes it, one operation launched after the other. Returns the seconds of launching forward."""
+    device, forward = next(model.parameters()).device.type, 0.0
     for _ in range(spec.accumulation):
-        for _ in step.micro(model, spec, device, ids=ids):
-            pass
+        began = time.perf_counter()
+        for phase in step.micro(model, spec, device, ids=ids):
+            if phase == "backward":
+                forward += time.perf_counter() - began
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return forward
 
 
-def _eager(model: PreTrainedModel, spec: Resolved, device: str) -> tuple[Callable[[], None], int]:
+def _eager(model: PreTrainedModel, spec: Resolved, device: str) -> tuple[Callable[[], float], int]:
     """What takes a step, and how many it takes at once."""
     model = placed(model, spec, device)
     optimizer = step.optimizer([p for p in model.parameters() if p.requires_grad], spec)
@@ -134,7 +138,7 @@ def _eager(model: PreTrainedModel, spec: Resolved, device: str) -> tuple[Callabl
     return functools.partial(_take, model, optimizer, spec, ids), 1
 
 
-def _graph(model: PreTrainedModel, spec: Resolved, device: str) -> tuple[Callable[[], None], int]:
+def _graph(model: PreTrainedModel, spec: Resolved, device: str) -> tuple[Callable[[], float], int]:
     """As `_eager`, for the engine's own step: fused operations and clipping, in one CUDA graph where there is CUDA."""
     why = why_eager(spec, device)
     if why and device == "cuda":
@@ -148,13 +152,14 @@ def _graph(model: PreTrainedModel, spec: Resolved, device: str) -> tuple[Callabl
     answers = spec.batch_size * (spec.sequence_length - 1)
     pieces = [Batch(d.pin_memory() if device == "cuda" else d, 0, answers, d[0].numel()) for d in data]
 
-    def take() -> None:
+    def take() -> float:
         gear.fetch([gear.run(pieces, spec.learning_rate) for _ in range(QUEUED)])
+        return 0.0  # nothing is launched for itself
 
     return take, QUEUED
 
 
-def _busy(take: Callable[[], None]) -> float:
+def _busy(take: Callable[[], float]) -> float:
     """Seconds in which the GPU computed; 0 where it does not tell."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -10,7 +10,7 @@ from ._shared import Commands, Output, check_writable, count, note, note_event, 
 
 def add(commands: Commands) -> None:
     parser = verb(commands, "bench", run, "measure on this machine and write JSON", spec=True)
-    what = ("train", "gears", "generate", "record", "memory", "calculators", "page", "families")
+    what = ("train", "gears", "generate", "record", "memory", "calculators", "page", "families", "seconds")
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--at-once", type=count, default=1, help="memory: processes that share the GPU")
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, memory, record, speed, survey
+    from ..bench import calculators, memory, record, seconds, speed, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -38,6 +38,7 @@ def run(args: Namespace) -> Output:
         "calculators": lambda: calculators.record_calculators(out),
         "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
+        "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()
     return document, map(calculators.markdown, document.get("comparisons", ()))

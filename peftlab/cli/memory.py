@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 
 from .. import units
 from ..base.models import find
+from ..catalog.gpus import GPUS
 from ..errors import SpecError
 from ..memory import MemoryReport, exact, fits, predict, storage
+from ..memory.seconds import fitted
 from ..resolve import resolve
 from ._shared import Commands, Output, count, spec_of, table, verb
 
@@ -53,6 +55,10 @@ def _lines(report: MemoryReport) -> Iterator[str]:
     else:
         why = f": {report.unknown}" if report.unknown else ""
         yield f"{what}, {report.convention}; activations are not included{why}"
+    if report.step_seconds is not None:
+        took = report.step_seconds
+        run = f"{report.spec.steps} steps take {units.seconds(took * report.spec.steps)}"
+        yield f"a step takes {1000 * took:.0f} ms on {GPUS[report.spec.gpu].name}, {run}; {fitted().mean:.0%} off on average"
     found = fits(report.needed)
     for fit in (f for f in found if f.gpu.key == report.spec.gpu):
         short = f"does not hold these {units.size(round(report.needed))}"

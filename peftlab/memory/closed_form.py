@@ -12,6 +12,7 @@ from ..base.models import BaseModel
 from ..count import BYTES, count
 from ..errors import SpecError
 from ..spec import Json, Resolved, closest
+from . import seconds
 from .activations import derivation, moments
 from .allocator import MIB
 from .asked import Unknown
@@ -195,4 +196,5 @@ def exact(spec: Resolved, logits: int | None = None, quick: bool = False) -> Mem
     reserve = found.reserved / max(m.total for m in found.moments)
     report = _on_several(ClosedForm(states, sizes, reserve=reserve)).report()
     moments = tuple(replace(old, bytes=new.bytes) for old, new in zip(found.moments, report.moments, strict=True))
-    return replace(report, source="trace", optimizer=found.after["optimizer"], moments=moments)
+    took = seconds.predicted(spec, found.operations, seconds.GRAPH if quick else seconds.EAGER)
+    return replace(report, source="trace", optimizer=found.after["optimizer"], moments=moments, step_seconds=took)

@@ -1,4 +1,4 @@
-"""The arithmetic that a fine-tuning run takes, and the time and money which that makes.
+"""The arithmetic that a fine-tuning run takes.
 
 Counted are the matrix products, at two operations for a multiplication and its addition, as in Kaplan et al. 2020 (arXiv
 2001.08361, section 2.1) and PaLM (arXiv 2204.02311, appendix B). Left out are norms, activation functions, the optimizer and
@@ -8,7 +8,7 @@ what a method computes once a pass from its weights alone (DoRA's norm, OFT's ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import methods
@@ -18,9 +18,7 @@ from ..base.architecture import Architecture, Module
 from ..catalog import entry_of
 from ..catalog.gpus import GPUS
 from ..errors import SpecError
-from ..measured import documents
-from ..resolve import resolve
-from ..spec import Json, Resolved, RunSpec
+from ..spec import Resolved
 from .case import decoder, follows_layers
 
 Place = tuple[float, int]
@@ -67,16 +65,6 @@ class Compute:
     def total(self) -> float:
         """Operations of the whole run on all GPUs."""
         return self.per_token * self.tokens
-
-    def time(self, gpu: str, utilisation: float) -> float:
-        """Seconds at that share, above 0 and up to 1, of each GPU's bf16 peak. Raises SpecError for a GPU without bf16."""
-        if not 0 < utilisation <= 1:
-            raise SpecError(f"utilisation={utilisation}: a share of the GPU's peak is above 0 and at most 1; try 0.4")
-        return self.total / (self.n_gpus * peak(gpu) * utilisation)
-
-    def money(self, gpu: str, utilisation: float, price_per_hour: float) -> float:
-        """The cost in the currency of `price_per_hour`, which is the price of one GPU."""
-        return self.time(gpu, utilisation) / 3600 * self.n_gpus * price_per_hour
 
 
 def compute(spec: Resolved) -> Compute:
@@ -167,19 +155,3 @@ def peak(gpu: str) -> float:
     if found.bf16_tflops is None:
         raise SpecError(f"gpu={gpu}: {found.name} has no bf16, whose peak is the measure; choose one that has, as l4")
     return found.bf16_tflops * 1e12
-
-
-def utilisation(rows: Iterable[Json]) -> Iterator[tuple[Resolved, float]]:
-    """(run, operations a second, recomputed ones too, over the GPU's bf16 peak) of those recorded rows that have both."""
-    for row in rows:
-        seconds = (row.get("measured") or {}).get("step_seconds")
-        gpu = GPUS.get(row["spec"].get("gpu") or "")
-        if seconds and gpu and gpu.bf16_tflops:
-            run = compute(resolve(RunSpec.from_dict(row["spec"])))
-            yield run.spec, run.total / (run.spec.steps * seconds * run.n_gpus * peak(gpu.key))
-
-
-def measured_utilisation() -> float:
-    """The share of its bf16 peak that a GPU reached in the recording of the largest model that had it to itself."""
-    found = (run for document in documents("memory") for run in utilisation(document["rows"]))
-    return max(found, key=lambda run: models.find(run[0].model).total_parameters or 0)[1]

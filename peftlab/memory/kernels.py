@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import seam
 from ..fused.lora import Context
+from . import operations
 
 NAME = "peftlab-trace"
 """The name under which transformers knows the attention below."""
@@ -31,11 +32,18 @@ def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def _attend(products: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Notes an attention of so many products of all pairs of tokens; with a causal mask half of each is computed."""
+    flops = products * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3]) // 2
+    operations.note("attention", flops, 2 * q.nbytes + k.nbytes + v.nbytes, 8 * q.element_size())
+
+
 class Flash(Function):
     """FlashAttention-2 as PyTorch calls it: half precision, no mask, grouped keys and values as they are."""
 
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _attend(2, q, k, v)
         out = _rows(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
@@ -43,6 +51,7 @@ class Flash(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors[:3]
+        _attend(5, q, k, v)
         batch, heads, tokens, size = q.shape
         accumulated = q.new_empty(batch, heads, _up(tokens, 128), _up(size, 32), dtype=torch.float32)
         delta = q.new_empty(batch, heads, _up(tokens, 128), dtype=torch.float32)
@@ -58,6 +67,7 @@ class Efficient(Function):
 
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        _attend(2 if mask is None else 4, q, k, v)
         out = _rows(q)
         lse = q.new_empty(*q.shape[:2], _up(q.shape[2], 32), dtype=torch.float32)
         bias = [] if mask is None else [mask.new_empty(mask.shape, dtype=q.dtype)]  # true and false as 0 and -inf
@@ -66,7 +76,8 @@ class Efficient(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors[:3]
+        q, k, v, *rest = ctx.saved_tensors
+        _attend(5 if len(rest) == 2 else 10, q, k, v)
         return _rows(q), _rows(k), _rows(v), None
 
 
@@ -119,12 +130,14 @@ class Norm(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
+        operations.note("elements", 0, 2 * x.nbytes)
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
+        operations.note("elements", 0, 3 * x.nbytes)
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
@@ -149,11 +162,13 @@ class _FromBits(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, module: Quantized) -> Tensor:
-        ctx.sizes = [module.out_features, module.in_features]
+        ctx.sizes, ctx.module = [module.out_features, module.in_features], module
+        module.note(x)
         return x.new_empty(*x.shape[:-1], module.out_features)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.module.note(grad, products=0)
         return grad @ grad.new_empty(ctx.sizes), None
 
 
@@ -164,6 +179,7 @@ class _FromBytes(_FromBits):
     def forward(ctx: Context, x: Tensor, module: Quantized) -> Tensor:
         ctx.save_for_backward(x)
         x.to(torch.float16).to(torch.int8)
+        operations.note("library", 0, 2 * x.nbytes)
         return _FromBits.forward(ctx, x, module)
 
 
@@ -188,6 +204,15 @@ class Quantized(nn.Module):
             parts |= {"scales": (blocks, torch.float32)}
         for name, (size, dtype) in parts.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device=linear.weight.device))
+
+    def note(self, x: Tensor, products: int = 1) -> None:
+        """Notes that the weights are unpacked, and multiplied so often."""
+        size, width = x.element_size(), self.out_features
+        weight, rows = self.in_features * width * size, x.numel() // x.shape[-1]
+        operations.note("library", 0, self.packed.nbytes + weight)
+        if products:
+            flops = 2 * rows * self.in_features * width
+            operations.note("product", flops, x.nbytes + weight + rows * width * size, 8 * size)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.product.apply(x, self)

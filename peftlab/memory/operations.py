@@ -68,27 +68,29 @@ class Operations(TorchDispatchMode):
                 self._note(part, operation)
         return out
 
-    def note(self, kind: str, flops: int, *moved: Tensor) -> None:
+    def note(self, kind: str, flops: int, moved: int, bits: int) -> None:
         """An operation that no dispatch shows, because a stand-in computes nothing."""
-        bits = moved[0].element_size() * 8 if flops else 0
-        operation = Operation(kind, bits, flops, sum(map(_bytes, moved)), torch.is_grad_enabled())
-        self._note(self.recorder.part, operation)
+        self._note(self.recorder.part, self._made(kind, bits, flops, moved))
 
     def updates(self, parameters: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """A kernel for each parameter, of an optimizer whose stand-in has its states and computes nothing."""
         for parameter, part in zip(parameters, self.recorder._owners((parameters,)), strict=True):
             moved = 3 * _bytes(parameter) + 2 * sum(map(_bytes, states.get(parameter, {}).values()))
-            self._note(self.recorder.part if part is None else part, Operation("elements", 0, 0, moved, True))
+            self._note(self.recorder.part if part is None else part, self._made("library", 0, 0, moved))
 
     def _note(self, part: int, operation: Operation) -> None:
         self.found.setdefault(self.recorder.phase, Counter())[part, operation] += 1
 
+    def _made(self, kind: str, bits: int, flops: int, moved: int) -> Operation:
+        phase = self.recorder.phase.split()[0]
+        return Operation(phase, kind, bits, flops, moved, phase == "optimizer" or torch.is_grad_enabled())
+
     def _of(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object
     ) -> Iterator[tuple[int, Operation]]:
-        packet, part, driven = func.overloadpacket, self.recorder.part, torch.is_grad_enabled()
+        packet, part = func.overloadpacket, self.recorder.part
         if packet in ALLOCATIONS or func.is_view:
-            yield part, Operation("host", 0, 0, 0, driven)
+            yield part, self._made("view", 0, 0, 0)
         elif any(isinstance(each, list | tuple) and each and isinstance(each[0], Tensor) for each in args[:1]) and (
             self.recorder.phase.startswith("optimizer") or "_foreach" in str(packet)
         ):
@@ -96,10 +98,8 @@ class Operations(TorchDispatchMode):
         else:
             flops = _flops(packet, args, kwargs, out)
             bits = next((t.element_size() * 8 for t in tree_iter(args) if isinstance(t, Tensor)), 0) if flops else 0
-            yield (
-                part,
-                Operation("product" if flops else "elements", bits, flops, _moved(func, args, kwargs, out), driven),
-            )
+            moved = _moved(func, args, kwargs, out)
+            yield part, self._made("product" if flops else "elements", bits, flops, moved)
 
     def _each(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object
@@ -113,7 +113,7 @@ class Operations(TorchDispatchMode):
         for owner, row in zip(owners, zip(*columns, strict=True), strict=True):
             moved = sum(map(_bytes, row)) + sum(map(_bytes, row[:written]))
             part = self.recorder.part if owner is None else owner
-            yield part, Operation("tensor", 0, 0, moved, True)
+            yield part, self._made("tensor", 0, 0, moved)
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> int:
@@ -148,7 +148,7 @@ def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object
 
 def unrolled(found: Found, copies: Sequence[int], depth: int, accumulation: int) -> Step:
     """A steady step's operations in a model of `len(copies)` layers, of which layer i does what layer `copies[i]` did."""
-    times = Counter(copies) | {BEFORE: 1, depth: 1}
+    times = Counter((BEFORE, *copies, depth))
     again = accumulation - 1
     whole: Counter[Operation] = Counter()
     phases = {"forward": 1, "backward": 1, "forward again": again, "backward again": again, "optimizer again": 1}
@@ -162,7 +162,7 @@ _listening: list[Operations] = []
 """Who takes down what stand-ins `note`; a trace runs at a time."""
 
 
-def note(kind: str, flops: int, *moved: Tensor) -> None:
-    """An operation on these tensors, of which the stand-in that calls this computes nothing."""
+def note(kind: str, flops: int, moved: int, bits: int = 0) -> None:
+    """Takes down an operation of which the stand-in that calls this computes nothing."""
     for listener in _listening:
-        listener.note(kind, flops, *moved)
+        listener.note(kind, flops, moved, bits)

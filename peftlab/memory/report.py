@@ -60,6 +60,8 @@ class MemoryReport:
     """Bytes of paged optimizer states, in memory that the GPU and the CPU share and that PyTorch does not count."""
     cpu: int = 0
     """Bytes that are offloaded to the CPU's memory."""
+    step_seconds: float | None = None
+    """What a step takes on the chosen GPU, without what passes between several. Only a trace tells it; None where it cannot."""
 
     @property
     def weights(self) -> int:
@@ -106,8 +108,23 @@ class MemoryReport:
             "paged_bytes": self.outside,
             "cpu_bytes": self.cpu,
             "timeline": [{"phase": m.phase, "part": m.part, "bytes": m.total, **m.bytes} for m in self.moments] or None,
+            "step_seconds": self.step_seconds,
+            "run_seconds": None if self.step_seconds is None else self.step_seconds * self.spec.steps,
             "source": self.source,
         } | ({"unknown": self.unknown} if self.unknown else {})
+
+
+def settings(spec: Json) -> str:
+    """Batch, length and precision of a recorded run, and what else is not as usual, in words."""
+    usual = resolve(RunSpec(model=spec["model"], method=spec["method"], gpu=spec["gpu"])).to_dict()
+    own = [f"{spec['batch_size']} × {spec['sequence_length']}", spec["precision"]]
+    own += [
+        name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}"
+        for name, value in spec.items()
+        if name not in ("model", "method", "batch_size", "sequence_length", "precision", "alpha")
+        and usual.get(name) != value
+    ]
+    return ", ".join(own)
 
 
 def summary(document: Json) -> Json:
@@ -115,18 +132,10 @@ def summary(document: Json) -> Json:
     rows = []
     for row in (r for r in document["rows"] if "error" not in r):
         spec, there, here = row["spec"], row["measured"], row["predicted"]
-        usual = resolve(RunSpec(model=spec["model"], method=spec["method"], gpu=spec["gpu"])).to_dict()
-        own = [f"{spec['batch_size']} × {spec['sequence_length']}", spec["precision"]]
-        own += [
-            name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}"
-            for name, value in spec.items()
-            if name not in ("model", "method", "batch_size", "sequence_length", "precision", "alpha")
-            and usual.get(name) != value
-        ]
         rows.append(
             {
                 "spec": spec,
-                "settings": ", ".join(own),
+                "settings": settings(spec),
                 "predicted": here["peak_allocated_bytes"],
                 "measured": there["peak_allocated_bytes"],
                 "error": here["peak_allocated_bytes"] / there["peak_allocated_bytes"] - 1,

@@ -21,9 +21,11 @@ from ..spec import Resolved
 class Operation(NamedTuple):
     """One kind of operation, of which a step has many alike."""
 
+    phase: str
+    """forward, backward or optimizer."""
     kind: str
-    """`product`, `attention`, `elements` of tensors, `tensor` (one of those that an optimizer updates together), or `host`,
-    which runs nothing on the GPU."""
+    """`product`, `attention`, `elements` of tensors, `tensor` (one of those that an optimizer updates together), `library` (a
+    kernel that bitsandbytes launches), or `view`, which runs nothing on the GPU."""
     bits: int
     """Of a number that is multiplied; 0 where none is."""
     flops: int
@@ -54,7 +56,9 @@ class Constants:
     memory: float
     """Share of the bandwidth."""
     product: float
-    """To begin a product, on the GPU."""
+    """To begin a product of 16-bit numbers, on the GPU."""
+    exact_product: float
+    """To begin one of 32-bit numbers: most are an adapter's, thin."""
     elements: float
     """To begin any other operation."""
     tensor: float
@@ -63,10 +67,12 @@ class Constants:
     """To launch an operation that Python calls for."""
     derived: float
     """To launch one that autograd calls for."""
-    looked: float
-    """For one that runs nothing on the GPU, as a view."""
-    updated: float
-    """To launch an optimizer's operation, for each tensor."""
+    viewed: float
+    """For a view that Python calls for."""
+    derived_view: float
+    """For one that autograd calls for."""
+    library: float
+    """To launch a kernel of bitsandbytes, whose Python does more."""
 
 
 def busy(operations: Step, gpu: GPU, constants: Constants) -> float:
@@ -75,26 +81,30 @@ def busy(operations: Step, gpu: GPU, constants: Constants) -> float:
 
 
 def _busy(operation: Operation, gpu: GPU, c: Constants) -> float:
-    if operation.kind == "host":
+    if operation.kind == "view":
         return 0.0
     peak = (gpu.bf16_tflops or 0) if operation.bits == 16 else gpu.fp32_tflops
     share = c.attention if operation.kind == "attention" else c.products if operation.bits == 16 else c.exact_products
     computing = operation.flops / (peak * 1e12 * share) if operation.flops else 0.0
     moving = operation.moved / (gpu.bandwidth_gb_s * 1e9 * c.memory)
-    begun = c.product if operation.flops else c.tensor if operation.kind == "tensor" else c.elements
+    begun = c.tensor if operation.kind == "tensor" else c.elements
+    if operation.flops:
+        begun = c.product if operation.bits == 16 else c.exact_product
     return max(computing, moving) + begun
 
 
-def launching(operations: Step, constants: Constants) -> float:
-    """Seconds that Python and autograd need to launch them one after the other."""
-    return sum(n * _launching(operation, constants) for operation, n in operations.items())
+def launching(operations: Step, constants: Constants, *phases: str) -> float:
+    """Seconds that Python and autograd need to launch them one after the other: all, or those of these phases."""
+    return sum(n * _launching(o, constants) for o, n in operations.items() if not phases or o.phase in phases)
 
 
 def _launching(operation: Operation, c: Constants) -> float:
     if operation.kind == "tensor":
-        return c.updated
-    if operation.kind == "host":
-        return c.looked
+        return 0.0  # few launches for all of them
+    if operation.kind == "library":
+        return c.library
+    if operation.kind == "view":
+        return c.viewed if operation.driven else c.derived_view
     return c.called if operation.driven else c.derived
 
 

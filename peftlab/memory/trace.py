@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from ..seeded import seeded
 from ..spec import SETTINGS, Resolved, parse_layers
 from . import kernels, step
 from .case import decoder
+from .operations import Found, Operations, Step, unrolled
 from .report import Moment
 from .states import workspace
 from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
@@ -49,6 +50,8 @@ class Trace:
     """Bytes by kind between steps."""
     reserved: int
     """Bytes that the allocator has taken from the driver."""
+    operations: Step = field(default_factory=dict)
+    """What the GPU computes in it."""
 
 
 _one_at_a_time = threading.Lock()
@@ -92,10 +95,11 @@ def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool
     if not methods.find(spec.method).before_layers:
         types = configs.layer_types(entry.config) or [""] * shape.n_layers
         kept, copies = _shorten([(kind, i in chosen) for i, kind in enumerate(types)])
-    tapes = _record(spec, entry.config, kept, logits, quick)
+    tapes, found = _record(spec, entry.config, kept, logits, quick)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
-    return _replay(full, workspace_bytes)
+    operations = unrolled(found, copies, len(kept), spec.accumulation)
+    return replace(_replay(full, workspace_bytes), operations=operations)
 
 
 def _shorten(kinds: Sequence[Hashable]) -> tuple[list[int], list[int]]:
@@ -128,15 +132,16 @@ def _repeats(kinds: Sequence[Hashable], start: int, period: int) -> int:
 
 def _record(
     spec: Resolved, config: Config, kept: Sequence[int], logits: int | None, quick: bool
-) -> dict[str, list[Entry]]:
+) -> tuple[dict[str, list[Entry]], Found]:
     """The tapes of a step's phases, by name, with the layers `kept` alone."""
     kernels.register()
     depth = len(kept)
     model = _meta(spec, config, kept)
     recorder = Recorder(model.config.vocab_size, depth)
+    noted = Operations(recorder)
     if quick:
         functions.Found(model)  # tries kinds of modules on numbers, which the fake copy has none of
-    with FakeTensorMode(allow_non_fake_inputs=True), recorder, kernels.Fused():
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder, noted, kernels.Fused():
         _fake(model, recorder)
         if quick and not fused.why_not(spec):
             recorder.part = BEFORE
@@ -159,13 +164,15 @@ def _record(
         for phase in ("optimizer", "optimizer again"):
             recorder.begin(phase)
             optimizer.step()
+            if not own:
+                noted.updates(trained, optimizer.state)
             recorder.begin(phase + " states")
             states = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
             recorder.name(states, "optimizer")
         recorder.begin("end")
         optimizer.zero_grad(set_to_none=True)
         recorder.begin("over")
-    return recorder.phases
+    return recorder.phases, noted.found
 
 
 def _replay(tapes: Mapping[str, Sequence[Entry]], workspace_bytes: int) -> Trace:

@@ -13,11 +13,10 @@ from ..errors import SpecError
 from ..measured import documents
 from ..memory import ClosedForm, Fit, MemoryReport
 from ..memory.case import SYMBOLS
-from ..memory.compute import compute
 from ..memory.report import summary
-from ..resolve import resolve
 from ..room import jobs
 from ..spec import Resolved
+from . import seconds
 from .marks import bold, explained, how, libraries, sentence, small, table
 from .memory_figures import COMPONENTS
 from .settings import gpu_name, method_name
@@ -130,17 +129,14 @@ def _cheapest(spec: Resolved, gpu: GPU) -> str:
     return f"{escape(words)}: {units.size(memory.predict(changed).process)}{small(cost)}"
 
 
-def compute_and_disk(
-    chosen: MemoryReport, tasks: int, streams: int, context: int, price: float, utilisation: float
-) -> str:
+def compute_and_disk(chosen: MemoryReport, tasks: int, streams: int, context: int, price: float) -> str:
     """Time and money of one run, bytes on disk for all tasks, and what serving them takes: a sentence each.
 
-    `streams` answers are written at once, of `context` tokens each; `price` is that of an hour of the GPU, and
-    `utilisation` the share of its peak that it reaches, in percent.
+    `streams` answers are written at once, of `context` tokens each; `price` is that of an hour of the GPU.
     """
     said = ""
     for line in (
-        lambda: _time_and_money(chosen.spec, price, utilisation),
+        lambda: seconds.time_and_money(chosen, price),
         lambda: storage_line(chosen, tasks),
         lambda: _serving(chosen.spec, tasks, streams, context),
     ):
@@ -149,18 +145,6 @@ def compute_and_disk(
         except SpecError as error:
             said += f"<p>{escape(str(error))}</p>"
     return said
-
-
-def _time_and_money(spec: Resolved, price: float, utilisation: float) -> str:
-    gpu = GPUS[spec.gpu or "h100-80gb"]
-    run = compute(spec)
-    seconds, money = run.time(gpu.key, utilisation / 100), run.money(gpu.key, utilisation / 100, price)
-    saved = compute(resolve(spec.but(method="full", quantization=None))).per_token / run.per_token - 1
-    more = f" Full fine-tuning computes {units.percent(saved)} more: frozen weights need no gradient."
-    return (
-        f"One run of {spec.steps} steps reads {run.tokens:,} tokens at {units.operations(run.per_token)} each: "
-        f"{bold(units.seconds(seconds))} and {bold(f'{money:,.2f}')} on {gpu_name(gpu)} at {utilisation:g}% of its peak."
-    ) + (more if saved > 0 else "")
 
 
 def _serving(spec: Resolved, tasks: int, streams: int, context: int) -> str:
@@ -204,7 +188,7 @@ def measured() -> str:
             off = f"{said / seen - 1:+.2%}"
             rows.append((_run(spec.to_dict(), done["device"]), units.size(said), units.size(seen), off))
     here = "<p>Trained here, the step that took most:</p>" + table(("run", "predicted", "measured", "off"), rows)
-    return (here if rows else "") + _recorded()
+    return (here if rows else "") + _recorded() + seconds.recorded()
 
 
 def _run(spec: Mapping[str, str], more: str) -> str:
