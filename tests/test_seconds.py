@@ -114,3 +114,19 @@ def test_a_fit_finds_the_constants_that_made_the_times(monkeypatch):
     for step in steps:
         assert seconds.of_step(step.operations, H200, step.gear, found) == pytest.approx(step.seconds, rel=0.02)
     assert found.products == pytest.approx(true.products, rel=0.05)
+
+
+def test_the_recorded_fit_says_how_far_off_it_is():
+    found = seconds.fitted()
+    assert found.steps >= 60 and found.mean <= 0.2 and "NVIDIA H200" in found.hardware
+    constants = vars(found.constants)
+    assert all(0 < constants[share] <= 1 for share in fitting.SHARES)
+    assert all(0 < value < 1e-3 for name, value in constants.items() if name not in fitting.SHARES)
+
+
+def test_a_gpu_without_bf16_and_offloaded_states_have_no_seconds(config_files):
+    spec, found = operations(config_files, "llama", method="lora")
+    assert seconds.predicted(spec, found) > seconds.predicted(spec, found, seconds.GRAPH) > 0
+    for settings in ({"gpu": "t4"}, {"offload": "optimizer", "sharding": "zero3", "n_gpus": 2}):
+        other = resolve(RunSpec.from_dict(spec.to_dict() | settings))
+        assert seconds.predicted(other, found) is None

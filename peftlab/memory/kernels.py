@@ -157,17 +157,23 @@ class Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Packed(Context):
+    """What a product with packed weights keeps."""
+
+    module: Quantized
+
+
 class _FromBits(Function):
     """bitsandbytes' product with packed weights: it keeps them, not its input, and unpacks them in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, module: Quantized) -> Tensor:
+    def forward(ctx: _Packed, x: Tensor, module: Quantized) -> Tensor:
         ctx.sizes, ctx.module = [module.out_features, module.in_features], module
         module.note(x)
         return x.new_empty(*x.shape[:-1], module.out_features)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Packed, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.module.note(grad, products=0)
         return grad @ grad.new_empty(ctx.sizes), None
 
@@ -176,7 +182,7 @@ class _FromBytes(_FromBits):
     """The product with int8 weights: its input is rounded too, and kept."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, module: Quantized) -> Tensor:
+    def forward(ctx: _Packed, x: Tensor, module: Quantized) -> Tensor:
         ctx.save_for_backward(x)
         x.to(torch.float16).to(torch.int8)
         operations.note("library", 0, 2 * x.nbytes)

@@ -28,8 +28,9 @@ from ..seeded import seeded
 from ..spec import SETTINGS, Resolved, parse_layers
 from . import kernels, step
 from .case import decoder
-from .operations import Found, Operations, Step, unrolled
+from .operations import Found, Operations, unrolled
 from .report import Moment
+from .seconds import Step
 from .states import workspace
 from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 
