@@ -59,7 +59,7 @@ def both(monkeypatch, **settings):
     monkeypatch.setattr(trace, "_known", {})
     short = trace.trace(spec)
     monkeypatch.setattr(trace, "_known", {})
-    monkeypatch.setattr(trace, "_shorten", lambda kinds: ([*range(len(kinds))], [*range(len(kinds))]))
+    monkeypatch.setattr(trace.shallow, "shorten", lambda kinds: ([*range(len(kinds))], [*range(len(kinds))]))
     return short, trace.trace(spec)
 
 

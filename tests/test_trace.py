@@ -10,7 +10,7 @@ from tiny import small
 
 from peftlab import RunSpec, SpecError, resolve
 from peftlab.cli import main
-from peftlab.memory import exact, predict
+from peftlab.memory import exact, predict, shallow
 from peftlab.memory import trace as tracing
 from peftlab.memory.report import KINDS
 from peftlab.memory.states import workspace
@@ -150,7 +150,7 @@ def test_any_method_of_any_family(family, method, config_files):
 )  # fmt: skip
 def test_every_layer_is_copied_from_one_like_it(kinds):
     """Also in what it has beside it, two layers to each side: what a layer frees there was made by the same kind."""
-    kept, copies = tracing._shorten(list(kinds))
+    kept, copies = shallow.shorten(list(kinds))
     assert len(copies) == len(kinds) and kept == sorted(set(kept)) and set(copies) <= set(range(len(kept)))
     short = [kinds[i] for i in kept]
     for i, place in enumerate(copies):
@@ -161,7 +161,7 @@ def test_every_layer_is_copied_from_one_like_it(kinds):
 
 def test_few_layers_are_kept():
     for kinds, most in (("a" * 32, 5), ("a" * 126, 5), ("aaaaab" * 10, 12), ("ab" * 20, 6)):
-        assert len(tracing._shorten(list(kinds))[0]) <= most
+        assert len(shallow.shorten(list(kinds))[0]) <= most
 
 
 def test_a_known_answer_waits_for_nobody_and_is_not_traced_again(tiny_model, monkeypatch):

@@ -6,6 +6,7 @@ They give fake tensors of the right shape and type, and compute no numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +18,21 @@ from .. import seam
 from ..fused.lora import Context
 from . import operations
 
-NAME = "peftlab-trace"
-"""The name under which transformers knows the attention below."""
+HALF = (torch.bfloat16, torch.float16)
+FLASH_HEAD = 256
+"""The widest head that FlashAttention-2 takes."""
+CUDNN_HEADS = ((192, 128), (256, 256))
+"""Widths of the heads of queries and of values that cuDNN takes above CUDNN_HEAD."""
+CUDNN_HEAD = 128
+IN_REGISTERS = 128
+"""The widest head whose output the memory-efficient kernel adds up without a buffer in fp32."""
+BYTES_ALIGNED = 16
+"""The memory-efficient kernel takes heads of a multiple of so many bytes, and rows of a mask of so many numbers."""
 
 
-def _rows(x: Tensor) -> Tensor:
-    """An output (batch, heads, tokens, head size) in the layout of the fused kernels: tokens before heads."""
-    batch, heads, tokens, size = x.shape
+def _rows(x: Tensor, size: int) -> Tensor:
+    """An output (batch, heads, tokens, `size`) with tokens before heads, for queries or keys x."""
+    batch, heads, tokens, _ = x.shape
     return x.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
 
@@ -39,13 +48,16 @@ def _attend(products: int, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 class Flash(Function):
-    """FlashAttention-2 as PyTorch calls it: half precision, no mask, grouped keys and values as they are."""
+    """cuDNN's attention, or FlashAttention-2: half precision, grouped keys and values as they are; cuDNN's with any mask, and
+    values of another width. Outputs and gradients are laid out as queries, keys and values are.
+    """
 
     @staticmethod
-    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         _attend(2, q, k, v)
-        out = _rows(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        out = torch.empty_like(q if v.shape[-1] == q.shape[-1] else q[..., : v.shape[-1]])
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse, *(() if mask is None else (mask,)))
         return out
 
     @staticmethod
@@ -55,74 +67,80 @@ class Flash(Function):
         batch, heads, tokens, size = q.shape
         accumulated = q.new_empty(batch, heads, _up(tokens, 128), _up(size, 32), dtype=torch.float32)
         delta = q.new_empty(batch, heads, _up(tokens, 128), dtype=torch.float32)
-        dq, dk, dv = _rows(q), q.new_empty(batch, k.shape[2], heads, size), q.new_empty(batch, v.shape[2], heads, size)
+        if heads == k.shape[1]:
+            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        dq, *of_each = torch.empty_like(q), *(t.new_empty(batch, t.shape[2], heads, t.shape[3]) for t in (k, v))
         del accumulated, delta
-        if heads != k.shape[1]:
-            dk, dv = (g.unflatten(2, (k.shape[1], -1)).sum(3) for g in (dk, dv))
-        return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+        dk, dv = (g.unflatten(2, (k.shape[1], -1)).sum(3).transpose(1, 2) for g in of_each)
+        return dq, dk, dv, None
 
 
 class Efficient(Function):
-    """The memory-efficient kernel: any precision, a mask if need be, one head of keys and values for each of queries."""
+    """The memory-efficient kernel: any precision, a mask if need be, one head of keys and values for each of queries.
+
+    The values' heads may have another width.
+    """
 
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         _attend(2 if mask is None else 4, q, k, v)
-        out = _rows(q)
+        out = _rows(q, v.shape[-1])
+        if q.dtype in HALF and v.shape[-1] > IN_REGISTERS:
+            out.new_empty(out.shape, dtype=torch.float32)
         lse = q.new_empty(*q.shape[:2], _up(q.shape[2], 32), dtype=torch.float32)
-        bias = [] if mask is None else [mask.new_empty(mask.shape, dtype=q.dtype)]  # true and false as 0 and -inf
-        ctx.save_for_backward(q, k, v, out, lse, *bias)
+        ctx.save_for_backward(q, k, v, out, lse, *(() if mask is None else (mask,)))
         return out
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *rest = ctx.saved_tensors
         _attend(5 if len(rest) == 2 else 10, q, k, v)
-        return _rows(q), _rows(k), _rows(v), None
+        bias = rest[-1].clone() if ctx.needs_input_grad[3] else None
+        return _rows(q, q.shape[-1]), _rows(k, k.shape[-1]), _rows(v, v.shape[-1]), bias
 
 
 def attention(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    **rest: object,
-) -> tuple[Tensor, None]:
-    """scaled_dot_product_attention as transformers calls it on CUDA, with the kernel that PyTorch picks there.
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scaled_dot_product_attention with the kernel that PyTorch picks on an H100 or a newer GPU.
 
-    Half precision without a mask runs flash. With a mask, or in fp32, the memory-efficient kernel runs; but it takes no
-    grouped heads, so that without a mask, where transformers leaves them grouped, the plain mathematics runs instead.
+    That is cuDNN's in half precision, else flash where there is no mask, else the memory-efficient one. This takes no
+    grouped heads, and where it does not fit either, the plain mathematics runs instead.
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.bfloat16) for t in (query, key, value))
-    if attention_mask is not None and query.shape[1] != key.shape[1]:
-        repeats = query.shape[1] // key.shape[1]  # a view of a single head, a copy of several
-        key, value = (t[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, value))
-    if attention_mask is None and query.dtype in (torch.bfloat16, torch.float16):
-        out = Flash.apply(query, key, value)
-    elif query.shape[1] == key.shape[1]:
-        out = Efficient.apply(query, key, value, attention_mask)
-    else:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=True, dropout_p=dropout if module.training else 0.0
-            )
-    return out.transpose(1, 2).contiguous(), None
+    size, values, half = query.shape[-1], value.shape[-1], query.dtype in HALF
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # true and false as 0 and -inf
+        attn_mask = attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
+    trained = attn_mask is not None and attn_mask.requires_grad
+    fits = max(size, values) <= CUDNN_HEAD or (size, values) in CUDNN_HEADS
+    if half and fits and not trained and size % 8 == values % 8 == 0:
+        return Flash.apply(query, key, value, attn_mask)
+    if half and attn_mask is None and size == values <= FLASH_HEAD:
+        if missing := -size % 8:
+            query, key, value = (torch.nn.functional.pad(t, (0, missing)) for t in (query, key, value))
+        return Flash.apply(query, key, value, None)[..., :size]
+    aligned = all(t.shape[-1] * t.element_size() % BYTES_ALIGNED == 0 for t in (query, value))
+    if query.shape[1] == key.shape[1] and aligned:
+        if attn_mask is not None and (missing := -attn_mask.shape[-1] % BYTES_ALIGNED):
+            attn_mask = torch.nn.functional.pad(attn_mask, (0, missing))[..., :-missing]
+        return Efficient.apply(query, key, value, attn_mask)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
 
 def register() -> None:
-    """Makes NAME an attention that transformers knows, with masks for a window shorter than the text and for a prefix."""
-
-    def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-        """transformers takes fake tensors for a compilation, and then always makes a mask."""
-        alone = kwargs["q_length"] == kwargs["kv_length"]  # a prefix in the cache makes them differ
-        if alone and (local_size is None or kwargs["kv_length"] < local_size):
-            return None
-        return seam.sdpa_mask(*args, local_size=local_size, **kwargs)
-
-    seam.register_attention(NAME, attention, mask)
+    """Has transformers make masks for fake tensors as it does for real ones."""
+    seam.make_masks_for_fakes()
 
 
 class Norm(Function):
@@ -142,7 +160,7 @@ class Norm(Function):
 
 
 class Fused(TorchFunctionMode):
-    """Has torch's fused norm be one operation, as it is on CUDA."""
+    """Has torch's fused norm and its attention be one operation, as they are on CUDA."""
 
     def __torch_function__(
         self,
@@ -154,7 +172,14 @@ class Fused(TorchFunctionMode):
         if func is torch.rms_norm:
             x, _, weight, *_ = args
             return Norm.apply(x, weight)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def checkpoint_contexts() -> tuple[nullcontext[None], Fused]:
+    """What a checkpoint runs and runs again in: the backward pass has left the mode that the forward pass was in."""
+    return nullcontext(), Fused()
 
 
 class _Packed(Context):
@@ -194,6 +219,7 @@ class Quantized(nn.Module):
 
     def __init__(self, linear: nn.Linear, kind: str, double: bool, cloned: bool) -> None:
         super().__init__()
+        self.packed: Tensor
         shape = linear.weight.shape  # GPT-2's Conv1D, which is quantized all the same, stores inputs first
         self.out_features, self.in_features = shape if isinstance(linear, nn.Linear) else reversed(shape)
         self.compute_dtype, self.bias = linear.weight.dtype, linear.bias
@@ -210,6 +236,11 @@ class Quantized(nn.Module):
             parts |= {"scales": (blocks, torch.float32)}
         for name, (size, dtype) in parts.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device=linear.weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights unpacked, for a model that multiplies by them itself."""
+        return self.packed.new_empty((self.out_features, self.in_features), dtype=self.compute_dtype)
 
     def note(self, x: Tensor, products: int = 1) -> None:
         """Notes that the weights are unpacked, and multiplied so often."""

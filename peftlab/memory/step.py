@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.checkpoint import noop_context_fn
 
 from .. import fused, optimizers
 from ..spec import Resolved
@@ -40,12 +41,21 @@ def materialize(model: torch.nn.Module, make: Callable[[str, Tensor], Tensor]) -
                 held[name] = made[id(old)][1]
 
 
-def prepare(adapted: torch.nn.Module, spec: Resolved) -> PreTrainedModel:
-    """The model in training, with checkpointing where the run has it."""
+def prepare(
+    adapted: torch.nn.Module, spec: Resolved, engine: bool = False, contexts: Callable[..., object] = noop_context_fn
+) -> PreTrainedModel:
+    """The model in training, with checkpointing, in these `contexts`, where the run has it.
+
+    After virtual tokens it gives logits of these too, as peft's own forward does, unless it is for our `engine`.
+    """
     model = cast("PreTrainedModel", adapted)  # peft's wrapper answers as the model inside it does
+    if not engine:
+        vars(model).pop("forward", None)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
         model.enable_input_require_grads()
     return model.train()
 
@@ -65,6 +75,7 @@ def micro(
         kept = {} if logits is None else {"logits_to_keep": logits}
         out = model(input_ids=ids, use_cache=False, **kept).logits
     held = out if spec.hold_outputs else None
+    ids = torch.nn.functional.pad(ids, (max(0, out.shape[1] - ids.shape[1]), 0), value=-100)  # for virtual tokens
     labels = ids[:, 1 - out.shape[1] :]
     out = out[:, :-1]
     if head is None:

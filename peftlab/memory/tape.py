@@ -27,6 +27,8 @@ the bias too, keeps a size of its own. PyTorch runs the backward pass in a threa
 aten = torch.ops.aten
 WORKSPACES = {aten.mm.default: WORKSPACE, aten.bmm.default: WORKSPACE, aten.addmm.default: LT_WORKSPACE}
 COPIES = (aten.new_empty.default, aten.empty_like.default, aten.cat.default)
+ALL = "peftlab_all"
+"""The attribute of a truth value that says whether all of a tensor's are true: it is taken to be."""
 NEAR = 2
 """How many layers away a storage may be freed and still be taken for the neighbour's."""
 
@@ -42,9 +44,9 @@ class Entry(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Writes down every storage that comes and goes, by phase."""
 
-    def __init__(self, vocabulary: int, depth: int) -> None:
+    def __init__(self, vocabulary: int, depth: int, experts: int = 0) -> None:
         super().__init__()
-        self.vocabulary, self.depth = vocabulary, depth
+        self.vocabulary, self.depth, self.experts = vocabulary, depth, experts
         self.phases: dict[str, list[Entry]] = {}
         self.part = BEFORE
         self._keys: dict[int, int] = {}
@@ -65,8 +67,16 @@ class Recorder(TorchDispatchMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         if func is aten._local_scalar_dense.default:  # a number that nobody has computed
-            return False if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+            is_all = getattr(args[0], ALL, False)  # that nothing is padded, that every number is finite
+            return is_all if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+        if func is aten.nonzero.default:
+            args, func = (args[0], (self._found(args[0].numel()), args[0].dim())), aten.new_empty.default
+            kwargs = {"dtype": torch.long}
+        if func is aten.split_with_sizes.default and sum(args[1]) != args[0].shape[(args[2:] or (0,))[0]]:
+            args = (args[0], _even(args[0].shape[(args[2:] or (0,))[0]], len(args[1])), *args[2:])
         out = func(*args, **(kwargs or {}))
+        if func is aten.all.default:
+            setattr(out, ALL, True)
         if self.phase.startswith("optimizer"):
             owners = self._owners(args)
             if isinstance(out, list | tuple) and len(out) > 1 and len(owners) >= len(out):
@@ -93,6 +103,10 @@ class Recorder(TorchDispatchMode):
             tape, i = self._made[self._keys[_address(out)]]
             tape[i] = tape[i]._replace(size=min(tape[i].size, out.numel()))
         return out
+
+    def _found(self, n: int) -> int:
+        """How many of n truth values are taken to be true: where one expert's tokens are asked for, its even share."""
+        return n if n <= self.experts else -(-n // max(1, self.experts))
 
     def _owners(self, args: tuple[Any, ...]) -> list[int | None]:
         """The part that made each tensor among `args`, where it is known."""
@@ -135,6 +149,11 @@ class Recorder(TorchDispatchMode):
             key = self._keys.get(_address(tensor))
             if key is not None:
                 self.tape.append(Entry(key, NAME, kind, self._parts[key]))
+
+
+def _even(whole: int, n: int) -> list[int]:
+    """n sizes as even as can be, in place of ones that nobody has computed."""
+    return [whole * (i + 1) // n - whole * i // n for i in range(n)]
 
 
 def _address(tensor: Tensor) -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .. import fused, methods, optimizers, seam
 from ..base import architecture as architectures
 from ..base import configs
-from ..base.configs import Config
 from ..errors import PeftlabError, SpecError
 from ..fused import functions
+from ..methods import Target
 from ..seeded import seeded
-from ..spec import SETTINGS, Resolved, parse_layers
-from . import kernels, step
+from ..spec import SETTINGS, Resolved
+from . import kernels, shallow, step
 from .case import decoder
 from .operations import Found, Operations, unrolled
 from .report import Moment
@@ -91,59 +90,34 @@ def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Tra
 def _trace(spec: Resolved, workspace_bytes: int, logits: int | None, quick: bool) -> Trace:
     shape, entry = architectures.of(spec.model), decoder(spec.model)
     assert entry.config is not None  # or it would have no architecture
-    chosen = {n for t in methods.targets(shape, spec, entry.name) for n in (t.layers if t.module.layers else ())}
-    kept = copies = list(range(shape.n_layers))
+    model = configs.build_meta(entry.config)
+    chosen = methods.targets(shape, spec, entry.name)
+    adapted = {n for t in chosen for n in (t.layers if t.module.layers else ())}
+    kinds = shallow.kinds(model)
+    kept = copies = list(range(len(kinds)))
     if not methods.find(spec.method).before_layers:
-        types = configs.layer_types(entry.config) or [""] * shape.n_layers
-        kept, copies = _shorten([(kind, i in chosen) for i, kind in enumerate(types)])
-    tapes, found = _record(spec, entry.config, kept, logits, quick)
+        kept, copies = shallow.shorten([(kind, i in adapted) for i, kind in enumerate(kinds)])
+    tapes, found = _record(spec, model, kept, chosen, logits, quick)
     homes: Homes = {}
     full = {name: unroll(name, tape, copies, len(kept), homes) for name, tape in tapes.items()}
     operations = unrolled(found, copies, len(kept), spec.accumulation)
     return replace(_replay(full, workspace_bytes), operations=operations)
 
 
-def _shorten(kinds: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """The layers worth tracing, and for each layer the place among them of the one to copy: one of its kind with two
-    neighbours like its own on both sides. They are five of a plain stack, two blocks of Gemma 3's six.
-    """
-    kept: list[int] = []
-    copies: list[int] = []
-    i = 0
-    while i < len(kinds):
-        periods = ((p, _repeats(kinds, i, p)) for p in range(1, min(8, len(kinds) - i) + 1))
-        period, repeats = max(periods, key=lambda found: (found[0] * (found[1] - 1), -found[0]))
-        n, first = period * repeats, len(kept)
-        short = min(n, period * (1 + -(-4 // period)))
-        places = list(range(short))
-        if short < n:  # the first two and the last two stand for themselves, the others for one of their kind
-            inner = (next(q for q in range(2, short - 2) if q % period == j % period) for j in range(2, n - 2))
-            places = [0, 1, *inner, short - 2, short - 1]
-        kept += [*range(i, i + short - 2), *range(i + n - 2, i + n)] if n > 1 else [i]
-        copies += [first + place for place in places]
-        i += n
-    return kept, copies
-
-
-def _repeats(kinds: Sequence[Hashable], start: int, period: int) -> int:
-    """How often in a row the `period` layers from `start` on come."""
-    blocks = (kinds[i : i + period] for i in range(start, len(kinds), period))
-    return sum(1 for _ in takewhile(kinds[start : start + period].__eq__, blocks))
-
-
 def _record(
-    spec: Resolved, config: Config, kept: Sequence[int], logits: int | None, quick: bool
+    spec: Resolved, model: PreTrainedModel, kept: Sequence[int], targets: list[Target], logits: int | None, quick: bool
 ) -> tuple[dict[str, list[Entry]], Found]:
     """The tapes of a step's phases, by name, with the layers `kept` alone."""
     kernels.register()
-    depth = len(kept)
-    model = _meta(spec, config, kept)
-    recorder = Recorder(model.config.vocab_size, depth)
+    stack = shallow.layers(model)
+    model = _meta(spec, model, kept, targets, quick)
+    experts = architectures.of(spec.model).facts.experts
+    recorder = Recorder(model.config.vocab_size, len(kept), experts)
     noted = Operations(recorder)
     if quick:
         functions.Found(model)  # tries kinds of modules on numbers, which the fake copy has none of
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, noted, kernels.Fused():
-        _fake(model, recorder)
+        _fake(model, stack, kept, recorder)
         if quick and not fused.why_not(spec):
             recorder.part = BEFORE
             fused.adjoin(model)
@@ -151,7 +125,7 @@ def _record(
         trained = [p for p in model.parameters() if p.requires_grad]
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")
-        _watch(model, recorder)
+        _watch([stack[i] for i in kept], recorder)
         kind = optimizers.find(spec)
         own = kind.library == "torch"
         optimizer = step.optimizer(trained, spec, fused=quick) if own else optimizers.BlockwiseStates(trained, kind)
@@ -192,14 +166,8 @@ def _replay(tapes: Mapping[str, Sequence[Entry]], workspace_bytes: int) -> Trace
     return Trace(tuple(moments), dict(player.live), player.allocator.reserved)
 
 
-def _layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
-    """The model's list of layers, with its name."""
-    return next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-
-
-def _watch(model: nn.Module, recorder: Recorder) -> None:
+def _watch(layers: Sequence[nn.Module], recorder: Recorder) -> None:
     """Tells the recorder which part of the model is at work: the layers in turn, and back again."""
-    _, layers = _layers(model, recorder.depth)
 
     def reach(part: int, hidden: Tensor, before: int) -> None:
         """The forward pass comes to `part` with these hidden states; the backward pass leaves them for `before`."""
@@ -209,47 +177,49 @@ def _watch(model: nn.Module, recorder: Recorder) -> None:
                 hidden.register_hook(lambda _: setattr(recorder, "part", before))
 
     def begin(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        reach(0, args[0] if args else kwargs["hidden_states"], BEFORE)
+        reach(0, shallow.hidden_states(args, kwargs), BEFORE)
 
-    def end(part: int, module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
-        reach(part + 1, out[0] if isinstance(out, tuple) else out, part)
+    def end(part: int, module: nn.Module, args: object, out: object) -> None:
+        reach(part + 1, shallow.changed(out), part)
 
     layers[0].register_forward_pre_hook(begin, with_kwargs=True)
     for part, layer in enumerate(layers):
         layer.register_forward_hook(partial(end, part))
 
 
-def _meta(spec: Resolved, config: Config, kept: Sequence[int]) -> PreTrainedModel:
+def _meta(
+    spec: Resolved, whole: PreTrainedModel, kept: Sequence[int], targets: list[Target], quick: bool
+) -> PreTrainedModel:
     """The model with those layers alone and the method attached, on the meta device, in the run's types."""
-    depth = [name for name in ("num_hidden_layers", "n_layer") if name in config] or ["num_hidden_layers"]
-    short = {**config, **dict.fromkeys(depth, len(kept))}
-    if types := configs.layer_types(config):
-        short["layer_types"] = [types[i] for i in kept]
-    model = nn.Module.to(configs.build_meta(short), step.DTYPES[spec.precision]).requires_grad_(False)
-    shape = architectures.describe(model)
-    if spec.layers:
-        wanted = set(parse_layers(spec.layers, architectures.of(spec.model).n_layers))
-        spec = replace(spec, layers=",".join(str(i) for i, layer in enumerate(kept) if layer in wanted))
+    model = nn.Module.to(whole, step.DTYPES[spec.precision]).requires_grad_(False)
+    shallow.skip(shallow.layers(model), kept)
+    targets = [t for target in targets if (t := _within(target, kept)).count]
     method = methods.METHODS["lora" if spec.method == "pissa" else spec.method]  # PiSSA starts from the numbers of W
-    seam.set_attention(model.config, kernels.NAME if spec.attention == "sdpa" else spec.attention)
+    seam.set_attention(model.config, spec.attention)
+    quantized = {name for m in architectures.describe(model).linear() for _, name in m.names()}
     spec = replace(spec, method=method.key)
     with seeded(0):  # the start of an adapter is drawn, and no other thread's numbers may change by that
-        adapted = method.attach(model, methods.targets(shape, spec), spec)
+        adapted = method.attach(model, targets, spec)
     if spec.quantization != "none":
-        names = {name for m in shape.linear() for _, name in m.names()}
-        kernels.quantize(adapted, names, spec.quantization, spec.double_quantization)
-    return step.prepare(adapted, spec)
+        kernels.quantize(adapted, quantized, spec.quantization, spec.double_quantization)
+    return step.prepare(adapted, spec, quick, kernels.checkpoint_contexts)
 
 
-def _fake(model: nn.Module, recorder: Recorder) -> None:
+def _within(target: Target, kept: Sequence[int]) -> Target:
+    """The target with those layers alone."""
+    here, chosen = (tuple(n for n in layers if n in kept) for layers in (target.module.layers, target.layers))
+    return Target(replace(target.module, layers=here), chosen) if target.module.layers else target
+
+
+def _fake(model: nn.Module, stack: nn.ModuleList, kept: Sequence[int], recorder: Recorder) -> None:
     """Fresh fake tensors in place of the meta ones, frozen ones first, as they are on a GPU before a method is attached."""
-    layers = _layers(model, recorder.depth)[0] + "."
+    layers = next(name for name, module in model.named_modules() if module is stack) + "."
     for trained in (False, True):
         recorder.part = BEFORE
 
         def make(name: str, old: Tensor, trained: bool = trained) -> Tensor:
             if name.startswith(layers):
-                recorder.part = int(name.removeprefix(layers).split(".")[0])
+                recorder.part = kept.index(int(name.removeprefix(layers).split(".")[0]))
             elif recorder.part != BEFORE:
                 recorder.part = recorder.depth
             return torch.empty_like(old, device="cpu") if old.requires_grad == trained and old.is_meta else old
