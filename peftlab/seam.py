@@ -181,8 +181,9 @@ def make_masks_for_fakes() -> None:
     from torch._subclasses.fake_tensor import FakeTensor
     from transformers import masking_utils
 
-    own = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: own(None if isinstance(tensor, FakeTensor) else tensor)
+    masks: Any = masking_utils
+    own = masks.is_tracing
+    masks.is_tracing = lambda tensor=None: own(None if isinstance(tensor, FakeTensor) else tensor)
 
 
 @cache
