@@ -55,8 +55,8 @@ def versions() -> dict[str, str]:
 
 
 def _nvidia() -> tuple[str, str | None] | None:
-    """Name of the first NVIDIA GPU, and its key in the catalogue."""
-    if not shutil.which("nvidia-smi"):
+    """Name of the first NVIDIA GPU, and its key in the catalogue; None where they are hidden from this process."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
         return None
     try:
         ask = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]

@@ -1,10 +1,14 @@
 """Every family that transformers knows: tiny models of it, the survey of all of them, and its committed table."""
 
 import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 
-from peftlab import SpecError, measured
+from peftlab import SpecError, hardware, measured
 from peftlab.base import configs
 from peftlab.bench import families, survey
 
@@ -15,11 +19,14 @@ def rows_of(file):
     return json.loads(file.read_text())["rows"]
 
 
-@pytest.mark.parametrize(
-    "kind, task", [("llama", "causal"), ("arcee", "classification"), ("gpt_neox", "causal"), ("t5", "seq2seq")]
-)
+FEW = ("full", "lora", "ia3", "prompt", "houlsby")
+SURVEYED = {"gpt2": "causal", "mixtral": "causal", "mamba": "causal", "t5": "seq2seq", "bert": "classification"}
+
+
+@pytest.mark.parametrize("kind, task", SURVEYED.items())
 def test_a_family_is_surveyed_to_the_end(kind, task, monkeypatch):
-    monkeypatch.setattr(survey, "_closed_form_error", lambda kind, task, file: 0.01)
+    monkeypatch.setattr(survey, "_closed_form_error", lambda kind, task, folder: 0.01)
+    monkeypatch.setattr(survey, "METHODS", {name: survey.METHODS[name] for name in FEW})
     row = list(survey.look(kind, task))[-1]
     assert set(row) - {"family", "task", "methods"} == set(survey.STAGES if task == "causal" else survey.STAGES[:1])
     assert {row[stage] for stage in survey.STAGES[:-1] if stage in row} == {"ok"}, row
@@ -27,11 +34,51 @@ def test_a_family_is_surveyed_to_the_end(kind, task, monkeypatch):
 
 
 def test_the_closed_form_is_held_against_the_trace_at_the_familys_own_size(tmp_path):
-    error = survey._closed_form_error("gpt2", "causal", tmp_path / "config.json")
+    error = survey._closed_form_error("gpt2", "causal", tmp_path)
     assert abs(error) < survey.WITHIN
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "deepseek_v3", "mamba2", "t5gemma", "jamba"])
+def test_where_a_familys_defaults_make_no_model_those_that_say_more_do(tmp_path, monkeypatch):
+    """Of hunyuan, no width of a head is told; of nemotron, no number of key-value heads."""
+    for kind, task in (("hunyuan_v1_dense", "causal"), ("nemotron", "causal"), ("gpt2", "causal")):
+        first, second = families.usual(kind, task)
+        with pytest.raises(SpecError) if kind != "gpt2" else nullcontext():
+            configs.build_meta(first)
+        assert configs.stack(configs.build_meta(second).config).hidden_size == configs.parsed(first)[0].hidden_size
+    monkeypatch.setattr(families, "usual", lambda kind, task: iter([{"model_type": kind}]))
+    assert survey._closed_form_error("gpt2", "causal", tmp_path) == survey.SIZELESS
+
+
+def test_a_survey_is_about_the_processor(tmp_path, monkeypatch):
+    """Also where there is a GPU, which the families' processes do not see; afterwards it is there again."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho NVIDIA H200, 143771\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    hardware.here.cache_clear()
+    assert hardware.here().device == "cuda"
+    seen = []
+    monkeypatch.setattr(
+        survey,
+        "apart",
+        lambda *key: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]) or {"family": key[0], "task": key[1]},
+    )
+    document = survey.record_families(tmp_path / "families.json", lambda said: None, ["t5"])
+    assert document["device"] == "cpu" and set(seen) == {""}
+    assert hardware.here().device == "cuda" and "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.undo()
+    hardware.here.cache_clear()
+
+
+def test_what_the_processes_share_sets_no_cuda_up():
+    """peft imports bitsandbytes, which does."""
+    script = "import sys; [__import__(name) for name in %r]; print([n for n in sys.modules if n in ('peft', 'bitsandbytes')])"
+    ran = subprocess.run([sys.executable, "-c", script % survey.PRELOADED], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "deepseek_v3", "mamba2", "t5gemma", "jamba", "zamba2"])
 def test_a_tiny_model_is_small_and_has_every_kind_of_layer(kind):
     config, cls = configs.parsed(families.tiny(kind))
     assert cls.__name__ == families.tiny(kind)["architectures"][0] or kind == "gemma3"

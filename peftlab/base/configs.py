@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
@@ -28,7 +28,8 @@ BUILD_SECONDS = 20.0
 MOST_ON_CPU = 10**7
 """Elements of a tensor that a model may make on the CPU while it is built on the meta device, as XLNet does."""
 LIMITS: tuple[tuple[str, float, int], ...] = (
-    (r"layers?$|^depth$", 0, 1_000),
+    (r"layers$|n_layer$|^depth$", 0, 1_000),
+    (r"layer$", -1_000, 1_000),  # the number of one, which may be counted from the last
     (r"experts(_per_tok)?$", 0, 100_000),
     (r"heads?$|labels$", 0, 100_000),
     (r"vocab_size$", 0, 10_000_000),
@@ -56,7 +57,6 @@ FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 """What transformers writes under `__float__` for a number that JSON has none for."""
 WHOLE, CHECKPOINT = "text_model_of", "quantization_config"
 """Fields of `normal` that say nothing about shapes: the family whose text model this is; how its checkpoint is quantized."""
-HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "qk_head_dim", "v_head_dim")
 
 
 def build_meta(config: Config) -> PreTrainedModel:
@@ -77,15 +77,36 @@ def build_meta(config: Config) -> PreTrainedModel:
 def normal(config: Config) -> Json:
     """The fields of a config.json's text model that decide its shapes, and in `architectures` the class to build.
 
-    Raises SpecError, and builds nothing. A size that is left out would be transformers' own default, and is refused too.
+    Raises SpecError, and builds nothing. A width or depth that a whole model's config leaves out would be transformers' own
+    default, and is refused too.
     """
     with in_words(config):
         values, parsed, _ = _parse(config)
         given = {*values, *(name for part in values.values() if isinstance(part, dict) for name in part)}
+        owns = {name: parsed.attribute_map.get(name, name) for name in NEEDED}
+        is_part = "text_config" in config and not given.isdisjoint({*owns, *owns.values()})
         for name in NEEDED[:2]:
-            if not {name, parsed.attribute_map.get(name, name)} & given:
+            if {name, owns[name]} & given or any(_decides(field, name, values, parsed) for field in values):
+                continue
+            if not is_part:
                 raise SpecError(f"{name} is missing, and this may be any {parsed.model_type}; paste the whole file")
+            values[owns[name]] = get(parsed, name)  # transformers leaves defaults out where it writes a part
         return values
+
+
+def _decides(field: str, name: str, values: Json, parsed: PreTrainedConfig) -> bool:
+    """Whether the number `name` of a config comes from its field of another name: with more of that, it is another."""
+    value: Any = values[field]
+    if type(value) is int:
+        more: Any = value + 1
+    elif isinstance(value, (str, list)) and value:
+        more = value + value[-1:]
+    else:
+        return False
+    changed = {own: v for own, v in values.items() if own != "model_type"} | {field: more}
+    with suppress(Exception):  # it may have no more
+        return get(stack(type(parsed)(**changed)), name) != get(stack(parsed), name)
+    return False
 
 
 def parsed(config: Config) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
@@ -115,9 +136,10 @@ def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel
         if (name in defaults or not hasattr(config_class, name) or isinstance(getattr(config_class, name), property))
         and (value is not None or defaults.get(name) is not None)  # a null says that there is no window
     }
-    for name in NEEDED:
+    for name in (*NEEDED, "head_dim"):
         for own in {name, config_class.attribute_map.get(name, name)} & set(values):
-            _check_count(own, values[own])
+            if name in NEEDED or values[own] is not None:
+                _check_count(own, values[own])
     if isinstance(window := values.get("sliding_window"), (list, dict, str)):
         raise SpecError(f"sliding_window={shown(window)}: this is a whole number or null; use the model's own")
     parsed = config_class(**values, **{name: 0 for name in TOKENS if defaults.get(name) is not None})
@@ -129,7 +151,7 @@ def _parse(config: Config) -> tuple[Json, PreTrainedConfig, type[PreTrainedModel
         elif name in NEEDED[:2] or name in defaults:
             raise SpecError(f"{name} is missing: this {kind} has none, and it cannot be counted without; try llama")
     if get(main, "num_attention_heads") is not None:
-        _check_heads(values, main)
+        _check_heads(main)
     return {**values, **about, "model_type": kind, "architectures": [cls.__name__]}, parsed, cls
 
 
@@ -205,13 +227,10 @@ def _check_count(name: str, value: object) -> None:
         raise SpecError(f"{name}={shown(repr(value))}: this is a whole number of at least 1; use the model's own")
 
 
-def _check_heads(values: Config, parsed: PreTrainedConfig) -> None:
-    """Raises SpecError where the hidden size cannot be split among the heads, or the heads among the key-value heads."""
-    hidden, heads = parsed.hidden_size, get(parsed, "num_attention_heads")
+def _check_heads(parsed: PreTrainedConfig) -> None:
+    """Raises SpecError where the heads cannot be split among the key-value heads. Some families need no more than that."""
+    heads = get(parsed, "num_attention_heads")
     kv_heads = heads if (given := get(parsed, "num_key_value_heads")) is None else given
-    sizes = {get(parsed, name) for name in HEAD_SIZES} - {None, hidden // heads}
-    if hidden % heads and not sizes and not values.get("head_dim"):
-        raise SpecError(f"num_attention_heads={heads}: must divide hidden_size={hidden}; try {math.gcd(hidden, heads)}")
     if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
         raise SpecError(f"num_key_value_heads={shown(kv_heads)}: must divide num_attention_heads={heads}; try {heads}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"head_dim|headdim|dim_head|head_size|d_kv|d_head|kv_channels|query_pre_attn", 16),
     (r"heads?$|heads_per_ngram", HEADS),
     (r"d_ssm", 64),
-    (r"intermediate|ffn|ff$|inner|feed_forward|dim_ff", 128),
+    (r"intermediate|ffn|ff$|inner|feed_forward|dim_ff|^hidden_dim$", 128),
     (r"position|n_ctx|seq_len|model_max_length|max_length", 256),
     (r"hidden|d_model|embed|emb_size|width|lru_width|adapter_rank", 64),
 )
@@ -49,8 +50,6 @@ INDICES = re.compile(r"_ids$|_idxs$|only_layers|cross_attention_layers")
 
 SET = {"head_dim": 16, "num_key_value_heads": HEADS, "num_experts_per_tok": 2}
 """Numbers that some families leave open and then need."""
-
-
 TASKS = ("causal", "seq2seq", "classification")
 
 
@@ -64,32 +63,69 @@ def tiny(kind: str, task: str = "") -> Json:
 
     Raises SpecError where transformers refuses its own default.
     """
-    own = catalog.read("families").get(kind, {})
     task = task or next(task for task in TASKS if kind in seam.classes(task))
-    made: Json = {"model_type": kind, "architectures": [seam.classes(task)[kind]]}
+    made = _named(kind, task)
     with configs.in_words(made):
         config = seam.library().CONFIG_MAPPING[kind]()
     made |= _small(config)
     if task == "causal" and hasattr(config, "is_decoder"):
         made["is_decoder"] = True
+    own = _own(kind)
     return made | {name: made[name] | v if isinstance(made.get(name), dict) else v for name, v in own.items()}
+
+
+def usual(kind: str, task: str) -> Iterator[Json]:
+    """A config.json of the family's own default sizes, and, as those may make no model, another that says more.
+
+    Raises SpecError where transformers refuses its own default.
+    """
+    made = _named(kind, task)
+    with configs.in_words(made):
+        config = seam.library().CONFIG_MAPPING[kind]()
+        yield config.to_dict() | made
+        main = configs.stack(config)
+        layers = configs.get(main, "num_hidden_layers") or LAYERS
+        own = {
+            name: value * (layers // LAYERS) if isinstance(value, list) and len(value) == LAYERS else value
+            for name, value in _own(kind).items()
+        }
+        if task == "causal" and hasattr(config, "is_decoder"):
+            own["is_decoder"] = True
+        yield type(config)(**_open(main) | own).to_dict() | made
+
+
+def _named(kind: str, task: str) -> Json:
+    return {"model_type": kind, "architectures": [seam.classes(task)[kind]]}
+
+
+def _own(kind: str) -> Json:
+    """What a family's defaults do not tell of a tiny model."""
+    return catalog.read("families").get(kind, {})
+
+
+def _open(config: PreTrainedConfig) -> Json:
+    """The numbers of SET that the config leaves open, as they are at its size."""
+    hidden, heads = (configs.get(config, name) for name in ("hidden_size", "num_attention_heads"))
+    found = SET | ({"num_key_value_heads": heads, "head_dim": hidden // heads} if hidden and heads else {})
+    return {name: value for name, value in found.items() if getattr(config, name, value) is None}
 
 
 def _small(config: PreTrainedConfig) -> Json:
     """The fields of a config that a tiny one has otherwise."""
-    standard = {own: name for name, own in config.attribute_map.items()}
+    standard = {own: name for name, own in config.attribute_map.items() if own not in configs.NEEDED}
     layers, heads = (configs.get(config, name) for name in ("num_hidden_layers", "num_attention_heads"))
     declared = {f.name: f.default for f in fields(type(config))}
     made: Json = {}
     for field, value in (config.to_dict() | vars(config)).items():  # the first has what differs by layer too
         name = standard.get(field, field)
+        is_own = not declared.keys().isdisjoint((field, name))
         if isinstance(value, seam.library().PreTrainedConfig):
             made[field] = {"model_type": value.model_type, **_small(value)}
         elif value is None and name in SET:
             made[field] = SET[name]
         elif name == "num_key_value_heads" and value == heads:
             made[field] = HEADS
-        elif isinstance(value, list) and value and INDICES.search(name):
+        elif isinstance(value, list) and value and INDICES.search(name) and is_own:
             made[field] = [n for n in value if n < LAYERS] or [1]
         elif isinstance(value, list) and len(value) == layers:
             kinds = list({json.dumps(v): v for v in value}.values())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .. import adapters, methods, seam
+from .. import adapters, hardware, methods, seam
 from ..base import architecture, configs, weights
 from ..count import count
 from ..errors import PeftlabError, SpecError
@@ -45,7 +47,10 @@ USUAL: Json = STEP | {"sequence_length": 512}
 """The step of a tiny model, and that of a model of usual size, at which the closed form is compared with the trace."""
 WITHIN = 0.05
 """How far from the trace the closed form may be, as a share."""
-RIGHT, UNKNOWN = "ok", "unknown"
+RIGHT, UNKNOWN, SIZELESS = "ok", "unknown", "its defaults make no model"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+PRELOADED = ["torch", "transformers"]
+"""What the processes share. peft is not among it: it imports bitsandbytes, which sets CUDA up, and that a fork cannot use."""
 COLOURS = {"sky": "blue", "grass": "green", "rose": "red", "sea": "blue"}
 TASK: Json = {
     "name": "Colours", "teaches": "Colours.", "instruction": "Name a colour.", "metric": "exact_match", "steps": 2,
@@ -55,6 +60,21 @@ TASK: Json = {
 }  # fmt: skip
 
 
+@contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Hides GPUs from what is imported and started meanwhile."""
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = ""
+    hardware.here.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ[VISIBLE]
+        os.environ |= {} if before is None else {VISIBLE: before}
+        hardware.here.cache_clear()
+
+
+@_without_gpu()
 def record_families(out: Path, say: Say, only: Sequence[str] | None = None, jobs: int = 1, again: bool = False) -> Json:
     """Surveys all families, or `only` these, each in a process of its own, and writes their rows to `out` as they come.
 
@@ -97,7 +117,9 @@ def _faults(row: Json) -> Iterator[str]:
         reasons.setdefault(said, []).append(method)
     yield from (f"{' '.join(found)}: {said}" for said, found in reasons.items())
     tried = ((stage, row[stage]) for stage in STAGES if stage in row)
-    yield from (f"{stage}: {said}" for stage, said in tried if isinstance(said, str) and said not in (RIGHT, UNKNOWN))
+    yield from (
+        f"{stage}: {said}" for stage, said in tried if isinstance(said, str) and said not in (RIGHT, UNKNOWN, SIZELESS)
+    )
 
 
 def totals(rows: Sequence[Json]) -> Json:
@@ -146,7 +168,7 @@ def worse(before: Sequence[Json], after: Sequence[Json]) -> list[str]:
 def apart(kind: str, task: str) -> Json:
     """The row of a family, made in a process of its own, which has LIMIT seconds."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["peftlab.bench.survey", "transformers", "peft"])
+    processes.set_forkserver_preload(PRELOADED)
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_send, args=(kind, task, theirs), daemon=True)
     process.start()
@@ -175,7 +197,7 @@ def _send(kind: str, task: str, pipe: Connection) -> None:
 def look(kind: str, task: str) -> Iterator[Json]:
     """The row of a family, each time with one more stage: RIGHT, or `refused: ` or `wrong: ` with the reason.
 
-    `closed_form` is its error against the trace, as a share, or UNKNOWN where it does not answer for the family.
+    `closed_form` is its error against the trace, as a share, UNKNOWN where it does not answer for the family, or SIZELESS.
     """
     row: Json = {"family": kind, "task": task}
     with tempfile.TemporaryDirectory() as scratch:
@@ -201,7 +223,7 @@ def look(kind: str, task: str) -> Iterator[Json]:
             if applied is not None:
                 row["generated"], _ = _tried(lambda: list(decode(applied, [[5, 6, 7], [8, 9]], -1, Decoding(4))))
             yield row
-        said, error = _tried(lambda: _closed_form_error(kind, task, Path(scratch) / "config.json"))
+        said, error = _tried(lambda: _closed_form_error(kind, task, Path(scratch)))
         row["closed_form"] = error if said == RIGHT else said
         yield row
 
@@ -267,18 +289,29 @@ def _applied(run: tuple[Resolved, Path]) -> PreTrainedModel:
     model = adapters.apply(base, adapters.read(folder))
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        own, other = (m(input_ids=ids).logits for m in (base.model, model))
+        own, other = (seam.logits(m, input_ids=ids) for m in (base.model, model))
     assert other.isfinite().all() and not torch.equal(own, other), "the adapter changes nothing, or gives no numbers"
     return model
 
 
-def _closed_form_error(kind: str, task: str, file: Path) -> float | str:
+def _closed_form_error(kind: str, task: str, folder: Path) -> float | str:
     """By which share the closed form is off the trace, for a model with the family's own default sizes."""
-    config = seam.library().CONFIG_MAPPING[kind]()
-    file.write_text(json.dumps(config.to_dict() | {"architectures": [seam.classes(task)[kind]]}))
+    if (file := _usual(kind, task, folder)) is None:
+        return SIZELESS
     spec = resolve(_spec(str(file), "lora", **USUAL))
     if (predicted := predict(spec).allocated) is None:
         return UNKNOWN
     traced = exact(spec).allocated
     assert traced, "the trace says nothing"
     return round(predicted / traced - 1, 4)
+
+
+def _usual(kind: str, task: str, folder: Path) -> Path | None:
+    """A file in the folder with a config of the family's default sizes; None where transformers builds no model of those."""
+    for number, config in enumerate(families.usual(kind, task)):
+        file = folder / f"usual-{number}.json"
+        file.write_text(json.dumps(config))
+        with suppress(SpecError):
+            architecture.of(str(file))
+            return file
+    return None
