@@ -96,13 +96,13 @@ def normal(config: Config) -> Json:
 
 def _decides(field: str, name: str, values: Json, parsed: PreTrainedConfig) -> bool:
     """Whether the number `name` of a config comes from its field of another name: with more of that, it is another."""
-    value: Any = values[field]
+    value = values[field]
     if type(value) is int:
         more: Any = value + 1
-    elif isinstance(value, (str, list)) and value:
-        more = value + value[-1:]
+    elif isinstance(value, list) and value:
+        more = [*value, value[-1]]
     else:
-        return False
+        more = value + value[-1:] if isinstance(value, str) else value
     changed = {own: v for own, v in values.items() if own != "model_type"} | {field: more}
     with suppress(Exception):  # it may have no more
         return get(stack(type(parsed)(**changed)), name) != get(stack(parsed), name)
