@@ -71,6 +71,11 @@ class BaseModel:
         return bool(re.search("CausalLM|LMHead|Decoder$", names[0]))
 
     @property
+    def said(self) -> str:
+        """What an error calls the model: its key, or the name of a pasted config, whose key is long."""
+        return self.name if self.key.startswith(CONFIG) else self.key
+
+    @property
     def note(self) -> str:
         """What is to be said beside any number about it, in a sentence; empty for a model that writes text, and whole."""
         config = self.config or {}

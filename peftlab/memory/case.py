@@ -34,7 +34,9 @@ def decoder(model: str) -> BaseModel:
     """The entry of a model that writes text. Raises SpecError for any other."""
     entry = models.find(model)
     if not entry.is_causal:
-        raise SpecError(f"model={model}: only models that write text are trained here; name a decoder such as gpt2")
+        raise SpecError(
+            f"model={entry.said}: only models that write text are trained here; name a decoder such as gpt2"
+        )
     return entry
 
 

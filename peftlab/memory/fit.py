@@ -176,7 +176,7 @@ def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
             raise SpecError(f"{name}={value}: serving takes at least 1; try 1")
     entry, shape = models.find(spec.model), architectures.of(spec.model)
     if not entry.is_causal:
-        raise SpecError(f"model={spec.model}: it writes no text token by token, and so keeps no cache; try gpt2")
+        raise SpecError(f"model={entry.said}: it writes no text token by token, and so keeps no cache; try gpt2")
     if shape.context and context > shape.context:
         raise SpecError(f"context={context}: {entry.name} reads {shape.context:,} tokens; try {shape.context}")
     report = count(spec)
