@@ -79,7 +79,7 @@ def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Tra
             except Exception as error:  # anybody's architecture, in transformers' code
                 said = f"{type(error).__name__}: {configs.shown(error, 160)}"
                 raise SpecError(
-                    f"model={spec.model}: its step could not be traced ({said}); the closed form's figure stands"
+                    f"model={decoder(spec.model).said}: its step cannot be traced ({said}); what is said without a trace stands"
                 ) from error
             if len(_known) >= KNOWN:
                 del _known[next(iter(_known))]
