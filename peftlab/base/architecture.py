@@ -262,9 +262,24 @@ def _facts(model: PreTrainedModel) -> Facts:
 def _kind(module: nn.Module) -> str:
     from torch.nn import Linear
 
-    name = "Linear" if isinstance(module, Linear) else type(module).__name__
+    name = type(module).__name__
+    if isinstance(module, Linear):
+        name = "Linear" if _gives_a_tensor(module) else "other"
     is_norm = "Norm" in name and not any(module.children())
     return {"Linear": "linear", "Conv1D": "conv1d"}.get(name, "norm" if is_norm else "other")
+
+
+def _gives_a_tensor(linear: nn.Linear) -> bool:
+    """Whether it gives what a linear map gives; a router that is derived from one may give its experts' scores too."""
+    import torch
+
+    if type(linear).forward is torch.nn.Linear.forward:
+        return True
+    try:
+        out = linear(linear.weight.new_empty(1, linear.in_features))
+    except Exception:  # anybody's module, in transformers' code
+        return True
+    return isinstance(out, torch.Tensor)
 
 
 def to_data(a: Architecture) -> Json:
