@@ -11,6 +11,7 @@ from peftlab.measured import documents
 from peftlab.memory import CONVENTIONS, closed_form
 from peftlab.memory.closed_form import RESERVE
 from peftlab.memory.report import KINDS
+from peftlab.show import memory_figures
 
 BILLION = 10**9
 
@@ -173,7 +174,7 @@ def test_only_large_states_are_paged():
 
 
 def test_what_is_added_to_allocated_is_measured(monkeypatch):
-    rows = [row["measured"] for document in documents("memory") for row in document["rows"]]
+    rows = [row["measured"] for document in documents("memory") for row in document["rows"] if "measured" in row]
     reserve = statistics.median(row["peak_reserved_bytes"] / row["peak_allocated_bytes"] for row in rows)
     assert round(reserve, 2) == RESERVE
     monkeypatch.setattr(hardware, "here", lambda: hardware.Machine("cpu", "a CPU", None, 2, None))
@@ -184,3 +185,10 @@ def test_what_is_added_to_allocated_is_measured(monkeypatch):
     assert statistics.median(alone) == pytest.approx(hopper.context, rel=0.01)
     for other in others:
         assert other.context == 500 * 2**20 and other.allocated < hopper.allocated  # cuBLAS keeps more on Hopper
+
+
+def test_what_a_method_leaves_frozen_is_said():
+    """Beside what the method trains: routers, experts, and maps that peft refuses."""
+    assert "stays frozen" in memory_figures.left(resolve(RunSpec(model="olmoe-1b-7b", method="lora")))
+    assert memory_figures.left(resolve(RunSpec(model="smollm2-135m", method="lora"))) == ""
+    assert memory_figures.left(resolve(RunSpec(model="7B", method="full"))) == ""
