@@ -17,6 +17,7 @@ KINDS = {
     "bloom": "alibi, no position ids, eager alone",
     "gemma2": "soft caps, eager alone",
     "falcon": "attention that it does not look up by name",
+    "phimoe": "a router derived from a linear map that gives more than a tensor",
     "gpt_neox": "a quarter of each head is rotated",
     "gemma3n_text": "a rotation of one at a time, layers that share a cache, a product changed in place",
     "lfm2": "convolutions between attention",
