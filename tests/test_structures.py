@@ -14,6 +14,7 @@ from peftlab.show import costs, memory_figures
 
 SIZES = {"hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000}
 FEED_FORWARD = {"intermediate_size": 4096, "num_key_value_heads": 2}
+DECODER = {"architectures": ["BartForCausalLM"], "d_model": 1024, "decoder_layers": 4, "decoder_attention_heads": 8}
 HYBRID = {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 64}
 
 
@@ -36,6 +37,9 @@ def spec_of(kind, sizes, **settings):
         ("gptj", {"rotary_dim": 32}, False, {}),
         ("gemma2", FEED_FORWARD | {"head_dim": 128}, False, {}),  # soft caps
         ("lfm2", FEED_FORWARD | {"layer_types": ["conv", "full_attention"] * 2}, False, {}),
+        ("mixtral", FEED_FORWARD | {"num_local_experts": 4, "intermediate_size": 1024}, True, {}),
+        ("bart", DECODER, False, {}),  # its attention to an encoder never runs, and keeps and trains nothing
+        ("bart", DECODER, False, {"method": "full"}),
     ],
 )  # fmt: skip
 def test_near_the_trace(kind, sizes, plain, settings):

@@ -38,9 +38,10 @@ def moments(spec: Resolved) -> dict[str, dict[str, Polynomial]]:
 @lru_cache(maxsize=256)
 def derivation(spec: Resolved) -> tuple[Line, ...]:
     """The lines that `moments` adds up. Raises SpecError as `Case.of` does."""
-    case = Case.of(spec)
+    whole = Case.of(spec)
+    case = asked.running(whole)
     around = plain.around if asked.formulas_hold(case) else asked.around
-    return (*states.lines(case), *around(case), *_layers(case), *_temporaries(case), *_logits(case))
+    return (*states.lines(whole, case), *around(case), *_layers(case), *_temporaries(case), *_logits(case))
 
 
 def _layers(case: Case) -> list[Line]:
@@ -89,11 +90,11 @@ def _temporaries(case: Case) -> list[Line]:
 
 
 def _logits(case: Case) -> list[Line]:
-    tokens, e = "B T" if case.inserted else "B S", case.product_bytes
+    e = case.product_bytes
     note = "log-softmax, its gradient and that of the logits, in fp32"
     found = [
-        *case.line("logits", tokens, {"V": 8}, (FORWARD,), "in fp32, and their log-softmax", kind="logits"),
-        *case.line("logits at the loss", tokens, {"V": 12}, (LOSS,), note, kind="logits"),
+        *case.line("logits", "B S", {"V": 8}, (FORWARD,), "in fp32, and their log-softmax", kind="logits"),
+        *case.line("logits at the loss", "B S", {"V": 12}, (LOSS,), note, kind="logits"),
         *case.line("the logits' gradient", "B S", {"V": e}, (HEAD,), kind="logits"),
     ]
     if case.spec.hold_outputs:

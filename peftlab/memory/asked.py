@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..base import architecture as architectures
 from ..base import models
+from ..base.architecture import Module
 from ..errors import SpecError
 from ..resolve import resolve
 from ..spec import RunSpec
@@ -67,6 +68,21 @@ def _agree(model: str, attention: str) -> bool:
     return True
 
 
+def running(case: Case) -> Case:
+    """The case without targets that never run, as in a decoder's attention to an encoder that is not there."""
+    if formulas_hold(case):
+        return case
+    from .saved import saved
+
+    run = saved(case.spec.model, "bf16", case.spec.attention).run
+    return replace(case, targets=tuple(t for t in case.targets if _runs(t.module, run)))
+
+
+def _runs(module: Module, run: frozenset[str]) -> bool:
+    """Whether it runs, or what it is in does, which may read its weight."""
+    return any(name in run or name.rpartition(".")[0] in run for _, name in module.names())
+
+
 def _saved(case: Case) -> tuple[Saved, ...]:
     """What the model's modules save in this run. Raises Unknown where it cannot be told."""
     spec = case.spec
@@ -75,7 +91,7 @@ def _saved(case: Case) -> tuple[Saved, ...]:
     from .saved import saved
 
     try:
-        return saved(spec.model, spec.precision, spec.attention, bool(case.masked))
+        return saved(spec.model, spec.precision, spec.attention, bool(case.masked)).tensors
     except SpecError as error:
         raise Unknown(f"the closed form does not know this model's layers ({error}); the exact trace tells") from None
 

@@ -19,7 +19,7 @@ from ..spec import Resolved
 from .lines import BATCH, LENGTH, RANK, Line, Polynomial, Size, Sizes, Sum, formula, product, total
 
 SYMBOLS = {
-    "B": "examples in a batch", "S": "tokens of an example, with virtual ones", "T": "tokens without virtual ones",
+    "B": "examples in a batch", "S": "tokens of an example, with virtual ones",
     "S_k": "keys that a token sees", "r": "rank", "L": "layers that a gradient reaches", "L_w": "those with a mask",
     "L_u": "those without", "h": "width", "q": "width of all queries", "kv": "width of all keys", "n_q": "query heads",
     "n_kv": "key heads", "d": "width of a head", "f": "width of the feed-forward, or of one expert", "E": "experts",
@@ -216,7 +216,6 @@ class Case:
         return numbers | {
             "B": Size(BATCH, "B"),
             "S": lengthened if self.inserted else text,
-            "T": text,
             "S_k": lengthened if virtual else text,
             "r": Size(RANK, "r"),
             "N": Size(self.trained, f"{self.n_trained:,}"),

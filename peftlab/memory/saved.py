@@ -55,6 +55,15 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model tells of its step."""
+
+    tensors: tuple[Saved, ...]
+    run: frozenset[str]
+    """Names of the modules that run at all."""
+
+
+@dataclass(frozen=True)
 class _Event:
     storage: int
     numbers: int
@@ -81,7 +90,7 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-def saved(model: str, precision: str, attention: str, filled: bool = False) -> tuple[Saved, ...]:
+def saved(model: str, precision: str, attention: str, filled: bool = False) -> Answer:
     """What a model's modules save in a step of this precision and attention; `filled`: the text fills the window.
 
     Raises SpecError where the model cannot be asked, or where what it saves is no polynomial in the text's length.
@@ -93,7 +102,7 @@ def saved(model: str, precision: str, attention: str, filled: bool = False) -> t
 
 
 @lru_cache(maxsize=64)
-def _answer(model: str, precision: str, attention: str, filled: bool) -> tuple[Saved, ...] | str:
+def _answer(model: str, precision: str, attention: str, filled: bool) -> Answer | str:
     """What `saved` returns, or why it refuses; both are remembered, because asking takes seconds."""
     entry, shape = decoder(model), architectures.of(model)
     assert entry.config is not None  # or it would have no architecture
@@ -109,7 +118,7 @@ def _answer(model: str, precision: str, attention: str, filled: bool) -> tuple[S
                 materialize(built, lambda _, old: torch.empty_like(old, device="cpu"))
             passes = (length, False), (length, True), (2 * length, True)
             frozen, short, long = (_pass(built, shape.n_layers, n, trained, amp) for n, trained in passes)
-        return _told(frozen, short, long, length, shape.n_layers)
+        return Answer(_told(frozen[0], short[0], long[0], length, shape.n_layers), short[1])
     except SpecError as error:
         return str(error)
     except Exception as error:  # anybody's architecture, in transformers' code
@@ -128,12 +137,19 @@ def _layers(model: nn.Module, depth: int) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
-def _pass(model: Any, depth: int, length: int, trained: bool, amp: bool) -> list[_Event]:
-    """Every saving of a tensor in one forward pass, with all weights trained or none. SpecError where layers run in a loop."""
+def _pass(model: Any, depth: int, length: int, trained: bool, amp: bool) -> tuple[list[_Event], frozenset[str]]:
+    """Every saving of a tensor in one forward pass, with all weights trained or none, and which modules run.
+
+    Raises SpecError where layers run in a loop.
+    """
     model.requires_grad_(trained)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    running, events, begun = list[str](), list[_Event](), list[nn.Module]()
+    running, events, begun, run = list[str](), list[_Event](), list[nn.Module](), set[str]()
     alive: list[Tensor] = []  # or another storage would be given the address
+
+    def begins(name: str) -> None:
+        running.append(name)
+        run.add(name)
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -147,7 +163,7 @@ def _pass(model: Any, depth: int, length: int, trained: bool, amp: bool) -> list
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            begin = module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+            begin = module.register_forward_pre_hook(lambda *_, name=name: begins(name))
             end = module.register_forward_hook(lambda *_: (running.pop(), None)[1])
             stack.callback(begin.remove)
             stack.callback(end.remove)
@@ -164,7 +180,7 @@ def _pass(model: Any, depth: int, length: int, trained: bool, amp: bool) -> list
             model(input_ids=ids, use_cache=False)
     if len(begun) > len({*map(id, begun)}):
         raise SpecError("they run more than once")
-    return events
+    return events, frozenset(run)
 
 
 def _told(

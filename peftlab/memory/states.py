@@ -53,13 +53,13 @@ def workspace(gpu: str) -> int:
     return of_family(gpu, WORKSPACE)
 
 
-def lines(case: Case) -> list[Line]:
-    """Everything in a step's memory that the batch does not change."""
+def lines(case: Case, running: Case) -> list[Line]:
+    """Everything in a step's memory that the batch does not change; only targets that are `running` get gradients."""
     biased = any("bias" in m.parameters for m in case.shape.linear()) or "bottleneck" in case.method.settings
     size = workspace(case.spec.gpu) + (LT_WORKSPACE if biased else 0)
     note = "for each of two threads: PyTorch runs the backward pass in one of its own"
     found = case.line("cuBLAS", "", {"": 2 * size}, MOMENTS, note, kind="workspace")
-    return [*_weights(case), *_gradients(case), *_optimizer(case), *found]
+    return [*_weights(case), *_gradients(running), *_optimizer(running), *found]
 
 
 def _weights(case: Case) -> list[Line]:
