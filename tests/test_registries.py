@@ -18,7 +18,7 @@ from peftlab.catalog.gpus import GPU, GPUS
 from peftlab.data import tasks
 from peftlab.memory import fits
 
-CHIP = GPU("toy-gpu", "Toy GPU", 1.0, 10**9, 100.0, None, "Toy", 2026, "here")
+CHIP = GPU("toy-gpu", "Toy GPU", 1.0, 10**9, 100.0, None, 1.0, "Toy", 2026, "here")
 MODEL = BaseModel("toy-model", "Toy Model", 195_008, "nobody/toy", config=LLAMA)
 
 

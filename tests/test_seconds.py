@@ -1,16 +1,18 @@
 """A step's seconds: what the trace says it computes, the roofline of each operation, and constants that fit."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
-from peftlab import RunSpec, resolve
+from peftlab import RunSpec, count, resolve
 from peftlab.bench import seconds as fitting
 from peftlab.catalog.gpus import GPUS
 from peftlab.memory import seconds
+from peftlab.memory import trace as tracing
 from peftlab.memory.compute import compute
-from peftlab.memory.operations import _bytes
+from peftlab.memory.operations import Operations, _bytes
 from peftlab.memory.seconds import Operation
 from peftlab.memory.trace import trace
 
@@ -109,11 +111,57 @@ def test_a_fit_finds_the_constants_that_made_the_times(monkeypatch):
         }
         gear = draw.choice(["eager", "graph"])
         took = seconds.of_step(found, H200, gear, true)
-        steps.append(fitting.Timed("made", spec, gear, found, took, seconds.busy(found, H200, true), None))
-    found = fitting.fit(steps)
+        steps.append(fitting.Timed("here", "made", spec, gear, found, took, seconds.busy(found, H200, true), None))
+    found, hosts = fitting.fit(steps)
+    assert hosts == {"here": 1.0}
     for step in steps:
         assert seconds.of_step(step.operations, H200, step.gear, found) == pytest.approx(step.seconds, rel=0.02)
     assert found.products == pytest.approx(true.products, rel=0.05)
+
+
+def test_a_fit_tells_a_slower_host_and_the_forward_pass_apart():
+    """What autograd records takes longer; a second host launches everything in twice the time."""
+    true = dataclasses.replace(CONSTANTS, recorded=2e-5, derived=3e-5)
+    spec = resolve(RunSpec(model="smollm2-135m", gpu="h200"))
+    steps = []
+    for n in range(1, 9):
+        found = {
+            Operation("forward", "elements", 0, 0, 10, True): 3000 // n,
+            Operation("forward", "elements", 0, 0, 10, True, recorded=True): 500 * n,
+            Operation("backward", "elements", 0, 0, 10, False): 800 * n,
+        }
+        for host, file in ((1, "here"), (2, "there")):
+            launching = (host * seconds.launching(found, true, *phases) for phases in ((), ("forward",)))
+            took, forward = (seconds.joined(seconds.busy(found, H200, true), next(launching)) for _ in range(2))
+            steps.append(fitting.Timed(file, "made", spec, "eager", found, took, None, forward if n > 4 else None))
+    found, hosts = fitting.fit(steps)
+    assert hosts == {"here": 1.0, "there": pytest.approx(2, rel=0.05)}
+    assert found.called + found.recorded == pytest.approx(true.called + true.recorded, rel=0.1)
+    assert found.recorded > found.called
+
+
+def test_the_same_steps_elsewhere_are_compared():
+    spec = resolve(RunSpec(model="smollm2-135m", gpu="h200"))
+    made = [("here", 1.0), ("there", 1.5), ("there", 0.5), ("there", 2.0)]
+    steps = [fitting.Timed(file, "made", spec, "eager", {}, took, None, None) for file, took in made]
+    assert fitting._elsewhere(steps, {"here"}) == {"steps": 3, "median": 1.5, "least": 0.5, "most": 2.0}
+    assert fitting._elsewhere(steps[:1], {"here"}) == {"steps": 0}
+
+
+@pytest.mark.parametrize("method, least, most", [("lora", 0.9, 1.0), ("last-block", 0.0, 0.5)])
+def test_nothing_is_recorded_below_the_lowest_trained_weight(config_files, method, least, most):
+    _, found = operations(config_files, "llama", method=method)
+    forward = {o: n for o, n in found.items() if o.phase == "forward" and o.kind in ("product", "elements")}
+    assert least < sum(n for o, n in forward.items() if o.recorded) / sum(forward.values()) < most
+
+
+def test_the_engine_reads_its_gradients_and_scales_them(config_files, monkeypatch):
+    spec, clipped = operations(config_files, "llama", quick=True, method="lora", rank=3)
+    monkeypatch.setattr(Operations, "clips", lambda *_: None)
+    monkeypatch.setattr(tracing, "_known", {})
+    _, free = operations(config_files, "llama", quick=True, method="lora", rank=3)
+    gradients = 4 * count(spec).trainable_parameters
+    assert total(clipped, "moved", "tensor") - total(free, "moved", "tensor") == 3 * gradients
 
 
 def test_the_recorded_fit_says_how_far_off_it_is():

@@ -46,6 +46,7 @@ def _of_the_catalogue() -> Iterator[RunSpec]:
     yield from _by("gemma-3-270m", "lora", LONG)
     yield from _by("gemma-3-270m", "full", LONG | {"gradient_checkpointing": True})
     yield from _by("olmoe-1b-7b", "lora ln", SMALL)
+    yield from _by("olmoe-1b-7b", "lora", SMALL | {"target_modules": "q_proj,k_proj,v_proj,o_proj"})  # no experts
     wide = LONG | {"rank": 16}
     yield from _by("smollm2-1.7b", "qlora", wide | {"gradient_checkpointing": True})
     yield from _by("smollm2-1.7b", "qlora", wide | {"double_quantization": False})

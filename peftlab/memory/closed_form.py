@@ -22,8 +22,8 @@ from .report import MemoryReport, Moment
 from .sharding import Sharded, plan
 from .states import of_family, paged, quantizable, quantized_bits
 
-RESERVE = 1.16
-"""Bytes reserved over bytes allocated: the median of assets/measured/memory-h100.json. The trace gives the run's own."""
+RESERVE = 1.14
+"""Bytes reserved over bytes allocated: the median of assets/measured/memory-*.json. The trace gives the run's own."""
 CONTEXT = {"h100": 767 * MIB, "": 500 * MIB}
 """Bytes that CUDA and the libraries' code take beside PyTorch's memory. The H100's are measured after a step
 (assets/measured/memory-h100.json), the others' are a guess."""

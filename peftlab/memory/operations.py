@@ -50,6 +50,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
         self.found: dict[str, Counter[tuple[int, Operation]]] = {}
+        self._recorded = False
 
     def __enter__(self) -> Operations:
         _listening.append(self)
@@ -62,6 +63,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
+        self._recorded = torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in tree_iter((args, kwargs))
+        )
         out = func(*args, **(kwargs or {}))
         if func.namespace != "prim" and func is not aten._local_scalar_dense.default:  # neither runs anything
             for part, operation in self._of(func, args, kwargs or {}, out):
@@ -78,12 +82,20 @@ class Operations(TorchDispatchMode):
             moved = 3 * _bytes(parameter) + 2 * sum(map(_bytes, states.get(parameter, {}).values()))
             self._note(self.recorder.part if part is None else part, self._made("library", 0, 0, moved))
 
+    def clips(self, parameters: Sequence[Tensor]) -> None:
+        """That the engine reads each gradient for its norm, then reads and scales it."""
+        for parameter, part in zip(parameters, self.recorder._owners((parameters,)), strict=True):
+            for times in (1, 2):
+                moved = times * _bytes(parameter)
+                self._note(self.recorder.part if part is None else part, self._made("tensor", 0, 0, moved))
+
     def _note(self, part: int, operation: Operation) -> None:
         self.found.setdefault(self.recorder.phase, Counter())[part, operation] += 1
 
     def _made(self, kind: str, bits: int, flops: int, moved: int) -> Operation:
         phase = self.recorder.phase.split()[0]
-        return Operation(phase, kind, bits, flops, moved, phase == "optimizer" or torch.is_grad_enabled())
+        driven = phase == "optimizer" or torch.is_grad_enabled()
+        return Operation(phase, kind, bits, flops, moved, driven, driven and self._recorded)
 
     def _of(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object

@@ -33,6 +33,8 @@ class Operation(NamedTuple):
     """Bytes that are read or written."""
     driven: bool
     """Whether Python calls for it; autograd calls for the others, which is faster."""
+    recorded: bool = False
+    """Whether autograd makes a note of it for the backward pass, which Python waits for."""
 
 
 Step = Mapping[Operation, int]
@@ -71,6 +73,8 @@ class Constants:
     """For a view that Python calls for."""
     derived_view: float
     """For one that autograd calls for."""
+    recorded: float
+    """More for an operation or a view that autograd makes a note of."""
     library: float
     """To launch a kernel of bitsandbytes, whose Python does more."""
 
@@ -103,9 +107,10 @@ def _launching(operation: Operation, c: Constants) -> float:
         return 0.0  # few launches for all of them
     if operation.kind == "library":
         return c.library
+    more = c.recorded if operation.recorded else 0.0
     if operation.kind == "view":
-        return c.viewed if operation.driven else c.derived_view
-    return c.called if operation.driven else c.derived
+        return more + (c.viewed if operation.driven else c.derived_view)
+    return more + (c.called if operation.driven else c.derived)
 
 
 def joined(computing: float, launching: float) -> float:
@@ -130,13 +135,16 @@ class Fitted:
     mean: float
     """The mean absolute error, as a share."""
     worst: float
+    elsewhere: float | None
+    """How many times as long an eager step took on other hosts with the same GPU, in the median, where that was recorded."""
 
 
 @cache
 def fitted() -> Fitted:
     found = catalog.read("seconds")
     constants, hardware = Constants(**found["constants"]), tuple(found["hardware"])
-    return Fitted(constants, hardware, len(found["rows"]), found["mean"], found["worst"])
+    errors = found["mean"], found["worst"]
+    return Fitted(constants, hardware, len(found["rows"]), *errors, found["elsewhere"].get("median"))
 
 
 def predicted(spec: Resolved, operations: Step, gear: str = EAGER) -> float | None:

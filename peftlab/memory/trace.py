@@ -138,6 +138,8 @@ def _record(
             recorder.name((p.grad for p in trained if p.grad is not None), "gradients")
         for phase in ("optimizer", "optimizer again"):
             recorder.begin(phase)
+            if quick:
+                noted.clips(trained)
             optimizer.step()
             if not own:
                 noted.updates(trained, optimizer.state)

@@ -54,10 +54,11 @@ def step_words(seconds: float) -> str:
 def within() -> str:
     """How far off predicted seconds are, in words."""
     found = fitted()
+    host = f"; on another host with the same GPU an eager step took {found.elsewhere:.1f} times as long"
     return (
         f"a roofline for each operation of its trace, and what Python needs to launch it; {found.mean:.0%} off on average and "
         f"{found.worst:+.0%} at worst over {found.steps} steps on {' and '.join(found.hardware)}, each family predicted from "
-        "the others"
+        f"the others{host if found.elsewhere else ''}"
     )
 
 
