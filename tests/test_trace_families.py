@@ -24,6 +24,7 @@ KINDS = {
     "granitemoehybrid": "kinds of layers by list, state-space layers",
     "dbrx": "experts one after the other, each with its share of the tokens",
     "openai-gpt": "layers that give a list",
+    "xlnet": "parameters that are made on the CPU",
     "mixtral": "experts in one product",
     "gemma3n_text": "layers that share keys, and an embedding for each layer",
 }

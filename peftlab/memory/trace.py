@@ -193,7 +193,7 @@ def _meta(
     spec: Resolved, whole: PreTrainedModel, kept: Sequence[int], targets: list[Target], quick: bool
 ) -> PreTrainedModel:
     """The model with those layers alone and the method attached, on the meta device, in the run's types."""
-    model = nn.Module.to(whole, step.DTYPES[spec.precision]).requires_grad_(False)
+    model = nn.Module.to(whole, "meta", step.DTYPES[spec.precision]).requires_grad_(False)  # XLNet has some on the CPU
     shallow.skip(shallow.layers(model), kept)
     targets = [t for target in targets if (t := _within(target, kept)).count]
     method = methods.METHODS["lora" if spec.method == "pissa" else spec.method]  # PiSSA starts from the numbers of W
