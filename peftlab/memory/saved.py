@@ -27,6 +27,7 @@ from ..errors import SpecError
 from . import kernels
 from .case import decoder
 from .step import DTYPES, materialize
+from .tape import ALL
 
 LENGTH, BATCH = 256, 2
 """Tokens of an example in the shorter of two passes, the other having twice as many, and examples."""
@@ -83,8 +84,11 @@ class _Watch(TorchDispatchMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+            is_all = getattr(args[0], ALL, False)  # as the trace answers
+            return is_all if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.all.default:
+            setattr(out, ALL, True)
         if func is torch.ops.aten.bernoulli_.float:
             self.masks.add(out.untyped_storage()._cdata)
         return out
