@@ -73,7 +73,7 @@ register(
         terms=(Term(("d_in",), 4), Term(("d_out",))),
         select=linear_targets,
         attach=lambda model, targets, spec: through_peft.attach(
-            model, spec, "BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=1, target_modules=through_peft.names(targets)
+            model, spec, "BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=1, target_modules=through_peft.names(model, targets)
         ),
         merge=through_peft.merge,
         drawing=Drawing(("*rotations", "W", "*× s")),

@@ -148,7 +148,7 @@ def test_the_same_steps_elsewhere_are_compared():
     assert fitting._elsewhere(steps[:1], {"here"}) == {"steps": 0}
 
 
-@pytest.mark.parametrize("method, least, most", [("lora", 0.9, 1.0), ("last-block", 0.0, 0.5)])
+@pytest.mark.parametrize("method, least, most", [("lora", 0.8, 1.0), ("last-block", 0.0, 0.5)])
 def test_nothing_is_recorded_below_the_lowest_trained_weight(config_files, method, least, most):
     _, found = operations(config_files, "llama", method=method)
     forward = {o: n for o, n in found.items() if o.phase == "forward" and o.kind in ("product", "elements")}
@@ -166,7 +166,8 @@ def test_the_engine_reads_its_gradients_and_scales_them(config_files, monkeypatc
 
 def test_the_recorded_fit_says_how_far_off_it_is():
     found = seconds.fitted()
-    assert found.steps >= 60 and found.mean <= 0.2 and "NVIDIA H200" in found.hardware
+    assert found.steps >= 75 and found.mean <= 0.2 and abs(found.worst) <= 0.4 and "NVIDIA H200" in found.hardware
+    assert found.elsewhere is not None and 1 < found.elsewhere < 2
     constants = vars(found.constants)
     assert all(0 < constants[share] <= 1 for share in fitting.SHARES)
     assert all(0 < value < 1e-3 for name, value in constants.items() if name not in fitting.SHARES)

@@ -145,7 +145,7 @@ def _step(file: str, row: Json, spec: Resolved, operations: Step) -> Timed:
 
 
 def fit(steps: Sequence[Timed]) -> tuple[Constants, dict[str, float]]:
-    """The constants with the least squares of log(predicted / measured) over `steps`.
+    """The constants with the least squares of the steps' errors, as they are reported, and of the log of their parts' errors.
 
     And for each recording how many times as long as in the first one launching takes.
     """
@@ -214,7 +214,7 @@ class _Problem:
         each = n * sum(column * c[name] for name, column in times.items() if name not in ON_GPU)
         step = torch.where(self.eager, seconds.joined(busy, host * self._sum(each)), busy)  # type: ignore[arg-type]
         parts = _squares(busy, self.busy) + _squares(host * self._sum(each * forward), self.forward)
-        return _squares(step, self.seconds) + PARTS * parts
+        return (step / self.seconds - 1).square().mean() + PARTS * parts
 
     def _sum(self, each: Tensor) -> Tensor:
         return torch.zeros(len(self.seconds), dtype=torch.float64).index_add(0, self.rows, each)
