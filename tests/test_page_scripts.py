@@ -227,13 +227,13 @@ def some(draw, members):
 def drawn(draw, model):
     """Settings of any method of the family, with a rank that may be too large."""
     shape = architecture.of(model)
-    limits = [min(m.d_in, m.d_out) for m in shape.linear()]
+    limits = [min(m.d_in, m.d_out) for m in shape.adaptable(True)]
     layers = draw.choice([list(range(shape.n_layers)), some(draw, range(shape.n_layers))])
     return {
         "method": draw.choice(shapes.FAMILY),
         "rank": draw.choice([draw.randint(1, 16), draw.randint(1, 300), min(limits), max(limits), max(limits) + 1]),
         "alpha": draw.choice([None, 16, 0.5]),
-        "targets": draw.choice([shape.target_names(), some(draw, shape.target_names())]),
+        "targets": draw.choice([shape.target_names(True), some(draw, shape.target_names(True))]),
         "layers": layers,
         "layers_said": None if len(layers) == shape.n_layers else ",".join(map(str, layers)),
     }
@@ -242,12 +242,12 @@ def drawn(draw, model):
 def wanted(spec, at):
     """The spec that settings mean."""
     shape = architecture.of(spec.model)
-    every, names = len(at["layers"]) == shape.n_layers, [n for n in shape.target_names() if n in at["targets"]]
+    every, names = len(at["layers"]) == shape.n_layers, [n for n in shape.target_names(True) if n in at["targets"]]
     return spec.but(
         method=at["method"],
         rank=None if at["rank"] == resolve(RunSpec(method=at["method"])).rank else at["rank"],
         alpha=at["alpha"] if "alpha" in METHODS[at["method"]].settings else None,
-        target_modules=None if set(names) == set(shape.target_names()) else ",".join(names),
+        target_modules=None if set(names) == set(shape.target_names(True)) else ",".join(names),
         layers=None if every else ",".join(map(str, sorted(at["layers"]))),
     )
 
@@ -280,7 +280,7 @@ def test_the_page_counts_says_and_reports_what_python_does():
             said = asked.but(target_modules=answer["targets"])
             assert answer["sentence"] == sentence(count(resolve(said)))
             assert parse_layers(layers, shape.n_layers) == tuple(sorted(at["layers"]))
-            assert shape.targets(answer["targets"]) == shape.targets(asked.target_modules or "all-linear")
+            assert shape.targets(answer["targets"], True) == shape.targets(asked.target_modules or "all-linear", True)
             settled = written(spec.but(method=at["method"]), answer["reported"])
             assert settled == asked.but(layers=settled.layers) and count(resolve(settled)).names == report.names
     assert counted >= 200 and refused >= 10
@@ -370,7 +370,7 @@ def test_a_limit_is_that_of_the_modules_in_the_chosen_layers():
 
 def test_a_named_head_is_adapted_too_and_is_not_every_linear_layer():
     spec = SPEC.but(target_modules="q_proj,lm_head")
-    at, names = point(spec), architecture.of(SPEC.model).target_names()
+    at, names = point(spec), architecture.of(SPEC.model).target_names(True)
     assert at["targets"] == ["q_proj", "lm_head"]
     points = [at, at | {"targets": [*names, "lm_head"]}, at | {"targets": names}]
     for at, answer in zip(points, answers(spec, *points), strict=True):
@@ -404,10 +404,10 @@ def test_every_module_has_a_name_that_only_it_answers_to_and_another_label():
     for model in (key for key, entry in MODELS.items() if entry.config is not None):
         shape = architecture.of(model)
         modules = shapes.value(RunSpec(model=model, method="lora"))["modules"]
-        assert [shape.targets(m["name"]) for m in modules] == [[m] for m in shape.linear()]
+        assert [shape.targets(m["name"], True) for m in modules] == [[m] for m in shape.adaptable(True)]
         assert len({m["label"] for m in modules}) == len(modules)
-        if len({m.short_name for m in shape.linear()}) == len(modules):
-            assert [m["name"] for m in modules] == [m["label"] for m in modules] == shape.target_names()
+        if len({m.short_name for m in shape.adaptable(True)}) == len(modules):
+            assert [m["name"] for m in modules] == [m["label"] for m in modules] == shape.target_names(True)
     assert [m["label"] for m in shapes.value(RunSpec(model="bert-base", method="lora"))["modules"]][3:6] == [
         "attention.<wbr>output.<wbr>dense", "intermediate.<wbr>dense", "encoder.<wbr>output.<wbr>dense"
     ]  # fmt: skip
