@@ -125,19 +125,6 @@ def has_sdpa(model: PreTrainedModel) -> bool:
     return model._supports_sdpa
 
 
-def has_plain_cache(model: PreTrainedModel) -> bool:
-    """Whether the model takes a cache that holds the keys and values of each layer, and no state of another kind.
-
-    One that does not write text takes none, and is told by its layers alone.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    taken = inspect.signature(model.forward).parameters.get(cache_name())
-    layers = DynamicCache(config=model.config).layers
-    plain = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    return plain and (not model.can_generate() or (taken is not None and "Cache" in str(taken.annotation)))
-
-
 def is_classifier(model: PreTrainedModel) -> bool:
     """Whether the model is of a class that tells kinds of texts apart."""
     return "ForSequenceClassification" in type(model).__name__
@@ -194,9 +181,15 @@ def cache_name() -> str:
     return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-@cache
-def _arguments(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+_arguments: dict[type, Mapping[str, inspect.Parameter]] = {}
+
+
+def arguments_of(model: Module) -> Mapping[str, inspect.Parameter]:
+    """What the forward of models of this class takes."""
+    kind = type(model)
+    if kind not in _arguments:
+        _arguments[kind] = inspect.signature(kind.forward).parameters
+    return _arguments[kind]
 
 
 def takes(model: Module, name: str) -> bool:
@@ -204,7 +197,7 @@ def takes(model: Module, name: str) -> bool:
 
     A name that it does not have would go on to its layers unseen, or end in a TypeError.
     """
-    return name in _arguments(type(writer(model) or model))
+    return name in arguments_of(writer(model) or model)
 
 
 def logits(model: Module, keep: Tensor | None = None, **inputs: object) -> Tensor:
@@ -214,7 +207,7 @@ def logits(model: Module, keep: Tensor | None = None, **inputs: object) -> Tenso
 
 def taken(model: Module, inputs: Mapping[str, object]) -> dict[str, object]:
     """Those of the inputs that the model takes."""
-    names = _arguments(type(writer(model) or model))
+    names = arguments_of(writer(model) or model)
     return {name: value for name, value in inputs.items() if name in names}
 
 
@@ -251,71 +244,6 @@ def first_position(model: Module) -> int:
         if isinstance(module, Embedding) and "position" in name and module.padding_idx is not None:
             return module.padding_idx + 1
     return 0
-
-
-def keeps_only_tokens(held: object) -> bool:
-    """Whether a cache is keys and values of single tokens, layer after layer, and no state that sums up all of them."""
-    from transformers import cache_utils
-
-    names = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")  # the last keeps nothing, being another's
-    plain = [getattr(cache_utils, name, None) for name in names]
-    layers: list[Any] = getattr(held, "layers", [])
-    return bool(layers) and all(type(layer) in plain for layer in layers)
-
-
-def _empty_cache(model: Module) -> Cache | None:
-    """A cache as the config of the model asks for; None where transformers cannot make one."""
-    from transformers import DynamicCache
-
-    inner: Any = writer(model)
-    try:
-        return DynamicCache(config=inner.config)
-    except Exception:  # layers of a kind that only the model itself can make, or none
-        return None
-
-
-def reads_by_attention(model: Module) -> bool:
-    """Whether the model says of itself that attention, told where each token stands, is all that reads a text."""
-    inner: Any = writer(model)
-    told = inner is not None and all(takes(model, name) for name in (*PLACES, cache_name()))
-    return told and not inner._is_stateful and keeps_only_tokens(_empty_cache(model))
-
-
-def sums_up_by_itself(model: Module) -> bool:
-    """Whether the model's family brings a cache of its own, which may sum up tokens in blocks that padding would shift."""
-    from transformers import cache_utils
-
-    layers: list[Any] = getattr(_empty_cache(model), "layers", [])
-    return any(type(layer).__module__ != cache_utils.__name__ for layer in layers)
-
-
-def kept_by(held: Cache) -> list[Tensor]:
-    """The keys and values of layer after layer, each rows × heads × tokens × d, of a cache that `keeps_only_tokens`."""
-    layers: list[Any] = held.layers
-    return [tensor for layer in layers if layer.keys is not None for tensor in (layer.keys, layer.values)]
-
-
-def fixed_cache(held: Cache, room: int, at: Tensor) -> Cache:
-    """An empty cache of `room` tokens for the layers of `held`, which all write at `at`, a tensor that the caller moves."""
-    from transformers.cache_utils import Cache, StaticLayer
-
-    class Layer(StaticLayer):
-        cumulative_length: Any  # a number or a tensor, by the version of transformers
-
-        def __init__(self, keys: Tensor, values: Tensor, room: int, at: Tensor) -> None:
-            super().__init__(max_cache_len=room)
-            self.lazy_initialization(keys, values)
-            self.cumulative_length = at
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-            at = self.cumulative_length.view(1)
-            assert self.keys is not None and self.values is not None
-            return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
-
-    layers: list[Any] = held.layers
-    return Cache(
-        layers=[layer if layer.keys is None else Layer(layer.keys, layer.values, room, at) for layer in layers]
-    )
 
 
 def is_listed(folder: Path) -> bool:

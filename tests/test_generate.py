@@ -70,6 +70,7 @@ def test_after_virtual_tokens_too(method, tiny_model):
 
 def test_what_prompts_share_is_read_once(base):
     """And changes nothing: a batch of them equals each alone, which shares nothing."""
+    said(base.model, LIKE, Decoding(1))  # how a model takes padding is tried once
     read = []
     base.model.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(tuple(args[0].shape)))
     together = said(base.model, LIKE, Decoding(10))

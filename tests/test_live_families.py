@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import TOY, digest, said
 
-from peftlab import RunSpec, SpecError, adapters, fused, resolve, seam
+from peftlab import RunSpec, SpecError, adapters, caches, fused, resolve, seam
 from peftlab.base import weights
 from peftlab.bench import families
 from peftlab.data import tasks
@@ -66,7 +66,7 @@ def test_it_trains_and_answers_in_a_batch_as_alone(kind, saved, tmp_path, monkey
 def test_only_a_cache_of_single_tokens_is_shared_and_fixed(saved):
     for kind, plain in (("gpt_neox", True), ("lfm2", False), ("mamba", False), ("bloom", False)):
         model = base_of(saved(kind)).model
-        assert seam.reads_by_attention(model) == plain
+        assert caches.reads_by_attention(model) == plain
         with torch.inference_mode():
             reader = Reader(model, [[9] * 12 + [3], [9] * 12 + [4, 8]], 0)
             assert reader.mask.shape[1] - reader.ids.shape[1] == (12 if plain else 0)

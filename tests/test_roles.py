@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import fresh
 
-from peftlab import RunSpec, SpecError, count, methods, resolve
+from peftlab import RunSpec, SpecError, adapters, count, methods, resolve, seam
 from peftlab.base import architecture
 from peftlab.base.configs import normal
 from peftlab.base.weights import share
@@ -57,11 +57,7 @@ def test_what_is_counted_is_attached(kind, tiny):
     model = fresh(config).requires_grad_(False)
     for method in METHODS:
         spec = resolve(RunSpec(model=path, method=method, sequence_length=64))
-        try:
-            report = count(spec)
-        except SpecError as error:
-            assert method == "prefix" and kind in ("deepseek_v3", "lfm2"), error
-            continue
+        report = count(spec)
         adapted = methods.find(method).attach(share(model), methods.targets(architecture.of(path), spec), spec)
         assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == report.trainable_parameters, method
 
@@ -96,3 +92,55 @@ def test_an_adapter_on_the_experts_acts_and_starts_at_nothing(kind, tiny):
         for p in trained:
             torch.nn.init.normal_(p, std=0.1)
         assert not torch.equal(adapted(input_ids=ids).logits, plain)
+
+
+UNLIKE = (
+    "deepseek_v3",
+    "deepseek_v32",
+    "lfm2",
+    "gemma4_text",
+    "gemma3n_text",
+    "falcon_h1",
+    "zamba2",
+    "roberta",
+)
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_prefix_stands_before_what_each_layer_keeps(kind, tmp_path):
+    config = families.tiny(kind, "causal")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base, spec = (
+        fresh(config).requires_grad_(False).eval(),
+        resolve(RunSpec(model=str(tmp_path), method="prefix", virtual_tokens=5, sequence_length=64, precision="fp32")),
+    )
+    targets = methods.targets(architecture.of(spec.model), spec)
+    model = methods.find("prefix").attach(share(base), targets, spec).eval()
+    (own,) = (p for p in model.parameters() if p.requires_grad)
+    assert own.numel() == count(spec).trainable_parameters
+    ids = torch.arange(20, 26)[None]
+    inputs = {"attention_mask": torch.ones_like(ids), "position_ids": seam.first_position(base) + torch.arange(6)[None]}
+    whole = seam.logits(model, input_ids=ids, **inputs)
+    whole[:, -1].square().sum().backward()
+    assert own.grad.abs().sum(0).all()  # every layer looks at all of it
+    with torch.no_grad():
+        logits, held = seam.read(model, None, input_ids=ids[:, :4], **{name: t[:, :4] for name, t in inputs.items()})
+        for n in (4, 5):
+            more = {
+                "attention_mask": inputs["attention_mask"][:, : n + 1],
+                "position_ids": inputs["position_ids"][:, n : n + 1],
+            }
+            last, held = seam.read(model, held, input_ids=ids[:, n : n + 1], **more)
+            logits = torch.cat([logits, last], 1)
+    assert logits.allclose(whole, atol=1e-4)
+    if not hasattr(model, "peft_config"):
+        file = adapters.save(model, spec, tmp_path / "adapter") / adapters.TENSORS
+        again = adapters._attached(share(base), spec, file).eval()
+        assert torch.equal(seam.logits(again, input_ids=ids, **inputs), whole)
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "xlm", "minimax", "deepseek_v4", "hrm_text"])
+def test_a_cache_that_is_not_of_keys_alone_gets_no_prefix(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(families.tiny(kind, "causal")))
+    with pytest.raises(SpecError, match=r"method=prefix: .*\*\..*use prompt"):
+        count(resolve(RunSpec(model=str(tmp_path), method="prefix", sequence_length=64)))

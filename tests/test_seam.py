@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import CONFIGS, ROOT, fresh
 
-from peftlab import seam
+from peftlab import caches, seam
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -51,7 +51,7 @@ def test_what_was_read_is_kept_and_gone_on_from(family):
         logits, held = seam.read(model, held, input_ids=IDS[:, 3:])
         assert logits[0, -1].allclose(model(input_ids=IDS).logits[0, -1], atol=1e-5)
     assert held.get_seq_length() == 4
-    fixed = seam.fixed_cache(held, 9, torch.zeros((), dtype=torch.long))
+    fixed = caches.fixed_cache(held, 9, torch.zeros((), dtype=torch.long))
     assert [layer.keys.shape[2] for layer in fixed.layers] == [9] * 3
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import catalog, seam
+from .. import caches, catalog, seam
 from ..errors import SpecError
 from ..spec import Json
 from . import configs, models, rewriting, roles
@@ -62,7 +62,11 @@ class Facts:
     experts: int = 0
     experts_per_token: int = 0
     plain_cache: bool = True
-    """Whether each layer's cache holds keys and values, and no state of another kind."""
+    """Whether the model takes transformers' own cache, and keeps all that it keeps of a text there."""
+    keyless: tuple[int, ...] = ()
+    """Layers whose cache holds no keys and values: a state of another kind, or nothing."""
+    more_than_keys: bool = False
+    """Whether a layer's cache holds something beside keys and values: a state, or what an indexer finds them by."""
     attention: str = "sdpa"
     """The attention that transformers chooses for this family: sdpa, or eager where its class has no other."""
 
@@ -200,7 +204,9 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
                 layers.append(int(layer[1]))
     modules = [replace(module, layers=tuple(layers)) for module, layers in groups.values()]
     told = roles.told(modules, c.hidden_size, _widths(c))
-    named = [replace(m, role=(role := _role(m) or told.get(m, "")), cached=_cached(m, role, facts)) for m in modules]
+    named = [
+        replace(m, role=(role := _role(m) or told.get(m, "")), cached=_cached(m, role, facts, modules)) for m in modules
+    ]
     context = max(0, get(c, "max_position_embeddings") or get(c, "n_positions") or 0)  # XLNet says -1
     refused = rewriting.refused(model)
     return Architecture(c.num_hidden_layers, tuple(named), c.hidden_size, context, facts, renamed, refused)
@@ -216,10 +222,15 @@ def _role(module: Module) -> str:
     return "head" if module.head else module.kind if module.kind in ("embedding", "norm") else ""
 
 
-def _cached(module: Module, role: str, facts: Facts) -> int:
-    """The keys and values for one token in what a map with this role gives; those of a low-rank pair are yet to be made."""
+def _cached(module: Module, role: str, facts: Facts, modules: Collection[Module]) -> int:
+    """The numbers in the cache for one token of the keys and values that a map with this role makes.
+
+    Of a low-rank pair they are what the first gives.
+    """
     if role in ("key", "value"):
         return module.width
+    if role == "key+value":
+        return roles.latent(module, modules)
     both = module.width - facts.heads * facts.head_size if role == "query+key+value" else 0
     return both if facts.head_size and both > 0 and both % (2 * facts.head_size) == 0 else 0
 
@@ -242,6 +253,7 @@ def _facts(model: PreTrainedModel) -> Facts:
 
     heads, kinds = first("num_attention_heads"), get(config, "layer_types") or []
     windowed = sum(kind == "sliding_attention" for kind in kinds)
+    held = caches.cached_by_layer(model)
     window = max(0, first("sliding_window")) if getattr(config, "use_sliding_window", True) else 0
     return Facts(
         heads=heads,
@@ -254,7 +266,9 @@ def _facts(model: PreTrainedModel) -> Facts:
         attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
         experts=first("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
         experts_per_token=first("num_experts_per_tok"),
-        plain_cache=seam.has_plain_cache(model),
+        plain_cache=caches.has_plain_cache(model),
+        keyless=tuple(n for n, kind in enumerate(held) if kind == "other"),
+        more_than_keys="more" in held,
         attention="sdpa" if seam.has_sdpa(model) else "eager",
     )
 
@@ -296,7 +310,8 @@ def from_data(data: Json) -> Architecture:
         layers = tuple(n for first, last in m["layers"] for n in range(first, last + 1))
         shapes = {name: tuple(shape) for name, shape in m["parameters"].items()}
         modules.append(Module(**m | {"layers": layers, "parameters": shapes}))
-    parts = {"modules": tuple(modules), "facts": Facts(**data["facts"]), "refused": tuple(data["refused"])}
+    facts = Facts(**data["facts"] | {"keyless": tuple(data["facts"].get("keyless", ()))})
+    parts = {"modules": tuple(modules), "facts": facts, "refused": tuple(data["refused"])}
     return Architecture(**data | parts)
 
 

@@ -49,7 +49,7 @@ def _layers(modules: Sequence[Module]) -> Iterator[list[Module]]:
 def _of_layer(layer: list[Module], hidden: int, widths: Collection[int]) -> dict[Module, str]:
     maps = [m for m in layer if m.is_linear or m.kind == "experts"]
     found = _attention(maps, hidden)
-    places = {_place(m) for m, role in found.items() if role != "attention output"}
+    places = {place_of(m) for m, role in found.items() if role != "attention output"}
     convolved = {m.parent for m in layer if m.kind == "other" and len(m.parameters.get("weight", ())) == 3}
     rest = [m for m in maps if m not in found and m.parent not in convolved and not any(map(m.is_below, places))]
     return found | _feed_forward(rest, hidden, widths)
@@ -59,9 +59,9 @@ def _attention(maps: list[Module], hidden: int) -> dict[Module, str]:
     """Roles in each block whose maps make queries, keys and values, by one map or several."""
     said = {m: role for m in maps if m.is_linear and (role := _said(m))}
     found: dict[Module, str] = {}
-    for place in sorted(set(map(_place, said)), key=len):
-        block = {m: role for m, role in said.items() if _place(m) == place}
-        inner = any(place.startswith(f"{_place(m)}.") for m in found)
+    for place in sorted(set(map(place_of, said)), key=len):
+        block = {m: role for m, role in said.items() if place_of(m) == place}
+        inner = any(place.startswith(f"{place_of(m)}.") for m in found)
         if inner or {part for role in block.values() for part in role.split("+")} != {"query", "key", "value"}:
             continue  # such as an indexer inside attention, or the key and value of RWKV, which has no query
         for role in dict.fromkeys(block.values()):
@@ -84,7 +84,13 @@ def _said(module: Module) -> str:
     )
 
 
-def _place(module: Module) -> str:
+def latent(module: Module, modules: Collection[Module]) -> int:
+    """How wide the first of a low-rank pair is whose second makes keys and values; 0 where `module` is no such second."""
+    alike = [m for m in modules if (m.parent, m.layers) == (module.parent, module.layers) and m is not module]
+    return next((m.width for m in alike if m.is_linear and m.width >= module.d_in and _said(m) == "key+value"), 0)
+
+
+def place_of(module: Module) -> str:
     """The block that a map belongs to."""
     return module.parent.rpartition(".")[0] if module.short_name == "linear" else module.parent
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from .. import seam
 from ..base import architecture as architectures
-from ..base.architecture import Architecture
+from ..base import roles
+from ..base.architecture import Architecture, Module
 from ..errors import SpecError
 from ..spec import Resolved
 from . import Drawing, Method, Target, Term, Unsuited, in_layers, register, through_peft, with_roles
@@ -28,7 +29,8 @@ def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
 def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
     """The maps whose outputs a prefix stands before. Raises SpecError where it cannot: checkpointing, or too long a text.
 
-    With an encoder, they are those of the decoder's attention to itself. Raises Unsuited for caches that peft cannot fill.
+    With an encoder, they are those of the decoder's attention to itself. Raises Unsuited for a model whose cache holds
+    something else than what they make.
     """
     _leave_room(architecture, spec)
     if spec.gradient_checkpointing:
@@ -36,22 +38,53 @@ def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
             "gradient-checkpointing=true: it drops the cache, which is where the prefix is; turn it off, or use prompt"
         )
     makers = with_roles(architecture, "key", "value")
-    stacks = [s for s, depth in architecture.depths.items() if any(m.stack == s for m in makers)]
-    has_encoder = any(m.stacks > 1 for m in architecture.modules)
-    deep = stacks[-1:] if has_encoder else [s for s in stacks if architecture.depths[s] == architecture.n_layers]
-    own, chosen, widths = [m for m in makers if m.stack in deep], [], set()
-    for n in range(architecture.depths[deep[0]] if len(deep) == 1 else 0):
-        in_layer = [m for m in own if n in m.layers]
-        first = [m for m in in_layer if m.parent == in_layer[0].parent]
-        widths.add(sum(m.cached for m in first) if all(m.cached for m in first) else 0)
-        chosen += [m for m in first if m not in chosen]
-    facts = architecture.facts
+    if not architecture.facts.plain_cache:
+        raise Unsuited(
+            f"does not keep what {makers[0].name} makes in transformers' own cache, or not alone; use prompt"
+        )
+    stack, chosen = _read_last(architecture, makers), dict[Module, list[int]]()
+    first: list[Module] = []
+    for n in range(architecture.depths[stack]):
+        if n in architecture.facts.keyless:
+            continue
+        in_layer = [m for m in makers if m.stack == stack and n in m.layers]
+        place = roles.place_of(in_layer[0]) if in_layer else ""
+        if "cross" in place:  # it attends to an image alone
+            continue
+        if in_layer:  # else another layer's, which they share
+            first = [m for m in in_layer if roles.place_of(m) == place]
+        for module in first:
+            chosen.setdefault(module, []).append(n)
+    if odd := next((m for m in chosen if not m.cached), None):
+        raise Unsuited(f"keeps something else than what {odd.name} makes; use prompt")
+    targets = [Target(m, tuple(layers)) for m, layers in chosen.items()]
+    if not _is_even(targets, architecture) and any(m.stacks > 1 for m in architecture.modules):
+        raise Unsuited(f"has an encoder, and a decoder whose layers keep unlike keys ({makers[-1].name}); use prompt")
+    return targets
+
+
+def _read_last(architecture: Architecture, makers: list[Module]) -> str:
+    """The stack of layers that makes the text's keys and values: after an encoder, the decoder."""
+    stacks = [s for s in architecture.depths if any(m.stack == s for m in makers)]
+    if any(m.stacks > 1 for m in architecture.modules):
+        return stacks[-1]
+    alike = [s for s in stacks if architecture.depths[s] == architecture.n_layers] or stacks
+    found = min(alike, key=lambda stack: stack.count("."))  # those of images and sounds stand deeper
+    if architecture.depths[found] < architecture.n_layers:
+        raise Unsuited(f"keeps what {makers[0].name} makes several times in a layer or round of layers; use prompt")
+    return found
+
+
+def _is_even(targets: list[Target], architecture: Architecture) -> bool:
+    """Whether all layers keep as many keys as values, alike in heads and sizes, which is what peft's own prefix fits."""
+    facts, kept = architecture.facts, [t for t in targets if not t.module.classifier]
+    layers = {n for t in kept for n in t.layers}
+    widths = {sum(t.module.cached for t in kept if n in t.layers) for n in layers}
     usual = 2 * facts.kv_heads * facts.head_size
-    fits = widths == {usual} or (len(widths) == 1 and chosen[0].role in FUSED and 0 < max(widths) < usual)
-    if not fits or not facts.plain_cache or len({m.parent for m in chosen}) != 1:
-        odd = next((m.name for m in own if not m.cached), "some layers have none, others, or a state of another kind")
-        raise Unsuited(f"keeps no plain keys and values in every layer ({odd}), and peft fills only those; use prompt")
-    return [Target(m, m.layers) for m in chosen]
+    fits = widths == {usual} or (len(widths) == 1 and kept[0].module.role == FUSED[0] and 0 < max(widths) < usual)
+    places = {roles.place_of(t.module) for t in kept}
+    whole = len(layers) == architecture.depths[kept[0].module.stack] and not facts.more_than_keys
+    return fits and whole and len(places) == 1 and not any(t.module.role == FUSED[1] for t in kept)
 
 
 def _leave_room(architecture: Architecture, spec: Resolved) -> None:
@@ -84,13 +117,18 @@ def vectors(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pe
     return attach(model, targets, spec, "PromptTuningConfig", prompt_tuning_init="SAMPLE_VOCAB" if found else "RANDOM")
 
 
-def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
+def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel | PreTrainedModel:
     """Starts from the keys and values of random tokens: Li and Liang, section 7.5, found that far better than noise."""
     import torch
 
-    facts, layers = architectures.of(spec.model).facts, {n for t in targets for n in t.layers}
-    width = sum(t.module.cached * t.count for t in targets) // (2 * len(layers))
-    shape = {"num_layers": len(layers), "token_dim": width, "num_attention_heads": width // facts.head_size}
+    from . import _prefix
+
+    architecture, layers = architectures.of(spec.model), {n for t in targets for n in t.layers}
+    width = sum(t.module.cached * t.count for t in targets)
+    if not _is_even(targets, architecture):
+        return _prefix.attach(model, spec.virtual_tokens, width, through_peft.adapter_dtype(spec))
+    size = width // (2 * len(layers))
+    shape = {"num_layers": len(layers), "token_dim": size, "num_attention_heads": size // architecture.facts.head_size}
     adapted = through_peft.attach(model, spec, "PrefixTuningConfig", num_virtual_tokens=spec.virtual_tokens, **shape)
     if model.config.is_encoder_decoder:  # peft's own start: the cache would need a text for the encoder
         return adapted
@@ -99,11 +137,9 @@ def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pef
     ids = torch.randint(0, vocabulary, (1, spec.virtual_tokens))
     with torch.no_grad():
         _, cache = seam.read(model.eval(), None, input_ids=ids.to(weight.device))
-        own = getattr(cache, "self_attention_cache", cache)  # BERT as a decoder keeps room for an encoder's
-        if own is not None:
-            start = torch.cat([t[0].transpose(0, 1).flatten(1) for t in seam.kept_by(own)], 1)
-            if start.shape == weight.shape:  # a few models put tokens of their own before the text
-                weight.copy_(start)
+        start = _prefix.numbers(cache)
+        if start is not None and start.shape == weight.shape:  # a few models put tokens of their own before the text
+            weight.copy_(start)
     return adapted
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.cuda import CUDAGraph
 
-from .. import seam
+from .. import caches, seam
 from ..errors import SpecError
 from ..fused import trial
 from . import graphs
@@ -64,7 +64,7 @@ def pads(model: PreTrainedModel) -> bool:
     tried one time a process, on two rows beside a longer one. One of the two may be off: in a mixture, rounding alone may
     send a token to another expert.
     """
-    if seam.sums_up_by_itself(model):
+    if caches.sums_up_by_itself(model):
         return False
     method = sorted(str(config.peft_type) for config in getattr(model, "peft_config", {}).values())
     key = (type(seam.writer(model)), str(model.config.to_dict()), str(model.dtype), *method)
@@ -102,7 +102,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, alike: bool = True) -> None:
         self.model, device = model, model.device
         first = seam.first_position(model)
-        alike = alike and len(prompts) > 1 and seam.reads_by_attention(model) and pads(model)
+        alike = alike and len(prompts) > 1 and caches.reads_by_attention(model) and pads(model)
         columns = zip(*(p[:-1] for p in prompts), strict=False) if alike else ()
         shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
         common = len(shared) if len(shared) >= SHARED else 0
@@ -152,7 +152,7 @@ class Replayed(Reader):
         room = width + reader.seen() + 1 - reader.mask.shape[1]
         self.at = torch.zeros((), dtype=torch.long, device=reader.ids.device)
         """How many tokens are in the cache: one number for all layers."""
-        self.cache = seam.fixed_cache(reader.cache, room, self.at)
+        self.cache = caches.fixed_cache(reader.cache, room, self.at)
         self.ids, self.positions = reader.ids.clone(), reader.positions.clone()
         self.mask = reader.mask.new_zeros(len(reader.mask), width)
         self.masked = self.steps = 0
@@ -165,17 +165,17 @@ class Replayed(Reader):
 
         That is a recurrent state, or what a sliding window has not passed yet.
         """
-        if not (seam.reads_by_attention(reader.model) and seam.keeps_only_tokens(reader.cache)):
+        if not (caches.reads_by_attention(reader.model) and caches.keeps_only_tokens(reader.cache)):
             return None
-        if any(tensor.shape[-2] != reader.seen() for tensor in seam.kept_by(reader.cache)):
+        if any(tensor.shape[-2] != reader.seen() for tensor in caches.kept_by(reader.cache)):
             return None
         rows, masked = reader.mask.shape
         width = math.ceil((masked + tokens) / STRIDE) * STRIDE
         made = _kept.setdefault(reader.model, {}).pop((rows, width), None) or cls(reader, width)
         made.model, made.masked = reader.model, masked
-        seen, held = reader.seen(), seam.kept_by(made.cache)
+        seen, held = reader.seen(), caches.kept_by(made.cache)
         torch._foreach_zero_(held)  # what is masked counts nothing, unless it is NaN
-        torch._foreach_copy_([t[:, :, :seen] for t in held], seam.kept_by(reader.cache))
+        torch._foreach_copy_([t[:, :, :seen] for t in held], caches.kept_by(reader.cache))
         made.at.fill_(seen)
         made.mask.fill_(0)
         made.mask[:, :masked] = reader.mask
@@ -189,7 +189,7 @@ class Replayed(Reader):
         del self.model  # or the model, of which this is kept, would never be let go
         if self.graph:  # its last step may be under way, and it may be the last of its graph
             torch.cuda.current_stream(self.ids.device).synchronize()
-            if sum(t.nbytes for t in seam.kept_by(self.cache)) < KEPT:
+            if sum(t.nbytes for t in caches.kept_by(self.cache)) < KEPT:
                 _kept[model][len(self.mask), self.mask.shape[1]] = self
 
     def logits(self) -> Tensor:
