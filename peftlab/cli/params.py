@@ -22,5 +22,10 @@ def run(args: Namespace) -> Output:
         f"({units.percent(report.trainable_percent / 100)}); the adapter is {units.size(report.adapter_bytes)}"
     )
     note = find(report.spec.model).note
-    lines = [*table([("module", "shape", "layers", "trainable"), *rows]), *report.frozen, *([note] if note else []), last]
+    lines = [
+        *table([("module", "shape", "layers", "trainable"), *rows]),
+        *report.frozen,
+        *([note] if note else []),
+        last,
+    ]
     return report.to_dict() | ({"note": note} if note else {}), lines
