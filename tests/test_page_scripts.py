@@ -227,7 +227,7 @@ def some(draw, members):
 def drawn(draw, model):
     """Settings of any method of the family, with a rank that may be too large."""
     shape = architecture.of(model)
-    limits = [min(m.d_in, m.d_out) for m in shape.adaptable(True)]
+    limits = [m.full_rank for m in shape.adaptable(True)]
     layers = draw.choice([list(range(shape.n_layers)), some(draw, range(shape.n_layers))])
     return {
         "method": draw.choice(shapes.FAMILY),

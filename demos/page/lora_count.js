@@ -4,8 +4,8 @@
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const valueOf = (terms, sizes) => Math.round(sum(terms.map(([c, names]) => names.reduce((n, name) => n * sizes[name], c))));
 /** In how many layers each kind of module is adapted. A module outside the layers is adapted where all layers are. */
-const chosenOf = (data, {targets, layers}) =>
-  data.modules.map((m) => !targets.has(m.name) ? 0
+const chosenOf = (data, {method, targets, layers}) =>
+  data.modules.map((m) => !targets.has(m.name) || (m.experts && data.methods[method].experts === null) ? 0
     : m.layers.length ? m.layers.filter((layer) => layers.has(layer)).length : +(layers.size === data.n_layers));
 const trainsNothing = (data, settings) => !chosenOf(data, settings).some(Boolean);
 
@@ -52,8 +52,9 @@ const refusal = (data, settings, typed = {}) => {
   if (!Number.isInteger(rank) || rank < 1) return fill(WORDS.bad_rank, {rank: given('rank')});
   if (alpha !== null && !(alpha > 0 && alpha <= 1e6)) return fill(WORDS.bad_alpha, {alpha: given('alpha')});
   if (trainsNothing(data, settings)) return WORDS.no_layer;
+  if (method.experts && data.modules.some((m) => m.experts && targets.has(m.name))) return method.experts;
   if (!method.limit) return rank <= 65536 ? '' : fill(WORDS.bad_rank, {rank});
-  const chosen = chosenOf(data, settings), ranks = data.modules.filter((_, i) => chosen[i]).map((m) => Math.min(m.d_in, m.d_out));
+  const chosen = chosenOf(data, settings), ranks = data.modules.filter((_, i) => chosen[i]).map((m) => m.full_rank);
   const limit = method.limit === 'largest' ? Math.max(...ranks) : Math.min(...ranks);
   if (rank <= limit) return '';
   return fill(WORDS.rank, {rank, limit, which: WORDS[method.limit], usual: Math.min(limit, WORDS.usual_rank)});

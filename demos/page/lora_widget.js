@@ -46,7 +46,7 @@ const read = () => {
   settings = {method, rank, bytes: data.bytes, alpha: alpha ?? null, targets: new Set(targets), layers: new Set(layers)};
   if (held) settings[held] = mine;
   typed = {...refused};
-  const largest = Math.max(...data.modules.map((m) => Math.min(m.d_in, m.d_out)));
+  const largest = Math.max(...data.modules.map((m) => m.full_rank));
   data.stops = {rank: stops(largest), alpha: stops(Math.max(2 * largest, data.at.alpha ?? 0))};
   const is = (test) => data.modules.find((m) => test(m.name));
   shown = is((name) => name === shown?.name) ?? is((name) => targets.includes(name)) ?? data.modules[0];

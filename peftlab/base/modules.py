@@ -74,6 +74,11 @@ class Module:
         return self.features[1]
 
     @property
+    def full_rank(self) -> int:
+        """The most that the rank of its weight can be, or of one expert's."""
+        return min(self.features)
+
+    @property
     def count(self) -> int:
         """How many modules of this kind the model has."""
         return len(self.layers) or 1

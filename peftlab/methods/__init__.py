@@ -46,7 +46,7 @@ def targets(architecture: Architecture, spec: Resolved, model_name: str = "the m
         raise SpecError(f"method={method.key}: {model_name} {method.if_nothing or 'has nothing for it to train'}")
     if method.rank_limit:
         extreme, which = selection.RANK_LIMITS[method.rank_limit]
-        limit = extreme(min(t.module.features) for t in chosen)
+        limit = extreme(t.module.full_rank for t in chosen)
         if spec.rank > limit:
             usual = min(limit, selection.USUAL_RANK)
             raise SpecError(selection.RANK_REFUSAL.format(rank=spec.rank, which=which, limit=limit, usual=usual))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 
 from ..base import architecture, models
-from ..count import BYTES
+from ..count import BYTES, why_not
 from ..methods import METHODS, Method
 from ..methods.selection import RANK_LIMITS, RANK_REFUSAL, USUAL_RANK, WHERE
 from ..resolve import resolve
@@ -66,7 +66,9 @@ def value(spec: RunSpec, refused: Mapping[str, str] | None = None) -> dict[str, 
                 "role": m.role,
                 "d_in": m.d_in,
                 "d_out": m.d_out,
+                "full_rank": m.full_rank,
                 "swapped": m.kind == "conv1d",
+                "experts": m.kind == "experts",
                 "parameters": m.weight + m.bias,
                 "layers": m.layers,
             }
@@ -114,7 +116,10 @@ def _rest(shape: architecture.Architecture, linear: list[architecture.Module]) -
 
 
 def _method(method: Method, model: str | None) -> dict[str, object]:
-    """How a method counts, and its rule for alpha as (constant, per rank); None where it has no alpha."""
+    """How a method counts, and its rule for alpha as (constant, per rank); None where it has no alpha.
+
+    `experts` is None where it leaves experts in one parameter frozen, else why it cannot adapt them; empty where it can.
+    """
     usual = RunSpec(model=model, method=method.key)
     one, two = (resolve(usual.but(rank=rank)).alpha for rank in (1, 2))
     of = resolve(usual)
@@ -123,6 +128,7 @@ def _method(method: Method, model: str | None) -> dict[str, object]:
         "terms": [[t.coefficient, t.factors] for t in method.terms],
         "saved": [[t.coefficient, t.factors] for t in method.saved or method.terms],
         "limit": method.rank_limit,
+        "experts": why_not(method.key, model or models.DEFAULT) if method.low_rank else None,
         "usual": of.rank,
         "bytes": BYTES[of.adapter_precision],
         "alpha": None if "alpha" in of.unread else [2 * one - two, two - one],
