@@ -218,7 +218,7 @@ def test_a_rehearsal_that_fails_leaves_no_model(work, toy_spec, attached, monkey
     monkeypatch.setattr(weights, "load", lambda spec: base)
     monkeypatch.setattr(gears.Step, "loss", fails)
     monkeypatch.setattr(engine.hardware, "here", lambda: replace(MACHINE, device="cuda"))
-    with pytest.raises(MemoryError, match="no more") as error:
+    with pytest.raises(RunError, match="no more") as error:
         work(resolve(toy_spec))
     assert [model() for model in attached] == [None], error
 

@@ -51,6 +51,8 @@ class Operations(TorchDispatchMode):
         self.recorder = recorder
         self.found: dict[str, Counter[tuple[int, Operation]]] = {}
         self._recorded = False
+        self._owners: list[int | None] = []
+        """The part of each parameter, in the order in which the optimizer goes over them."""
 
     def __enter__(self) -> Operations:
         _listening.append(self)
@@ -122,6 +124,10 @@ class Operations(TorchDispatchMode):
         columns = [each for each in lists if len(each) == len(args[0]) and all(isinstance(t, Tensor) for t in each)]
         written = sum(argument.alias_info is not None for argument in func._schema.arguments)
         owners = self.recorder._owners((args[0],))
+        if any(owner is not None for owner in owners):
+            self._owners = owners
+        elif len(owners) == len(self._owners):  # a number for each parameter, such as how many steps it has had
+            owners = self._owners
         for owner, row in zip(owners, zip(*columns, strict=True), strict=True):
             moved = sum(map(_bytes, row)) + sum(map(_bytes, row[:written]))
             part = self.recorder.part if owner is None else owner

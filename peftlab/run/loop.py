@@ -203,7 +203,7 @@ class Run:
         self.model.train()
         rate = self.spec.learning_rate * schedule(step, self.spec.steps)
         drawing = functools.partial(seeded, self.spec.seed * 1_000_003 + step) if self.draws else nullcontext
-        why = ""
+        why, refused = "", None
         with drawing():
             try:
                 self.pending.append(self.gear.run(pieces, rate))
@@ -212,7 +212,9 @@ class Run:
             except Exception as error:  # anybody's architecture, in transformers' and peft's code
                 if step or isinstance(error, PeftlabError | torch.OutOfMemoryError):
                     raise
-                raise self._refused(error) from None
+                refused = self._refused(error)
+        if refused:
+            raise refused
         if why:  # no longer handling the error, which would hold on to the memory of the step that failed
             self.gear.close()
             self.gear = Eager(self.gear.step, why)
