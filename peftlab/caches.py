@@ -23,7 +23,8 @@ def has_plain_cache(model: PreTrainedModel) -> bool:
     parts = [part for part in model.modules() if isinstance(part, seam.library().PreTrainedModel)]
     asked = [seam.arguments_of(part).get(seam.cache_name()) for part in parts]
     taken = " ".join(str(argument) for argument in asked if argument)
-    known = bool(set(re.findall(r"\w+", taken)) & kinds) and kinds <= set(vars(cache_utils))
+    named = {*kinds, "tuple", "list"}  # some families still say of it what it was before there was a class
+    known = bool(kinds and set(re.findall(r"\w+", taken)) & named) and kinds <= set(vars(cache_utils))
     return known and not any(hasattr(part, "_setup_cache") for part in parts) and not sums_up_by_itself(model)
 
 

@@ -78,7 +78,10 @@ def offer_rotation(kind: type) -> bool:
 
 def _rotates_both(rotation: Rotation | None) -> bool:
     """Whether this takes what `_giving_way` does: some families rotate one of the two at a time."""
-    return rotation is not None and list(inspect.signature(rotation).parameters)[:4] == ["q", "k", "cos", "sin"]
+    if rotation is None:
+        return False
+    first = [*inspect.signature(rotation).parameters.values()][:4]
+    return [(p.name, p.default) for p in first] == [(name, inspect.Parameter.empty) for name in ("q", "k", "cos", "sin")]
 
 
 def _giving_way(own: Rotation) -> Rotation:

@@ -1,7 +1,11 @@
+import json
+
 import pytest
 from tiny import CONFIGS, fresh
 
-from peftlab import RunSpec, SpecError, count, predict, resolve
+from peftlab import RunSpec, SpecError, caches, count, predict, resolve, seam
+from peftlab.base import configs
+from peftlab.bench import families
 from peftlab.memory import serve as served
 
 LLAMA_8B = RunSpec(model="llama-3.1-8b", precision="bf16", rank=8)
@@ -54,6 +58,27 @@ def test_the_cache_is_what_transformers_keeps(config_files, family, context):
         )
     found = serve(RunSpec(model=config_files[family]), 1, 1, context)
     assert found.cache == 2 * numbers
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text", "deepseek_v3", "falcon", "gpt_bigcode", "jamba", "phi3"])
+def test_the_cache_of_other_families(kind, tmp_path):
+    """Shared keys, heads of another size in some layers, keys and values of unlike widths, one head for all queries, layers with a state."""
+    import torch
+
+    (path := tmp_path / "config.json").write_text(json.dumps(families.tiny(kind, "causal") | {"use_cache": True}))
+    model = seam.library().AutoModelForCausalLM.from_config(configs.parsed(json.loads(path.read_text()))[0]).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.ones(1, 6, dtype=torch.long), use_cache=True).past_key_values
+    kept = caches.kept_by(cache)
+    found = serve(RunSpec(model=str(path)), 1, 1, 6)
+    assert found.cache == 2 * sum(t.numel() for t in kept)
+    assert found.stateful == (len(cache.layers) - len(kept) // 2 if kind == "jamba" else 0)
+
+
+def test_the_state_of_a_text_is_no_cache_of_keys(tmp_path):
+    (path := tmp_path / "config.json").write_text(json.dumps(families.tiny("mamba", "causal")))
+    with pytest.raises(SpecError, match="keeps a state of its texts"):
+        serve(RunSpec(model=str(path)), 1, 1, 6)
 
 
 def test_refusals():

@@ -7,7 +7,7 @@ import torch
 from tiny import LLAMA
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftlab import RunSpec, methods, resolve
+from peftlab import RunSpec, methods, predict, resolve
 from peftlab.base import architecture, configs
 from peftlab.bench import families
 from peftlab.memory import exact, kernels, shallow
@@ -86,21 +86,33 @@ def test_layers_of_a_kind_have_the_same_modules():
         assert len({*shallow.kinds(configs.build_meta(families.tiny(kind, "causal")))}) > 1
 
 
+def test_layers_are_those_of_the_text(family):
+    """Not those of the larger encoder of images beside them; where their parts lie in several lists, all are traced."""
+    git = configs.build_meta(families.tiny("git", "causal") | {"num_hidden_layers": 2})
+    assert len(shallow.layers(git)) == 2 < git.config.vision_config.num_hidden_layers
+    xlm = configs.build_meta(families.tiny("xlm", "causal"))
+    assert shallow.is_split(xlm) and shallow.kinds(xlm) == [0, 1, 2, 3] and not shallow.is_split(git)
+    assert predict(resolve(RunSpec(model=family("xlm"), batch_size=2, sequence_length=16))).unknown
+
+
 def test_a_skipped_layer_passes_on_what_it_is_given_and_answers_for_the_layer():
     """In the form of the layer before, and without parameters."""
 
     class Layer(torch.nn.Linear):
         kind = "sliding"
 
+        beside = ("weights",)
+
         def forward(self, x, mask=None):
-            return super().forward(x), "weights"
+            return super().forward(x), *self.beside
 
     stack = torch.nn.ModuleList(Layer(3, 3) for _ in range(4))
     shallow.skip(stack, [0, 3])
-    x = torch.ones(2, 3)
-    first = stack[0](x)
-    given, beside = stack[1](first[0], mask=None)
-    assert given is first[0] and beside == "weights" and stack[1].kind == "sliding"
+    for beside in (("weights",), ()):
+        stack[0].beside = beside
+        first = stack[0](torch.ones(2, 3))
+        given, *rest = stack[1](first[0], mask=None)
+        assert given is first[0] and tuple(rest) == beside and stack[1].kind == "sliding"
     assert len(list(stack.parameters())) == 4
 
 
@@ -110,6 +122,7 @@ def test_a_skipped_layer_passes_on_what_it_is_given_and_answers_for_the_layer():
         ("granitemoehybrid", {"num_hidden_layers": 12, "layer_types": ["mamba", "mamba", "attention"] * 4}),
         ("glm4_moe_lite", {"num_hidden_layers": 12, "mlp_layer_types": ["dense", *["sparse"] * 11]}),
         ("bart", {"decoder_layers": 12}),
+        ("falcon_h1", {"num_hidden_layers": 12}),  # its layers give a tuple of one
     ],
 )
 def test_a_few_layers_are_as_good_as_all(kind, changes, family, monkeypatch):

@@ -14,7 +14,7 @@ from .. import caches, catalog, seam
 from ..errors import SpecError
 from ..spec import Json
 from . import configs, models, rewriting, roles
-from .configs import Config, get
+from .configs import Config, context, get
 from .modules import Module, runs, told_apart
 from .roles import ROLES
 
@@ -53,7 +53,7 @@ class Facts:
     head_size: int = 0
     window: int = 0
     """How far back a windowed layer sees, in tokens; 0 where no layer has a window."""
-    windowed: int = 0
+    windowed: tuple[int, ...] = ()
     """Layers with that window; the others see everything."""
     activation: str = ""
     """transformers' name for the activation function of the feed-forward."""
@@ -207,9 +207,8 @@ def describe(model: PreTrainedModel, own_head: bool = False) -> Architecture:
     named = [
         replace(m, role=(role := _role(m) or told.get(m, "")), cached=_cached(m, role, facts, modules)) for m in modules
     ]
-    context = max(0, get(c, "max_position_embeddings") or get(c, "n_positions") or 0)  # XLNet says -1
     refused = rewriting.refused(model)
-    return Architecture(c.num_hidden_layers, tuple(named), c.hidden_size, context, facts, renamed, refused)
+    return Architecture(c.num_hidden_layers, tuple(named), c.hidden_size, context(c), facts, renamed, refused)
 
 
 def _is_of_experts(module: nn.Module, parameter: nn.Parameter, hidden: int) -> bool:
@@ -252,7 +251,7 @@ def _facts(model: PreTrainedModel) -> Facts:
         return next((v for v in (get(config, name) for name in names) if v), 0)
 
     heads, kinds = first("num_attention_heads"), get(config, "layer_types") or []
-    windowed = sum(kind == "sliding_attention" for kind in kinds)
+    windowed = [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
     held = caches.cached_by_layer(model)
     window = max(0, first("sliding_window")) if getattr(config, "use_sliding_window", True) else 0
     return Facts(
@@ -260,7 +259,7 @@ def _facts(model: PreTrainedModel) -> Facts:
         kv_heads=first("num_key_value_heads") or heads,
         head_size=first("head_dim", "d_kv") or (config.hidden_size // heads if heads else 0),
         window=window,
-        windowed=(windowed if kinds else config.num_hidden_layers) if window else 0,
+        windowed=tuple(windowed if kinds else range(config.num_hidden_layers)) if window else (),
         activation=first("hidden_act", "hidden_activation", "activation_function", "dense_act_fn") or "",
         dropout=float(first("resid_pdrop", "dropout", "hidden_dropout_prob", "dropout_rate")),
         attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
@@ -310,7 +309,7 @@ def from_data(data: Json) -> Architecture:
         layers = tuple(n for first, last in m["layers"] for n in range(first, last + 1))
         shapes = {name: tuple(shape) for name, shape in m["parameters"].items()}
         modules.append(Module(**m | {"layers": layers, "parameters": shapes}))
-    facts = Facts(**data["facts"] | {"keyless": tuple(data["facts"].get("keyless", ()))})
+    facts = Facts(**data["facts"] | {name: tuple(data["facts"][name]) for name in ("windowed", "keyless")})
     parts = {"modules": tuple(modules), "facts": facts, "refused": tuple(data["refused"])}
     return Architecture(**data | parts)
 

@@ -297,3 +297,9 @@ def get(config: PreTrainedConfig, name: str) -> Any:
     """A field of a transformers config, or None; the usual layer's where layers differ, as in Gemma 4's head_dim."""
     name = config.attribute_map.get(name, name)
     return vars(config)[name] if name in vars(config) else getattr(config, name, None)
+
+
+def context(config: PreTrainedConfig) -> int:
+    """The longest text that the model reads, in tokens; 0 where its config does not say."""
+    said = (get(config, name) for name in ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"))
+    return max(0, next(filter(None, said), 0))  # XLNet says -1

@@ -84,9 +84,14 @@ class Module:
         return len(self.layers) or 1
 
     @property
+    def elements(self) -> int:
+        """Elements of everything but the bias, for one layer."""
+        return sum(math.prod(s) for n, s in self.parameters.items() if n != "bias")
+
+    @property
     def weight(self) -> int:
-        """Elements of everything but the bias, for one layer; 0 where the weight is tied."""
-        return 0 if self.tied else sum(math.prod(s) for n, s in self.parameters.items() if n != "bias")
+        """As `elements`, but 0 where the weight is tied."""
+        return 0 if self.tied else self.elements
 
     @property
     def bias(self) -> int:

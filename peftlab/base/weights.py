@@ -56,7 +56,7 @@ def load(spec: Resolved) -> Base:
     """
     entry = models.find(spec.model)
     if not entry.is_causal:
-        raise SpecError(f"model={spec.model}: it is no causal language model, and only counted; try {models.DEFAULT}")
+        raise SpecError(f"model={entry.said}: it is no causal language model, and only counted; try {models.DEFAULT}")
     device = hardware.here().device
     key = (folder_of(entry), spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
     with _locks.setdefault(key, threading.Lock()):  # a second caller waits here, and then finds the first one's
@@ -108,12 +108,12 @@ def _refused(spec: Resolved, error: Exception) -> SpecError:
     if spec.attention == "sdpa" and "scaled_dot_product_attention" in said:
         return SpecError("attention=sdpa: this model's family has no sdpa in transformers; set it to eager")
     return SpecError(
-        f"model={spec.model}: transformers cannot load it ({type(error).__name__}: {said[:200]}); try {models.DEFAULT}"
+        f"model={models.find(spec.model).said}: transformers cannot load or run it ({type(error).__name__}: {said[:200]}); try {models.DEFAULT}"
     )
 
 
 def _try(model: PreTrainedModel, spec: Resolved) -> None:
-    """Has a model read two short rows that differ in their last token.
+    """Has a model read two short rows that differ in their last token, told which tokens are there and where they stand.
 
     Raises SpecError where it cannot, and where earlier logits differ: a model that sees what it is to predict learns nothing.
     """
@@ -123,14 +123,15 @@ def _try(model: PreTrainedModel, spec: Resolved) -> None:
 
     ids = torch.arange(6, device=model.device).repeat(2, 1)
     ids[1, -1] += 1
+    places = (torch.ones_like(ids), torch.arange(6, device=ids.device).repeat(2, 1) + seam.first_position(model))
     try:
         with torch.no_grad():
-            one, other = seam.logits(model, input_ids=ids)[:, :-1].float()
+            one, other = seam.logits(model, input_ids=ids, **dict(zip(seam.PLACES, places, strict=True)))[:, :-1].float()
     except Exception as error:  # anybody's architecture, in transformers' code
         raise _refused(spec, error) from None
     if (one - other).abs().max() > trial.rounding(model.dtype) * one.std():
         raise SpecError(
-            f"model={spec.model}: it reads the tokens after each token too, and so cannot learn to write them; set "
+            f"model={models.find(spec.model).said}: it reads the tokens after each token too, and so cannot learn to write them; set "
             f"is_decoder in its config.json where the family has that, or try {models.DEFAULT}"
         )
 

@@ -146,9 +146,10 @@ def save(kind: str, folder: Path, task: str = "", seed: int = 0) -> Path:
     """Writes a tiny model of the family, its weights drawn by the seed, and a tokenizer, as transformers saves them."""
     import torch
 
-    config, cls = configs.parsed(tiny(kind, task))
+    made = tiny(kind, task)
+    config, cls = configs.parsed(made)
     draw = torch.Generator().manual_seed(seed)
-    with seam.building, torch.random.fork_rng():
+    with configs.in_words(made), seam.building, torch.random.fork_rng():
         torch.manual_seed(seed)
         model = cls(config)
     with torch.no_grad():

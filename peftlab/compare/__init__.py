@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import adapters, fused
 from ..adapters import Adapter
-from ..base import weights
+from ..base import configs, weights
 from ..count import BYTES
 from ..data import tasks
 from ..errors import SpecError
@@ -117,7 +117,7 @@ def prompt_tokens(
     if not prompt.strip():
         raise SpecError("the prompt is empty: write a sentence, or take one of the held-out examples")
     ids = tasks.prompt_ids(base.tokenizer, instruction, prompt)
-    context = (getattr(base.model.config, "max_position_embeddings", None) or 1024) - virtual_tokens
+    context = (configs.context(base.model.config) or 1024) - virtual_tokens
     room = context - decoding.max_new_tokens
     if room < 1:
         raise SpecError(

@@ -109,7 +109,7 @@ class Case:
             return self.active
         facts = self.shape.facts
         full = facts.window and self.spec.sequence_length + self.inserted >= facts.window
-        return min(facts.windowed, self.active) if full else 0
+        return min(len(facts.windowed), self.active) if full else 0
 
     @property
     def inserted(self) -> int:
@@ -168,7 +168,7 @@ class Case:
     @cached_property
     def _own_weights(self) -> set[int]:
         """`id` of each module of the base whose weight is trained, and not its bias alone."""
-        weights = [term for term in self.method.terms if {"weight", "d_in"} & {*term.factors}]
+        weights = [term for term in self.method.terms if {"elements", "weight", "d_in"} & {*term.factors}]
         own = [t.module for t in self.targets if self.method.in_place or t.module.kind == "norm"]
         return {id(m) for m in own if any(term.value(m, self.spec) for term in weights)}
 
@@ -193,7 +193,7 @@ class Case:
         found: list[tuple[int, tuple[float, ...]]] = [(1, shape) for shape in self.method.shared.values()]
         for t in self.targets:
             for term in (term for term in self.method.terms if term.value(t.module, self.spec) > 0):
-                if term.factors == ("weight",):
+                if term.factors in (("elements",), ("weight",)):
                     found += [(t.count, shape) for name, shape in t.module.parameters.items() if name != "bias"]
                 else:
                     first, *rest = (getattr(t.module if f in SIZES else self.spec, f) for f in term.factors)

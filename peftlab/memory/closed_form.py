@@ -51,7 +51,7 @@ def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters
     rule, entry, method = CONVENTIONS.get(convention), models.find(spec.model), methods.find(spec.method)
     if rule is None and spec.optimizer == "adafactor" and not (entry.config and entry.is_causal):
         raise SpecError(
-            f"optimizer=adafactor: it keeps a number for each row and column, and {spec.model} has none here; choose adamw, "
+            f"optimizer=adafactor: it keeps a number for each row and column, and {entry.said} has none here; choose adamw, "
             "or name a model that writes text"
         )
     packable = None

@@ -15,6 +15,7 @@ from ..base import models
 from ..catalog.gpus import GPU, GPUS
 from ..count import BYTES, count
 from ..errors import SpecError
+from ..methods.prompts import keepers
 from ..resolve import resolve
 from ..spec import SETTINGS, Resolved
 from .closed_form import ClosedForm, closed_form, predict
@@ -164,12 +165,15 @@ class Serving:
     """A whole model for every fine-tuning, in the run's precision and quantization, and the cache."""
     on_one_base: int
     """The weights that all fine-tunings share, the adapters or changed tensors as they are saved, and the cache."""
+    stateful: int
+    """Layers that keep a state in place of keys and values, which is left out: it is small, and does not grow with the text."""
 
 
 def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
     """What serving takes of so many fine-tunings, answers at once, and tokens for each answer: prompt, answer, virtual ones.
 
-    Raises SpecError for a model that keeps no cache, for a bare count, and for tokens beyond what the model reads.
+    Raises SpecError for a model that keeps no cache, or something else in it than keys and values, for a bare count, and for
+    tokens beyond what the model reads.
     """
     for name, value in (("adapters", adapters), ("streams", streams), ("context", context)):
         if value < 1:
@@ -180,10 +184,24 @@ def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
     if shape.context and context > shape.context:
         raise SpecError(f"context={context}: {entry.name} reads {shape.context:,} tokens; try {shape.context}")
     report = count(spec)
-    facts, changed = shape.facts, report.total_parameters - report.frozen_parameters
+    changed = report.total_parameters - report.frozen_parameters
     copy = predict(spec).frozen_weights + changed * BYTES[spec.precision]
-    layer = 2 * facts.kv_heads * facts.head_size * 2  # a key and a value, of 16 bits a number whatever the weights are
-    within = min(facts.window or context, context)  # tokens that a layer with a window keeps
-    cache = streams * layer * ((shape.n_layers - facts.windowed) * context + facts.windowed * within)
+    cache = streams * 2 * _kept(entry, shape, context)  # of 16 bits a number whatever the weights are
     base = copy if report.frozen_parameters else 0
-    return Serving(cache, adapters * copy + cache, base + adapters * report.adapter_bytes + cache)
+    attending = {n for m in shape.with_role("query") for n in m.layers}
+    stateful = len({*shape.facts.keyless} - attending)
+    return Serving(cache, adapters * copy + cache, base + adapters * report.adapter_bytes + cache, stateful)
+
+
+def _kept(entry: models.BaseModel, shape: architectures.Architecture, context: int) -> int:
+    """The numbers of keys and values that a text of so many tokens leaves in the cache."""
+    facts = shape.facts
+    within = min(facts.window or context, context)  # tokens that a layer with a window keeps
+    try:
+        makers = keepers(shape)
+    except methods.Unsuited:
+        raise SpecError(
+            f"model={entry.said}: it keeps a state of its texts, or more than keys and values, and what serving takes of that "
+            "is not known here; try gpt2"
+        ) from None
+    return sum(t.module.cached * (within if n in facts.windowed else context) for t in makers for n in t.layers)

@@ -24,7 +24,7 @@ from .. import seam
 from ..base import architecture as architectures
 from ..base import configs
 from ..errors import SpecError
-from . import kernels
+from . import kernels, shallow
 from .case import decoder
 from .step import DTYPES, materialize
 from .tape import ALL
@@ -114,6 +114,8 @@ def _answer(model: str, precision: str, attention: str, filled: bool) -> Answer 
     try:
         kernels.register()
         built = nn.Module.to(configs.build_meta(entry.config), DTYPES[precision]).train()
+        if shallow.is_split(built):
+            return "their parts lie in several lists"
         amp = precision == "amp"
         for config in seam.configs_of(built):
             seam.set_attention(config, attention)

@@ -18,16 +18,27 @@ PLACE = re.compile(r"layer|idx|index")
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
-    """The list of the model's layers: of all its lists the one with the most parameters."""
+    """The list of the model's layers: of those as long as its config says, or of all, the one with the most parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise LookupError("it has no list of layers")
-    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    told = [found for found in lists if len(found) == depth]  # an encoder of images beside it may be larger
+    return max(told or lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether the parts of a layer lie in several lists, as in XLM: its attention in one, its feed-forward in another."""
+    found = layers(model)
+    beside = next(children for m in model.modules() if found in (children := [*m.children()]))
+    return sum(isinstance(m, nn.ModuleList) and len(m) == len(found) > 1 for m in beside) > 1
 
 
 def kinds(model: PreTrainedModel) -> list[Hashable]:
     """For each layer what tells it from layers of other kinds: its modules, and its entries in lists of the config."""
     found = layers(model)
+    if is_split(model):
+        return [*range(len(found))]
     listed = [v for v in vars(model.config).values() if isinstance(v, list | tuple) and len(v) == len(found)]
     return [(*map(_kind, layer.named_modules()), *(repr(each[i]) for each in listed)) for i, layer in enumerate(found)]
 
@@ -78,18 +89,19 @@ class Skipped(nn.Module):
     Everything else that the model asks of a layer, the layer still answers.
     """
 
-    def __init__(self, layer: nn.Module, beside: list[Any]) -> None:
+    def __init__(self, layer: nn.Module, last: list[Any]) -> None:
         super().__init__()
         self.layer = (layer,)  # in a tuple, so that its parameters are not the model's any more
-        self.beside = beside
+        self.last = last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_states(args, kwargs)
-        rest = [each() if isinstance(each, weakref.ref) else each for each in self.beside]
-        return (hidden, *rest) if rest else hidden
+        if not self.last:
+            return hidden
+        return (hidden, *(each() if isinstance(each, weakref.ref) else each for each in self.last[1:]))
 
 
 def hidden_states(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -104,13 +116,13 @@ def changed(out: Any) -> Tensor:
 
 def skip(stack: nn.ModuleList, kept: Iterable[int]) -> None:
     """Leaves only the layers `kept` in the list, and a Skipped in place of each other."""
-    beside: list[Any] = []
+    last: list[Any] = []  # of the last layer's output, where that is a tuple, be it of one
 
     def remember(module: nn.Module, args: object, out: Any) -> None:
-        rest = out[1:] if isinstance(out, list | tuple) else ()
-        beside[:] = [weakref.ref(each) if isinstance(each, Tensor) else each for each in rest]
+        several = out if isinstance(out, list | tuple) else ()
+        last[:] = [weakref.ref(each) if isinstance(each, Tensor) else each for each in several]
 
     for i in kept:
         stack[i].register_forward_hook(remember)
     for i in set(range(len(stack))).difference(kept):
-        stack[i] = Skipped(stack[i], beside)
+        stack[i] = Skipped(stack[i], last)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-SIZES = ("d_in", "d_out", "width", "cached", "stacks", "weight", "bias")
+SIZES = ("d_in", "d_out", "width", "cached", "stacks", "elements", "weight", "bias")
 """Factors of a term that are sizes of a module; its others are settings of the run."""
 Select: TypeAlias = Callable[[Architecture, Resolved], list[Target]]
 Attach: TypeAlias = "Callable[[PreTrainedModel, list[Target], Resolved], nn.Module]"

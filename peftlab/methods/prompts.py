@@ -27,16 +27,24 @@ def embedding(architecture: Architecture, spec: Resolved) -> list[Target]:
 
 
 def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
-    """The maps whose outputs a prefix stands before. Raises SpecError where it cannot: checkpointing, or too long a text.
-
-    With an encoder, they are those of the decoder's attention to itself. Raises Unsuited for a model whose cache holds
-    something else than what they make.
-    """
+    """The maps whose outputs a prefix stands before. Raises SpecError where it cannot: checkpointing, or too long a text."""
     _leave_room(architecture, spec)
     if spec.gradient_checkpointing:
         raise SpecError(
             "gradient-checkpointing=true: it drops the cache, which is where the prefix is; turn it off, or use prompt"
         )
+    targets = keepers(architecture)
+    if not _is_even(targets, architecture) and any(m.stacks > 1 for m in architecture.modules):
+        odd = targets[-1].module.name
+        raise Unsuited(f"has an encoder, and a decoder whose layers keep unlike keys ({odd}); use prompt")
+    return targets
+
+
+def keepers(architecture: Architecture) -> list[Target]:
+    """The maps whose outputs the cache keeps of a text, and their layers; with an encoder, of the decoder's own attention.
+
+    Raises Unsuited for a model whose cache holds something else than what they make.
+    """
     makers = with_roles(architecture, "key", "value")
     if not architecture.facts.plain_cache:
         raise Unsuited(
@@ -57,10 +65,7 @@ def keys_and_values(architecture: Architecture, spec: Resolved) -> list[Target]:
             chosen.setdefault(module, []).append(n)
     if odd := next((m for m in chosen if not m.cached), None):
         raise Unsuited(f"keeps something else than what {odd.name} makes; use prompt")
-    targets = [Target(m, tuple(layers)) for m, layers in chosen.items()]
-    if not _is_even(targets, architecture) and any(m.stacks > 1 for m in architecture.modules):
-        raise Unsuited(f"has an encoder, and a decoder whose layers keep unlike keys ({makers[-1].name}); use prompt")
-    return targets
+    return [Target(m, tuple(layers)) for m, layers in chosen.items()]
 
 
 def _read_last(architecture: Architecture, makers: list[Module]) -> str:
@@ -113,7 +118,8 @@ def attach(model: PreTrainedModel, targets: list[Target], spec: Resolved, config
 
 def vectors(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> PeftModel:
     """Starts from the vectors of random tokens, which peft finds by their number; from noise where it would not find them."""
-    found = targets[0].module.d_in == getattr(model.config, "vocab_size", 0)
+    entries = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    found = targets[0].module.d_in == entries == getattr(model.config, "vocab_size", 0)
     return attach(model, targets, spec, "PromptTuningConfig", prompt_tuning_init="SAMPLE_VOCAB" if found else "RANDOM")
 
 
@@ -126,6 +132,7 @@ def prefix(model: PreTrainedModel, targets: list[Target], spec: Resolved) -> Pef
     architecture, layers = architectures.of(spec.model), {n for t in targets for n in t.layers}
     width = sum(t.module.cached * t.count for t in targets)
     if not _is_even(targets, architecture):
+        through_peft.own_tensors(model, through_peft.classifiers(targets), train=True)
         return _prefix.attach(model, spec.virtual_tokens, width, through_peft.adapter_dtype(spec))
     size = width // (2 * len(layers))
     shape = {"num_layers": len(layers), "token_dim": size, "num_attention_heads": size // architecture.facts.head_size}

@@ -85,6 +85,7 @@ register(
     replace(
         FULL,
         key="ln",
+        terms=(Term(("elements",)), Term(("bias",))),  # peft copies a norm that two layers share for each of them
         select=modules_that(lambda module, spec: module.kind == "norm", layers=""),
         attach=lambda model, targets, spec: through_peft.attach(
             model, spec, "LNTuningConfig", target_modules=through_peft.names(model, targets)

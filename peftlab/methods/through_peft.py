@@ -87,6 +87,8 @@ def task_type(model: PreTrainedModel) -> str:
     """peft's name of what the model is for."""
     if seam.is_classifier(model):
         return "SEQ_CLS"
+    if not hasattr(model, "prepare_inputs_for_generation"):  # it fills gaps in a text
+        return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 

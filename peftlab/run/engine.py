@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from .. import hardware
-from ..base import weights
+from ..base import configs, weights
 from ..count import count
 from ..data import tasks
-from ..errors import SpecError
+from ..errors import PeftlabError, RunError, SpecError
 from ..memory import exact
 from ..memory.states import workspace
 from ..resolve import cannot_run
@@ -66,7 +66,15 @@ def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -
 def _events(run: Run) -> Iterator[Event]:
     """The steps and evaluations of a run that has started, and its end."""
     steps, evaluation = run.spec.steps, Evaluation(run)
-    yield from evaluation.at("before")
+    try:
+        yield from evaluation.at("before")
+    except (PeftlabError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # anybody's architecture, in transformers' code
+        raise RunError(
+            f"{run.base.entry.name} cannot answer the held-out rows ({type(error).__name__}: {configs.shown(error, 160)}); "
+            "try another model, or report this one"
+        ) from error
     middle, stream = round(steps / 2), iter(run.batches)
     while run.steps_done < steps and not run.stopped():
         began, at = time.perf_counter(), run.steps_done

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import seam
+from ..base import configs
 from ..data import tasks
 from ..data.tasks import Row, Task
 from ..places import ASSETS
@@ -64,8 +65,8 @@ def nats_per_token(
     ids = tokenizer(text or PUBLIC_DOMAIN.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     begin = tasks.opening(tokenizer)
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-    before = len(begin) + virtual + seam.first_position(model)
-    window = max(1, min(window, (getattr(model.config, "max_position_embeddings", None) or window) - before))
+    before = len(begin) + virtual + seam.first_position(model) + 1  # ProphetNet looks up one place after the last
+    window = max(1, min(window, (configs.context(model.config) or window + before) - before))
     total = sum(
         _nats(model, [*begin, ids[start]], ids[start + 1 : start + window + 1])
         for start in range(0, len(ids) - 1, window)

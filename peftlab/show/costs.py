@@ -149,10 +149,11 @@ def compute_and_disk(chosen: MemoryReport, tasks: int, streams: int, context: in
 
 def _serving(spec: Resolved, tasks: int, streams: int, context: int) -> str:
     served = memory.serve(spec, tasks, streams, context)
+    states = f"; the states of {served.stateful} layers that keep none come on top" if served.stateful else ""
     return (
         f"Serving {tasks} of them at once, {streams} answers of {context:,} tokens: "
         f"{bold(units.size(served.as_copies), 'frozen')} as full copies, or {bold(units.size(served.on_one_base), 'trained')} "
-        f"with every adapter on one base. Keys and values take {units.size(served.cache)} of either."
+        f"with every adapter on one base. Keys and values take {units.size(served.cache)} of either{states}."
     )
 
 

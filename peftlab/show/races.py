@@ -178,7 +178,8 @@ def status(events: Events, lines: Sequence[Line], ahead: int = 0) -> str:
         what = lines[last["racer"]].name + step
     elif events and events[-1]["type"] == "queued" and ahead:
         what = f"Waiting: {ahead} ahead of yours"
-    return remarks(f"{over} of {seeds * len(lines)} runs", escape(what)) + progress("race", share)
+    runs = f"{over} of {seeds * len(lines)} runs" if lines else "Setting up the race"
+    return remarks(runs, escape(what)) + progress("race", share)
 
 
 def revealed(lesson: Lesson, lines: Sequence[Line], guess: str | None) -> str:
