@@ -81,7 +81,9 @@ def _rotates_both(rotation: Rotation | None) -> bool:
     if rotation is None:
         return False
     first = [*inspect.signature(rotation).parameters.values()][:4]
-    return [(p.name, p.default) for p in first] == [(name, inspect.Parameter.empty) for name in ("q", "k", "cos", "sin")]
+    return [(p.name, p.default) for p in first] == [
+        (name, inspect.Parameter.empty) for name in ("q", "k", "cos", "sin")
+    ]
 
 
 def _giving_way(own: Rotation) -> Rotation:

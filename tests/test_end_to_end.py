@@ -52,7 +52,8 @@ def test_the_comparison_shows_it(done):
     assert sum(a != b for a, b in zip(adapted, base, strict=True)) > 0.8 * len(base)
     scores = report["scores"]
     assert scores[1]["low"] > scores[0]["high"]
-    assert scores[1]["mean"] == pytest.approx(done["eval"]["after"]["exact_match"])
+    one = 1 / len(base)  # in bf16 the run's fused model rounds otherwise, and an answer may turn
+    assert scores[1]["mean"] == pytest.approx(done["eval"]["after"]["exact_match"], abs=1.01 * one)
 
 
 def test_peft_loads_the_adapter_with_no_help(done):

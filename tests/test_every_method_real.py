@@ -1,4 +1,4 @@
-"""Every method at its own defaults learns with the real weights: slow, so CI takes two of them for a few steps."""
+"""Every method at its own defaults learns with the real weights: slow, so CI takes one of them for a few steps."""
 
 from statistics import mean
 
@@ -25,7 +25,6 @@ def test_it_learns_in_20_steps(method, tmp_path):
     assert mean(seen[-5:]) < 0.9 * mean(seen[:2]), seen
 
 
-@pytest.mark.parametrize("method", ["prompt", "houlsby"])
-def test_it_begins_to_learn(method, tmp_path):
-    seen = losses(method, 8, tmp_path)
+def test_it_begins_to_learn(tmp_path):
+    seen = losses("houlsby", 8, tmp_path)
     assert seen[-1] < seen[0], seen

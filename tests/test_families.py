@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import transformers
 
 from peftlab import SpecError, hardware, measured
 from peftlab.base import configs
@@ -129,6 +130,20 @@ def test_what_gets_worse_is_named():
         "a/causal traced: refused: y", "a/causal lora: wrong: 1 are counted", "a/causal closed form: 20.0% from the trace",
     ]  # fmt: skip
     assert survey.worse([new], [row | {"methods": {"lora": "ok", "ia3": "ok"}}]) == []
+
+
+def test_the_table_is_of_all_families_and_meets_its_goals():
+    """Nine of ten families that write text are counted, traced and trained, and nothing anywhere is wrong."""
+    document = json.loads(TABLE.read_text())
+    rows, found = document["rows"], document["totals"]
+    assert found == survey.totals(rows)
+    assert [said for row in rows for said in survey._verdicts(row) if said.startswith("wrong")] == []
+    assert found["causal"]["supported"] >= 0.9 * found["causal"]["families"]
+    assert all(found["causal"]["refused"][method] <= 20 for method in ("ia3", "prefix", "houlsby"))
+    assert found["closed_form"]["beyond"] == 0
+    if document["versions"]["transformers"] == transformers.__version__:
+        every = {(kind, task) for task in families.TASKS for kind in families.kinds(task)}
+        assert {(row["family"], row["task"]) for row in rows} == every
 
 
 @pytest.mark.survey

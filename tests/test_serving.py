@@ -60,7 +60,9 @@ def test_the_cache_is_what_transformers_keeps(config_files, family, context):
     assert found.cache == 2 * numbers
 
 
-@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text", "deepseek_v3", "falcon", "gpt_bigcode", "jamba", "phi3"])
+@pytest.mark.parametrize(
+    "kind", ["gemma3n_text", "gemma4_text", "deepseek_v3", "falcon", "gpt_bigcode", "jamba", "phi3"]
+)
 def test_the_cache_of_other_families(kind, tmp_path):
     """Shared keys, heads of another size in some layers, keys and values of unlike widths, one head for all queries, layers with a state."""
     import torch

@@ -301,5 +301,7 @@ def get(config: PreTrainedConfig, name: str) -> Any:
 
 def context(config: PreTrainedConfig) -> int:
     """The longest text that the model reads, in tokens; 0 where its config does not say."""
-    said = (get(config, name) for name in ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len"))
+    said = (
+        get(config, name) for name in ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+    )
     return max(0, next(filter(None, said), 0))  # XLNet says -1

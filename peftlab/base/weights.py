@@ -104,11 +104,11 @@ def _class_of(entry: models.BaseModel) -> Any:
 
 def _refused(spec: Resolved, error: Exception) -> SpecError:
     """What transformers says against loading a model, in one line."""
-    said = " ".join(str(error).split())
+    said, name = " ".join(str(error).split()), models.find(spec.model).said
     if spec.attention == "sdpa" and "scaled_dot_product_attention" in said:
         return SpecError("attention=sdpa: this model's family has no sdpa in transformers; set it to eager")
     return SpecError(
-        f"model={models.find(spec.model).said}: transformers cannot load or run it ({type(error).__name__}: {said[:200]}); try {models.DEFAULT}"
+        f"model={name}: transformers cannot load or run it ({type(error).__name__}: {said[:200]}); try {models.DEFAULT}"
     )
 
 
@@ -126,13 +126,15 @@ def _try(model: PreTrainedModel, spec: Resolved) -> None:
     places = (torch.ones_like(ids), torch.arange(6, device=ids.device).repeat(2, 1) + seam.first_position(model))
     try:
         with torch.no_grad():
-            one, other = seam.logits(model, input_ids=ids, **dict(zip(seam.PLACES, places, strict=True)))[:, :-1].float()
+            one, other = seam.logits(model, input_ids=ids, **dict(zip(seam.PLACES, places, strict=True)))[
+                :, :-1
+            ].float()
     except Exception as error:  # anybody's architecture, in transformers' code
         raise _refused(spec, error) from None
     if (one - other).abs().max() > trial.rounding(model.dtype) * one.std():
         raise SpecError(
-            f"model={models.find(spec.model).said}: it reads the tokens after each token too, and so cannot learn to write them; set "
-            f"is_decoder in its config.json where the family has that, or try {models.DEFAULT}"
+            f"model={models.find(spec.model).said}: it reads the tokens after each token too, and so cannot learn to write "
+            f"them; set is_decoder in its config.json where the family has that, or try {models.DEFAULT}"
         )
 
 
