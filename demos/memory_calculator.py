@@ -194,7 +194,7 @@ class Memory(Tab):
             "bars": memory_figures.bars_value(reports, forms, at(chosen.spec), share),
             "surprises": marks.explained(surprises),
             "timeline": controls.seen(timeline),
-            "about": lambda: method_card(run.method, run.model) + memory_figures.left(chosen.spec),
+            "about": lambda: method_card(run.method, run.model, memory_figures.left(chosen.spec)),
             "config_problem": "",
             "changed": lambda: settings.changed(asked.spec),
             "numbers": lambda: costs.numbers(full, chosen, forms[1]),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -20,6 +21,7 @@ from .seconds import Operation, Step
 from .tape import BEFORE, Recorder
 
 aten = torch.ops.aten
+DEVICE: Any = torch.ops.prim.device.default
 ALLOCATIONS = {
     aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided, aten._unsafe_view,
     aten.lift_fresh,
@@ -65,6 +67,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
+        if func is DEVICE and isinstance(args[0], FakeTensor):  # asked several times for each operation
+            return args[0].fake_device
         self._recorded = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in tree_iter((args, kwargs))
         )

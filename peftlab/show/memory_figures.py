@@ -148,7 +148,7 @@ def bars_value(
     chosen = reports[-1]
     bare = chosen.convention == "exact"
     why = "A bare count has no layers to predict them from." if bare else "The convention leaves them out."
-    why = next((escape(sentence(r.unknown)) for r in reports if r.unknown), why)
+    why = next((f"{escape(sentence(r.unknown))} It follows when you pause." for r in reports if r.unknown), why)
     return {
         "at": at,
         "ranked": any(r.spec.rank for r in reports),

@@ -45,9 +45,9 @@ def unsuited(model: str) -> str:
     return f"<details><summary>Methods not for this model</summary>{reasons}</details>" if reasons else ""
 
 
-def method_card(key: str, model: str) -> str:
-    """What a method trains, and why some are not offered."""
-    return escape(METHODS[key].about.trains) + unsuited(model)
+def method_card(key: str, model: str, left: str = "") -> str:
+    """What a method trains, the paragraph about what it leaves `left`, and why some methods are not offered."""
+    return escape(METHODS[key].about.trains) + left + unsuited(model)
 
 
 def method_panel(key: str) -> str:
