@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from safetensors import SafetensorError
-
-from . import methods
+from . import methods, seam
 from .base import architecture as architectures
 from .base import models, weights
-from .errors import AdapterError, SpecError
+from .errors import AdapterError, PeftlabError, SpecError
 from .methods import loading, through_peft
 from .places import ASSETS
 from .resolve import resolve
@@ -104,7 +102,7 @@ def read(folder: Path | str) -> Adapter:
             if not base:
                 raise ValueError(f"{CONFIG} names no base model")
             return Adapter(folder, RunSpec(model=models.find(base).key), {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{folder}: its manifest cannot be read ({error}); save the adapter again") from None
     raise AdapterError(
         f"{folder}: no adapter there (neither {MANIFEST} nor {CONFIG}); give the folder that training printed"
@@ -122,6 +120,8 @@ def apply(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
 
 def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     """The adapter on a private copy of the base, with peft's own operations. A PeftModel passes on what it lacks."""
+    import torch
+
     copy, file = weights.share(base.model), adapter.folder / TENSORS
     try:
         if not file.exists():  # then peft would read a pickle, or ask the Hub
@@ -131,7 +131,11 @@ def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
         _check_finite(adapter)
         by_peft = (adapter.folder / CONFIG).exists()
         model = loading.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError) as error:
+        with torch.no_grad():  # some settings are read for the first time here
+            seam.logits(model, input_ids=torch.arange(6, device=model.device)[None])
+    except PeftlabError:
+        raise
+    except Exception as error:  # anybody's settings and tensors, in peft's code
         reason = " ".join(str(error).split())[:240]
         what = f"{adapter.folder}: does not fit {base.entry.name} ({reason})"
         raise AdapterError(f"{what}; choose its own base") from None
@@ -153,7 +157,7 @@ def _check_finite(adapter: Adapter) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(adapter.folder / TENSORS)
-    odd = {name: n for name, t in tensors.items() if (n := int((~t.isfinite()).sum()))}
+    odd = {name: n for name, t in tensors.items() if (n := int((~t.float().isfinite()).sum()))}
     if odd:
         name, total = next(iter(odd)), sum(t.numel() for t in tensors.values())
         raise AdapterError(

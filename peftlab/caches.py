@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import seam
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
@@ -36,6 +36,38 @@ def cached_by_layer(model: PreTrainedModel) -> list[str]:
     return [
         "keys" if type(v) in plain else "more" if isinstance(v, plain) else "other"
         for v in getattr(empty_cache(model), "layers", [])
+    ]
+
+
+class Layer(NamedTuple):
+    """What a layer's cache holds."""
+
+    window: int
+    """How many tokens it keeps at most; 0 for all."""
+    is_state: bool
+    """Whether it holds a state that sums up the text, alone or beside keys and values."""
+    is_indexed: bool
+    """Whether it holds what an indexer finds tokens by."""
+
+
+def layers_of(config: PreTrainedConfig) -> list[Layer]:
+    """Of each layer of a model with this config; none where transformers makes no cache for it."""
+    from transformers import DynamicCache, cache_utils
+
+    def is_a(layer: object, name: str) -> bool:
+        return isinstance(layer, getattr(cache_utils, name, ()))  # not in every version
+
+    try:
+        held: list[Any] = DynamicCache(config=config).layers
+    except Exception:  # layers of a kind that only the model itself can make, or none
+        return []
+    return [
+        Layer(
+            getattr(layer, "sliding_window", 0) or 0,
+            is_a(layer, "LinearAttentionCacheLayerMixin"),
+            is_a(layer, "DynamicIndexedLayer"),
+        )
+        for layer in held
     ]
 
 

@@ -10,6 +10,7 @@ from tiny import CONFIGS, fresh, moved
 from peftlab import RunSpec, fused, methods, resolve, seam
 from peftlab.base import architecture, configs, weights
 from peftlab.base.models import MODELS, from_config
+from peftlab.bench import families
 from peftlab.fused import adjoin, attention, functions, quicken
 
 FILES = {family: from_config(json.dumps(config)).key for family, config in CONFIGS.items()}
@@ -268,6 +269,22 @@ def test_one_batch_for_a_base_and_its_adapters(family):
         got = joint(input_ids=IDS[:1].expand(3, -1)).logits
         for row, model in zip(got, models, strict=True):
             assert row.allclose(model(input_ids=IDS[:1]).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "minicpm3"])
+def test_a_family_that_lays_its_tokens_otherwise_answers_by_itself(kind, tmp_path):
+    """In one line for all rows, or for each head apart, as none of the maps of one batch expects."""
+    folder = families.save(kind, tmp_path / kind, "causal")
+    spec = resolve(RunSpec(model=str(folder), rank=3, precision="fp32"))
+    base = (
+        configs.parsed(json.loads((folder / "config.json").read_text()))[1]
+        .from_pretrained(folder)
+        .requires_grad_(False)
+        .eval()
+    )
+    targets = methods.targets(architecture.of(spec.model), spec)
+    adapted = moved(methods.find("lora").attach(weights.share(base), targets, spec)).eval()
+    assert fused.together(weights.share(base), [adapted]) is None
 
 
 def test_what_is_more_than_lora_is_not_put_in_one_batch():

@@ -53,7 +53,7 @@ class Facts:
     head_size: int = 0
     window: int = 0
     """How far back a windowed layer sees, in tokens; 0 where no layer has a window."""
-    windowed: tuple[int, ...] = ()
+    windowed: int = 0
     """Layers with that window; the others see everything."""
     activation: str = ""
     """transformers' name for the activation function of the feed-forward."""
@@ -251,7 +251,7 @@ def _facts(model: PreTrainedModel) -> Facts:
         return next((v for v in (get(config, name) for name in names) if v), 0)
 
     heads, kinds = first("num_attention_heads"), get(config, "layer_types") or []
-    windowed = [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
+    windowed = sum(kind == "sliding_attention" for kind in kinds)
     held = caches.cached_by_layer(model)
     window = max(0, first("sliding_window")) if getattr(config, "use_sliding_window", True) else 0
     return Facts(
@@ -259,7 +259,7 @@ def _facts(model: PreTrainedModel) -> Facts:
         kv_heads=first("num_key_value_heads") or heads,
         head_size=first("head_dim", "d_kv") or (config.hidden_size // heads if heads else 0),
         window=window,
-        windowed=tuple(windowed if kinds else range(config.num_hidden_layers)) if window else (),
+        windowed=(windowed if kinds else config.num_hidden_layers) if window else 0,
         activation=first("hidden_act", "hidden_activation", "activation_function", "dense_act_fn") or "",
         dropout=float(first("resid_pdrop", "dropout", "hidden_dropout_prob", "dropout_rate")),
         attention_dropout=float(first("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")),
@@ -309,7 +309,7 @@ def from_data(data: Json) -> Architecture:
         layers = tuple(n for first, last in m["layers"] for n in range(first, last + 1))
         shapes = {name: tuple(shape) for name, shape in m["parameters"].items()}
         modules.append(Module(**m | {"layers": layers, "parameters": shapes}))
-    facts = Facts(**data["facts"] | {name: tuple(data["facts"][name]) for name in ("windowed", "keyless")})
+    facts = Facts(**data["facts"] | {"keyless": tuple(data["facts"].get("keyless", ()))})
     parts = {"modules": tuple(modules), "facts": facts, "refused": tuple(data["refused"])}
     return Architecture(**data | parts)
 

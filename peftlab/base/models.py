@@ -123,6 +123,12 @@ def find(model: str) -> BaseModel:
     raise SpecError(f"model={model}: no such model; {closest(model, MODELS)} A Hub id, a folder or 7B works too")
 
 
+def edition(model: str) -> str:
+    """What tells two models of one name apart, which a file on disk may have in turn; empty for other names."""
+    entry = find(model)
+    return json.dumps(entry.config, sort_keys=True) if entry.key not in MODELS and entry.folder else ""
+
+
 def from_config(text: str) -> BaseModel:
     """The entry of a pasted config.json, whose key holds all of it. Raises SpecError where it is too long or no model's."""
     if len(text.encode(errors="replace")) > PASTED_BYTES:

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -51,6 +52,8 @@ RIGHT, UNKNOWN, SIZELESS = "ok", "unknown", "its defaults make no model"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 PRELOADED = ["torch", "transformers"]
 """What the processes share. peft is not among it: it imports bitsandbytes, which sets CUDA up, and that a fork cannot use."""
+SCRATCH = re.compile(re.escape(tempfile.gettempdir()) + r"/tmp\w+/")
+"""Where a family's tiny model is meanwhile."""
 COLOURS = {"sky": "blue", "grass": "green", "rose": "red", "sea": "blue"}
 TASK: Json = {
     "name": "Colours", "teaches": "Colours.", "instruction": "Name a colour.", "metric": "exact_match", "steps": 2,
@@ -91,7 +94,7 @@ def record_families(out: Path, say: Say, only: Sequence[str] | None = None, jobs
     left = [key for key in wanted if again or key not in rows]
     with ThreadPoolExecutor(jobs) as pool:
         for work in as_completed([pool.submit(apart, *key) for key in left]):
-            row = work.result()
+            row = json.loads(SCRATCH.sub("", json.dumps(work.result())))
             rows[_key(row)] = row
             say(f"{row['family']}, {row['task']}: {'; '.join(_faults(row)) or RIGHT}")
             _write(document | {"totals": totals([*rows.values()])}, rows, out)

@@ -88,11 +88,15 @@ def together(base: SomeModel, adapted: Sequence[Module]) -> SomeModel | None:
     """`base`, a private copy, made to generate for several models at once: a batch has a row for the base itself, and then
     one for each of `adapted`. The base's maps are computed once for all rows, and each row gets its own LoRA.
 
-    None where an adapted model is more than plain LoRA over this base.
+    None where an adapted model is more than plain LoRA over this base, and where a try gives a row other logits than its own
+    model does: a family may lay the tokens of all rows in one line, or bring them in another order.
     """
     updates = maps.updates(base, adapted)
     if updates is None:
         return None
-    quicken(base)
-    maps.add_rows(base, updates, len(adapted) + 1)
-    return base
+
+    def fuse() -> None:
+        quicken(base)
+        maps.add_rows(base, updates, len(adapted) + 1)
+
+    return base if trial.answers_for(base, adapted, fuse) else None

@@ -109,7 +109,7 @@ class Case:
             return self.active
         facts = self.shape.facts
         full = facts.window and self.spec.sequence_length + self.inserted >= facts.window
-        return min(len(facts.windowed), self.active) if full else 0
+        return min(facts.windowed, self.active) if full else 0
 
     @property
     def inserted(self) -> int:

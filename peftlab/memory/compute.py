@@ -109,8 +109,7 @@ def _of_layers(spec: Resolved, chosen: list[methods.Target]) -> Compute:
             recomputed += 2.0 * (reads + writes) * bool(t.layers)
             inputs += 2.0 * (writes + reads * (place > lowest))
             weights += 2.0 * (reads + writes)
-    windowed = len(facts.windowed)
-    seen = (n - windowed) * _seen(length) + windowed * _seen(length, facts.window) + n * prefix
+    seen = (n - facts.windowed) * _seen(length) + facts.windowed * _seen(length, facts.window) + n * prefix
     attention = 4.0 * facts.heads * facts.head_size * seen
     reached = sum((layer, ATTENTION) >= lowest for layer in range(n)) / n
     again = (recomputed + attention) * spec.gradient_checkpointing

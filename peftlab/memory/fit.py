@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from .. import methods
+from .. import caches, methods
 from ..base import architecture as architectures
-from ..base import models
+from ..base import configs, models
 from ..catalog.gpus import GPU, GPUS
 from ..count import BYTES, count
 from ..errors import SpecError
+from ..methods import Unsuited
 from ..methods.prompts import keepers
 from ..resolve import resolve
 from ..spec import SETTINGS, Resolved
@@ -166,7 +167,7 @@ class Serving:
     on_one_base: int
     """The weights that all fine-tunings share, the adapters or changed tensors as they are saved, and the cache."""
     stateful: int
-    """Layers that keep a state in place of keys and values, which is left out: it is small, and does not grow with the text."""
+    """Layers that keep a state, which is left out: it is small, and does not grow with the text."""
 
 
 def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
@@ -186,22 +187,24 @@ def serve(spec: Resolved, adapters: int, streams: int, context: int) -> Serving:
     report = count(spec)
     changed = report.total_parameters - report.frozen_parameters
     copy = predict(spec).frozen_weights + changed * BYTES[spec.precision]
-    cache = streams * 2 * _kept(entry, shape, context)  # of 16 bits a number whatever the weights are
+    numbers, stateful = _kept(entry, shape, context)
+    cache = streams * 2 * numbers  # of 16 bits a number whatever the weights are
     base = copy if report.frozen_parameters else 0
-    attending = {n for m in shape.with_role("query") for n in m.layers}
-    stateful = len({*shape.facts.keyless} - attending)
     return Serving(cache, adapters * copy + cache, base + adapters * report.adapter_bytes + cache, stateful)
 
 
-def _kept(entry: models.BaseModel, shape: architectures.Architecture, context: int) -> int:
-    """The numbers of keys and values that a text of so many tokens leaves in the cache."""
-    facts = shape.facts
-    within = min(facts.window or context, context)  # tokens that a layer with a window keeps
+def _kept(entry: models.BaseModel, shape: architectures.Architecture, context: int) -> tuple[int, int]:
+    """(the numbers of keys and values that a text of so many tokens leaves in the cache, the layers that keep a state)"""
+    assert entry.config is not None
+    held = caches.layers_of(configs.parsed(entry.config)[0])
     try:
         makers = keepers(shape)
-    except methods.Unsuited:
+        if len(held) != shape.n_layers or any(layer.is_indexed for layer in held):
+            raise Unsuited("")
+    except Unsuited:
         raise SpecError(
-            f"model={entry.said}: it keeps a state of its texts, or more than keys and values, and what serving takes of that "
-            "is not known here; try gpt2"
+            f"model={entry.said}: it keeps a state of its texts, or more than the keys and values of each layer, and what "
+            "serving takes of that is not known here; try gpt2"
         ) from None
-    return sum(t.module.cached * (within if n in facts.windowed else context) for t in makers for n in t.layers)
+    numbers = sum(t.module.cached * min(held[n].window or context, context) for t in makers for n in t.layers)
+    return numbers, sum(layer.is_state for layer in held)

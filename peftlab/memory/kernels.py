@@ -262,10 +262,17 @@ class Linear4bit(Quantized):
 
 
 def quantize(model: nn.Module, names: set[str], kind: str, double: bool) -> None:
-    """Puts a Quantized in place of each linear map of `names`, inside a peft layer where there is one."""
-    for name, module in list(model.named_modules()):
-        inner = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+    """Puts a Quantized in place of each linear map of `names`, inside a peft layer where there is one.
+
+    What a method has hung on a map stays on it.
+    """
+    base = seam.writer(model) or model
+    for name, module in list(base.named_modules()):
+        inner = name.removesuffix(".base_layer")
         if inner in names and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            cloned = name.endswith(".base_layer") and kind == "nf4"  # peft clones what it adds its update to
+            cloned = inner != name and kind == "nf4"  # peft clones what it adds its update to
             made = (Linear4bit if kind == "nf4" else Quantized)(module, kind, double, cloned)
-            model.set_submodule(name, made)
+            made._modules.update(module._modules)
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                getattr(made, hooks).update(getattr(module, hooks))
+            base.set_submodule(name, made)

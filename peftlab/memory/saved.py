@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import seam
 from ..base import architecture as architectures
-from ..base import configs
+from ..base import configs, models
 from ..errors import SpecError
 from . import kernels, shallow
 from .case import decoder
@@ -99,14 +99,14 @@ def saved(model: str, precision: str, attention: str, filled: bool = False) -> A
 
     Raises SpecError where the model cannot be asked, or where what it saves is no polynomial in the text's length.
     """
-    answer = _answer(model, precision, attention, filled)
+    answer = _answer(model, precision, attention, filled, models.edition(model))
     if isinstance(answer, str):
         raise SpecError(answer)
     return answer
 
 
 @lru_cache(maxsize=64)
-def _answer(model: str, precision: str, attention: str, filled: bool) -> Answer | str:
+def _answer(model: str, precision: str, attention: str, filled: bool, _edition: str) -> Answer | str:
     """What `saved` returns, or why it refuses; both are remembered, because asking takes seconds."""
     entry, shape = decoder(model), architectures.of(model)
     assert entry.config is not None  # or it would have no architecture
@@ -135,7 +135,7 @@ def length_of(shape: architectures.Architecture, filled: bool = False) -> int:
     """Tokens of the shorter pass: on the asked side of the window, and few enough for the model to read twice as many."""
     length, window = LENGTH, shape.facts.window
     if window:
-        length = max(length, window) if filled else min(length, (window - 1) // 2)
+        length = max(length, window) if filled else min(length, max(SHORTEST, (window - 1) // 2))
     return max(1, min(length, shape.context // 2) if shape.context else length)
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import fused, methods, optimizers, seam
 from ..base import architecture as architectures
-from ..base import configs
+from ..base import configs, models
 from ..errors import PeftlabError, SpecError
 from ..fused import functions
 from ..methods import Target
@@ -55,7 +55,7 @@ class Trace:
 
 
 _one_at_a_time = threading.Lock()
-_known: dict[tuple[Resolved, int, int | None, bool], Trace] = {}
+_known: dict[tuple[Resolved, int, int | None, bool, str], Trace] = {}
 KNOWN = 512
 """Traces kept; the oldest goes first."""
 
@@ -67,13 +67,13 @@ def trace(spec: Resolved, logits: int | None = None, quick: bool = False) -> Tra
     """
     blank = {name: SETTINGS[name].type() for name in IRRELEVANT} | {"alpha": 1.0}
     read = replace(spec, **blank, unread=spec.unread | IRRELEVANT)
-    key = read, workspace(spec.gpu), logits, quick
+    key = read, workspace(spec.gpu), logits, quick, models.edition(spec.model)
     if (known := _known.get(key)) is not None:  # in one look: another thread may forget it between two
         return known
     with _one_at_a_time:
         if (found := _known.get(key)) is None:
             try:
-                found = _trace(*key)
+                found = _trace(*key[:-1])
             except PeftlabError:
                 raise
             except Exception as error:  # anybody's architecture, in transformers' code

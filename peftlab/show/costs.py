@@ -149,7 +149,7 @@ def compute_and_disk(chosen: MemoryReport, tasks: int, streams: int, context: in
 
 def _serving(spec: Resolved, tasks: int, streams: int, context: int) -> str:
     served = memory.serve(spec, tasks, streams, context)
-    states = f"; the states of {served.stateful} layers that keep none come on top" if served.stateful else ""
+    states = f"; the states that {served.stateful} layers keep come on top" if served.stateful else ""
     return (
         f"Serving {tasks} of them at once, {streams} answers of {context:,} tokens: "
         f"{bold(units.size(served.as_copies), 'frozen')} as full copies, or {bold(units.size(served.on_one_base), 'trained')} "
