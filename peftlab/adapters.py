@@ -132,7 +132,7 @@ def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
         by_peft = (adapter.folder / CONFIG).exists()
         model = loading.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
         with torch.no_grad():  # some settings are read for the first time here
-            seam.logits(model, input_ids=torch.arange(6, device=model.device)[None])
+            seam.logits(model, input_ids=torch.arange(6, device=next(model.parameters()).device)[None])
     except PeftlabError:
         raise
     except Exception as error:  # anybody's settings and tensors, in peft's code

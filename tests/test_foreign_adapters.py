@@ -187,6 +187,11 @@ def test_settings_of_another_peft_that_are_off_are_named_and_left_out(adapter):
         ({"r": "four"}, "does not fit"),
         ({"target_modules": ["nothing"]}, "does not fit .*not found"),
         ({"r": 8}, "does not fit .*size mismatch"),
+        ({"exclude_modules": "("}, "does not fit .*unterminated"),
+        (
+            {"alora_invocation_tokens": "4", "task_type": "CAUSAL_LM"},
+            "does not fit .*invalid data type",
+        ),  # which only reading a text shows
     ],
 )
 def test_settings_that_may_change_the_numbers_are_refused(settings, what, adapter):

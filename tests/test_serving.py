@@ -61,10 +61,22 @@ def test_the_cache_is_what_transformers_keeps(config_files, family, context):
 
 
 @pytest.mark.parametrize(
-    "kind", ["gemma3n_text", "gemma4_text", "deepseek_v3", "falcon", "gpt_bigcode", "jamba", "phi3"]
+    "kind",
+    [
+        "gemma3n_text",
+        "gemma4_text",
+        "deepseek_v3",
+        "falcon",
+        "gpt_bigcode",
+        "jamba",
+        "phi3",
+        "llama4_text",
+        "falcon_h1",
+    ],
 )
 def test_the_cache_of_other_families(kind, tmp_path):
-    """Shared keys, heads of another size in some layers, keys and values of unlike widths, one head for all queries, layers with a state."""
+    """Shared keys, heads of another size in some layers, keys and values of unlike widths, one head for all queries, states,
+    chunks."""
     import torch
 
     (path := tmp_path / "config.json").write_text(json.dumps(families.tiny(kind, "causal") | {"use_cache": True}))
@@ -74,11 +86,12 @@ def test_the_cache_of_other_families(kind, tmp_path):
     kept = caches.kept_by(cache)
     found = serve(RunSpec(model=str(path)), 1, 1, 6)
     assert found.cache == 2 * sum(t.numel() for t in kept)
-    assert found.stateful == (len(cache.layers) - len(kept) // 2 if kind == "jamba" else 0)
+    assert found.stateful == sum("Linear" in type(layer).__name__ for layer in cache.layers)
 
 
-def test_the_state_of_a_text_is_no_cache_of_keys(tmp_path):
-    (path := tmp_path / "config.json").write_text(json.dumps(families.tiny("mamba", "causal")))
+@pytest.mark.parametrize("kind", ["mamba", "deepseek_v32"])
+def test_a_state_alone_is_no_cache_of_keys_nor_what_an_indexer_adds(kind, tmp_path):
+    (path := tmp_path / "config.json").write_text(json.dumps(families.tiny(kind, "causal")))
     with pytest.raises(SpecError, match="keeps a state of its texts"):
         serve(RunSpec(model=str(path)), 1, 1, 6)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from tiny import small
+from tiny import CONFIGS, small
 
 from peftlab import RunSpec, SpecError, resolve
 from peftlab.cli import main
@@ -71,6 +71,24 @@ def test_a_fresh_trace_and_the_closed_form_agree_with_the_recording(row):
     assert predict(spec).allocated == pytest.approx(report.allocated, rel=0.03)
     assert report.allocated == pytest.approx(row["measured"]["peak_allocated_bytes"], rel=0.01)
     assert report.reserved == pytest.approx(row["measured"]["peak_reserved_bytes"], rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "houlsby", "parallel"])
+def test_a_base_is_quantized_whatever_is_attached(method):
+    """Vectors beside the text, and adapters that hang on the maps that are replaced."""
+    settings = {"model": "smollm2-135m", "method": method, "batch_size": 1, "sequence_length": 128, "precision": "bf16"}
+    whole, packed = (exact(spec := resolve(RunSpec(**settings, quantization=q))) for q in ("none", "nf4"))
+    assert packed.peak.bytes["frozen_weights"] < 0.6 * whole.peak.bytes["frozen_weights"]
+    assert predict(spec).allocated == pytest.approx(packed.allocated, rel=0.03)
+
+
+def test_another_model_in_the_same_file_is_another_model(tmp_path):
+    found = []
+    for layers in (2, 6):
+        (path := tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen2"] | {"num_hidden_layers": layers}))
+        spec = resolve(RunSpec(model=str(path), batch_size=1, sequence_length=32))
+        found.append((exact(spec).allocated, predict(spec).allocated))
+    assert found[1][0] > found[0][0] and found[1][1] > found[0][1]
 
 
 def traced(model, **settings):

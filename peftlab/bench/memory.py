@@ -50,7 +50,9 @@ def record_memory(out: Path, say: Say, at_once: int = 1) -> Json:
     if on_cpu := hardware.here().device != "cuda":
         if not before:
             raise SpecError("bench memory measures a CUDA GPU, and this machine has none; run it on one that has")
-        document = before
+        old = before["rows"]  # the oldest recordings have no names
+        names = [models.find(row["spec"]["model"]).name for row in old]
+        document = before | {"rows": [{"name": n, "gear": "eager"} | row for n, row in zip(names, old, strict=True)]}
     else:
         document = provenance() | {"kind": "memory"}
         document |= {"rows": _rows(grid(), "eager", before), "graph_rows": _rows(graph_grid(), "graph", before)}

@@ -29,7 +29,7 @@ from .memory import AT_ONCE, processes
 
 START = Constants(
     products=0.6, exact_products=0.7, attention=0.4, memory=0.7, product=4e-6, exact_product=8e-6, elements=2e-6,
-    tensor=3e-7, called=1.5e-5, derived=1.5e-5, viewed=5e-6, derived_view=1e-5, recorded=5e-6, library=1e-4,
+    tensor=3e-7, called=1.5e-5, derived=1.5e-5, viewed=5e-6, derived_view=1e-5, recorded=5e-6, library=1e-4, module=5e-6,
 )  # fmt: skip
 """Where a fit begins, as from a data sheet and a profile."""
 SHARES = ("products", "exact_products", "attention", "memory")
@@ -184,14 +184,14 @@ class _Problem:
                 peak = (gpu.bf16_tflops or math.inf) if o.bits == 16 else gpu.fp32_tflops
                 products = o.kind != "attention", o.bits == 16
                 own = (not products[0], products == (True, True), products == (True, False))
-                launched, view = o.kind not in ("tensor", "library", "view"), o.kind == "view"
+                launched, view = o.kind not in ("tensor", "library", "view", "module"), o.kind == "view"
                 computing = (o.flops / (peak * 1e12) * is_own for is_own in own)
                 rows.append(i)
                 columns.append([
                     n, o.phase == "forward", *computing, o.moved / (gpu.bandwidth_gb_s * 1e9),
                     o.flops and o.bits == 16, o.flops and o.bits != 16, not o.flops and o.kind in ("elements", "library"),
                     o.kind == "tensor", launched and o.driven, launched and not o.driven, view and o.driven,
-                    view and not o.driven, (launched or view) and o.recorded, o.kind == "library",
+                    view and not o.driven, (launched or view) and o.recorded, o.kind == "library", o.kind == "module",
                 ])  # fmt: skip
         self.files = list(dict.fromkeys(step.file for step in steps))
         self.host = torch.tensor([self.files.index(step.file) for step in steps])

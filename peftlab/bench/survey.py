@@ -98,7 +98,9 @@ def record_families(out: Path, say: Say, only: Sequence[str] | None = None, jobs
             rows[_key(row)] = row
             say(f"{row['family']}, {row['task']}: {'; '.join(_faults(row)) or RIGHT}")
             _write(document | {"totals": totals([*rows.values()])}, rows, out)
-    return document | {"totals": totals([*rows.values()]), "rows": [*rows.values()]}
+    document["totals"] = totals([*rows.values()])
+    _write(document, rows, out)
+    return document | {"rows": [*rows.values()]}
 
 
 def _key(row: Json) -> tuple[str, str]:

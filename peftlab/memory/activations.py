@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ..base import models
 from ..base.architecture import Module
 from ..methods import Keep
 from ..spec import Resolved
@@ -35,9 +36,13 @@ def moments(spec: Resolved) -> dict[str, dict[str, Polynomial]]:
     }
 
 
-@lru_cache(maxsize=256)
 def derivation(spec: Resolved) -> tuple[Line, ...]:
     """The lines that `moments` adds up. Raises SpecError as `Case.of` does."""
+    return _derivation(spec, models.edition(spec.model))
+
+
+@lru_cache(maxsize=256)
+def _derivation(spec: Resolved, _edition: str) -> tuple[Line, ...]:
     whole = Case.of(spec)
     case = asked.running(whole)
     around = plain.around if asked.formulas_hold(case) else asked.around

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from .seconds import Operation, Step
+from .shallow import Skipped
 from .tape import BEFORE, Recorder
 
 aten = torch.ops.aten
@@ -77,6 +78,16 @@ class Operations(TorchDispatchMode):
             for part, operation in self._of(func, args, kwargs or {}, out):
                 self._note(part, operation)
         return out
+
+    def listen(self, model: nn.Module) -> None:
+        """Notes each call of a module of the model from here on: Python takes time for it, whatever it computes."""
+
+        def called(module: nn.Module, args: object) -> None:
+            self.note("module", 0, 0, 0)
+
+        for module in model.modules():
+            if not isinstance(module, Skipped):
+                module.register_forward_pre_hook(called)
 
     def note(self, kind: str, flops: int, moved: int, bits: int) -> None:
         """An operation that no dispatch shows, because a stand-in computes nothing."""

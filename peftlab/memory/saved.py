@@ -29,8 +29,8 @@ from .case import decoder
 from .step import DTYPES, materialize
 from .tape import ALL
 
-LENGTH, BATCH = 256, 2
-"""Tokens of an example in the shorter of two passes, the other having twice as many, and examples."""
+LENGTH, SHORTEST, BATCH = 256, 8, 2
+"""Tokens of an example in the shorter of two passes, the other having twice as many, and the fewest; and examples."""
 FEW = 0.01
 """The share of all bytes that may grow with the text in another way than by its first or second power."""
 BEFORE, AFTER = -1, -2

@@ -25,7 +25,7 @@ class Operation(NamedTuple):
     """forward, backward or optimizer."""
     kind: str
     """`product`, `attention`, `elements` of tensors, `tensor` (one of those that an optimizer updates together), `library` (a
-    kernel that bitsandbytes launches), or `view`, which runs nothing on the GPU."""
+    kernel that bitsandbytes launches), or what runs nothing on the GPU: a `view`, or the call of a `module`."""
     bits: int
     """Of a number that is multiplied; 0 where none is."""
     flops: int
@@ -77,6 +77,8 @@ class Constants:
     """More for an operation or a view that autograd makes a note of."""
     library: float
     """To launch a kernel of bitsandbytes, whose Python does more."""
+    module: float
+    """To call a module."""
 
 
 def busy(operations: Step, gpu: GPU, constants: Constants) -> float:
@@ -85,7 +87,7 @@ def busy(operations: Step, gpu: GPU, constants: Constants) -> float:
 
 
 def _busy(operation: Operation, gpu: GPU, c: Constants) -> float:
-    if operation.kind == "view":
+    if operation.kind in ("view", "module"):
         return 0.0
     peak = (gpu.bf16_tflops or 0) if operation.bits == 16 else gpu.fp32_tflops
     share = c.attention if operation.kind == "attention" else c.products if operation.bits == 16 else c.exact_products
@@ -107,6 +109,8 @@ def _launching(operation: Operation, c: Constants) -> float:
         return 0.0  # few launches for all of them
     if operation.kind == "library":
         return c.library
+    if operation.kind == "module":
+        return c.module
     more = c.recorded if operation.recorded else 0.0
     if operation.kind == "view":
         return more + (c.viewed if operation.driven else c.derived_view)

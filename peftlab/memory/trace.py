@@ -126,6 +126,7 @@ def _record(
         recorder.name((*model.parameters(), *model.buffers()), "frozen_weights")
         recorder.name(trained, "trainable_weights")
         _watch([stack[i] for i in kept], recorder)
+        noted.listen(model)
         kind = optimizers.find(spec)
         own = kind.library == "torch"
         optimizer = step.optimizer(trained, spec, fused=quick) if own else optimizers.BlockwiseStates(trained, kind)
