@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -111,19 +113,34 @@ def read(folder: Path | str) -> Adapter:
 
 def apply(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     """A private copy of the base with the adapter on it, fused as in training. Raises AdapterError where it does not fit."""
+    import torch
+
     from . import fused
 
     model = _applied(base, adapter)
+    with _in_words(base, adapter), torch.no_grad():  # some settings are read for the first time where a text is
+        seam.logits(model, input_ids=torch.arange(6, device=next(model.parameters()).device)[None])
     fused.quicken(model)
     return model
 
 
+@contextmanager
+def _in_words(base: weights.Base, adapter: Adapter) -> Iterator[None]:
+    """Turns what peft raises over anybody's settings and tensors into an AdapterError of one line."""
+    try:
+        yield
+    except PeftlabError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:240]
+        what = f"{adapter.folder}: does not fit {base.entry.name} ({reason})"
+        raise AdapterError(f"{what}; choose its own base") from None
+
+
 def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
     """The adapter on a private copy of the base, with peft's own operations. A PeftModel passes on what it lacks."""
-    import torch
-
     copy, file = weights.share(base.model), adapter.folder / TENSORS
-    try:
+    with _in_words(base, adapter):
         if not file.exists():  # then peft would read a pickle, or ask the Hub
             raise ValueError(f"it has no {TENSORS}{_pickled(adapter.folder)}")
         if adapter.spec.model != base.entry.key:  # another base of the same shapes would take it without a word
@@ -131,14 +148,6 @@ def _applied(base: weights.Base, adapter: Adapter) -> PreTrainedModel:
         _check_finite(adapter)
         by_peft = (adapter.folder / CONFIG).exists()
         model = loading.load(copy, adapter.folder) if by_peft else _attached(copy, resolve(adapter.spec), file)
-        with torch.no_grad():  # some settings are read for the first time here
-            seam.logits(model, input_ids=torch.arange(6, device=next(model.parameters()).device)[None])
-    except PeftlabError:
-        raise
-    except Exception as error:  # anybody's settings and tensors, in peft's code
-        reason = " ".join(str(error).split())[:240]
-        what = f"{adapter.folder}: does not fit {base.entry.name} ({reason})"
-        raise AdapterError(f"{what}; choose its own base") from None
     return cast("PreTrainedModel", model.requires_grad_(False).eval())
 
 
