@@ -59,6 +59,12 @@ def test_quantized_hybrids_are_traced(kind, family):
     assert peak(family(kind), method="qlora", sequence_length=16) > 0
 
 
+def test_experts_in_one_product_are_traced_in_any_type(family, capfd):
+    """torch's stand-in for that product knows bf16 alone."""
+    half, full = (peak(family("mixtral"), method="lora", precision=p, sequence_length=16) for p in ("bf16", "fp32"))
+    assert full > half and capfd.readouterr().err == ""
+
+
 def test_alibi_is_a_mask_of_every_head(family):
     with_alibi, without = (peak(family("falcon", alibi=alibi), method="lora") for alibi in (True, False))
     assert with_alibi - without >= 2 * 64 * 64 * 2

@@ -118,6 +118,8 @@ def find(model: str) -> BaseModel:
         return BaseModel(model, f"{count[1]}{count[2].upper()} parameters", round(total), source="a bare count")
     if os.path.exists(path := os.path.expanduser(model)):
         return _from_file(model, Path(path))
+    if model.endswith(".json"):
+        raise SpecError(f"model={model}: there is no such file; give the path of a config.json, or of its folder")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return _from_hub(model)
     raise SpecError(f"model={model}: no such model; {closest(model, MODELS)} A Hub id, a folder or 7B works too")

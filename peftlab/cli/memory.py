@@ -51,14 +51,17 @@ def _lines(report: MemoryReport) -> Iterator[str]:
         how = "a trace of it on fake tensors" if report.source == "trace" else "the closed form; --exact traces it"
         how += f" ({report.unknown})" if report.unknown else ""
         allocated, whole = units.size(report.allocated), units.size(report.process)
-        yield f"{what}, peak of a step: {allocated} allocated, {whole} in all, by {how}"
+        spec = report.spec
+        step = f"{spec.batch_size} × {spec.sequence_length} tokens in {spec.precision}"
+        yield f"{what}, peak of a step of {step}: {allocated} allocated, {whole} in all, by {how}"
     else:
         why = f": {report.unknown}" if report.unknown else ""
         yield f"{what}, {report.convention}; activations are not included{why}"
     if report.step_seconds is not None:
-        took = report.step_seconds
+        took, known = report.step_seconds, fitted()
         run = f"{report.spec.steps} steps take {units.seconds(took * report.spec.steps)}"
-        yield f"a step takes {1000 * took:.0f} ms on {GPUS[report.spec.gpu].name}, {run}; {fitted().mean:.0%} off on average"
+        error = f"recorded ones on an {known.hardware[0]} are {known.mean:.0%} off on average"
+        yield f"a step takes {1000 * took:.0f} ms on {GPUS[report.spec.gpu].name}, {run}; {error}"
     found = fits(report.needed)
     for fit in (f for f in found if f.gpu.key == report.spec.gpu):
         short = f"does not hold these {units.size(round(report.needed))}"
@@ -66,4 +69,5 @@ def _lines(report: MemoryReport) -> Iterator[str]:
         yield f"{fit.gpu.name}, {units.size(fit.gpu.memory_bytes)}: {holds}"
     one = next((f.gpu for f in found if f.n_gpus == 1), None)
     smallest = f"{one.name}, {units.size(one.memory_bytes)}" if one else ""
-    yield f"smallest GPU that holds it: {smallest}" if one else "no single GPU of the catalogue holds it"
+    held = "it" if report.peak else "these alone"
+    yield f"smallest GPU that holds {held}: {smallest}" if one else f"no single GPU of the catalogue holds {held}"

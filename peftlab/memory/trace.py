@@ -7,6 +7,7 @@ model of PyTorch's allocator. The last is the one reported.
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ from .tape import BEFORE, Entry, Homes, Player, Recorder, unroll
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it refuses is told in words
 IRRELEVANT = {
     "alpha", "learning_rate", "steps", "task", "training_rows", "seed", "gpu", "n_gpus", "sharding", "offload"
 }  # fmt: skip

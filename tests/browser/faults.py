@@ -1,7 +1,7 @@
 """Sequences of what visitors do, while answers come late, fail or are lost; and whether the page ends up right.
 
-`python tests/browser/faults.py FIRST LAST [--busy N] [--out FILE.json]` runs the sequences of these seeds against an app of its
-own, beside N processes that are busy all the time, and writes what came of each.
+`python tests/browser/faults.py FIRST LAST [--busy N] [--at-once M] [--out FILE.json]` runs the sequences of these seeds
+against apps of their own, M at a time, beside N processes that are busy all the time, and writes what came of each.
 """
 
 import argparse
@@ -13,8 +13,11 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -251,39 +254,54 @@ def spin() -> None:
         pass
 
 
+def played(seeds: list[int]) -> Iterator[tuple[int, list[str]]]:
+    """Each seed's sequence, one after the other, against an app and in a browser of their own, and what was wrong at its end."""
+    from conftest import App
+    from playwright.sync_api import sync_playwright
+
+    app = App(None, Path(tempfile.mkdtemp()))
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        server = Server(app.url)
+        for seed in seeds:
+            yield seed, sequence(browser, server, seed)
+        browser.close()
+    app.end()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int)
     parser.add_argument("--busy", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from conftest import App
-    from playwright.sync_api import sync_playwright
-
     from peftlab.measured import provenance
 
-    app = App(None, Path(tempfile.mkdtemp()))
     spinning = [multiprocessing.Process(target=spin, daemon=True) for _ in range(args.busy)]
     for process in spinning:
         process.start()
-    results = {}
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        server = Server(app.url)
-        for seed in range(args.first, args.last + 1):
-            results[seed] = sequence(browser, server, seed)
-            print(seed, results[seed] or "right", flush=True)
-            if args.out:
-                wrong = {number: lines for number, lines in results.items() if lines}
-                command = f"python tests/browser/faults.py {args.first} {args.last} --busy {args.busy} --out {args.out}"
-                document = provenance() | {
-                    "command": command, "kind": "faults", "sequences": len(results), "busy_processes": args.busy,
-                    "actions": ACTIONS, "wrong": wrong,
-                }  # fmt: skip
-                args.out.write_text(json.dumps(document, indent=1) + "\n")
-        browser.close()
-    app.end()
+    results: dict[int, list[str]] = {}
+    writing = threading.Lock()
+
+    def play(start: int) -> None:
+        for seed, wrong in played(list(range(args.first + start, args.last + 1, args.at_once))):
+            with writing:
+                results[seed] = wrong
+                print(seed, wrong or "right", flush=True)
+                if args.out:
+                    write()
+
+    def write() -> None:
+        document = provenance() | {
+            "command": f"python {' '.join(sys.argv)}", "kind": "faults", "sequences": len(results), "busy_processes": args.busy,
+            "at_once": args.at_once, "actions": ACTIONS, "wrong": {n: lines for n, lines in sorted(results.items()) if lines},
+        }  # fmt: skip
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        list(pool.map(play, range(args.at_once)))
     sys.exit(any(results.values()))
 
 
