@@ -104,6 +104,8 @@ def test_every_family_counts_what_transformers_counts(config):
 @pytest.mark.parametrize("kind", ["mamba", "rwkv", "exaone", "t5gemma"])
 def test_a_family_without_heads_of_anothers_class_or_of_two_stacks_is_built(kind):
     """exaone's fields are read by Llama's class; T5Gemma's stand in the config of its encoder and its decoder."""
+    if not any(kind in families.kinds(task) for task in families.TASKS):
+        pytest.skip("a newer transformers has it")
     config = families.tiny(kind)
     entry = pasted(config)
     model = configs.build_meta(entry.config)

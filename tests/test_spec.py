@@ -5,7 +5,8 @@ from urllib.parse import parse_qsl
 import pytest
 from tiny import ROOT
 
-from peftlab import RunSpec, SpecError, hardware, resolve
+from peftlab import RunSpec, SpecError, hardware, resolve, seam
+from peftlab.base import configs
 from peftlab.catalog import PRESETS
 from peftlab.catalog.gpus import GPUS
 from peftlab.hardware import Machine
@@ -202,7 +203,10 @@ def test_what_a_run_here_cannot_have_is_set_aside_with_a_reason(monkeypatch):
 
 def test_attention_is_what_the_family_has(config_files):
     """Gemma 2 has no SDPA in transformers: automatic is eager there, and a run that asks for sdpa sets it aside."""
-    gemma2 = RunSpec(model=str(ROOT / "tests/cases/tiny-gemma2.json"))
+    file = ROOT / "tests/cases/tiny-gemma2.json"
+    if seam.has_sdpa(configs.build_meta(json.loads(file.read_text()))):
+        pytest.skip("an older transformers has it")
+    gemma2 = RunSpec(model=str(file))
     assert resolve(gemma2).attention == "eager" and resolve(RunSpec(model="7B")).attention == "sdpa"
     assert not cannot_run(resolve(RunSpec(model=config_files["llama"], attention="sdpa")))
     fit, reasons = set_aside(gemma2.but(attention="sdpa"))
