@@ -53,6 +53,19 @@ def test_catalogues(run, document):
         assert all(key in out for key in registry)
 
 
+def test_what_each_method_does_with_a_model(document, run):
+    entries = {entry["key"]: entry for entry in document("methods", "--model", "llama-2-7b")}
+    assert (
+        entries["lora"]["trainable_parameters"] == document("params", "--model", "llama-2-7b")["trainable_parameters"]
+    )
+    assert entries["bitfit"]["trainable_parameters"] is None and "has no bias" in entries["bitfit"]["why_not"]
+    said = run("methods", "--model", "llama-2-7b")[1].splitlines()
+    assert len(said) == len(METHODS) and sum("trained" in line for line in said) >= len(METHODS) - 1
+    for model, reason in (("nosuch/config.json", "no such file"), ("7B", "a bare count has no layers")):
+        status, out, err = run("methods", "--model", model)
+        assert status == 2 and out == "" and reason in err and len(err.splitlines()) == 1
+
+
 def test_params(document, run):
     asked = ("params", "--model", "llama-2-7b", "--target-modules", "q_proj,v_proj")
     data = document(*asked)
