@@ -123,12 +123,11 @@ def _try(model: PreTrainedModel, spec: Resolved) -> None:
 
     ids = torch.arange(6, device=model.device).repeat(2, 1)
     ids[1, -1] += 1
-    places = (torch.ones_like(ids), torch.arange(6, device=ids.device).repeat(2, 1) + seam.first_position(model))
+    mask, positions = torch.ones_like(ids), torch.arange(6, device=ids.device).repeat(2, 1) + seam.first_position(model)
+    inputs = dict(zip(seam.PLACES, (mask, positions), strict=True))
     try:
         with torch.no_grad():
-            one, other = seam.logits(model, input_ids=ids, **dict(zip(seam.PLACES, places, strict=True)))[
-                :, :-1
-            ].float()
+            one, other = seam.logits(model, input_ids=ids, **inputs)[:, :-1].float()
     except Exception as error:  # anybody's architecture, in transformers' code
         raise _refused(spec, error) from None
     if (one - other).abs().max() > trial.rounding(model.dtype) * one.std():
