@@ -292,7 +292,7 @@ def _applied(run: tuple[Resolved, Path]) -> PreTrainedModel:
     )
     assert saved == counted, f"{counted:,} are counted, {saved:,} saved"
     model = adapters.apply(base, adapters.read(folder))
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([[5, 6, 7, 8]], device=base.model.device)
     with torch.no_grad():
         own, other = (seam.logits(m, input_ids=ids) for m in (base.model, model))
     assert other.isfinite().all() and not torch.equal(own, other), "the adapter changes nothing, or gives no numbers"
