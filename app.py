@@ -24,10 +24,11 @@ from demos.side_by_side import Compare
 from peftlab import seam, units
 from peftlab.base import fetching, weights
 from peftlab.base.models import DEFAULT, MODELS
-from peftlab.room import jobs
+from peftlab.room import rooms
+from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
 
-preparation = jobs.Preparation(DEFAULT)
+preparation = Preparation(DEFAULT)
 
 
 def chip() -> str:
@@ -73,6 +74,7 @@ demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head,
 
 def main() -> None:
     seam.quiet()
+    rooms.here()  # a setting that cannot be is said before anything is served
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a host ends the page as Ctrl-C does
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log shows the address at once
@@ -80,7 +82,7 @@ def main() -> None:
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
     try:
-        demo.launch(**look.launch_options(), prevent_thread_lock=True)
+        demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True)
         preparation.begin()  # only now, because loading a model library would hold up the page's first answer
         demo.block_thread()
     except KeyboardInterrupt:  # before it blocks; from there on Gradio closes by itself

@@ -4,22 +4,20 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import gradio as gr
-from gradio.data_classes import FileDataDict
+from starlette.routing import Route
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.page import address, controls, methods, store
+from demos.page import address, choice, controls, methods, served, store
 from demos.page.tab import Asked, Tab, Values, on_gpu
-from peftlab import RunSpec, adapters, count, resolve
+from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog import PRESETS
 from peftlab.data import tasks
 from peftlab.resolve import set_aside
-from peftlab.room import jobs
-from peftlab.run import train
+from peftlab.room import jobs, rooms
 from peftlab.show import runs, settings
 from peftlab.show.methods import PUBLISHED, method_card, method_panel, method_value, preset_says
 
@@ -28,8 +26,7 @@ OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
 """Settings of some methods whose controls are under More settings."""
 LARGEST = 2_000_000_000  # parameters of the largest model offered for a live run
-MINE = 8  # how many adapters a browser keeps: the newest
-TRAIN = on_gpu(train)
+jobs.WORK["train"] = on_gpu(jobs.WORK["train"])
 
 
 def runnable() -> list[tuple[str, str]]:
@@ -50,22 +47,28 @@ def note(spec: RunSpec) -> str:
 
 
 def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, stop: str) -> Values:
-    """The buttons `go` and `stop`. The texts are those of `go` before, during and after a run, and that of `stop`."""
+    """The buttons of a visitor's own `job`. The texts are those of `go` before, during and after it, and that of `stop`."""
     is_on = job is not None and not job.over
     stopping = job is not None and job.stopping
     go = under_way if is_on else once_more if job else start
     return {
         "go": gr.update(interactive=not is_on, value=go),
         "stop": gr.update(interactive=is_on and not stopping, value="Stopping" if stopping else stop),
+        "cancel": gr.update(visible=is_on, interactive=not stopping),
+        "resume": gr.update(visible=job is not None and job.resumable),
     }
+
+
+def own(job: jobs.Job | None, asked: Asked) -> jobs.Job | None:
+    """The job where it is the visitor's own, who alone may stop it and fetch what it has learned."""
+    return job if job and asked.visitor and job.owner == asked.visitor else None
 
 
 class Live(Tab):
     """A fine-tune that runs while people watch."""
 
     key, title = "live", "Live"
-    choices, clears = methods.PRESET, methods.PRESET_CLEARS
-    files: dict[str, FileDataDict] = {}  # where the adapter of a job is to be downloaded, by the job's id
+    choices, clears = {**methods.PRESET, "run": choice.words("run", "", 200)}, methods.PRESET_CLEARS
 
     def settings(self) -> None:
         self.control("task", gr.Radio(controls.choices_of(tasks.TASKS), value=tasks.DEFAULT, label="Task"))
@@ -88,8 +91,9 @@ class Live(Tab):
         with gr.Row(elem_classes="run-row"):
             go = self.panel("go", gr.Button("Train", variant="primary", scale=0, min_width=160))
             stop = self.panel("stop", gr.Button("Stop and keep", scale=0, min_width=190, interactive=False))
-            keep = gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230)
-            self.keep = self.panel("keep", keep)
+            cancel = self.panel("cancel", gr.Button("Cancel", visible=False, scale=0, min_width=110))
+            resume = self.panel("resume", gr.Button("Resume", visible=False, scale=0, min_width=130))
+            self.panel("keep", gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230))
         self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(min_height=44))
         with gr.Row(elem_classes="panes"):
@@ -100,25 +104,50 @@ class Live(Tab):
         off = gr.update(interactive=False)
         self.press([go.click], self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
         self.press([stop.click], self.stop, ["kept", "stop"], busy={"stop": off})
+        self.press([cancel.click], self.cancel, ["kept"], busy={"cancel": off})
+        self.press([resume.click], self.resume, ["kept"])
 
     def train(self, asked: Asked) -> Iterator[Values]:
         """Starts a run and tells the browser its id. After a double click it is the run that is under way."""
-        job = jobs.running(asked.visitor)
-        if job is None or job.trainer is not TRAIN:
+        job = rooms.here().running(asked.visitor)
+        if job is None or job.kind != "train":
             spec = here(asked.spec)
             count(resolve(spec))  # refuses what has nothing to train
-            job = jobs.start(spec, asked.visitor, TRAIN)
-        mine = [key for key in asked.kept.get("adapters") or () if key != job.id]
-        yield {"kept": {"run": job.id, "adapters": [*mine, job.id][-MINE:]}, "go": gr.update(interactive=False)}
+            job = rooms.here().start("train", {"spec": spec.to_dict()}, asked.visitor, asked.first)
+        yield {"kept": {"run": job.id}, "go": gr.update(interactive=False)}
 
     def stop(self, asked: Asked) -> Iterator[Values]:
         """Asks the run on screen to end; then its picture says what it came to."""
-        if job := self.job(asked):
+        if job := self.mine(asked):
             job.stop()
         yield {"kept": {"run": asked.kept.get("run")}}
 
+    def cancel(self, asked: Asked) -> Iterator[Values]:
+        """Ends the run on screen and drops what it has learned."""
+        if job := self.mine(asked):
+            job.cancel()
+        yield {"kept": {"run": asked.kept.get("run")}}
+
+    def resume(self, asked: Asked) -> Iterator[Values]:
+        """Lets the run on screen, which ended early, go on."""
+        job = self.mine(asked)
+        if job is None:
+            raise SpecError("this run is not yours, or not here any more; start one of your own")
+        rooms.here().resume(job)
+        yield {"kept": {"run": job.id}}
+
     def job(self, asked: Asked) -> jobs.Job | None:
-        return jobs.find(asked.kept.get("run"))
+        """The run of a link, else the last one of this browser."""
+        return rooms.here().find(asked["run"] or asked.kept.get("run"))
+
+    def mine(self, asked: Asked) -> jobs.Job | None:
+        return own(self.job(asked), asked)
+
+    def follows(self, asked: Asked) -> str | None:
+        return job.id if (job := self.job(asked)) else None
+
+    def routes(self) -> list[Route]:
+        return served.routes(self.key, lambda job: runs.shown(job, job.spec))
 
     def check(self, asked: Asked) -> None:
         count(resolve(here(asked.spec)))
@@ -137,25 +166,17 @@ class Live(Tab):
 
     def draw(self, asked: Asked) -> Values:
         spec, job = here(asked.spec), self.job(asked)
+        mine = own(job, asked)
         run = resolve(spec)
         return {
             **runs.shown(job, spec),
-            **buttons(job, "Train", "Training", "Train again", "Stop and keep"),
-            "keep": lambda: controls.seen(self.download(job)),
+            **buttons(mine, "Train", "Training", "Train again", "Stop and keep"),
+            "keep": lambda: controls.seen(served.download(mine) if mine else None),
             "lesson": lambda: runs.card(run.task),
             "about": lambda: method_card(run.method, run.model),
             "how": lambda: method_panel(run.method),
             "note": lambda: note(asked.spec),
         }
-
-    def download(self, job: jobs.Job | None) -> FileDataDict | None:
-        """The adapter of a run that is over, as a file that the page can fetch; None where there is none."""
-        if job is None or not job.over or not (job.folder / "adapter").exists():
-            return None
-        if job.id not in self.files:
-            file = cast(FileDataDict, self.keep.serve_static_file(adapters.pack(job.folder / "adapter")))
-            self.files[job.id] = {**file, "url": (file["url"] or "").lstrip("/")}
-        return self.files[job.id]
 
 
 if __name__ == "__main__":

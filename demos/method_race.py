@@ -8,7 +8,7 @@ import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.live_finetune import buttons, here, note, runnable
+from demos.live_finetune import buttons, here, note, own, runnable
 from demos.page import choice, controls, methods, store
 from demos.page.tab import QUIET, Asked, Tab, Values, on_gpu
 from peftlab import RunSpec, SpecError, race, resolve
@@ -17,7 +17,7 @@ from peftlab.data.tasks import DEFAULT, TASKS
 from peftlab.lectures.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
-from peftlab.room import jobs
+from peftlab.room import jobs, rooms
 from peftlab.show import marks, races, settings
 from peftlab.spec import closest
 
@@ -46,7 +46,7 @@ TOOLBAR = (
     '<button type="button" class="small-button" data-link>Copy link</button>'
     "<small>Press a column's name to sort by it.</small></div>"
 )
-RACE = on_gpu(race.race)
+jobs.WORK["race"] = on_gpu(jobs.WORK["race"])
 
 
 def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
@@ -82,13 +82,14 @@ class Race(Tab):
         "guess": choice.words("guess", SHOW, most=100),
     }
     clears = {"lesson": ("device", "values", "seconds", "seeds", "guess")}
-    raced: dict[str, str] = {}  # the lesson of each race that was started here, by the job's id
 
     def build(self) -> None:
         super().build()
         self.go.click(None, None, None, js=CLOSED, **QUIET)
         self.press([self.go.click], self.begin, ["kept"])
         self.press([self.stop.click], self.halt, ["stop", "kept"])
+        self.press([self.cancel.click], self.drop, ["kept"])
+        self.press([self.resume.click], self.go_on, ["kept"])
         self.press([self.back.click], self.put_away, ["kept"])
 
     def settings(self) -> None:
@@ -98,6 +99,8 @@ class Race(Tab):
         with gr.Row(elem_classes="run-row"):
             self.go = self.panel("go", gr.Button("Race here", variant="primary", scale=0, min_width=160))
             self.stop = self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
+            self.cancel = self.panel("cancel", gr.Button("Cancel", visible=False, scale=0, min_width=110))
+            self.resume = self.panel("resume", gr.Button("Resume", visible=False, scale=0, min_width=110))
         self.control("task", gr.Radio(controls.choices_of(TASKS), value=DEFAULT, label="Task"))
         info = asked_for(LESSONS[FIRST])
         values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=info)
@@ -159,7 +162,7 @@ class Race(Tab):
 
     def draw(self, asked: Asked) -> Values:
         lesson, job = LESSONS[asked["lesson"]], self.job(asked)
-        standing = job if job and self.raced[job.id] == lesson.key else None
+        standing = job if job and job.arguments["lesson"] == lesson.key else None
         return {
             **buttons(job, "Race here", "Racing", "Race again", "Stop"),
             "settings": note(asked.spec),
@@ -175,7 +178,7 @@ class Race(Tab):
         bar, events = "", list(job.events) if job else []
         if job:
             lines = races.so_far(events)
-            bar = marks.failure(events) or races.status(events, lines, jobs.ahead(job))
+            bar = marks.failure(events) or races.status(events, lines, rooms.here().ahead(job))
             if lines:
                 live = races.live_picture(job, len(events), lesson.key, asked["sort"])
                 return parts | live | {"bar": bar, "result": gr.update(visible=True)}
@@ -187,9 +190,9 @@ class Race(Tab):
 
     def job(self, asked: Asked) -> jobs.Job | None:
         """The race that was started from this browser, the one under way first."""
-        mine = jobs.running(asked.visitor)
-        job = mine if mine and mine.id in self.raced else jobs.find(str(asked.kept.get("race") or ""))
-        return job if job and job.id in self.raced else None
+        running = rooms.here().running(asked.visitor)
+        job = running if running and running.kind == "race" else own(rooms.here().find(asked.kept.get("race")), asked)
+        return job if job and job.kind == "race" else None
 
     def begin(self, asked: Asked) -> Iterator[Values]:
         """Starts a race; a second press finds the one that is under way."""
@@ -197,9 +200,14 @@ class Race(Tab):
         if job is None or job.over:
             lesson = LESSONS[asked["lesson"]]
             field = racers(asked.spec, lesson, asked["values"])
-            seeds, seconds = asked["seeds"] or 1, asked["seconds"]
-            job = jobs.start(field[0].spec, asked.visitor, lambda spec, out: RACE(field, out, seeds, seconds))
-            self.raced[job.id] = lesson.key
+            arguments = {
+                "spec": field[0].spec.to_dict(),
+                "racers": [(racer.name, racer.spec.to_dict()) for racer in field],
+                "seeds": asked["seeds"] or 1,
+                "seconds": asked["seconds"],
+                "lesson": lesson.key,
+            }
+            job = rooms.here().start("race", arguments, asked.visitor, asked.first)
         yield {"kept": {"race": job.id}}
 
     def halt(self, asked: Asked) -> Iterator[Values]:
@@ -207,6 +215,17 @@ class Race(Tab):
         if job and not job.over:
             job.stop()
             yield {"stop": gr.update(interactive=False, value="Stopping"), "kept": {"race": job.id}}
+
+    def drop(self, asked: Asked) -> Iterator[Values]:
+        if job := self.job(asked):
+            job.cancel()
+            yield {"kept": {"race": job.id}}
+
+    def go_on(self, asked: Asked) -> Iterator[Values]:
+        """Lets a race that ended early go on with the runs that are still to come."""
+        if job := self.job(asked):
+            rooms.here().resume(job)
+            yield {"kept": {"race": job.id}}
 
     def put_away(self, asked: Asked) -> Iterator[Values]:
         """Shows the recorded race again, in the place of one that is over."""

@@ -49,7 +49,7 @@ def chosen(asked: Asked) -> str:
     """The key of the adapter to prove with: the visitor's choice while it is here, else a bundled one."""
     key = asked.kept.get("proof_adapter")
     try:
-        of(key)
+        of(asked, key)
         return str(key)
     except PeftlabError:
         return list(bundled())[-1]
@@ -57,22 +57,22 @@ def chosen(asked: Asked) -> str:
 
 def prompt(asked: Asked) -> str:
     """What was written, or the first held-out prompt of the adapter's task."""
-    return asked["proof_prompt"] or task_of(of(chosen(asked))).heldout[0].prompt
+    return asked["proof_prompt"] or task_of(of(asked, chosen(asked))).heldout[0].prompt
 
 
 def merging(asked: Asked) -> Iterator[str]:
-    yield merged_said(MERGE(of(chosen(asked)), prompt(asked)))
+    yield merged_said(MERGE(of(asked, chosen(asked)), prompt(asked)))
 
 
 def turning(asked: Asked) -> Iterator[str]:
     stops: list[tuple[float, str]] = []
-    for stop in DIAL(of(chosen(asked)), prompt(asked)):
+    for stop in DIAL(of(asked, chosen(asked)), prompt(asked)):
         stops.append(stop)
         yield dialled(stops)
 
 
 def timing(asked: Asked) -> Iterator[str]:
-    for share, report in latency(of(chosen(asked)), prompt(asked)):
+    for share, report in latency(of(asked, chosen(asked)), prompt(asked)):
         yield timed(report) if report else f'<p class="note">Timing, {units.score(share)} done.</p>'
 
 

@@ -48,7 +48,7 @@ def work(adapter: Adapter) -> Iterator[tuple[float, study.Study | None]]:
 def added(asked: Asked) -> study.Study | None:
     """The study of the adapter that the visitor chose, where there is one."""
     try:
-        folder = of(asked.kept.get("studied")).folder
+        folder = of(asked, asked.kept.get("studied")).folder
         return _recorded(folder, (folder / study.FILE).stat().st_mtime)
     except (PeftlabError, OSError):
         return None
@@ -106,7 +106,7 @@ def fill(asked: Asked) -> Values:
 def draw(asked: Asked) -> Values:
     drawn = cache(lambda: shown.pictures(added(asked), *place(asked)))
     found = worker.known(images, *place(asked), asked["directions"])
-    studied, on_offer = asked.kept.get("studied"), [key for _, key in choices(asked.kept.get("adapters"))]
+    studied, on_offer = asked.kept.get("studied"), [key for _, key in choices(asked)]
     return {
         "studied_runs": shown.about,
         **{name: partial(lambda panel: drawn()[panel], name) for name in PANELS},
@@ -125,7 +125,7 @@ def adding(asked: Asked) -> Iterator[Values]:
     key = asked.kept.get("studied")
     if not key:
         raise PeftlabError("no adapter is chosen; choose one to add it to these")
-    for share, found in work(of(key)):
+    for share, found in work(of(asked, key)):
         if found is None:
             yield {"add": gr.update(value=f"Studying, {units.score(share)}", interactive=False)}
     yield {"kept": {"studied": key}}

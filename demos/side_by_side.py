@@ -38,7 +38,7 @@ def scored(adapter: Adapter) -> Iterator[tuple[float, ComparisonReport | None]]:
 
 def chosen(asked: Asked) -> str:
     """The key of the adapter: the chosen one, else the last that this browser trained, else the first bundled one."""
-    known = choices(asked.kept.get("adapters"))
+    known = choices(asked)
     return str(asked["adapter"] or next((key for _, key in known), ""))
 
 
@@ -96,7 +96,7 @@ class Compare(Tab):
 
     def ask(self, asked: Asked) -> Iterator[Values]:
         """Gives the prompt to both, and shows their answers token by token."""
-        adapter = of(chosen(asked))
+        adapter = of(asked, chosen(asked))
         task = task_of(adapter)
         prompt = prompt_of(asked, task)
         decoding = Decoding(asked["tokens"], asked["temperature"], seed=asked["decoding_seed"])
@@ -109,7 +109,7 @@ class Compare(Tab):
 
     def score(self, asked: Asked) -> Iterator[Values]:
         """Gives every held-out row to both."""
-        adapter = of(chosen(asked))
+        adapter = of(asked, chosen(asked))
         for share, report in scored(adapter):
             if report is None:
                 yield {"measuring": f"Scoring, {units.score(share)}"}
@@ -119,15 +119,15 @@ class Compare(Tab):
                 yield comparisons.scored_value(report, task_of(adapter)) | measured
 
     def check(self, asked: Asked) -> None:
-        task_of(of(chosen(asked)))
+        task_of(of(asked, chosen(asked)))
 
     def fill(self, asked: Asked) -> dict[str, object]:
         key = chosen(asked)
-        prompt = prompt_of(asked, task_of(of(key)))
+        prompt = prompt_of(asked, task_of(of(asked, key)))
         return {**super().fill(asked), "adapter": offered(asked, key), "prompt": prompt}
 
     def draw(self, asked: Asked) -> Values:
-        adapter = of(chosen(asked))
+        adapter = of(asked, chosen(asked))
         task, report = task_of(adapter), compare.recorded(adapter)
         prompt, rows = prompt_of(asked, task), [row.prompt for row in task.heldout]
         pair = comparisons.recorded_pair(report, prompt)

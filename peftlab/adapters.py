@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -247,5 +248,9 @@ def bundled() -> list[Adapter]:
 
 
 def pack(folder: Path) -> Path:
-    """A zip of the adapter, beside its folder, to download."""
-    return Path(shutil.make_archive(str(folder), "zip", folder))
+    """A zip of the adapter, beside its folder, to download. It is made anew where the adapter is newer."""
+    packed = folder.with_name(folder.name + ".zip")
+    if not packed.exists() or packed.stat().st_mtime < folder.stat().st_mtime:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:  # so that nobody reads a half of it
+            Path(shutil.make_archive(f"{beside}/{folder.name}", "zip", folder)).replace(packed)
+    return packed

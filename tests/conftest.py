@@ -130,9 +130,24 @@ def run(capsys):
     return call
 
 
+@pytest.fixture
+def room(monkeypatch, tmp_path_factory):
+    """This server's room, with a data folder of the test's own."""
+    from peftlab.room import host, rooms
+
+    monkeypatch.setenv("PEFTLAB_DATA", str(tmp_path_factory.mktemp("data")))
+    host.settings.cache_clear()
+    rooms._here.cache_clear()
+    yield rooms.here()
+    rooms.here().close()
+    host.settings.cache_clear()
+    rooms._here.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def apart(request, monkeypatch, tmp_path_factory):
-    """No Hub, and a cache of the test's own; tests marked `real` or `browser` keep the machine's."""
+    """No Hub, and folders of the test's own; tests marked `real` or `browser` keep the machine's cache."""
+    monkeypatch.setenv("PEFTLAB_DATA", str(tmp_path_factory.getbasetemp() / "data"))
     if request.node.get_closest_marker("real") or request.node.get_closest_marker("browser"):
         return
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

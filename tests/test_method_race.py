@@ -11,13 +11,12 @@ from tiny import wait_for
 
 pytest.importorskip("gradio")
 
-from demos import method_race
 from demos.method_race import NONE, Race, racers, suited
 from demos.page.store import blocks
 from peftlab import RunSpec, SpecError
 from peftlab.lectures.lessons import LESSONS
 from peftlab.race import COLUMNS, ranked
-from peftlab.room import jobs
+from peftlab.room import jobs, rooms
 from peftlab.show import races
 from peftlab.show.marks import TERMS
 
@@ -104,7 +103,7 @@ def test_units_and_the_score_of_other_tabs_are_explained_where_they_are_seen():
 
 
 @pytest.fixture
-def held(monkeypatch, tmp_path):
+def held(monkeypatch, room):
     """A race in whose hands this test is: what it was started with, and its events one by one."""
     told = queue.Queue()
 
@@ -114,23 +113,27 @@ def held(monkeypatch, tmp_path):
 
         def say(self, event, job):
             told.put(event)
-            wait_for(lambda: event in job.events)
+            wait_for(lambda: any(event.items() <= seen.items() for seen in job.events))
 
     held = Held()
 
-    def raced(field, out, seeds, seconds):
-        held.field, held.seeds, held.seconds = field, seeds, seconds
+    def raced(arguments, folder, again):
+        held.field, held.seeds, held.seconds = (arguments[name] for name in ("racers", "seeds", "seconds"))
         while (event := told.get(timeout=20)) is not None:
             yield event
             if event["type"] == "done":
                 return
 
-    monkeypatch.setattr(method_race, "RACE", raced)
-    monkeypatch.setattr(jobs, "RUNS", tmp_path)
+    monkeypatch.setitem(jobs.WORK, "race", raced)
     yield held
-    for job in list(jobs._jobs.values()):
+    for job in list(room._jobs.values()):
         told.put(None)
-        wait_for(lambda job=job: job.over)  # while RACE is still ours
+        wait_for(lambda job=job: job.over)  # while the work is still ours
+
+
+def token(name):
+    """What the server gives a browser of that name."""
+    return rooms.here().signer.sign(name)
 
 
 def press(work, kept, **state):
@@ -147,10 +150,10 @@ RANKS = {"lesson": "rank", "values": "8;16", "seeds": "2", "seconds": "5"}
 
 
 def test_race_here_starts_the_race_on_screen_and_says_when_it_is_not_yet_there(held):
-    _, kept = press(TAB.begin, {"visitor": "a"}, **RANKS)
-    job = jobs.find(kept["race"])
+    _, kept = press(TAB.begin, {"visitor": token("a")}, **RANKS)
+    job = rooms.here().find(kept["race"])
     wait_for(lambda: held.field)
-    assert [r.spec.rank for r in held.field] == [8, 16] and (held.seeds, held.seconds) == (2, 5)
+    assert [spec["rank"] for _, spec in held.field] == [8, 16] and (held.seeds, held.seconds) == (2, 5)
     before = shown(kept, **RANKS)
     assert "Until yours begins" in before["bar"]["value"] and "Recorded on" in before["bar"]["value"]
     assert before["board"] == shown(**RANKS)["board"]
@@ -170,22 +173,24 @@ def test_race_here_starts_the_race_on_screen_and_says_when_it_is_not_yet_there(h
 
 
 def test_a_race_stands_on_its_lesson_only_and_a_second_press_finds_it(held):
-    _, kept = press(TAB.begin, {"visitor": "b"}, **RANKS)
-    held.say({"type": "racers", "lines": lines(), "seeds": 2}, jobs.find(kept["race"]))
+    _, kept = press(TAB.begin, {"visitor": token("b")}, **RANKS)
+    held.say({"type": "racers", "lines": lines(), "seeds": 2}, rooms.here().find(kept["race"]))
     hidden = shown(kept, lesson="rank", guess=NONE)
     assert "0 of 4 runs" in hidden["bar"]["value"] and hidden["result"]["visible"] is True
     other = shown(kept, lesson="rate")
     assert "Recorded on" in other["bar"]["value"] and "Until yours" not in other["bar"]["value"]
     assert other["go"]["value"] == "Racing" and other["stop"]["interactive"] is True
-    _, again = press(TAB.begin, {"visitor": "b"}, lesson="rate")  # a double click: the browser has not kept the first
-    _, other = press(TAB.begin, {"visitor": "d"}, **RANKS)
+    _, again = press(
+        TAB.begin, {"visitor": token("b")}, lesson="rate"
+    )  # a double click: the browser has not kept the first
+    _, other = press(TAB.begin, {"visitor": token("d")}, **RANKS)
     assert again["race"] == kept["race"] != other["race"]
-    jobs.find(other["race"]).stop()
+    rooms.here().find(other["race"]).stop()
 
 
 def test_stop_says_stopping_only_while_it_stops(held):
-    _, kept = press(TAB.begin, {"visitor": "e"}, **RANKS)
-    job = jobs.find(kept["race"])
+    _, kept = press(TAB.begin, {"visitor": token("e")}, **RANKS)
+    job = rooms.here().find(kept["race"])
     held.say({"type": "racers", "lines": lines(), "seeds": 2}, job)
     found, _ = press(TAB.halt, kept, **RANKS)
     assert job.stopping and found["stop"]["value"] == "Stopping"
@@ -199,22 +204,23 @@ def test_stop_says_stopping_only_while_it_stops(held):
 
 
 def test_a_race_that_fails_says_why(held):
-    _, kept = press(TAB.begin, {"visitor": "f"}, **RANKS)
+    _, kept = press(TAB.begin, {"visitor": token("f")}, **RANKS)
     held.events.put(None)
-    wait_for(lambda: jobs.find(kept["race"]).over)
+    wait_for(lambda: rooms.here().find(kept["race"]).over)
     found = shown(kept, **RANKS)
     assert "the run ended without a word" in found["bar"]["value"] and found["go"]["interactive"]
     with pytest.raises(SpecError, match="not 1"):  # what cannot race is refused, and nothing starts
-        press(TAB.begin, {"visitor": "f"}, lesson="rank", values="8")
-    assert jobs.running("f") is None
-    assert "Recorded on" in shown({"visitor": "f", "race": "no-such-race"})["bar"]["value"]
+        press(TAB.begin, {"visitor": token("f")}, lesson="rank", values="8")
+    assert rooms.here().running("f") is None
+    assert "Recorded on" in shown({"visitor": token("f"), "race": "no-such-race"})["bar"]["value"]
 
 
 def test_a_training_of_ones_own_comes_first(held, monkeypatch):
-    waiting = jobs.start(RunSpec(), "h", lambda spec, out: iter([held.events.get(timeout=20)]))
+    monkeypatch.setitem(jobs.WORK, "train", lambda *_: iter([held.events.get(timeout=20)]))
+    waiting = rooms.here().start("train", {"spec": {}}, "h")
     with pytest.raises(SpecError, match="already under way"):
-        press(TAB.begin, {"visitor": "h"}, **RANKS)
-    assert not press(TAB.halt, {"visitor": "h"})[0]  # Stop of this tab is a race's
+        press(TAB.begin, {"visitor": token("h")}, **RANKS)
+    assert not press(TAB.halt, {"visitor": token("h")})[0]  # Stop of this tab is a race's
     held.events.put({"type": "done", "steps": 0})
     wait_for(lambda: waiting.over)
 

@@ -20,7 +20,7 @@ from peftlab.compare import ComparisonReport, Exchange, Reply, score_of
 from peftlab.measured import runs as recorded_runs
 from peftlab.race import scores
 from peftlab.resolve import resolve_here
-from peftlab.room import jobs
+from peftlab.room import jobs, rooms
 from peftlab.run import STOP
 from peftlab.show import comparisons, runs
 
@@ -40,7 +40,7 @@ class Trainer:
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)
 
-    def __call__(self, spec, folder):
+    def __call__(self, arguments, folder, again):
         for event in (START, STEP, None):
             assert self.go.acquire(timeout=20)
             if event:
@@ -60,7 +60,7 @@ class Visit:
 
     def __init__(self, tab, visitor="ann") -> None:
         self.store, self.tab = blocks(tab).store, tab
-        self.kept, self.state = {"visitor": visitor, "adapters": []}, {}
+        self.kept, self.state = {"visitor": rooms.here().signer.sign(visitor)}, {}
 
     def press(self, work):
         """What a press shows, the last of each panel; the browser keeps what it is to keep."""
@@ -77,19 +77,19 @@ class Visit:
 
     @property
     def job(self):
-        return jobs.find(self.kept["run"])
+        return rooms.here().find(self.kept["run"])
 
 
 @pytest.fixture(autouse=True)
-def own_jobs(monkeypatch, tmp_path):
-    monkeypatch.setattr(jobs, "_jobs", {})
-    monkeypatch.setattr(jobs, "RUNS", tmp_path)
+def own_room(room):
+    return room
 
 
 @pytest.fixture
-def trainer(monkeypatch):
+def trainer(monkeypatch, room):
     made = Trainer()
-    monkeypatch.setattr(live_finetune, "TRAIN", made)
+    monkeypatch.setitem(jobs.WORK, "train", made)
+    monkeypatch.setitem(jobs.WORK, "race", made)
     yield made
     made.go.release(1000)
 
@@ -100,9 +100,9 @@ def test_a_run_from_the_press_to_its_download(trainer):
     assert seen["sentence"]["value"].startswith("Recorded on NVIDIA H100 80GB HBM3: ") and seen["again"] is None
     assert seen["go"]["interactive"] and not seen["stop"]["interactive"] and not seen["keep"]["visible"]
     ann.press(ann.tab.train)
-    assert ann.kept["adapters"] == [ann.job.id] and ann.job.owner == "ann" and ann.job.spec.model == DEFAULT
+    assert ann.job.owner == "ann" and ann.job.spec.model == DEFAULT
     seen = ann.sees()
-    assert seen["sentence"]["value"].startswith("Recorded on") and "Your run begins" in seen["bar"]["value"]
+    assert seen["sentence"]["value"].startswith("Recorded on") and "The run begins" in seen["bar"]["value"]
     assert seen["go"] == {"interactive": False, "value": "Training", "__type__": "update"} and seen["again"]
     trainer.goes(ann.job, 2, 3)
     ann.state = {"task": "voice"}
@@ -113,12 +113,13 @@ def test_a_run_from_the_press_to_its_download(trainer):
     seen = ann.sees()  # so does a page that is loaded again
     assert seen["again"] is None and seen["go"]["value"] == "Train again" and seen["go"]["interactive"]
     file = seen["keep"]["value"]
-    assert seen["keep"]["visible"] and file["url"].startswith("gradio_api/file=") and file["url"].endswith(".zip")
-    assert ann.sees()["keep"]["value"] == file  # packed once
+    assert seen["keep"]["visible"] and file.url.startswith("peftlab/adapter/") and file.path.endswith(".zip")
+    assert ann.sees()["keep"]["value"] == file  # the page is not given another link each time
 
 
 def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):
-    jobs.start(resolve_here(live_finetune.here(address.OPENING)), "ann", lambda spec, folder: trainer(spec, folder))
+    spec = resolve_here(live_finetune.here(address.OPENING))
+    rooms.here().start("race", {"spec": spec.to_dict()}, "ann")
     ann = Visit(Live())
     with pytest.raises(SpecError, match="already under way"):
         ann.press(ann.tab.train)
@@ -130,7 +131,7 @@ def test_who_waits_sees_how_many_are_ahead_and_may_leave(trainer):
     first, window = ann.job, Visit(Live())
     assert "problem" not in ann.press(ann.tab.train) and ann.job is first  # a second press starts no second run
     window.press(window.tab.train)  # nor does one in a second window, which has not heard of the run
-    assert window.job is first and len(jobs._jobs) == 1
+    assert window.job is first and len(rooms.here()._jobs) == 1
     bob.press(bob.tab.train)
     seen = bob.sees()
     assert "1 ahead of it" in seen["bar"]["value"] and seen["sentence"]["value"].startswith("Recorded on")
@@ -233,12 +234,22 @@ def test_a_press_that_fails_frees_its_button(work, button, monkeypatch):
     assert seen["asking" if button == "ask" else "measuring"] == ""
 
 
-def test_an_adapter_trained_here_is_chosen_where_nothing_else_was(tmp_path):
-    for key in ("run-1", "run-2"):
-        shutil.copytree(adapters.bundled()[-1].folder, tmp_path / key / "adapter")
-    ann = Visit(Compare())
-    ann.kept["adapters"] = ["run-1", "run-2"]
+def test_an_adapter_trained_here_is_chosen_where_nothing_else_was_and_is_nobody_elses(room, monkeypatch):
+    def trains(arguments, folder, again):
+        shutil.copytree(adapters.bundled()[-1].folder, folder / "adapter")
+        yield DONE
+
+    monkeypatch.setitem(jobs.WORK, "train", trains)
+    ann, bob = Visit(Compare()), Visit(Compare(), "bob")
+    made = []
+    for _ in range(2):
+        made.append(room.start("train", {"spec": {}}, "ann"))
+        wait_for(lambda: made[-1].over)
+    first, last = (job.id for job in made)
     seen = ann.sees()["adapter"]
-    assert seen["value"] == "run-2" and [key for _, key in seen["choices"]][:2] == ["run-2", "run-1"]
+    assert seen["value"] == last and [key for _, key in seen["choices"]][:2] == [last, first]
+    bob.state = {"adapter": first}
+    seen = bob.sees()
+    assert "not here, or not yours" in seen["problems"]["adapter"] and first not in str(seen["adapter"]["choices"])
     ann.state = {"adapter": "ticket-lora"}
     assert ann.sees()["adapter"]["value"] == "ticket-lora"

@@ -1,9 +1,11 @@
 """The look of the page: theme, scripts, and how it is launched."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.routing import Route
 
 from peftlab.places import ASSETS
 
@@ -30,8 +32,8 @@ def script(*names: str) -> str:
     return "\n".join(line for line in map(str.strip, lines) if line and not line.startswith(("//", "/**", "* ")))
 
 
-def launch_options() -> dict[str, Any]:
-    """Arguments of `Blocks.launch`: the look, and the limit on what visitors can send."""
+def launch_options(routes: Sequence[Route] = ()) -> dict[str, Any]:
+    """Arguments of `Blocks.launch`: the look, the limit on what visitors can send, and what is served beside Gradio's own."""
     import plotly
 
     colours = {
@@ -55,4 +57,5 @@ def launch_options() -> dict[str, Any]:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "max_file_size": "5mb",
         "footer_links": ["settings"],
+        "app_kwargs": {"routes": [*routes]},
     }

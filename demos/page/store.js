@@ -8,6 +8,7 @@ const GIVEN = /*given*/{};
 const DRAWN = 150; // milliseconds that Gradio needs to draw an update
 const REST = 400; // milliseconds after which a slider or a text box that is not moved counts as at rest
 const PATIENCE = 30_000, LONG = 300_000; // milliseconds after which a quick or an exact answer counts as lost
+const ALIVE = 10_000; // milliseconds after which a stream that says nothing counts as lost
 const LONGEST = 10_000; // letters of the longest value that an address carries
 
 let tab = GIVEN.tabs[0], state = {}, open = new Set();
@@ -17,25 +18,26 @@ let pending = {}, shown = {}, held = {}; // updates that Gradio is to take; what
 
 const STORAGE = 'peftlab'; // under which the browser keeps ids of runs and adapters, which no link carries
 const remembered = () => { try { return JSON.parse(localStorage.getItem(STORAGE)) ?? {}; } catch { return {}; } };
-const memory = Object.assign({visitor: crypto.randomUUID?.() ?? String(Math.random()).slice(2), adapters: []}, remembered());
+const memory = remembered(); // the visitor's token comes with the first answer
 const keep = (more) => {
   Object.assign(memory, remembered(), more); // another window may have kept something since
   try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame without storage keeps it for this visit */ }
 };
 
 /** The address leaves out long texts and ids of runs; the browser's history holds those. */
-const isPublic = (value) => value.length <= LONGEST && !/-\d{6}-[0-9a-f]{6}$/.test(value);
+const isPublic = (name, value) => value.length <= LONGEST && (name === 'run' || !/-[0-9a-f]{32}$/.test(value));
 const read = () => {
   state = {...history.state?.peftlab};
   tab = GIVEN.tabs[0];
   for (const [name, value] of new URLSearchParams(location.search))
     if (name === 'tab') tab = GIVEN.tabs.includes(value) ? value : tab;
+    else if (name === 'key') keep({key: value});
     else if (value && !name.startsWith('__')) state[name] = value;
 };
 const sorted = (search) => { const all = new URLSearchParams(search); all.sort(); return String(all); };
 const record = (how) => {
   const url = new URL(location.href), search = new URLSearchParams(), hidden = {};
-  for (const [name, value] of Object.entries(state)) if (isPublic(value)) search.set(name, value); else hidden[name] = value;
+  for (const [name, value] of Object.entries(state)) if (isPublic(name, value)) search.set(name, value); else hidden[name] = value;
   if (tab !== GIVEN.tabs[0]) search.set('tab', tab);
   url.searchParams.forEach((value, name) => { if (name.startsWith('__')) search.set(name, value); });
   url.search = search;
@@ -78,17 +80,38 @@ const lane = (ask, take, patience) => {
 };
 const question = () => ({number, tab, state, kept: {...memory}, open: [...open]});
 const quick = lane((asked) => server.answer(asked), (answer) => {
+  if (answer.visitor) keep({visitor: answer.visitor});
   state = answer.state;
   record('replaceState');
   show(answer.show);
   clearTimeout(refusing); // until Gradio has drawn the controls
   refusing = setTimeout(() => refuse(answer.problems), Object.keys(answer.problems).length ? DRAWN : 0);
   clearTimeout(looking);
-  if (answer.again) looking = setTimeout(look, 1000 * answer.again);
+  follow(answer.follow);
+  if (answer.again) looking = setTimeout(again, 1000 * answer.again);
   if (answer.slow) exact(question());
 }, PATIENCE);
 const exact = lane((asked) => server.exact(asked), (answer) => show(answer.show), LONG);
 const look = () => quick(question());
+
+let followed = '', stream = null, heardOf = 0; // the run whose picture comes by itself; when it last came
+/** Follows a run until it is over, or another one is to be followed. Where no stream gets through, the page asks instead. */
+const follow = (run) => {
+  if (followed === (run ?? '')) return;
+  stream?.close();
+  followed = run ?? '';
+  heardOf = 0;
+  if (!run) return;
+  stream = new EventSource(`peftlab/follow/${run}`); // it begins again by itself, after a sleep too
+  stream.onmessage = ({data}) => {
+    heardOf = Date.now();
+    if (followed === run) show(JSON.parse(data));
+  };
+  stream.addEventListener('over', () => { follow(null); look(); });
+};
+const again = () => {
+  if (followed && Date.now() - heardOf < ALIVE) looking = setTimeout(again, 500); else look();
+};
 
 const stopResting = () => { clearTimeout(resting); resting = 0; };
 const settled = () => { stopResting(); record('pushState'); look(); };
@@ -195,7 +218,12 @@ const plot = (element, props, watch) => {
 };
 
 keep({});
-window.peftlab = {write, heard, picked, redrawn, go, plot, take, question, keep: (more) => { keep(more); look(); },
+/** What a press gives the browser to keep. A run of one's own takes the place of the one that a link brought. */
+const kept = (more) => {
+  keep(more);
+  if (more.run && state.run) write({run: ''}); else look();
+};
+window.peftlab = {write, heard, picked, redrawn, go, plot, take, question, keep: kept,
   get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
 document.addEventListener('input', ({target}) => {
   const block = target.closest('.typed');

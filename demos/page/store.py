@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 
 import gradio as gr
 from gradio.components import Component
+from starlette.routing import Route
 
 from demos.page import address, choice, controls, look, methods
 from demos.page.tab import QUIET, Asked, Slow, Tab, said
 from peftlab import PeftlabError, SpecError
 from peftlab.resolve import METHOD_SETTINGS
-from peftlab.room import worker
+from peftlab.room import rooms, worker
 from peftlab.show.marks import term
 from peftlab.spec import SETTINGS
 
@@ -99,7 +100,8 @@ class Store:
         """What the tab on screen shows of the settings.
 
         The answer has the question's `number`, the `state` for the address, the `problems` by setting, what to `show` by
-        component, and the seconds until the page asks `again`; where it is `slow`, an `exact` answer will show more.
+        component, the seconds until the page asks `again`, and the run that it is to `follow` instead; where it is `slow`,
+        an `exact` answer will show more. A browser that is new here finds its token in `visitor`.
         """
         question = sound(asks)
         tab = self.tabs.get(question.tab) or next(iter(self.tabs.values()))
@@ -107,15 +109,24 @@ class Store:
         try:
             asked, problems = self.understood(tab, question)
             again = tab.again(asked)  # before it is drawn: what ends meanwhile is looked at once more
-            return unshown | {
-                "state": self.link(asked) | {name: str(question.state[name]) for name in problems},
-                "problems": problems,
-                "show": self.shown(tab, asked, question),
-                "again": again,
-                "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
-            }
+            return (
+                unshown
+                | self.greeted(asked)
+                | {
+                    "state": self.link(asked) | {name: str(question.state[name]) for name in problems},
+                    "problems": problems,
+                    "show": self.shown(tab, asked, question),
+                    "again": again,
+                    "follow": tab.follows(asked) if again else None,
+                    "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
+                }
+            )
         except Exception as error:
             return unshown | {"problems": {"": said(error)}}
+
+    def greeted(self, asked: Asked) -> Answer:
+        """The token of a browser that has none from here."""
+        return {} if asked.visitor else {"visitor": rooms.here().signer.newcomer()}
 
     def shown(self, tab: Tab, asked: Asked, question: Question) -> dict[str, controls.Update]:
         """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows.
@@ -207,6 +218,7 @@ def sound(asks: object) -> Question:
 
 class Page(gr.Blocks):
     store: Store
+    routes: list[Route]
 
 
 def blocks(*tabs: Tab, head: Callable[[], None] | None = None, foot: Callable[[], None] | None = None) -> Page:
@@ -225,10 +237,11 @@ def blocks(*tabs: Tab, head: Callable[[], None] | None = None, foot: Callable[[]
         if foot:
             foot()
         store.build(row)
-    demo.store = store
+    demo.store, demo.routes = store, [route for tab in tabs for route in tab.routes()]
     return demo
 
 
 def run_alone(tab: Tab) -> None:
     """Serves one tab, as `python demos/memory_calculator.py` does. A port may be given as an argument."""
-    blocks(tab).launch(**look.launch_options(), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+    demo = blocks(tab)
+    demo.launch(**look.launch_options(demo.routes), server_port=int(sys.argv[1]) if len(sys.argv) > 1 else None)

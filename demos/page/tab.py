@@ -1,5 +1,6 @@
 """A tab: controls and panels by name, and what they show of the settings."""
 
+import hmac
 import json
 import logging
 import os
@@ -14,11 +15,12 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
 from gradio.events import Dependency
+from starlette.routing import Route
 
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank, shown_model
 from peftlab import PeftlabError, RunSpec, resolve
-from peftlab.room import jobs
+from peftlab.room import jobs, rooms
 from peftlab.run import events
 from peftlab.spec import Resolved
 
@@ -42,7 +44,8 @@ class Asked:
     spec: RunSpec
     choices: Mapping[str, Any]  # the tabs' own choices by name, the usual ones included
     kept: Mapping[str, Any]
-    """`visitor`, a name that the browser made up; `adapters`, `run` and `race`, ids of what was started from it."""
+    """`visitor`, the token that this server gave the browser; `run` and `race`, ids of what was started from it; `key`,
+    the host's, where it was in the address."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Settings that the tab refuses, as they were given; the fields above leave them out."""
 
@@ -54,10 +57,21 @@ class Asked:
         """The run with every automatic setting filled."""
         return resolve(self.spec)
 
-    @property
+    @cached_property
     def visitor(self) -> str:
-        """The browser whose runs and races these are."""
-        return str(self.kept.get("visitor") or "")
+        """The browser whose runs and races these are; empty for one that was not given its name here."""
+        return rooms.here().signer.read(self.kept.get("visitor"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this browser has the host's key, and goes before others."""
+        key = rooms.here().settings.key
+        return bool(key) and hmac.compare_digest(str(self.kept.get("key") or "").encode(), key.encode())
+
+    @cached_property
+    def adapters(self) -> list[str]:
+        """Ids of this visitor's own runs that have an adapter, the newest first."""
+        return [job.id for job in rooms.here().adapters(self.visitor)]
 
 
 @dataclass(frozen=True)
@@ -200,6 +214,14 @@ class Tab:
     def job(self, asked: Asked) -> jobs.Job | None:
         """The run or race whose events are shown, while it goes on and after."""
         return None
+
+    def follows(self, asked: Asked) -> str | None:
+        """The id of a run whose picture comes by itself, from `served.follow`; None where the page asks for it."""
+        return None
+
+    def routes(self) -> list[Route]:
+        """What the page fetches beside Gradio's own."""
+        return []
 
     def again(self, asked: Asked) -> float | None:
         """Seconds after which there may be more to see; None where nothing is under way."""

@@ -1,1 +1,1 @@
-"""Who runs what: jobs, their event logs, and the process that takes long work."""
+"""Who runs what: jobs and their logs, visitors, a host's settings, and the process that takes long work."""

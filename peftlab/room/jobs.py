@@ -1,154 +1,182 @@
-"""Jobs: one training at a time, in order of arrival, each with a log of events that a page can come back to."""
+"""A job: a run or a race, with a log of events that outlives the page and the server."""
+
+from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
+import math
+import shutil
+import sqlite3
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
-from ..base import fetching, weights
-from ..errors import SpecError, plain
-from ..resolve import resolve_here
-from ..run import STOP, Event, train, warm_up
-from ..spec import Resolved, RunSpec
+from ..errors import plain
+from ..race import Line, Racer, race
+from ..resolve import resolve
+from ..run import STOP, Event, train
+from ..spec import Json, Resolved, RunSpec
+from .records import OVER, RUNNING, WAITING, Record, Records
 
-RUNS = Path("runs")
-Trainer = Callable[[Resolved, Path], Iterator[Event]]
+log = logging.getLogger(__name__)
+CANCEL = "cancel"
+"""A file of this name in a job's folder: nothing of the job is to be kept."""
+Work = Callable[[Json, Path, bool], Iterator[Event]]
+"""Does a job of some kind by its arguments in its folder, from the beginning or, where it is true, from where it was."""
+
+
+def _train(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
+    return train(resolved(arguments["spec"]), folder, resume=again)
+
+
+def _race(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
+    racers = [Racer(name, resolved(spec)) for name, spec in arguments["racers"]]
+    known = [Line(**line) for line in arguments.get("known", ())]
+    return race(racers, folder, arguments["seeds"], arguments["seconds"], known=known)
+
+
+def resolved(spec: Json) -> Resolved:
+    """The settings of a run out of the log."""
+    return resolve(RunSpec.from_dict(spec))
+
+
+WORK: dict[str, Work] = {"train": _train, "race": _race}
+"""What each kind of job does. The page puts in its place the same work where a shared GPU does it."""
 
 
 class Job:
-    """A run that is queued, under way or over. Its events stay, so that a page that comes back sees all of them."""
+    """A job that waits, is under way or over. Its events stay, so that a page that comes back sees all of them."""
 
-    def __init__(self, spec: Resolved, owner: str, trainer: Trainer) -> None:
-        self.id = f"{spec.task}-{spec.method}-{time.strftime('%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        self.spec, self.owner, self.trainer = spec, owner, trainer
-        self.folder = RUNS / self.id
-        self.events: list[Event] = []
-        self.begun = self.over = False
-        self._changing = threading.RLock()
+    place = 0
+    """Its turn among those that wait."""
+    looked_at = -math.inf
+    """When somebody last asked for it (time.monotonic)."""
+
+    def __init__(self, record: Record, folder: Path, records: Records, events: list[Event] | None = None) -> None:
+        """Its `events` are in the log, unless they are given."""
+        self.record, self.folder = record, folder
+        self.id, self.kind, self.arguments, self.owner = record.id, record.kind, record.arguments, record.owner
+        self._records, self._changing = records, threading.RLock()
+        self._state = record.state
+        told = records.events(record.id) if events is None else list(enumerate(events))
+        self.events: list[Event] = [event for _, event in told]
+        self._next = told[-1][0] + 1 if told else 0
+        self._began: float | None = None
+        self.context = contextvars.copy_context()
+        """That of the request which has started it."""
+        self.again = False
+        """Whether it is to go on from where it was."""
+
+    @cached_property
+    def spec(self) -> Resolved:
+        """What is trained; a race's first racer."""
+        return resolved(self.arguments["spec"])
+
+    @property
+    def over(self) -> bool:
+        return self._state == OVER
+
+    @property
+    def begun(self) -> bool:
+        return self._state != WAITING
 
     def add(self, event: Event, over: bool = False) -> None:
-        """Appends an event; it is the last one where the job is `over`."""
+        """Appends an event; it is the last one where the job is `over`. One that only tells of progress is not stored."""
         with self._changing:
             self.events.append(event)
-            if over:  # a run that was refused leaves the stop file, and the folder where it was made for that alone
+            number, self._next = self._next, self._next + 1
+            with _tolerant():
+                if "progress" not in (event["type"], event.get("event", {}).get("type")):
+                    self._records.say(self.id, number, event)
+            if over:  # a job that was refused leaves the stop file, and the folder where it was made for that alone
                 (self.folder / STOP).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     self.folder.rmdir()
-            self.over = over
+                self.put(OVER, event)
+
+    def put(self, state: str, last: Event | None = None) -> None:
+        with self._changing:
+            self._state = state
+            with _tolerant():
+                self._records.put(self.id, state, last)
 
     def stop(self) -> None:
         """Asks the run to end after the step in progress; what it learned is kept. A job that waits is over at once."""
         with self._changing:
-            if not self.begun and not self.over:
+            if self._state == WAITING:
                 self.add({"type": "error", "message": "Stopped while it waited: nothing was learned."}, over=True)
             elif not self.over:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / STOP).touch()
+
+    def cancel(self) -> None:
+        """Asks the job to end, and drops what it has learned."""
+        with self._changing:
+            if self._state == RUNNING:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / CANCEL).touch()
+            self.stop()
 
     @property
     def stopping(self) -> bool:
         """Whether the run was asked to stop and has not ended yet."""
         return not self.over and (self.folder / STOP).exists()
 
-    def run(self) -> None:
-        """Runs the job, unless it was stopped before its turn came."""
-        with self._changing:
-            self.begun = not self.over
-        if not self.begun:
-            return
+    @property
+    def resumable(self) -> bool:
+        """Whether it ended early, though it did not fail by itself, and can go on from there."""
+        last = self.events[-1] if self.over and self.events else None
+        return last is not None and bool(last.get("resumable") or (last["type"] == "done" and last.get("stopped")))
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been under way."""
+        return time.monotonic() - self._began if self._began is not None and not self.over else 0.0
+
+    def interrupted(self) -> None:
+        """The server that did it is no more."""
+        steps = [event["step"] for event in self.events if event["type"] == "step"]
+        far = f"after step {steps[-1]}" if steps else "before the first step"
+        said = f"The server ended while this ran, {far}. Resume goes on from there."
+        self.add({"type": "error", "message": said, "resumable": True}, over=True)
+
+    def run(self, longest: float) -> None:
+        """Does the job, in at most so many seconds: then it is stopped, and keeps what it has learned."""
         last: Event = {"type": "error", "message": "the run ended without a word"}
+        self._began, limit = time.monotonic(), ""
         try:
-            for event in self.trainer(self.spec, self.folder):
+            for event in WORK[self.kind](self._asked(), self.folder, self.again):
+                if not limit and self.seconds > longest:
+                    limit = f"It ended after {longest:g} seconds, which is the most that a run may take here."
+                    self.stop()
                 if event["type"] == "done":
-                    last = event
+                    last = {**event, "job_seconds": self.seconds}
+                    if limit:
+                        last["message"] = limit
                 else:
                     self.add(event)
         except Exception as error:
+            log.info("job %s: %s", self.id, error)
             last = {"type": "error", "message": plain(error)}
+        if (self.folder / CANCEL).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            last = {"type": "error", "message": "Cancelled: nothing is kept."}
         self.add(last, over=True)  # once the trainer has cleaned up
 
-
-_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train")
-_jobs: dict[str, Job] = {}
-_lock = threading.RLock()
-"""Held while the table of jobs is read through or added to. `start` holds it when it asks `running`, so it is re-entrant."""
-
-
-def find(job_id: str | None) -> Job | None:
-    return _jobs.get(job_id or "")
+    def _asked(self) -> Json:
+        """The arguments; those of a race that goes on have the lines that are known."""
+        if not self.again or self.kind != "race":
+            return self.arguments
+        return self.arguments | {"known": [event["line"] for event in self.events if event["type"] == "line"]}
 
 
-def running(owner: str) -> Job | None:
-    with _lock:
-        return next((j for j in _jobs.values() if j.owner == owner and not j.over), None)
-
-
-def ahead(job: Job) -> int:
-    """How many runs come before this one, the one under way included."""
-    with _lock:
-        before = list(_jobs.values())
-    return sum(not other.over for other in before[: before.index(job)])
-
-
-def finished() -> list[tuple[Resolved, Event]]:
-    """The spec and last event of every run that came to its end, the newest first."""
-    with _lock:
-        over = [(job.spec, job.events[-1]) for job in _jobs.values() if job.over and job.events[-1]["type"] == "done"]
-    return [(spec, done) for spec, done in reversed(over) if done.get("steps")]
-
-
-def start(spec: RunSpec, owner: str, trainer: Trainer = train) -> Job:
-    """Queues a run. Raises SpecError when `owner` already has one that is not over, or the spec cannot run."""
-    spec = resolve_here(spec)
-    with _lock:
-        if running(owner):
-            said = "wait for it, or stop it first; what it learned is kept"
-            raise SpecError(f"a run of yours is already under way: {said}")
-        job = Job(spec, owner, trainer)
-        _jobs[job.id] = job
-    job.add({"type": "queued", "ahead": ahead(job)})
-    _pool.submit(contextvars.copy_context().run, job.run)  # a shared GPU's quota hangs on the request
-    return job
-
-
-class Preparation:
-    """A base model being fetched and loaded in the background, so that the page need not wait for it."""
-
-    def __init__(self, model: str) -> None:
-        self.spec = resolve_here(RunSpec(model=model))
-        self.progress = fetching.Progress("looking", "")
-        self.error: str | None = None
-        self.ready = False
-        self._thread: threading.Thread | None = None
-        self._stopped = threading.Event()
-
-    def begin(self) -> None:
-        """Starts, or starts again after an error; does nothing while under way or done."""
-        if self.ready or (self._thread and self._thread.is_alive()):
-            return
-        self.error = None
-        self._thread = threading.Thread(target=self._work, daemon=True, name="prepare")
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends a download that is under way, and removes what it has left on the disk."""
-        self._stopped.set()
-        if self._thread and self.progress.stage != "loading":
-            self._thread.join(5)
-
-    def _work(self) -> None:
-        try:
-            with contextlib.closing(fetching.fetch(self.spec.model)) as stages:
-                for told in stages:
-                    self.progress = told if told.stage != "ready" else fetching.Progress("loading", told.detail)
-                    if self._stopped.is_set():
-                        return
-            weights.load(self.spec)
-            warm_up(self.spec)
-            self.ready = True
-        except Exception as error:
-            self.error = plain(error)
+@contextlib.contextmanager
+def _tolerant() -> Iterator[None]:
+    """A job goes on though its log cannot be written: then it is known until the server ends."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        log.warning("the log of jobs cannot be written (%s): runs are forgotten when the server ends", error)

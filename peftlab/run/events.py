@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..spec import Json
@@ -61,6 +61,23 @@ class Event(_Typed, total=False):
     event: Event  # run: what the racer's own training told
     line: Json
     ahead: int  # queued: how many runs come first
+    resumable: bool  # error: the run can go on from where it was
+    job_seconds: float  # done: how long the job took, with loading
+
+
+def standing(events: Iterable[Event]) -> list[Event]:
+    """The events of a run as if nothing had interrupted it: what it did again after it went on is there once."""
+    kept: list[Event] = []
+    last = 0
+    for event in events:
+        if event["type"] == "step":
+            if event["step"] <= last:
+                kept = [e for e in kept if e["type"] not in ("step", "eval") or e["step"] < event["step"]]
+            last = event["step"]
+        elif event["type"] == "eval":
+            kept = [e for e in kept if e["type"] != "eval" or e["when"] != event["when"]]
+        kept.append(event)
+    return kept
 
 
 class Work(Generic[Result]):

@@ -14,7 +14,7 @@ from ..measured import documents
 from ..memory import ClosedForm, Fit, MemoryReport
 from ..memory.case import SYMBOLS
 from ..memory.report import summary
-from ..room import jobs
+from ..room import rooms
 from ..spec import Resolved
 from . import seconds
 from .marks import bold, explained, how, libraries, sentence, small, table
@@ -183,7 +183,7 @@ def conventions(reports: tuple[MemoryReport, MemoryReport]) -> str:
 def measured() -> str:
     """What was trained here on a GPU, then every recorded step, beside what is predicted for it."""
     rows = []
-    for spec, done in jobs.finished():
+    for spec, done in rooms.here().finished():
         seen, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
         if seen and said:
             off = f"{said / seen - 1:+.2%}"

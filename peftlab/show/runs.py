@@ -12,8 +12,8 @@ from ..count import count
 from ..data import tasks
 from ..race import scores
 from ..resolve import resolve
-from ..room import jobs
-from ..run.events import Event
+from ..room import jobs, rooms
+from ..run.events import Event, standing
 from ..spec import RunSpec
 from .figures import PALETTE, QUARTERS, Chart, blank, themed
 from .marks import bold, explained, failure, graded, how, libraries, progress, remarks, table
@@ -123,6 +123,7 @@ def _answers(events: Events) -> str:
 
 def charts(events: Events) -> dict[str, dict[str, Chart]]:
     """The loss and the metric of a run so far, by panel."""
+    events = standing(events)
     start = last_of(events, "start")
     steps = start["spec"]["steps"] if start else 40
     name = tasks.METRICS[start["metric"]].name if start else "Score"
@@ -165,8 +166,11 @@ def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
     """What is said while the recording stands: what `spec` would begin, how many are before it, or what it is loading."""
     if job is None:
         return remarks(f"<b>Press Train to run it here: {_named(spec)}.</b>")
-    last, before = job.events[-1], jobs.ahead(job)
-    what = f"Your run waits: {before} ahead of it" if last["type"] == "queued" and before else "Your run begins"
+    last, before = job.events[-1], rooms.here().ahead(job)
+    what = "The run begins"
+    if last["type"] == "queued" and before:
+        wait = rooms.here().wait(job)
+        what = f"The run waits: {before} ahead of it" + (f", about {units.seconds(wait)}" if wait else "")
     if last["type"] == "loading":
         what += f": loading {escape(last['model'])}, which is fetched first where it is not here yet"
     return remarks(f"<b>{what}.</b>")
@@ -177,11 +181,12 @@ def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, object]:
     if job is None or not (job.over or last_of(job.events, "start")):
         old = recording(spec.task or tasks.DEFAULT)
         return {**old, "bar": f"{waiting(job, spec)}{old['bar']}"}
-    events = list(job.events)
-    points = [n for n, e in enumerate(events, 1) if e["type"] in ("step", "eval")]  # drawn anew for a new one only
+    told = list(job.events)
+    events = standing(told)
+    points = [n for n, e in enumerate(told, 1) if e["type"] in ("step", "eval")]  # drawn anew for a new one only
     return {
         "sentence": live_sentence(events),
-        "bar": remarks(f"<b>Your run:</b> {_named(job.spec)}") + (failure(events) or explained(status(events))),
+        "bar": remarks(f"<b>This run:</b> {_named(job.spec)}") + (failure(events) or explained(status(events))),
         "said": _answers(events),
         **charts_of(job, max(points, default=0)),
     }

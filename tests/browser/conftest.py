@@ -32,6 +32,7 @@ class App:
             port = s.getsockname()[1]
         environment = {k: v for k, v in os.environ.items() if k not in ("PEFTLAB_CACHE", "HF_HUB_OFFLINE")}
         environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT)}
+        environment |= {"PEFTLAB_DATA": str(folder / "data")}
         environment |= {"PEFTLAB_CACHE": cache} if cache else {}
         self.url = f"http://127.0.0.1:{port}/"
         self.log = folder / "app.log"

@@ -1,0 +1,99 @@
+"""What the page fetches beside Gradio's own: the picture of a run as it changes, and a visitor's own adapter."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import TypeAlias
+
+from anyio import to_thread
+from gradio.data_classes import FileData
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from demos.page.controls import as_update
+from demos.page.tab import Values
+from peftlab import adapters
+from peftlab.room import rooms
+from peftlab.room.jobs import Job
+
+LOOK = 0.25  # seconds between two looks at a run that somebody follows
+ALIVE = 5.0  # seconds after which a page hears that the stream lives, when nothing happens
+Picture: TypeAlias = dict[str, str]  # what each component shows, as JSON
+
+
+class Followed:
+    """A run that pages follow: its picture is made once for all of them, in one thread, when something has happened."""
+
+    def __init__(self, job: Job, draw: Callable[[Job], Values], tab: str) -> None:
+        self.job, self.draw, self.tab = job, draw, tab
+        self.seen: object = None
+        self.picture: Picture = {}
+        self.drawing = asyncio.Lock()
+        self.watchers = 0
+
+    async def now(self) -> Picture:
+        """The newest picture."""
+        async with self.drawing:
+            seen = len(self.job.events), self.job.over, rooms.here().ahead(self.job)
+            if seen != self.seen:
+                self.picture, self.seen = await to_thread.run_sync(self._drawn), seen
+            return self.picture
+
+    def _drawn(self) -> Picture:
+        shown = {name: value() if callable(value) else value for name, value in self.draw(self.job).items()}
+        return {f"{self.tab}.{name}": json.dumps(as_update(value)) for name, value in shown.items()}
+
+
+_followed: dict[str, Followed] = {}
+
+
+async def follow(job: Job, draw: Callable[[Job], Values], tab: str) -> AsyncIterator[str]:
+    """Server-sent events: what has changed in the picture, until the run is over. A slow reader skips pictures."""
+    one = _followed.setdefault(job.id, Followed(job, draw, tab))
+    one.watchers += 1
+    sent: Picture = {}
+    quiet = 0.0
+    try:
+        while True:
+            over = job.over  # before it is drawn, so that the last picture is of all events
+            picture = await one.now()
+            news = {name: text for name, text in picture.items() if sent.get(name) != text}
+            if news or quiet >= ALIVE:
+                sent, quiet = picture, 0.0
+                yield "data: {" + ", ".join(f'"{name}": {text}' for name, text in news.items()) + "}\n\n"
+            if over:
+                yield "event: over\ndata: {}\n\n"
+                return
+            await asyncio.sleep(LOOK)
+            quiet += LOOK
+    finally:
+        one.watchers -= 1
+        if not one.watchers:
+            del _followed[job.id]
+
+
+def routes(tab: str, draw: Callable[[Job], Values]) -> list[Route]:
+    """`follow/<id>` of a run, which whoever has its id may watch, and `adapter/<name>` by a name from `download`."""
+
+    async def followed(request: Request) -> Response:
+        if not (job := await to_thread.run_sync(rooms.here().find, request.path_params["job"])):
+            return PlainTextResponse("no such run", 404)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(follow(job, draw, tab), media_type="text/event-stream", headers=headers)
+
+    def adapter(request: Request) -> Response:
+        job = rooms.here().find(rooms.here().signer.opened(request.path_params["name"]))
+        if not job or not (job.folder / "adapter").exists():
+            return PlainTextResponse("this link is no longer good; reload the page it came from", 404)
+        name = f"{job.spec.task}-{job.spec.method}-{job.id[-6:]}.zip"
+        return FileResponse(adapters.pack(job.folder / "adapter"), filename=name, headers={"Cache-Control": "no-store"})
+
+    return [Route("/peftlab/follow/{job}", followed), Route("/peftlab/adapter/{name}", adapter)]
+
+
+def download(job: Job) -> FileData | None:
+    """The adapter of a run that is over, as a file that its owner's page can fetch for a day; None where there is none."""
+    if not job.over or not (job.folder / "adapter").exists():
+        return None
+    return FileData(path=f"{job.id}.zip", url=f"peftlab/adapter/{rooms.here().signer.opens(job.id)}")

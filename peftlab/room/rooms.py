@@ -1,0 +1,277 @@
+"""The jobs of a data folder: who comes first, who may start one, and what is found again after a restart."""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import logging
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import TextIO
+
+from ..errors import SpecError
+from ..resolve import resolve_here
+from ..run import Event
+from ..spec import Json, Resolved, RunSpec
+from . import host, keeping
+from .jobs import Job, resolved
+from .records import OVER, RUNNING, WAITING, Record, Records
+from .visitors import Signer
+
+log = logging.getLogger(__name__)
+IN_MEMORY = 64
+"""So many jobs that are over stay in memory, those looked at last."""
+RECENT = 50
+"""So many of the last jobs of a kind say how long one takes."""
+OWN = 8
+"""So many of an owner's last runs are offered as adapters."""
+LOOKED_AT = 3600
+"""A job that somebody has looked at within so many seconds is not removed."""
+
+
+class Room:
+    """The jobs of one data folder. One is done at a time; whoever has the host's key comes first."""
+
+    def __init__(self, settings: host.Host) -> None:
+        """Raises SpecError where no data folder can be made. One process may have it: another keeps its jobs elsewhere."""
+        self.settings, self.folder = settings, settings.data
+        try:
+            (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+            self._claim = _claimed(self.folder / "lock")
+        except OSError as error:
+            said = f"{host.variable('data')}={self.folder}: no folder can be made there ({error.strerror})"
+            raise SpecError(f"{said}; give another one") from None
+        if self._claim is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="peftlab-"))
+            (self.folder / "jobs").mkdir()
+            log.warning("%s is in use by another server: the runs of this one are in %s", settings.data, self.folder)
+        self.signer = Signer(self.folder / "key")
+        self.records = Records(self.folder / "jobs.sqlite")
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._places = itertools.count()
+        self._changed = threading.Condition(threading.RLock())
+        self._closed = False
+        self._take_up()
+        self.tidy()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="jobs")
+        self._thread.start()
+
+    def find(self, job_id: object) -> Job | None:
+        """The job of this id, from the memory, the table or the second folder; None where there is none."""
+        if not isinstance(job_id, str) or not re.fullmatch(r"[\w-]{1,200}", job_id):
+            return None
+        with self._changed:
+            if job_id not in self._jobs:
+                if not (record := self.records.find(job_id)):
+                    return self._copied(job_id)
+                self._keep(Job(record, self.folder / "jobs" / job_id, self.records))
+            self._jobs.move_to_end(job_id)
+            self._jobs[job_id].looked_at = time.monotonic()
+            return self._jobs[job_id]
+
+    def running(self, owner: str) -> Job | None:
+        """The owner's job that waits or is under way."""
+        with self._changed:
+            return next((job for job in self._alive() if job.owner == owner), None)
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs come before this one, the one under way included."""
+        with self._changed:
+            alive = self._alive()
+            return alive.index(job) if job in alive else 0
+
+    def wait(self, job: Job) -> float | None:
+        """Seconds until a job begins, from what the last ones of each kind took; None where that is not known."""
+        with self._changed:
+            before = self._alive()[: self.ahead(job)]
+        usual = {kind: self._usual(kind) for kind in {other.kind for other in before}}
+        left = [(took, other.seconds) for other in before if (took := usual[other.kind]) is not None]
+        return sum(max(0.0, took - spent) for took, spent in left) if len(left) == len(before) else None
+
+    def finished(self) -> list[tuple[Resolved, Event]]:
+        """The spec and last event of the last runs that came to their end, the newest first."""
+        return [(resolved(record.arguments["spec"]), last) for record, last in self._done("train") if last.get("steps")]
+
+    def adapters(self, owner: str) -> list[Job]:
+        """The owner's last runs that have an adapter, the newest first."""
+        newest = (
+            f"number IN (SELECT number FROM jobs WHERE owner = ? AND kind = 'train' ORDER BY number DESC LIMIT {OWN})"
+        )
+        found = [self.find(record.id) for record in self.records.where(newest, owner)] if owner else []
+        return [job for job in reversed(found) if job and (job.folder / "adapter").exists()]
+
+    def start(self, kind: str, arguments: Json, owner: str, first: bool = False) -> Job:
+        """Queues a job, whose arguments have the `spec` of its run or of a race's first one.
+
+        Raises SpecError when `owner` has one that is not over, and where this host does not allow it.
+        """
+        spec = resolve_here(RunSpec.from_dict(arguments["spec"]))
+        self._allow(spec)
+        with self._changed:
+            self._only_one(owner)
+            if len(alive := self._alive()) > self.settings.queue:
+                raise SpecError(f"{len(alive) - 1} runs wait already, and {self.settings.queue} may; try again later")
+            job_id = f"{spec.task}-{spec.method}-{secrets.token_hex(16)}"
+            record = self.records.add(job_id, kind, arguments | {"spec": spec.to_dict()}, owner, first)
+            job = Job(record, self.folder / "jobs" / job_id, self.records)
+            self._queue(job)
+        return job
+
+    def resume(self, job: Job) -> None:
+        """Queues a job that ended early, to go on from where it was. Raises SpecError where it cannot."""
+        with self._changed:
+            self._only_one(job.owner)
+            if not job.resumable:
+                raise SpecError("this run came to its end and cannot go on; start another one")
+            job.again = True
+            job.put(WAITING)
+            self._queue(job)
+
+    def tidy(self) -> None:
+        """Removes jobs that are too old or take too much of the disk, but none that was looked at within the hour."""
+        with self._changed:
+            seen = [job for job in self._jobs.values() if not job.over or time.monotonic() - job.looked_at < LOOKED_AT]
+            kept = {job.id for job in seen}
+            over = [(r, self.folder / "jobs" / r.id) for r in self.records.where("state = ?", OVER) if r.id not in kept]
+            for record in keeping.overdue(over, self.settings.days, self.settings.disk * 1e9, time.time()):
+                self._jobs.pop(record.id, None)
+                self.records.forget(record.id)
+                shutil.rmtree(self.folder / "jobs" / record.id, ignore_errors=True)
+
+    def close(self) -> None:
+        """Ends the thread once the job under way is over."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(60)
+        self.records.close()
+        if self._claim:
+            self._claim.close()
+
+    def _queue(self, job: Job) -> None:
+        job.place, job.context = (
+            next(self._places),
+            contextvars.copy_context(),
+        )  # a shared GPU's quota hangs on the request
+        job.looked_at = time.monotonic()
+        self._keep(job)
+        job.add({"type": "queued", "ahead": self.ahead(job)})
+        self._changed.notify_all()
+
+    def _only_one(self, owner: str) -> None:
+        if not owner:
+            raise SpecError("this browser is not known here; reload the page")
+        if self.running(owner):
+            said = "wait for it, or stop it first; what it learned is kept"
+            raise SpecError(f"a run of yours is already under way: {said}")
+
+    def _allow(self, spec: Resolved) -> None:
+        """Raises SpecError for what this host does not train."""
+        ours = self.settings
+        if not ours.train:
+            raise SpecError("this host shows everything and trains nothing; run peftlab yourself to train")
+        if ours.models and spec.model not in ours.models:
+            raise SpecError(f"model={spec.model}: this host trains {', '.join(ours.models)}; choose one of these")
+        tokens = spec.steps * spec.batch_size * spec.accumulation * spec.sequence_length
+        if tokens > ours.tokens:
+            fits = max(1, spec.steps * ours.tokens // tokens)
+            raise SpecError(
+                f"steps={spec.steps}: {tokens:,} tokens, and a run here has at most {ours.tokens:,}; try {fits}"
+            )
+
+    def _alive(self) -> list[Job]:
+        """Jobs that are not over, in the order in which their turns come."""
+
+        def turn(job: Job) -> tuple[bool, bool, int]:
+            return not job.begun, not job.record.first, job.place
+
+        return sorted((job for job in self._jobs.values() if not job.over), key=turn)
+
+    def _done(self, kind: str) -> list[tuple[Record, Event]]:
+        """The last jobs of a kind that came to their end, with their last events, the newest first."""
+        newest = f"number IN (SELECT number FROM jobs WHERE kind = ? AND state = ? ORDER BY number DESC LIMIT {RECENT})"
+        over = [(record, record.last) for record in self.records.where(newest, kind, OVER)]
+        return [(record, last) for record, last in reversed(over) if last and last["type"] == "done"]
+
+    def _usual(self, kind: str) -> float | None:
+        """Seconds that a job of this kind takes here."""
+        took = [last["job_seconds"] for _, last in self._done(kind) if "job_seconds" in last]
+        return median(took) if took else None
+
+    def _keep(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        over = [id for id, one in self._jobs.items() if one.over and one is not job]
+        for id in over[: max(0, len(over) - IN_MEMORY)]:
+            del self._jobs[id]
+
+    def _copied(self, job_id: str) -> Job | None:
+        """A job that only the second folder has, as after a restart with an empty disk."""
+        if self.settings.copies is None or not (found := keeping.copied(self.settings.copies / job_id)):
+            return None
+        record, events = found
+        job = Job(record, self.settings.copies / job_id, self.records, events)
+        self._keep(job)
+        return job
+
+    def _take_up(self) -> None:
+        """Finds what the last server left: jobs that waited go on waiting, one that ran was interrupted."""
+        for record in list(self.records.where("state != ?", OVER)):
+            job = Job(record, self.folder / "jobs" / record.id, self.records)
+            job.place = next(self._places)
+            if record.state == RUNNING:
+                job.interrupted()
+            self._keep(job)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (waiting := [job for job in self._alive() if not job.begun]) and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                job = waiting[0]
+                job.put(RUNNING)
+            job.context.run(job.run, self.settings.seconds)
+            try:
+                if self.settings.copies and job.events[-1]["type"] == "done":
+                    keeping.copy(job, self.settings.copies)
+                self.tidy()
+            except Exception:  # the next job is not to wait for ever
+                log.exception("after job %s", job.id)
+
+
+def _claimed(file: Path) -> TextIO | None:
+    """The open `file` that nobody else has claimed; None where another process has."""
+    claim = file.open("a")
+    try:
+        import fcntl
+
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such locks: there a data folder is not shared
+        pass
+    except OSError:
+        claim.close()
+        return None
+    return claim
+
+
+@lru_cache(maxsize=1)
+def _here() -> Room:
+    return Room(host.settings())
+
+
+_first = threading.Lock()
+
+
+def here() -> Room:
+    """This server's room. Raises SpecError for a host's setting that cannot be."""
+    with _first:
+        return _here()
