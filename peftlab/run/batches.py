@@ -137,7 +137,7 @@ class Batches:
         return self.after(0)
 
     def after(self, steps: int) -> Iterator[list[Batch]]:
-        """The batches of the steps that follow the first `steps`, which are drawn but not made."""
+        """The batches of the steps that follow the next `steps`, which are drawn but not made."""
         for rows, width in islice(self._drawn(), steps, None):
             yield [self._batch(rows[i : i + self.size], width) for i in range(0, len(rows), self.size)]
 
