@@ -121,6 +121,10 @@ def note_event(event: Event) -> None:
         case "start":
             trained = f"{event['trainable_parameters']:,} parameters are trained"
             note(f"{event['model']} from {event['source']}; {trained}, {runs.gear([event])}")
+        case "resumed":
+            note(event.get("message") or f"resumed after step {event['step']}")
+        case "note":
+            note(event["message"])
         case "step":
             left = units.seconds(event["eta_seconds"])
             note(f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  {left} left")

@@ -1,7 +1,8 @@
 """Training, a generator of events; generation, token by token; and the scores of what a model says."""
 
+from .checkpoint import must_go_on
 from .engine import pace, train, warm_up
 from .events import Event
 from .loop import STOP
 
-__all__ = ["STOP", "Event", "pace", "train", "warm_up"]
+__all__ = ["STOP", "Event", "must_go_on", "pace", "train", "warm_up"]

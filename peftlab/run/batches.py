@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, chain, count
+from itertools import accumulate, chain, count, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,6 +134,15 @@ class Batches:
         return next(width for width in self.widths if len(pair) <= width)
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        return self.after(0)
+
+    def after(self, steps: int) -> Iterator[list[Batch]]:
+        """The batches of the steps that follow the next `steps`, which are drawn but not made."""
+        for rows, width in islice(self._drawn(), steps, None):
+            yield [self._batch(rows[i : i + self.size], width) for i in range(0, len(rows), self.size)]
+
+    def _drawn(self) -> Iterator[tuple[list[Pair], int]]:
+        """The rows of each step, and the width of all of them."""
         while True:
             for pair in self.draw.sample(self.pairs, len(self.pairs)):
                 width = self._width(pair)
@@ -141,7 +150,7 @@ class Batches:
                 rows.append(pair)
                 if len(rows) == self.size * self.pieces:
                     self.waiting[width] = []
-                    yield [self._batch(rows[i : i + self.size], width) for i in range(0, len(rows), self.size)]
+                    yield rows, width
 
     def _batch(self, rows: Sequence[Pair], width: int) -> Batch:
         blank = [width - len(row) for row in rows]

@@ -22,6 +22,7 @@ from ..memory import exact
 from ..memory.states import workspace
 from ..resolve import cannot_run
 from ..spec import SETTINGS, Json, Resolved
+from .checkpoint import Checkpoint
 from .events import Event, Work, progress
 from .loop import STOP, Run
 from .scoring import Answer, answer, mean_score, nats_per_token
@@ -38,16 +39,19 @@ class Pace(NamedTuple):
     not_fused: tuple[str, ...]
 
 
-def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -> Iterator[Event]:
+def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False, resume: bool = False) -> Iterator[Event]:
     """Fine-tunes and yields events; `out` gets the adapter. Raises SpecError before and RunError during the run.
 
     To measure what they are worth: `eager` takes no graph, `plain` no fused operations. The events are `loading`, `start`,
-    then `eval` (the held-out metric, before, midway and after), `step`, `gear` (where it changes) and `progress` (of an
-    evaluation), and at last `done`.
+    then `eval` (the held-out metric, before, midway and after), `step`, `gear` (where it changes), `note` (no checkpoints are
+    kept any more) and `progress` (of an evaluation), and at last `done`.
+
+    With `resume` the run goes on from the checkpoint that it left in `out` when it was killed or stopped. `resumed` follows
+    `start` and says at which step: 0, with a message, where there is no checkpoint of this spec to be used.
     """
     _check(spec)
     report = count(spec)
-    if (out / STOP).exists():
+    if (out / STOP).exists() and not resume:
         (out / STOP).unlink()
         yield _unlearned(0.0)
         return
@@ -60,14 +64,23 @@ def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False) -
             "why_eager": run.gear.why, "packed": run.gear.packs, "fused": run.fused.counts(),
             "not_fused": list(run.fused.kept),
         }  # fmt: skip
-        yield from _events(run)
+        yield from _events(run, resume)
 
 
-def _events(run: Run) -> Iterator[Event]:
+def _events(run: Run, resume: bool) -> Iterator[Event]:
     """The steps and evaluations of a run that has started, and its end."""
-    steps, evaluation = run.spec.steps, Evaluation(run)
+    steps, evaluation, checkpoint = run.spec.steps, Evaluation(run), Checkpoint(run)
+    if resume:
+        made, why = checkpoint.resume()
+        if made:
+            evaluation.restore(made)
+        anew: Event = {"type": "resumed", "step": 0, "message": f"This run starts from the beginning: {why}."}
+        yield anew if why else {"type": "resumed", "step": run.steps_done}
+    else:
+        checkpoint.remove()
     try:
-        yield from evaluation.at("before")
+        if not evaluation.answers:
+            yield from evaluation.at("before")
     except (PeftlabError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # anybody's architecture, in transformers' code
@@ -75,18 +88,27 @@ def _events(run: Run) -> Iterator[Event]:
             f"{run.base.entry.name} cannot answer the held-out rows ({type(error).__name__}: {configs.shown(error, 160)}); "
             "try another model, or report this one"
         ) from error
-    middle, stream = round(steps / 2), iter(run.batches)
+    middle, stream = round(steps / 2), run.batches.after(run.steps_done)
     while run.steps_done < steps and not run.stopped():
+        if run.steps_done == middle > 0 and len(evaluation.answers) == 1:
+            yield from evaluation.at("during")
+            continue
         began, at = time.perf_counter(), run.steps_done
         for _ in range(at, min(stop for stop in (steps, middle, at + run.stride) if stop > at)):
             yield from run.launch(next(stream))
-        yield from run.fetch(began)
-        if run.steps_done == middle < steps:
-            yield from evaluation.at("during")
+        try:
+            yield from run.fetch(began)
+        except RunError:
+            checkpoint.remove()  # from there it would diverge again
+            raise
+        if checkpoint.due():
+            yield from _noted(checkpoint.keep(evaluation.state()))
     if not run.steps_done:
         yield _unlearned(time.perf_counter() - run.began)
         return
     stopped = run.steps_done < steps
+    if stopped:
+        yield from _noted(checkpoint.keep(evaluation.state()))
     (run.out / STOP).unlink(missing_ok=True)  # a second stop ends the last evaluation
     yield from evaluation.at("after")
     finished = len(evaluation.answers) > 1 and not run.stopped()
@@ -110,7 +132,15 @@ def _events(run: Run) -> Iterator[Event]:
         "device": hardware.here().name,
     }
     run.save({**done, **({"heldout": evaluation.rows()} if finished else {})})
+    if not stopped:
+        checkpoint.remove()
     yield done
+
+
+def _noted(message: str) -> Iterator[Event]:
+    """The event that tells a message, where there is one."""
+    if message:
+        yield {"type": "note", "message": message}
 
 
 def _unlearned(seconds: float) -> Event:
@@ -135,9 +165,7 @@ class Evaluation:
     def at(self, when: Literal["before", "during", "after"]) -> Iterator[Event]:
         """Saves what was learned, then answers and scores the held-out rows. A stop leaves them unmeasured."""
         if when != "before":
-            if self.base.device == "cuda":
-                others = weights.allocated() - weights.allocated(self.base)
-                self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated() - others)
+            self._see_peak()
             self.run.save()
         if self.run.stopped():
             return
@@ -157,6 +185,23 @@ class Evaluation:
             "seconds": time.perf_counter() - begun, "examples": [asdict(a) for a in answers[:3]],
         }  # fmt: skip
         if self.base.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _see_peak(self) -> None:
+        if self.base.device == "cuda":
+            others = weights.allocated() - weights.allocated(self.base)
+            self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated() - others)
+
+    def state(self) -> Json:
+        """What a checkpoint keeps of it."""
+        self._see_peak()
+        return {"answers": [[asdict(a) for a in answers] for answers in self.answers], "peak": self.peak}
+
+    def restore(self, state: Json) -> None:
+        """Goes on from a checkpoint's `state`."""
+        self.answers = [[Answer(**answer) for answer in answers] for answers in state["answers"]]
+        self.peak = state["peak"]
+        if self.base.device == "cuda":  # loading is no step
             torch.cuda.reset_peak_memory_stats()
 
     def score(self, which: int) -> dict[str, float]:

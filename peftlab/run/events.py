@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 from ..spec import Json
 
 Result = TypeVar("Result")
-OF_A_RUN = Literal["loading", "start", "gear", "progress", "eval", "step", "done"]
+OF_A_RUN = Literal["loading", "start", "resumed", "gear", "note", "progress", "eval", "step", "done"]
 
 
 class _Typed(TypedDict):
@@ -36,7 +36,7 @@ class Event(_Typed, total=False):
     metrics: dict[str, float]
     items: int
     examples: Any  # eval: some held-out rows with what the model said; step: how many training rows were read
-    step: int  # eval and step: how many are done
+    step: int  # resumed, eval and step: how many are done
     steps: int  # step: how many there will be; done: how many were taken
     loss: float  # nats per answer token of the step's rows
     gradient_norm: float  # before clipping
@@ -45,7 +45,7 @@ class Event(_Typed, total=False):
     eta_seconds: float  # of training that are left
     adapter: str | None  # done: its folder; None where nothing was learned
     stopped: bool
-    message: str  # done without an adapter, error
+    message: str  # done without an adapter, resumed at step 0, note, error
     training_seconds: float
     tokens_per_second: float
     train_loss: float

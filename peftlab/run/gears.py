@@ -163,7 +163,7 @@ class Graph(Eager):
             self.last = pieces
             self.step.set_rate(rate)  # in order, or a step still waiting would read it
             held = self.captured.get(shape)
-            if not held and self.step.done:
+            if not held and self.captured:
                 try:
                     held = self.captured[shape] = self._capture(pieces)
                 except CaptureError:
