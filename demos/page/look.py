@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from demos.page import http
 from peftlab.places import ASSETS
 
 COLOURS = {
@@ -31,7 +32,7 @@ def script(*names: str) -> str:
 
 
 def launch_options() -> dict[str, Any]:
-    """Arguments of `Blocks.launch`: the look, and the limit on what visitors can send."""
+    """Arguments of `Blocks.launch`: the look, what http.py does, and the limit on what visitors can send."""
     import plotly
 
     colours = {
@@ -55,4 +56,5 @@ def launch_options() -> dict[str, Any]:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "max_file_size": "5mb",
         "footer_links": ["settings"],
+        **http.options(),
     }

@@ -206,7 +206,7 @@ class Visitor:
         for event in self.page.events:
             with self.crowd.events.one():
                 body = {**json.loads(event), "session_hash": self.session}
-                await self.post("/gradio_api/queue/join?", body)
+                await self.post("/gradio_api/queue/join?", body, self.connections[1])
                 await self.get(self.connections[1], f"/gradio_api/queue/data?session_hash={self.session}")
 
     async def ask(self, function: str) -> None:
@@ -215,7 +215,7 @@ class Visitor:
         kept = {"visitor": self.session, "adapters": []}
         question = {"number": self.asked, "tab": "memory", "state": self.state, "kept": kept, "open": []}
         asked = {"data": question, "component_id": self.page.carrier, "fn_name": function, "session_hash": self.session}
-        answer = json.loads(await self.post("/gradio_api/component_server/", asked))
+        answer = json.loads(await self.post("/gradio_api/component_server/", asked, self.connections[0]))
         if answer.get("number") != self.asked or (self.page.has_exact and not answer.get("show")):
             raise ValueError(f"not an answer to question {self.asked}: {str(answer)[:100]}")
 
@@ -224,8 +224,8 @@ class Visitor:
         if status != 200 or not body:
             raise ValueError(f"status {status} of {path}")
 
-    async def post(self, path: str, content: Json) -> bytes:
-        status, body = await self.connections[0].ask("POST", path, json.dumps(content).encode())
+    async def post(self, path: str, content: Json, connection: Connection) -> bytes:
+        status, body = await connection.ask("POST", path, json.dumps(content).encode())
         if status != 200:
             raise ValueError(f"status {status} of {path}")
         return body
