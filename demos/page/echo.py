@@ -1,6 +1,5 @@
-"""A bare Gradio app beside which `peftlab bench serve` measures the page: it echoes through the same mechanism, a server function.
-
-It starts as `python echo.py`, at the port that GRADIO_SERVER_PORT says.
+"""A bare Gradio app, beside which `peftlab bench serve` measures the page. It echoes through the same mechanism: a server
+function. It starts as `python echo.py`, at the port that GRADIO_SERVER_PORT says.
 """
 
 import gradio as gr

@@ -9,13 +9,12 @@ import asyncio
 import gzip
 import hashlib
 import inspect
-import json
 import logging
 import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +22,11 @@ from typing import Any
 
 import anyio
 import brotli
-import gradio as gr
 import orjson
 from fastapi.encoders import jsonable_encoder
 from gradio.data_classes import _StaticFiles
-from gradio.routes import BUILD_PATH_LIB, STATIC_PATH_LIB, App
+from gradio.route_utils import BUILD_PATH_LIB, STATIC_PATH_LIB
+from gradio.routes import App
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,7 +63,7 @@ class Kept:
     def response(self, request: Headers) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Status, headers and body for somebody who accepts these encodings, and may have the body already."""
         accepted = encodings(request.get("accept-encoding", ""))
-        encoding = next(e for e in ("br", "gzip", "identity") if e in self.bodies and (e in accepted or e == "identity"))
+        encoding = next((e for e in ("br", "gzip") if e in self.bodies and e in accepted), "identity")
         etag = f'"{self.etag}-{encoding}"'
         headers = [*self.headers, (b"etag", etag.encode()), (b"vary", b"Accept-Encoding")]
         if etag in request.get("if-none-match", ""):
@@ -135,9 +134,10 @@ class Front:
                 if await self._shared(path, scope, send):
                     return
             elif scope["method"] == "POST" and path.rstrip("/") == "/gradio_api/component_server":
-                receive = await self._question(scope, receive, send)
-                if receive is None:
+                unanswered = await self._question(scope, receive, send)
+                if unanswered is None:
                     return
+                receive = unanswered
         await self.app(scope, receive, send)
 
     async def _shared(self, path: str, scope: Scope, send: Send) -> bool:
@@ -230,7 +230,7 @@ def again(first: Message, then: Receive) -> Receive:
 def as_json(answer: object) -> bytes:
     """What Gradio would send of an answer."""
     try:
-        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:
         return orjson.dumps(jsonable_encoder(answer))
 

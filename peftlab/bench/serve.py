@@ -102,7 +102,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, str(program)], env={**os.environ, **own}, stdout=out, stderr=out, cwd=log.parent
             )
-        self.log, self.began = log, time.monotonic()
+        self.program, self.log, self.began = program, log, time.monotonic()
 
     async def ready(self) -> Page:
         """The page, once the app answers and computes nothing more. Raises PeftlabError when it does not come to that."""
@@ -116,7 +116,7 @@ class Server:
                 return page
             await asyncio.sleep(0.2)
         last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise PeftlabError(f"{self.process.args[-1]} did not start: {last}")  # type: ignore[index]
+        raise PeftlabError(f"{self.program} did not start: {last}")
 
     async def _rest(self) -> None:
         """Waits until the app has loaded its model."""
@@ -247,7 +247,9 @@ CLICKS = (
 """The settings that one click changes, drawn at random."""
 
 
-async def rush(server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: int) -> None:
+async def rush(
+    server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: int
+) -> None:
     """Visitors arrive over `spread` seconds and click for `seconds` each; one more asks for traces where the app has them."""
     draw = random.Random(seed)
     people = [Visitor(server, page, crowd, random.Random(draw.random())) for _ in range(visitors)]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
-import secrets
-import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import PeftlabError
-from ..spec import Json
 
 PATIENCE = 120.0  # seconds after which an answer counts as lost
 CONNECTIONS = 6  # that a browser opens to one host
@@ -40,36 +37,41 @@ class Connection:
         return await asyncio.wait_for(self._ask(request), PATIENCE)
 
     async def _ask(self, request: bytes) -> tuple[int, bytes]:
-        was_open = self.streams is not None
         try:
-            return await self._once(request)
-        except (ConnectionError, asyncio.IncompleteReadError) as error:
-            self.close()
-            if not was_open or getattr(error, "partial", b""):
-                raise
-            return await self._once(request)  # the server had closed it while nothing was asked
+            head = b""
+            if self.streams is not None:
+                with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                    head = await self._begun(request)
+            if not head:  # the server had closed it while nothing was asked
+                self.close()
+                head = await self._begun(request)
+            body = await self._body(head)
         except BaseException:
             self.close()
             raise
+        if b"connection: close" in head:
+            self.close()
+        return int(head[9:12]), body
 
-    async def _once(self, request: bytes) -> tuple[int, bytes]:
+    async def _begun(self, request: bytes) -> bytes:
+        """The head of the response, in small letters."""
         if self.streams is None:
             self.streams = await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
         reader, writer = self.streams
         writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        if b"transfer-encoding: chunked" in head:
-            parts = []
-            while size := int(await reader.readuntil(b"\r\n"), 16):
-                parts.append((await reader.readexactly(size + 2))[:-2])
-            await reader.readexactly(2)
-            body = b"".join(parts)
-        else:
+        return (await reader.readuntil(b"\r\n\r\n")).lower()
+
+    async def _body(self, head: bytes) -> bytes:
+        assert self.streams
+        reader = self.streams[0]
+        if b"transfer-encoding: chunked" not in head:
             length = re.search(rb"content-length: (\d+)", head)
-            body = await reader.readexactly(int(length[1]) if length else 0)
-        if b"connection: close" in head:
-            self.close()
-        return int(head[9:12]), body
+            return await reader.readexactly(int(length[1]) if length else 0)
+        parts = []
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            parts.append((await reader.readexactly(size + 2))[:-2])
+        await reader.readexactly(2)
+        return b"".join(parts)
 
     def close(self) -> None:
         if self.streams is not None:
@@ -102,7 +104,9 @@ async def look(port: int) -> Page:
     config = json.loads(found[1]) if found else {}
     carriers = [c for c in config.get("components", ()) if "answer" in (c["props"].get("server_fns") or ())]
     if not carriers:
-        raise PeftlabError(f"the page at port {port} has no server function; this version of Gradio writes it in another way")
+        raise PeftlabError(
+            f"the page at port {port} has no server function; this version of Gradio writes it in another way"
+        )
     files = dict.fromkeys(_addresses(text) + _addresses(config.get("head") or ""))
     files |= dict.fromkeys(["/static/js/iframeResizer.contentWindow.min.js", f"/theme.css?v={config['theme_hash']}"])
     kinds = {c["type"] for c in config["components"]}

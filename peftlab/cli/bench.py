@@ -20,7 +20,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--family", action="append", help="families: one of them; repeatable (default: all)")
     parser.add_argument("--jobs", type=count, default=1, help="families: how many at once")
     parser.add_argument("--again", action="store_true", help="families: those too that the file has already")
-    parser.add_argument("--visitors", type=count, action="append", help="serve: how many; repeatable (default: 50 and 200)")
+    parser.add_argument(
+        "--visitors", type=count, action="append", help="serve: how many; repeatable (default: 50 and 200)"
+    )
     parser.add_argument("--seconds", type=count, default=24, help="serve: how long each clicks")
     parser.add_argument("--rounds", type=count, default=2, help="serve: turns of each app")
     parser.add_argument("--random-weights", action="store_true", help=random)
