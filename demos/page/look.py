@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from demos.page import http
+from demos.page import serving
 from peftlab.places import ASSETS
 
 COLOURS = {
@@ -32,7 +32,7 @@ def script(*names: str) -> str:
 
 
 def launch_options() -> dict[str, Any]:
-    """Arguments of `Blocks.launch`: the look, what http.py does, and the limit on what visitors can send."""
+    """Arguments of `Blocks.launch`: the look, what serving.py does, and the limit on what visitors can send."""
     import plotly
 
     colours = {
@@ -56,5 +56,5 @@ def launch_options() -> dict[str, Any]:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "max_file_size": "5mb",
         "footer_links": ["settings"],
-        **http.options(),
+        **serving.options(),
     }

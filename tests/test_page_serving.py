@@ -9,7 +9,7 @@ import pytest
 gr = pytest.importorskip("gradio")
 import httpx
 
-from demos.page import http
+from demos.page import serving
 
 CALLS = []
 
@@ -38,7 +38,7 @@ def page(static):
 
     with gr.Blocks(title="tiny") as demo:
         gr.HTML("", js_on_load="1", server_functions=[answer, exact, with_request])
-    demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **http.options())
+    demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **serving.options())
     with httpx.Client(base_url=demo.local_url.rstrip("/")) as client:
         yield SimpleNamespace(get=client.get, post=client.post, demo=demo, client=client)
     demo.close()
@@ -75,7 +75,7 @@ def test_everybody_gets_the_bytes_in_an_encoding_that_they_accept(page, accepted
 
 def test_it_is_what_gradio_sends(page, monkeypatch):
     ours = {path: page.get(path) for path in ("/", "/config", "/theme.css", "/manifest.json", "/" + asset(page))}
-    monkeypatch.setattr(http, "is_open", lambda app: False)
+    monkeypatch.setattr(serving, "is_open", lambda app: False)
     for path, response in ours.items():
         theirs = page.get(path)
         assert response.content == theirs.content and response.headers["content-type"] == theirs.headers["content-type"]
@@ -83,7 +83,7 @@ def test_it_is_what_gradio_sends(page, monkeypatch):
 
 def test_a_link_with_settings_shows_the_same_page_made_once(page, monkeypatch):
     first, made = page.get("/"), []
-    monkeypatch.setattr(http, "kept", lambda *of: made.append(of))
+    monkeypatch.setattr(serving, "kept", lambda *of: made.append(of))
     for query in ("?rank=3", "?tab=memory&model=gpt2", "?__theme=dark", "?%20=&&x"):
         assert page.get("/" + query).content == first.content
     assert not made
@@ -133,8 +133,8 @@ def test_what_is_a_visitors_own_or_a_secret_is_left_to_gradio(page, static, tmp_
     for path in (f"/gradio_api/file={tmp_path / 'secret.txt'}", f"/gradio_api/file={around}", "/assets/../../app.py"):
         assert page.get(path).status_code in (403, 404)
     assert page.get("/assets/none.js").status_code == 404
-    assert http.on_disk("/gradio_api/file=/tmp/gradio/x.txt") is None
-    assert http.on_disk("/gradio_api/queue/data") is None and http.on_disk("/login") is None
+    assert serving.on_disk("/gradio_api/file=/tmp/gradio/x.txt") is None
+    assert serving.on_disk("/gradio_api/queue/data") is None and serving.on_disk("/login") is None
     ranged = page.get("/" + asset(page), headers={"Range": "bytes=0-9", "Accept-Encoding": "identity"})
     assert ranged.status_code == 206 and len(ranged.content) == 10
     assert page.client.head("/").status_code == 200
@@ -161,7 +161,7 @@ def test_a_question_is_answered_each_time_and_as_gradio_does(page, monkeypatch):
     assert len(CALLS) == 2 and "cache-control" not in ours.headers
     assert ask(page, "exact", 5).json() == [5]
     assert not page.demo.app.state_holder.session_data
-    monkeypatch.setattr(http, "is_open", lambda app: False)
+    monkeypatch.setattr(serving, "is_open", lambda app: False)
     assert ask(page, "answer", {"a": ["ü"]}).json() == ours.json()
 
 
@@ -169,7 +169,7 @@ def test_what_is_not_a_plain_question_goes_to_gradio(page):
     assert ask(page, "with_request", 1).json()[0] == 1
     assert ask(page, "nosuch", 1).status_code == 404
     assert ask(page, "__init__", 1).status_code == 404
-    assert ask(page, "answer", "x" * (http.QUESTION + 1)).json()["asked"] == "x" * (http.QUESTION + 1)
+    assert ask(page, "answer", "x" * (serving.QUESTION + 1)).json()["asked"] == "x" * (serving.QUESTION + 1)
     assert page.post("/gradio_api/component_server/", content=b"{").status_code == 400
     CALLS.clear()
     assert ask(page, "answer", "fails").status_code == 500
@@ -180,7 +180,7 @@ def test_a_fault_here_leaves_the_page_to_gradio(page, monkeypatch):
     def broken(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(http, "kept", broken)
+    monkeypatch.setattr(serving, "kept", broken)
     response = httpx.get(page.demo.local_url, headers={"Host": "new"})
     assert response.status_code == 200 and "gradio_config" in response.text
 
