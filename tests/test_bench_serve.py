@@ -10,11 +10,28 @@ pytest.importorskip("gradio")
 from peftlab import PeftlabError
 from peftlab.bench import serve
 from peftlab.bench.visitors import Connection
-from peftlab.places import ROOT
+
+PAGE = """
+import gradio as gr
+
+def answer(question):
+    return {"number": question["number"], "show": question["state"] or {"opens": 1}}
+
+async def exact(question):
+    return answer(question)
+
+with gr.Blocks() as demo:
+    state = gr.HTML("", js_on_load="server.exact({})", server_functions=[answer, exact])
+    gr.Timer(1).tick(lambda: "", None, state)
+    gr.Dropdown(["a", "b"])
+demo.launch()
+"""
+"""A page with all that a visitor meets on ours: answers, traces and a timer."""
 
 
-def test_two_visitors_of_one_tab_and_of_the_bare_app(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "APPS", serve.APPS | {"peftlab": ROOT / "demos" / "memory_calculator.py"})
+def test_two_visitors_of_a_small_page_and_of_the_bare_app(tmp_path, monkeypatch):
+    (tmp_path / "page.py").write_text(PAGE)
+    monkeypatch.setattr(serve, "APPS", serve.APPS | {"peftlab": tmp_path / "page.py"})
     monkeypatch.setattr(serve, "PAUSE", 0.3)
     said = []
     document = serve.record_serve(tmp_path / "serve.json", said.append, visitors=[2], seconds=1.5, rounds=1)
@@ -28,7 +45,7 @@ def test_two_visitors_of_one_tab_and_of_the_bare_app(tmp_path, monkeypatch):
         assert 0 < row["clicks"]["median"] <= row["clicks"]["p95"] <= row["clicks"]["most"] < 30
         assert row["memory_bytes"]["first"] > 2**20 and row["processor_seconds"] > 0
     assert rows["peftlab", "at once"]["requests_an_arrival"] > rows["bare", "at once"]["requests_an_arrival"] > 25
-    assert rows["peftlab", "spread"]["traces"]["count"] + rows["peftlab", "at once"]["traces"]["count"] > 0
+    assert rows["peftlab", "spread"]["traces"]["count"] > 0 and rows["peftlab", "spread"]["own_events"]["count"] == 2
 
 
 def test_an_app_that_does_not_start_is_said(tmp_path, monkeypatch):
