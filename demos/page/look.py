@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 from starlette.routing import Route
 
+from demos.page import serving
 from peftlab.places import ASSETS
 
 COLOURS = {
@@ -57,5 +58,5 @@ def launch_options(routes: Sequence[Route] = ()) -> dict[str, Any]:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "max_file_size": "5mb",
         "footer_links": ["settings"],
-        "app_kwargs": {"routes": [*routes]},
+        **serving.options(routes),
     }

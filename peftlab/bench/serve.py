@@ -1,0 +1,348 @@
+"""What visitors wait for: simulated ones, over HTTP on this machine, at the page and at a bare Gradio app in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from ..base.models import MODELS
+from ..errors import PeftlabError
+from ..measured import provenance
+from ..methods import METHODS
+from ..places import ROOT
+from ..spec import Json
+from . import Say, write
+from .visitors import CONNECTIONS, FAILURES, Connection, Page, look
+
+APPS = {"bare": ROOT / "demos" / "page" / "echo.py", "peftlab": ROOT / "app.py"}
+VISITORS = (50, 200)
+SECONDS = 24.0
+ROUNDS = 2
+PAUSE = 4.0
+"""Seconds from a visitor's click to their next one, on average: each time between half and one and a half of it."""
+SPREAD = 20.0
+"""Seconds over which visitors arrive where they do not come all at once."""
+STARTING = 180.0
+"""Longest that an app may take to answer and to be at rest."""
+
+
+@dataclass
+class Times:
+    """How long something took each time, in seconds; and what went wrong instead."""
+
+    seconds: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        except FAILURES as error:
+            self.errors.append(f"{type(error).__name__}: {error}"[:200])
+        else:
+            self.seconds.append(time.perf_counter() - began)
+
+    def add(self, other: Times) -> None:
+        self.seconds += other.seconds
+        self.errors += other.errors
+
+    def summary(self) -> Json:
+        """Median, p95 and most in seconds, None of nothing; how many, and how many errors, with the first of them."""
+        s = sorted(self.seconds)
+        found = {
+            "median": statistics.median(s) if s else None,
+            "p95": s[min(len(s) - 1, int(0.95 * len(s)))] if s else None,
+            "most": s[-1] if s else None,
+        }
+        return found | {"count": len(s), "errors": len(self.errors), "first_error": next(iter(self.errors), None)}
+
+
+@dataclass
+class Crowd:
+    """What the visitors of one app met, over all rounds of one size and pattern."""
+
+    arrivals: Times = field(default_factory=Times)
+    clicks: Times = field(default_factory=Times)
+    events: Times = field(default_factory=Times)
+    traces: Times = field(default_factory=Times)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+    """Seconds since the app was at rest, and bytes that its processes hold."""
+    processor: float = 0.0
+    """Seconds that the app's processes computed."""
+    generator: float = 0.0
+    """Seconds that this process computed for it."""
+
+
+class Server:
+    """An app in a process of its own on a free port."""
+
+    def __init__(self, program: Path, log: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        own = {"GRADIO_SERVER_PORT": str(self.port), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SSR_MODE": "False"}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, str(program)], env={**os.environ, **own}, stdout=out, stderr=out, cwd=log.parent
+            )
+        self.program, self.log, self.began = program, log, time.monotonic()
+
+    async def ready(self) -> Page:
+        """The page, once the app answers and computes nothing more. Raises PeftlabError when it does not come to that."""
+        while time.monotonic() - self.began < STARTING:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(*FAILURES):
+                page = await look(self.port)
+                await self._rest()
+                self.began = time.monotonic()
+                return page
+            await asyncio.sleep(0.2)
+        last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        raise PeftlabError(f"{self.program} did not start: {last}")
+
+    async def _rest(self) -> None:
+        """Waits until the app has loaded its model."""
+        while time.monotonic() - self.began < STARTING:
+            before = self.processor()
+            await asyncio.sleep(2)
+            if self.processor() - before < 0.2:
+                break
+
+    def family(self) -> list[psutil.Process]:
+        try:
+            own = psutil.Process(self.process.pid)
+            return [own, *own.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def processor(self) -> float:
+        """Seconds that the app's processes have computed."""
+        return sum(sum(times[:2]) for times in self._each("cpu_times"))
+
+    def memory(self) -> int:
+        """Bytes that the app's processes hold."""
+        return sum(info.rss for info in self._each("memory_info"))
+
+    def _each(self, what: str) -> list:
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                found.append(getattr(process, what)())
+        return found
+
+    def end(self) -> None:
+        for process in reversed(self.family()):
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        self.process.wait(20)
+
+
+class Visitor:
+    """Somebody with a browser."""
+
+    def __init__(self, server: Server, page: Page, crowd: Crowd, draw: random.Random) -> None:
+        self.page, self.crowd, self.draw = page, crowd, draw
+        self.connections = [Connection(server.port) for _ in range(CONNECTIONS)]
+        self.session = secrets.token_hex(6)
+        self.asked, self.state = 0, dict[str, str]()
+
+    async def visit(self, wait: float, seconds: float) -> None:
+        """Arrives after `wait` seconds, clicks for `seconds`, and leaves."""
+        await asyncio.sleep(wait)
+        with self.crowd.arrivals.one():
+            await self.arrive()
+        event = asyncio.create_task(self.own_events())
+        end = time.perf_counter() + seconds
+        await asyncio.sleep(self.draw.uniform(0, PAUSE))
+        while time.perf_counter() < end:
+            self.state |= self.draw.choice(CLICKS)(self.draw)
+            with self.crowd.clicks.one():
+                await self.ask("answer")
+            await asyncio.sleep(self.draw.uniform(PAUSE / 2, 1.5 * PAUSE))
+        await event
+        self.leave()
+
+    async def trace(self) -> None:
+        """Asks for exact answers, one after the other, each of settings that nobody has asked for."""
+        while True:
+            self.state = {name: value for click in CLICKS for name, value in click(self.draw).items()}
+            with self.crowd.traces.one():
+                await self.ask("exact")
+            await asyncio.sleep(0.05)
+
+    async def arrive(self) -> None:
+        """Fetches the page, then its files over all connections, and asks the question that a page asks as it opens."""
+        await self.get(self.connections[0], "/")
+        files = iter(self.page.files)
+
+        async def fetch(connection: Connection) -> None:
+            for path in files:
+                await self.get(connection, path)
+
+        await asyncio.gather(*map(fetch, self.connections))
+        await self.ask("exact" if self.page.has_exact else "answer")
+
+    async def own_events(self) -> None:
+        """What the page's timers send and hear a second after it is there."""
+        await asyncio.sleep(1)
+        for event in self.page.events:
+            with self.crowd.events.one():
+                body = {**json.loads(event), "session_hash": self.session}
+                await self.post("/gradio_api/queue/join?", body, self.connections[1])
+                await self.get(self.connections[1], f"/gradio_api/queue/data?session_hash={self.session}")
+
+    async def ask(self, function: str) -> None:
+        """Asks one of the page's server functions. Raises ValueError where the answer is not one to this question."""
+        self.asked += 1
+        kept = {"visitor": self.session, "adapters": []}
+        question = {"number": self.asked, "tab": "memory", "state": self.state, "kept": kept, "open": []}
+        asked = {"data": question, "component_id": self.page.carrier, "fn_name": function, "session_hash": self.session}
+        answer = json.loads(await self.post("/gradio_api/component_server/", asked, self.connections[0]))
+        if answer.get("number") != self.asked or (self.page.has_exact and not answer.get("show")):
+            raise ValueError(f"not an answer to question {self.asked}: {str(answer)[:100]}")
+
+    async def get(self, connection: Connection, path: str) -> None:
+        status, body = await connection.ask("GET", path)
+        if status != 200 or not body:
+            raise ValueError(f"status {status} of {path}")
+
+    async def post(self, path: str, content: Json, connection: Connection) -> bytes:
+        status, body = await connection.ask("POST", path, json.dumps(content).encode())
+        if status != 200:
+            raise ValueError(f"status {status} of {path}")
+        return body
+
+    def leave(self) -> None:
+        for connection in self.connections:
+            connection.close()
+
+
+CAUSAL = [key for key, model in MODELS.items() if model.is_causal]
+RANKED = [key for key, method in METHODS.items() if "rank" in method.settings]
+CLICKS = (
+    lambda draw: {"model": draw.choice(CAUSAL)},
+    lambda draw: {"method": draw.choice(RANKED)},
+    lambda draw: {"rank": str(draw.randint(1, 128))},
+    lambda draw: {"batch_size": str(draw.randint(1, 32))},
+    lambda draw: {"sequence_length": str(16 * draw.randint(1, 256))},
+)
+"""The settings that one click changes, drawn at random."""
+
+
+async def rush(
+    server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: int
+) -> None:
+    """Visitors arrive over `spread` seconds and click for `seconds` each; one more asks for traces where the app has them."""
+    draw = random.Random(seed)
+    people = [Visitor(server, page, crowd, random.Random(draw.random())) for _ in range(visitors)]
+    beside = [asyncio.create_task(_remember(server, crowd))]
+    tracer = Visitor(server, page, crowd, random.Random(draw.random()))
+    if page.has_exact:
+        beside.append(asyncio.create_task(tracer.trace()))
+    before, own = server.processor(), time.process_time()
+    try:
+        await asyncio.gather(*(one.visit(draw.uniform(0, spread), seconds) for one in people))
+    finally:
+        crowd.generator += time.process_time() - own
+        crowd.processor += server.processor() - before
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        for one in [*people, tracer]:
+            one.leave()
+
+
+async def _remember(server: Server, crowd: Crowd) -> None:
+    while True:
+        crowd.memory.append((time.monotonic() - server.began, server.memory()))
+        await asyncio.sleep(1)
+
+
+def slope(memory: Sequence[tuple[float, int]]) -> float | None:
+    """By how many bytes a minute the memory grew, by least squares; None of too little."""
+    if len(memory) < 3:
+        return None
+    return 60 * statistics.linear_regression(*zip(*memory, strict=True)).slope
+
+
+def record_serve(
+    out: Path, say: Say, visitors: Sequence[int] = (), seconds: float = SECONDS, rounds: int = ROUNDS
+) -> Json:
+    """Writes to `out` how long arrivals and clicks took at both apps, in seconds, and their memory in bytes.
+
+    Raises PeftlabError when an app does not start.
+    """
+    return asyncio.run(_record(out, say, visitors or VISITORS, seconds, rounds))
+
+
+async def _record(out: Path, say: Say, visitors: Sequence[int], seconds: float, rounds: int) -> Json:
+    about = {"seconds": seconds, "rounds": rounds, "pause_seconds": PAUSE, "spread_seconds": SPREAD}
+    document = provenance() | {"kind": "serve", **about, "rows": []}
+    spread_over = {"at once": 0.0, "spread": min(SPREAD, seconds)}
+    gc.freeze()
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        servers = {name: Server(path, Path(scratch) / f"{name}.log") for name, path in APPS.items()}
+        for server in servers.values():
+            stack.callback(server.end)
+        pages = {name: await server.ready() for name, server in servers.items()}
+        for name, server in servers.items():  # what an app makes for its first visitor alone
+            await rush(server, pages[name], Crowd(), 1, 0.0, 0.0, seed=-1)
+        for count in visitors:
+            for pattern, spread in spread_over.items():
+                crowds = {name: Crowd() for name in APPS}
+                for turn in range(rounds):
+                    for name, crowd in crowds.items():
+                        await rush(servers[name], pages[name], crowd, count, spread, seconds, turn)
+                for name, crowd in crowds.items():
+                    document["rows"].append(row := _row(name, count, pattern, pages[name], crowd))
+                    say(_line(row))
+                write(document, out)
+    return document
+
+
+def _row(name: str, visitors: int, pattern: str, page: Page, crowd: Crowd) -> Json:
+    held = [size for _, size in crowd.memory]
+    return {
+        "app": name,
+        "visitors": visitors,
+        "arriving": pattern,
+        "requests_an_arrival": len(page.files) + 2,
+        "arrivals": crowd.arrivals.summary(),
+        "clicks": crowd.clicks.summary(),
+        "own_events": crowd.events.summary(),
+        "traces": crowd.traces.summary(),
+        "memory_bytes": {"first": held[0], "last": held[-1], "most": max(held), "a_minute": slope(crowd.memory)},
+        "processor_seconds": crowd.processor,
+        "generator_seconds": crowd.generator,
+    }
+
+
+def _line(row: Json) -> str:
+    def times(of: Json) -> str:
+        if of["median"] is None:
+            return f"none; {of['errors']} errors"
+        return f"{of['median']:.3f} s, 95% within {of['p95']:.3f}, {of['errors']} of {of['count']} failed"
+
+    memory = row["memory_bytes"]
+    return (
+        f"{row['app']}, {row['visitors']} {row['arriving']}: arrivals {times(row['arrivals'])}; clicks {times(row['clicks'])}; "
+        f"traces {row['traces']['count']}; {memory['first'] / 2**20:.0f} to {memory['last'] / 2**20:.0f} MiB"
+    )

@@ -1,0 +1,113 @@
+"""`bench serve` with two visitors; how its figures are made."""
+
+import asyncio
+import json
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from peftlab import PeftlabError
+from peftlab.bench import serve
+from peftlab.bench.visitors import Connection
+
+PAGE = """
+import gradio as gr
+
+def answer(question):
+    return {"number": question["number"], "show": question["state"] or {"opens": 1}}
+
+async def exact(question):
+    return answer(question)
+
+with gr.Blocks() as demo:
+    state = gr.HTML("", js_on_load="server.exact({})", server_functions=[answer, exact])
+    gr.Timer(1).tick(lambda: "", None, state)
+    gr.Dropdown(["a", "b"])
+demo.launch()
+"""
+"""A page with all that a visitor meets on ours: answers, traces and a timer."""
+
+
+def test_two_visitors_of_a_small_page_and_of_the_bare_app(tmp_path, monkeypatch):
+    (tmp_path / "page.py").write_text(PAGE)
+    monkeypatch.setattr(serve, "APPS", serve.APPS | {"peftlab": tmp_path / "page.py"})
+    monkeypatch.setattr(serve, "PAUSE", 0.3)
+    said = []
+    document = serve.record_serve(tmp_path / "serve.json", said.append, visitors=[2], seconds=1.5, rounds=1)
+    assert json.loads((tmp_path / "serve.json").read_text()) == document
+    assert document["kind"] == "serve" and document["command"] and document["date"]
+    rows = {(row["app"], row["arriving"]): row for row in document["rows"]}
+    assert set(rows) == {(app, how) for app in ("bare", "peftlab") for how in ("at once", "spread")} and len(said) == 4
+    for row in rows.values():
+        assert row["visitors"] == row["arrivals"]["count"] == 2 and row["clicks"]["count"] >= 4
+        assert [row[what]["errors"] for what in ("arrivals", "clicks", "own_events", "traces")] == [0] * 4
+        assert 0 < row["clicks"]["median"] <= row["clicks"]["p95"] <= row["clicks"]["most"] < 30
+        assert row["memory_bytes"]["first"] > 2**20 and row["processor_seconds"] > 0
+    assert rows["peftlab", "at once"]["requests_an_arrival"] > rows["bare", "at once"]["requests_an_arrival"] > 25
+    assert rows["peftlab", "spread"]["traces"]["count"] > 0 and rows["peftlab", "spread"]["own_events"]["count"] == 2
+
+
+def test_an_app_that_does_not_start_is_said(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no such thing')")
+    monkeypatch.setattr(serve, "APPS", {"bare": broken})
+    with pytest.raises(PeftlabError, match=r"broken\.py did not start: no such thing"):
+        serve.record_serve(tmp_path / "serve.json", print, visitors=[1], seconds=1, rounds=1)
+
+
+def test_figures():
+    times = serve.Times([float(i) for i in range(1, 101)], ["lost"])
+    assert times.summary() == {
+        "median": 50.5, "p95": 96.0, "most": 100.0, "count": 100, "errors": 1, "first_error": "lost",
+    }  # fmt: skip
+    assert serve.Times().summary()["median"] is None
+    assert serve.slope([(0, 100), (30, 150), (60, 200)]) == pytest.approx(100)
+    assert serve.slope([(0, 100), (1, 100)]) is None
+
+
+@pytest.mark.parametrize(
+    "answer", ["content-length: 2\r\n\r\nok", "transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"]
+)
+def test_a_connection_is_kept_and_opened_again_when_the_server_closed_it(answer):
+    opened = []
+
+    async def serves(reader, writer):
+        opened.append(writer)
+        while await reader.readline():
+            while (await reader.readline()).strip():
+                pass
+            writer.write(f"HTTP/1.1 200 OK\r\n{answer}".encode())
+            if len(opened) == 1 and len(asked) == 2:
+                writer.close()
+                return
+
+    asked = []
+
+    async def asks():
+        server = await asyncio.start_server(serves, "127.0.0.1", 0)
+        connection = Connection(server.sockets[0].getsockname()[1])
+        for _ in range(4):
+            asked.append(await connection.ask("GET", "/"))
+        connection.close()
+        server.close()
+
+    asyncio.run(asks())
+    assert asked == [(200, b"ok")] * 4 and len(opened) == 2
+
+
+def test_what_is_lost_on_the_way_counts_as_an_error():
+    async def serves(reader, writer):
+        await reader.readline()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf")
+        writer.close()
+
+    async def asks(times):
+        server = await asyncio.start_server(serves, "127.0.0.1", 0)
+        with times.one():
+            await Connection(server.sockets[0].getsockname()[1]).ask("GET", "/")
+        server.close()
+
+    times = serve.Times()
+    asyncio.run(asks(times))
+    assert not times.seconds and "IncompleteReadError" in times.errors[0]
