@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # `pytest` alone does not put the repository on t
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model
+from tiny import CONFIGS, GPT2, LLAMA, TIED, TOY, make_model, wait_for
 
 from peftlab import RunSpec, hardware
 from peftlab.data import tasks
@@ -142,6 +143,30 @@ def room(monkeypatch, tmp_path_factory):
     rooms.here().close()
     host.settings.cache_clear()
     rooms._here.cache_clear()
+
+
+@pytest.fixture
+def trained_here(room, monkeypatch):
+    """Gives an owner's finished run, whose adapter is a copy of a folder."""
+    from peftlab.room import jobs
+
+    def of(folder: Path, owner: str, *left_out: str):
+        def trains(arguments, out, again):
+            shutil.copytree(folder, out / "adapter", ignore=shutil.ignore_patterns(*left_out))
+            yield {
+                "type": "done",
+                "steps": 1,
+                "stopped": False,
+                "measured_peak_bytes": None,
+                "predicted_peak_bytes": None,
+            }
+
+        monkeypatch.setitem(jobs.WORK, "train", trains)
+        job = room.start("train", {"spec": {}}, owner)
+        wait_for(lambda: job.over)
+        return job
+
+    return of
 
 
 @pytest.fixture(autouse=True)

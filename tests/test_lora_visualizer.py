@@ -1,7 +1,5 @@
 """The LoRA tab outside its picture: what it answers, charts and words of real studies, the proofs, the layer from scratch."""
 
-import shutil
-
 import pytest
 
 gr = pytest.importorskip("gradio")
@@ -12,7 +10,7 @@ from demos.page import adapter_choice, address
 from demos.page.store import blocks
 from peftlab import PeftlabError, adapters
 from peftlab.compare import study
-from peftlab.room import worker
+from peftlab.room import rooms, worker
 from peftlab.show import shapes, studies
 
 STORE = blocks(Lora()).store
@@ -88,14 +86,14 @@ def test_a_matrix_that_no_adapter_changes_is_refused_and_another_one_is_shown():
     assert "query matrix" in shown["show"]["lora.study"]["value"]
 
 
-def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, tmp_path):
+def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, trained_here):
     mine = adapter_choice.bundled()["voice-lora"]
-    folder = tmp_path / "mine-1" / "adapter"
-    shutil.copytree(mine.folder, folder, ignore=shutil.ignore_patterns(study.FILE))
-    monkeypatch.setattr(adapter_choice.jobs, "RUNS", tmp_path)
-    kept = {"studied": "mine-1", "adapters": ["mine-1"]}
+    job = trained_here(mine.folder, "ann", study.FILE)
+    folder, key = job.folder / "adapter", job.id
+    kept = {"studied": key, "visitor": rooms.here().signer.sign("ann")}
+    assert "yours" not in str(answer(MATHEMATICS, kept=kept | {"visitor": "ann"})["show"]["lora.studied"]["choices"])
     shown = answer(MATHEMATICS, kept=kept)["show"]
-    assert "yours" not in shown["lora.study"]["value"] and shown["lora.studied"]["value"] == "mine-1"
+    assert "yours" not in shown["lora.study"]["value"] and shown["lora.studied"]["value"] == key
     assert shown["lora.studied"]["choices"][0][0].startswith("yours: ")
 
     def studying(adapter):
@@ -107,18 +105,18 @@ def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, tmp_path
     with pytest.raises(PeftlabError, match="no adapter is chosen"):
         list(real_weights.adding(read()))
     told = list(real_weights.adding(read(kept)))
-    assert told[0]["add"]["value"] == "Studying, 50%" and told[-1] == {"kept": {"studied": "mine-1"}}
+    assert told[0]["add"]["value"] == "Studying, 50%" and told[-1] == {"kept": {"studied": key}}
     assert "of yours" in answer(MATHEMATICS, kept=kept)["show"]["lora.study"]["value"]
-    assert "mine-1" not in str(answer(kept=kept)["state"])  # ids of runs are in no link
+    assert key not in str(answer(kept=kept)["state"])  # ids of runs are in no link
 
 
 @pytest.mark.parametrize("mine", [None, 3, [3, None], ["../x"], ["gone"]])
 def test_adapters_that_are_not_here_are_not_offered(mine):
-    assert [key for _, key in adapter_choice.choices(mine)] == list(adapter_choice.bundled())
-    shown = answer(MATHEMATICS, TAB.folded["proved"], kept={"adapters": mine, "studied": mine, "proof_adapter": mine})
+    shown = answer(MATHEMATICS, TAB.folded["proved"], kept={"visitor": mine, "studied": mine, "proof_adapter": mine})
+    assert [key for _, key in shown["show"]["lora.studied"]["choices"]] == list(adapter_choice.bundled())
     assert not shown["problems"] and shown["show"]["lora.proof_adapter"]["value"] in adapter_choice.bundled()
-    with pytest.raises(PeftlabError, match="not here any more"):
-        adapter_choice.of("../adapters")
+    with pytest.raises(PeftlabError, match="not here, or not yours"):
+        adapter_choice.of(read(), "../adapters")
 
 
 def test_a_proof_tells_how_it_goes_on_with_the_adapter_and_the_prompt_that_were_chosen(monkeypatch):

@@ -1,6 +1,5 @@
 """What the presses of Live and Compare do, and what these tabs show before, during and after."""
 
-import shutil
 import threading
 
 import pytest
@@ -234,18 +233,9 @@ def test_a_press_that_fails_frees_its_button(work, button, monkeypatch):
     assert seen["asking" if button == "ask" else "measuring"] == ""
 
 
-def test_an_adapter_trained_here_is_chosen_where_nothing_else_was_and_is_nobody_elses(room, monkeypatch):
-    def trains(arguments, folder, again):
-        shutil.copytree(adapters.bundled()[-1].folder, folder / "adapter")
-        yield DONE
-
-    monkeypatch.setitem(jobs.WORK, "train", trains)
+def test_an_adapter_trained_here_is_chosen_where_nothing_else_was_and_is_nobody_elses(trained_here):
     ann, bob = Visit(Compare()), Visit(Compare(), "bob")
-    made = []
-    for _ in range(2):
-        made.append(room.start("train", {"spec": {}}, "ann"))
-        wait_for(lambda: made[-1].over)
-    first, last = (job.id for job in made)
+    first, last = (trained_here(adapters.bundled()[-1].folder, "ann").id for _ in range(2))
     seen = ann.sees()["adapter"]
     assert seen["value"] == last and [key for _, key in seen["choices"]][:2] == [last, first]
     bob.state = {"adapter": first}
