@@ -66,7 +66,7 @@ const lane = (ask, take, patience) => {
         const answer = await Promise.race([ask(question), pause(patience)]);
         if (!answer?.show) throw new Error('no answer');
         failures = 0;
-        if (question.number === number) take(answer);
+        if (question.number === number) take(answer, question);
       } catch {
         failures += 1;
         await pause(Math.min(1000, 50 * 2 ** failures));
@@ -79,8 +79,8 @@ const lane = (ask, take, patience) => {
   return (question) => { next = question; if (!busy) work(); };
 };
 const question = () => ({number, tab, state, kept: {...memory}, open: [...open]});
-const quick = lane((asked) => server.answer(asked), (answer) => {
-  if (answer.visitor) keep({visitor: answer.visitor});
+const quick = lane((asked) => server.answer(asked), (answer, asked) => {
+  if (answer.visitor && memory.visitor === asked.kept.visitor) keep({visitor: answer.visitor}); // else a press brought one
   state = answer.state;
   record('replaceState');
   show(answer.show);

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import gradio as gr
@@ -244,14 +245,16 @@ class Tab:
         named: dict[str, Block] = {**self.controls, **self.panels, "kept": self.keeper}
         names = dict.fromkeys([*before, *after, *shows])
 
-        def shown(values: Values) -> dict[Block, object]:
-            return {named[n]: json.dumps(v) if n == "kept" else v for n, v in values.items()}
+        def shown(values: Values, new: Values = MappingProxyType({})) -> dict[Block, object]:
+            return {named[n]: json.dumps({**new, **cast(Values, v)}) if n == "kept" else v for n, v in values.items()}
 
         def pressed(question: Mapping[str, Any]) -> Iterator[dict[Block, object]]:
             yield shown(before)
             try:
-                for values in work(self.read(question["state"], question["kept"])):
-                    yield shown(values)
+                signer, kept = rooms.here().signer, question["kept"]
+                new = {} if signer.read(kept.get("visitor")) else {"visitor": signer.newcomer()}  # before any answer came
+                for values in work(self.read(question["state"], kept | new)):
+                    yield shown(values, new)
                 if after:
                     yield shown(after)
             except Exception as error:
