@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sys
+import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,15 @@ def run(capsys):
         return status, out, err
 
     return call
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """No base is in memory; those that others have loaded are back afterwards."""
+    from peftlab.base import weights
+
+    monkeypatch.setattr(weights, "_loaded", OrderedDict())
+    monkeypatch.setattr(weights, "_alive", weakref.WeakValueDictionary())
 
 
 @pytest.fixture

@@ -137,10 +137,9 @@ def test_adapters_of_bases_quantized_differently_are_not_compared(tied_model, tm
     assert torch.allclose(logits(models["nf4"]), logits(adapters.apply(base, chosen[1])), atol=1e-5)
 
 
-def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch):
+def test_without_bitsandbytes_it_says_what_to_install(tied_model, monkeypatch, nothing_loaded):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
-    monkeypatch.setattr(weights, "_loaded", {})
     with pytest.raises(SpecError, match="quantization=nf4: .*pip install bitsandbytes, or set it to none"):
         weights.load(small(tied_model, "qlora"))
 

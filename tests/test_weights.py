@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -223,7 +224,7 @@ def test_a_model_being_downloaded_holds_up_no_other(index, tiny_model, pool):
         index.gate.set()
 
 
-def test_models_are_built_one_after_the_other_and_each_once(tiny_model, tied_model, monkeypatch, pool):
+def test_models_are_built_one_after_the_other_and_each_once(tiny_model, tied_model, monkeypatch, pool, nothing_loaded):
     """transformers changes torch's default type for all threads while it builds one."""
     now, seen = [], []
     build = transformers.AutoModelForCausalLM.from_pretrained
@@ -237,12 +238,28 @@ def test_models_are_built_one_after_the_other_and_each_once(tiny_model, tied_mod
         finally:
             now.pop()
 
-    monkeypatch.setattr(weights, "_loaded", {})
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", slowly)
     specs = [resolve(RunSpec(model=str(m), precision=p)) for m in (tiny_model, tied_model) for p in ("bf16", "fp32")]
     found = list(pool.map(weights.load, [*specs, specs[0], specs[0]]))
     assert seen == [1, 1, 1, 1] and found[4] is found[5] is found[0]
     assert [str(base.model.dtype) for base in found[:4]] == ["torch.bfloat16", "torch.float32"] * 2
+
+
+def test_models_that_stay_are_bounded_and_one_in_use_is_never_loaded_twice(
+    tiny_model, tied_model, monkeypatch, nothing_loaded
+):
+    specs = [resolve(RunSpec(model=str(m), precision=p)) for m in (tiny_model, tied_model) for p in ("fp32", "bf16")]
+    used = weights.load(specs[0])
+    most = 1.5 * weights.allocated(used)
+    monkeypatch.setattr(weights, "_memory", lambda base: most / weights.SHARE)
+    gone = weakref.ref(weights.load(specs[1]).model)
+    for spec in (*specs[2:], specs[3], specs[2]):
+        weights.load(spec)
+        assert sum(weights.allocated(base) for base in weights._loaded.values()) <= most
+    assert used not in weights._loaded.values() and gone() is None  # nobody used the second one
+    assert weights.load(specs[0]) is used  # though others took its place meanwhile, it is the same
+    monkeypatch.setattr(weights, "_memory", lambda base: 1.0)
+    assert weights.load(specs[3]) and len(weights._loaded) == 1  # one stays, however large
 
 
 def test_what_cannot_be_had_is_said(tmp_path):

@@ -252,7 +252,9 @@ class Tab:
             yield shown(before)
             try:
                 signer, kept = rooms.here().signer, question["kept"]
-                new = {} if signer.read(kept.get("visitor")) else {"visitor": signer.newcomer()}  # before any answer came
+                new = (
+                    {} if signer.read(kept.get("visitor")) else {"visitor": signer.newcomer()}
+                )  # before any answer came
                 for values in work(self.read(question["state"], kept | new)):
                     yield shown(values, new)
                 if after:

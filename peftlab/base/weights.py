@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import logging
+import math
 import threading
+import weakref
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,13 +49,20 @@ class Base:
         return model
 
 
-_loaded: dict[tuple[object, ...], Base] = {}
+SHARE = 0.5
+"""Of the memory of the GPU, or of this machine without one: the models that stay loaded take at most so much."""
+_loaded: OrderedDict[tuple[object, ...], Base] = OrderedDict()
+"""The models that stay loaded, those used last at the end."""
+_alive: weakref.WeakValueDictionary[tuple[object, ...], Base] = weakref.WeakValueDictionary()
+"""Those too that somebody still uses though they do not stay."""
+_changing = threading.Lock()
 _locks: dict[tuple[object, ...], threading.Lock] = {}
 
 
 def load(spec: Resolved) -> Base:
     """The base model of a resolved spec, in its precision or quantized, on this machine's device; loaded once and kept.
 
+    While all that stay take more than their SHARE, the ones used longest ago go, once nobody uses them any more.
     Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
     """
     entry = models.find(spec.model)
@@ -60,9 +71,31 @@ def load(spec: Resolved) -> Base:
     device = hardware.here().device
     key = (folder_of(entry), spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
     with _locks.setdefault(key, threading.Lock()):  # a second caller waits here, and then finds the first one's
-        if key not in _loaded:
-            _loaded[key] = _load(entry, spec, device)
-        return _loaded[key]
+        if (base := _alive.get(key)) is None:
+            base = _load(entry, spec, device)
+        _stay(key, base)
+        return base
+
+
+def _stay(key: tuple[object, ...], base: Base) -> None:
+    with _changing:
+        _alive[key] = _loaded[key] = base
+        _loaded.move_to_end(key)
+        going = []
+        while len(_loaded) > 1 and sum(map(allocated, _loaded.values())) > SHARE * _memory(base):
+            going.append(_loaded.popitem(last=False))
+    if going:
+        del going
+        gc.collect()  # a model refers to itself
+
+
+def _memory(base: Base) -> float:
+    """Bytes of the memory that a base lies in; infinite where that is not known."""
+    import torch
+
+    if base.device == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return hardware.here().memory_bytes or math.inf
 
 
 def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
@@ -139,7 +172,7 @@ def _try(model: PreTrainedModel, spec: Resolved) -> None:
 
 def allocated(base: Base | None = None) -> int:
     """Bytes of the parameters of `base`, or of all bases that are loaded."""
-    return sum(p.nbytes for b in ([base] if base else [*_loaded.values()]) for p in b.model.parameters())
+    return sum(p.nbytes for b in ([base] if base else [*_alive.values()]) for p in b.model.parameters())
 
 
 def _settle(model: PreTrainedModel) -> None:

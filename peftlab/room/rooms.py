@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TextIO
 
+from ..base import weights
 from ..errors import SpecError
 from ..resolve import resolve_here
 from ..run import Event
@@ -53,6 +54,7 @@ class Room:
             self.folder = Path(tempfile.mkdtemp(prefix="peftlab-"))
             (self.folder / "jobs").mkdir()
             log.warning("%s is in use by another server: the runs of this one are in %s", settings.data, self.folder)
+        weights.SHARE = settings.memory
         self.signer = Signer(self.folder / "key")
         self.records = Records(self.folder / "jobs.sqlite")
         self._jobs: OrderedDict[str, Job] = OrderedDict()
