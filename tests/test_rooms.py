@@ -100,6 +100,7 @@ def test_a_second_run_of_the_same_owner_is_refused_while_one_is_on(opened, train
 def test_the_owner_of_the_hosts_key_goes_first_and_a_wait_is_told_from_what_runs_took(opened, trainer):
     room = opened()
     first, second = start(room, seed=1), start(room, "bob", 2)
+    wait_for(lambda: first.begun)
     assert room.wait(second) is None  # nothing has been measured
     host_ = start(room, "host", 3, first=True)
     assert [room.ahead(job) for job in (first, second, host_)] == [0, 2, 1]
@@ -109,6 +110,7 @@ def test_the_owner_of_the_hosts_key_goes_first_and_a_wait_is_told_from_what_runs
     ends(first), ends(host_)
     trainer.go.clear()
     last, waits = start(room, "cem", 4), start(room, "dan", 5)
+    wait_for(lambda: last.begun)
     assert room.wait(waits) is not None and room.wait(last) == 0
     trainer.go.set()
     ends(waits)

@@ -149,6 +149,8 @@ class Job:
         self._began, limit = time.monotonic(), ""
         try:
             for event in WORK[self.kind](self._asked(), self.folder, self.again):
+                if (self.folder / CANCEL).exists():
+                    self.stop()  # the last evaluation too, before which a run forgets that it was stopped
                 if not limit and self.seconds > longest:
                     limit = f"It ended after {longest:g} seconds, which is the most that a run may take here."
                     self.stop()
