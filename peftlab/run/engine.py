@@ -111,6 +111,14 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
         yield from _noted(checkpoint.keep(evaluation.state()))
     (run.out / STOP).unlink(missing_ok=True)  # a second stop ends the last evaluation
     yield from evaluation.at("after")
+    done = _ended(run, evaluation, stopped)
+    if not stopped:
+        checkpoint.remove()
+    yield done
+
+
+def _ended(run: Run, evaluation: Evaluation, stopped: bool) -> Event:
+    """The last event of a run that has learned something; it is saved with the adapter."""
     finished = len(evaluation.answers) > 1 and not run.stopped()
     done: Event = {  # its keys are those of the command line's contract
         "type": "done",
@@ -132,9 +140,7 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
         "device": hardware.here().name,
     }
     run.save({**done, **({"heldout": evaluation.rows()} if finished else {})})
-    if not stopped:
-        checkpoint.remove()
-    yield done
+    return done
 
 
 def _noted(message: str) -> Iterator[Event]:
