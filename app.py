@@ -28,7 +28,7 @@ from peftlab.room import rooms
 from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
 
-preparation = Preparation(DEFAULT)
+preparation = Preparation(DEFAULT, lambda: rooms.here().busy())
 
 
 def chip() -> str:

@@ -13,7 +13,8 @@ import pytest
 from tiny import wait_for
 
 from peftlab import SpecError, WeightsError
-from peftlab.base import fetching
+from peftlab.base import fetching, weights
+from peftlab.data.tasks import TASKS
 from peftlab.room import host, jobs, keeping, records, rooms
 from peftlab.room.preparing import Preparation
 from peftlab.room.visitors import DAY, Signer
@@ -434,6 +435,20 @@ def test_a_preparation_that_failed_can_begin_again(tiny_model, monkeypatch):
     preparation.begin()
     preparation._thread.join(30)
     assert preparation.ready and preparation.error is None
+
+
+def test_a_base_is_asked_the_bundled_rows_while_nobody_has_a_job(tiny_model):
+    begun, busy = threading.Event(), [True]
+    preparation = Preparation(str(tiny_model), lambda: begun.set() or busy[0])
+    base = weights.load(preparation.spec)
+    base.measured.clear()
+    preparation.begin()
+    assert begun.wait(60) and preparation.ready and base.measured.get("answers", {}) == {}
+    busy[0] = False
+    preparation._thread.join(60)
+    assert [task.key for task in base.measured["answers"]] == list(TASKS), preparation.error
+    kept = base.measured["answers"][TASKS["ticket"]]
+    assert [a.prompt for a in kept] == [row.prompt for row in TASKS["ticket"].heldout]
 
 
 def test_a_preparation_that_is_stopped_leaves_no_download(tiny_model, monkeypatch):

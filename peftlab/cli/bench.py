@@ -10,11 +10,24 @@ from ._shared import Commands, Output, check_writable, count, note, note_event, 
 
 def add(commands: Commands) -> None:
     parser = verb(commands, "bench", run, "measure on this machine and write JSON", spec=True)
-    what = ("train", "gears", "generate", "record", "memory", "calculators", "page", "families", "seconds", "serve")
+    what = (
+        "train",
+        "gears",
+        "generate",
+        "record",
+        "memory",
+        "calculators",
+        "page",
+        "families",
+        "seconds",
+        "serve",
+        "reliability",
+    )
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--at-once", type=count, default=1, help="memory: processes that share the GPU")
-    parser.add_argument("--seeds", type=count, default=1, help="train: runs of each trainer")
+    parser.add_argument("--seeds", type=count, default=1, help="train: runs of each trainer; reliability: runs")
+    parser.add_argument("--beside", action="store_true", help="reliability: Trainer too, for the seconds")
     parser.add_argument("--peer", action="append", help="train: one of the trainers; repeatable (default: all)")
     random = "train: of the model's shapes, and rows of --sequence-length tokens"
     parser.add_argument("--family", action="append", help="families: one of them; repeatable (default: all)")
@@ -30,7 +43,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, memory, record, seconds, serve, speed, survey
+    from ..bench import calculators, memory, record, reliability, seconds, serve, speed, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -44,6 +57,7 @@ def run(args: Namespace) -> Output:
         "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
         "serve": lambda: serve.record_serve(out, note, args.visitors or (), args.seconds, args.rounds),
+        "reliability": lambda: reliability.record_reliability(spec_of(args), out, note, args.seeds, args.beside),
         "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()

@@ -1,19 +1,31 @@
 """A base model that is made ready while the page already answers."""
 
 import contextlib
+import os
 import threading
+from collections.abc import Callable
 
 from ..base import fetching, weights
+from ..data import tasks
 from ..errors import plain
 from ..resolve import resolve_here
 from ..run import warm_up
+from ..run.scoring import base_answers
 from ..spec import RunSpec
+
+PATIENCE = 1.0
+"""Seconds between two looks whether somebody's job is over."""
 
 
 class Preparation:
-    """A base model being fetched and loaded in the background, so that the page need not wait for it."""
+    """A base model being fetched and loaded in the background, so that the page need not wait for it.
 
-    def __init__(self, model: str) -> None:
+    Then, while nobody has a job, it is asked the held-out rows of the bundled tasks, so that no run has to.
+    """
+
+    def __init__(self, model: str, busy: Callable[[], bool] = lambda: False) -> None:
+        """`busy` says whether somebody has a job."""
+        self.busy = busy
         self.spec = resolve_here(RunSpec(model=model))
         self.progress = fetching.Progress("looking", "")
         self.error: str | None = None
@@ -45,5 +57,17 @@ class Preparation:
             weights.load(self.spec)
             warm_up(self.spec)
             self.ready = True
+            if not os.environ.get("SPACES_ZERO_GPU"):  # there nothing is computed outside of a visitor's share
+                for task in tasks.TASKS.values():
+                    while not (self._stopped.is_set() or self._ask(task)):
+                        self._stopped.wait(PATIENCE)
         except Exception as error:
             self.error = plain(error)
+
+    def _ask(self, task: tasks.Task) -> bool:
+        """Has the base answer a task's rows, unless somebody's job needs the machine; whether it has."""
+        with contextlib.closing(base_answers(weights.load(self.spec), task)) as work:
+            while not (self._stopped.is_set() or self.busy()):
+                if next(work, None) is None:
+                    return True
+        return False

@@ -84,6 +84,11 @@ class Room:
         with self._changed:
             return next((job for job in self._alive() if job.owner == owner), None)
 
+    def busy(self) -> bool:
+        """Whether a job waits or is under way."""
+        with self._changed:
+            return bool(self._alive())
+
     def ahead(self, job: Job) -> int:
         """How many jobs come before this one, the one under way included."""
         with self._changed:

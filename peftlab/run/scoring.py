@@ -20,7 +20,11 @@ from .generate import Decoding, decode, gather
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..base import weights
+
 PUBLIC_DOMAIN = ASSETS / "text" / "public-domain.txt"
+TASKS_KEPT = 8
+"""What a base answers is kept for so many tasks."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,17 @@ def answer(
         yield step / task.max_new_tokens
     told = zip(rows, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True)
     return [Answer(row.prompt, row.answer, text, tasks.score(text, row, task)) for row, text in told]
+
+
+def base_answers(base: weights.Base, task: Task) -> Generator[float, None, list[Answer]]:
+    """What the base itself answers to a task's held-out rows: asked once, as it never changes. Yields the share done."""
+    known: dict[Task, list[Answer]] = base.measured.setdefault("answers", {})
+    if task not in known:
+        said = yield from answer(base.quick, base.tokenizer, task, task.heldout)
+        known[task] = said
+        for old in list(known)[:-TASKS_KEPT]:
+            del known[old]
+    return known[task]
 
 
 def mean_score(answers: Sequence[Answer]) -> float:
