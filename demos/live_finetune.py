@@ -16,7 +16,7 @@ from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog import PRESETS
 from peftlab.data import tasks
-from peftlab.resolve import set_aside
+from peftlab.resolve import as_here, set_aside
 from peftlab.room import jobs, rooms
 from peftlab.show import runs, settings
 from peftlab.show.methods import PUBLISHED, method_card, method_panel, method_value, preset_says
@@ -37,7 +37,7 @@ def runnable() -> list[tuple[str, str]]:
 
 def here(spec: RunSpec) -> RunSpec:
     """`spec` as it can run live: what it cannot have is set aside."""
-    return set_aside(spec, [key for _, key in runnable()])[0]
+    return as_here(set_aside(spec, [key for _, key in runnable()])[0])
 
 
 def note(spec: RunSpec) -> str:

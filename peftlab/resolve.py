@@ -60,7 +60,15 @@ def _attention_of(model: models.BaseModel) -> str:
 
 def resolve_here(spec: RunSpec) -> Resolved:
     """`spec` resolved for a run on this machine, whatever GPU the calculator compared it with."""
-    return resolve(spec.but(gpu=None))
+    return resolve(as_here(spec.but(gpu=None)))
+
+
+def as_here(spec: RunSpec) -> RunSpec:
+    """`spec` with the task's steps and batch size for a GPU, where one is here and the spec says neither."""
+    recipe = tasks.find(spec.task or tasks.DEFAULT).on_gpu
+    if recipe is None or spec.steps or spec.batch_size or hardware.here().device != "cuda":
+        return spec
+    return spec.but(**recipe._asdict())
 
 
 def cannot_run(spec: Resolved, offered: Collection[str] | None = None) -> dict[str, str]:

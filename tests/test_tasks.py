@@ -10,6 +10,9 @@ from peftlab.data import tasks
 from peftlab.data.tasks import METRICS, TASKS, Row
 from peftlab.places import ASSETS
 
+LIKEST = 0.3
+"""The largest share of words that a held-out row may have in common with one of training."""
+
 
 def words(text):
     return re.findall(r"[\w']+", text.lower())
@@ -31,8 +34,8 @@ def test_a_bundled_task(task):
     assert len(task.heldout) >= 32 and len(task.train) > len(task.heldout)
     assert len(task.heldout + task.more) >= 205
     assert grams(task.heldout + task.more) & grams(task.train) == set()  # the wording is new
-    most = max(likeness(task.heldout, task.train).values())
-    assert [prompt for prompt, share in likeness(task.more, task.train).items() if share > most] == []
+    alike = likeness(task.heldout + task.more, task.train)
+    assert [prompt for prompt, share in alike.items() if share > LIKEST] == []
     rows = task.train + task.heldout + task.more
     assert [said for said, times in Counter(" ".join(words(r.prompt)) for r in rows).items() if times > 1] == []
     assert all(r.prompt.strip() == r.prompt and r.prompt and r.answer for r in rows)
@@ -106,6 +109,7 @@ def test_a_file_of_the_same_form_is_a_task(tmp_path):
     assert (task.key, task.train[0].answer, task.more) == ("mine", "a", ())
     assert tasks.score("yes", Row("", "Yes"), task) == 1 and tasks.score("no", Row("", "Yes"), task) == 0
     assert tasks.find(str(write(tmp_path, more=[{"prompt": "r", "answer": "b"}]))).more == (Row("r", "b"),)
+    assert tasks.find(str(write(tmp_path, on_gpu={"steps": 9, "batch_size": 3}))).on_gpu == (9, 3)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,7 @@ def test_a_file_of_the_same_form_is_a_task(tmp_path):
         ({"train": [{"question": "p"}]}, "not a task file"),
         ({"train": None}, "not a task file"),
         ({"more": [{"question": "r"}]}, "not a task file"),
+        ({"on_gpu": {"step": 9}}, "not a task file"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(tmp_path, changes, said):

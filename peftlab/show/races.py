@@ -84,7 +84,9 @@ def provenance(recording: recordings.Recording, before: str = "") -> str:
     fewest, most = recording.seeds
     seeds = "1 seed" if most == 1 else f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
     said = f"Recorded on {escape(recording.hardware)}, {len(recording.lines)} racers, {seeds} each."
-    return remarks(f"{recorded_how(recording)} {before}{said}")
+    older = recording.date < tasks.find(recording.lines[0].spec["task"]).rows_since
+    rows = " The task had other training rows then." if older else ""
+    return remarks(f"{recorded_how(recording)} {before}{said}{rows}")
 
 
 def elsewhere(lesson: Lesson, recording: recordings.Recording) -> str:
