@@ -9,9 +9,10 @@ from peftlab import RunSpec, SpecError, hardware, resolve, seam
 from peftlab.base import configs
 from peftlab.catalog import PRESETS
 from peftlab.catalog.gpus import GPUS
+from peftlab.data.tasks import TASKS
 from peftlab.hardware import Machine
 from peftlab.methods import METHODS
-from peftlab.resolve import METHOD_SETTINGS, cannot_run, set_aside, with_preset
+from peftlab.resolve import METHOD_SETTINGS, cannot_run, resolve_here, set_aside, with_preset
 from peftlab.show.settings import aside_said
 from peftlab.spec import SETTINGS, parse_layers
 
@@ -148,6 +149,17 @@ def test_resolve_fills_what_is_read_and_empties_the_rest(method, machine):
         else:
             assert value is not None, name
     assert resolve(spec, machine) == spec
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_a_gpu_trains_on_more_rows_unless_it_is_told_how_many(machine, monkeypatch):
+    monkeypatch.setattr(hardware, "here", lambda: machine)
+    task = TASKS["ticket"]
+    usual, own = resolve_here(RunSpec(gpu="a100-80gb")), resolve_here(RunSpec(batch_size=2))
+    assert (usual.steps, usual.batch_size) == (task.on_gpu if machine is GPU else (task.steps, task.batch_size))
+    assert (own.steps, own.batch_size) == (task.steps, 2)
+    calculated = resolve(RunSpec(gpu="a100-80gb"))  # a link shows the same memory everywhere
+    assert (calculated.steps, calculated.batch_size) == (task.steps, task.batch_size)
 
 
 def test_resolve_keeps_what_was_asked():

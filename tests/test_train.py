@@ -16,7 +16,7 @@ from peftlab.base import weights
 from peftlab.data import tasks
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.run import STOP, engine, gears, loop, train
+from peftlab.run import STOP, engine, gears, loop, scoring, train
 from peftlab.run.checkpoint import FILE
 from peftlab.run.generate import Decoding, decode
 from peftlab.run.scoring import answer, nats_per_token
@@ -54,6 +54,30 @@ def test_events_come_in_order_with_the_contracts_keys(toy_spec, tmp_path):
     assert resolve(adapter.spec) == resolve(toy_spec)
     assert {k: adapter.result[k] for k in DONE} == done
     assert [r["reference"] for r in adapter.result["heldout"]] == ["red", "green", "blue"]
+
+
+@on_cpu
+def test_midway_a_cpu_scores_the_first_rows_alone(toy_spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "MIDWAY", 2)
+    events = list(train(resolve(toy_spec), tmp_path))
+    scored = {e["when"]: (e["items"], len(e["examples"])) for e in events if e["type"] == "eval"}
+    assert scored == {"before": (3, 3), "during": (2, 2), "after": (3, 3)}
+    assert len(adapters.read(events[-1]["adapter"]).result["heldout"]) == 3
+
+
+def test_a_base_is_asked_a_tasks_rows_once(toy_spec, tmp_path, monkeypatch):
+    base, asked = weights.load(resolve(toy_spec)), []
+    base.measured.clear()
+    own = scoring.answer
+    monkeypatch.setattr(scoring, "answer", lambda model, *rest: asked.append(model is base.quick) or own(model, *rest))
+    first, second = (list(train(resolve(toy_spec), tmp_path / name)) for name in "ab")
+    assert asked == [True]
+    before = [[e["examples"] for e in events if e["type"] == "eval"][0] for events in (first, second)]
+    assert before[0] == before[1]
+    others = [replace(tasks.find("toy"), name=str(n)) for n in range(scoring.TASKS_KEPT)]
+    for task in others:
+        drain(scoring.base_answers(base, task))
+    assert list(base.measured["answers"]) == others
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
