@@ -72,7 +72,7 @@ def test_a_base_is_asked_a_tasks_rows_once(toy_spec, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "answer", lambda model, *rest: asked.append(model is base.quick) or own(model, *rest))
     first, second = (list(train(resolve(toy_spec), tmp_path / name)) for name in "ab")
     assert asked == [True]
-    before = [[e["examples"] for e in events if e["type"] == "eval"][0] for events in (first, second)]
+    before = [next(e["examples"] for e in events if e["type"] == "eval") for events in (first, second)]
     assert before[0] == before[1]
     others = [replace(tasks.find("toy"), name=str(n)) for n in range(scoring.TASKS_KEPT)]
     for task in others:
