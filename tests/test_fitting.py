@@ -1,6 +1,7 @@
 """A run that this machine's memory does not hold is refused, with what it needs, what is free and what would fit."""
 
 import pickle
+import threading
 from dataclasses import replace
 
 import pytest
@@ -64,7 +65,8 @@ RUNS = [
     (RunSpec(batch_size=1), 1e9, ["gradient_checkpointing"]),
     (RunSpec(batch_size=1, rank=512), 3e9, ["rank", "alpha"]),
     (RunSpec(method="full"), 3e9, ["method", "precision", "learning_rate"]),
-    (RunSpec(model="smollm2-1.7b"), 5e8, ["model"]),
+    (RunSpec(model="smollm2-1.7b", batch_size=1, quantization="nf4"), 6e8, ["model"]),
+    (RunSpec(model="smollm2-1.7b"), 1e9, ["batch_size", "accumulation", "model"]),
     (RunSpec(), 1e7, []),
 ]
 
@@ -85,8 +87,8 @@ def test_the_cheapest_change_comes_first_and_a_smaller_model_last(spec, limit, n
 
 
 def test_a_smaller_model_is_one_that_the_host_offers(free):
-    free(5e8)
-    spec = RunSpec(model="smollm2-1.7b")
+    free(1e9)
+    spec = RunSpec(model="smollm2-1.7b", batch_size=1, gradient_checkpointing=True, quantization="nf4")
     assert refusal(spec).settings["model"] != "smollm2-135m"
     assert refusal(spec, offered=["smollm2-135m"]).settings == {"model": "smollm2-135m"}
     assert refusal(spec, offered=["smollm2-1.7b"]).settings == {}
@@ -145,14 +147,23 @@ def test_a_room_refuses_before_it_queues_and_again_where_a_run_begins(room, toy_
 
 
 def test_while_another_run_is_under_way_the_whole_memory_counts(room, toy_spec, free, monkeypatch):
-    monkeypatch.setattr(room, "_alive", lambda: [None])
-    monkeypatch.setattr(room, "_only_one", lambda owner: None)
+    go = threading.Event()
+
+    def waits(arguments, folder, again):
+        yield {"type": "start"}
+        assert go.wait(20)
+
+    monkeypatch.setitem(jobs.WORK, "train", waits)
+    arguments = {"spec": toy_spec.to_dict()}
+    room.start("train", arguments, "ann")
     free(1000)
-    room._must_fit(resolve_here(toy_spec))
+    last = room.start("train", arguments, "bob")
     small = replace(hardware.here(), memory_bytes=2000)
     monkeypatch.setattr(hardware, "here", lambda: small)
     with pytest.raises(DoesNotFit, match="this machine has 2 kB"):
-        room._must_fit(resolve_here(toy_spec))
+        room.start("train", arguments, "cem")
+    go.set()
+    wait_for(lambda: last.over)
 
 
 def test_each_racer_is_refused_by_itself_and_a_host_bounds_all_of_them(room, toy_spec, free, tmp_path):

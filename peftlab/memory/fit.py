@@ -139,6 +139,8 @@ CHANGES = (
     Change(f"rank {USUAL_RANK}", "less capacity", _smaller),
 )
 """The cheapest comes first."""
+SAME_RESULT = 2
+"""After so many of the changes a run still learns the same."""
 
 
 def cheapest_changes(

@@ -15,7 +15,7 @@ from ..errors import DoesNotFit, SpecError
 from ..resolve import cannot_run, resolve
 from ..spec import SETTINGS, Resolved
 from .closed_form import exact, predict
-from .fit import cheapest_changes, largest_model
+from .fit import CHANGES, SAME_RESULT, Change, cheapest_changes, largest_model
 from .report import MemoryReport
 
 COPIES = 2
@@ -162,7 +162,8 @@ def _whole() -> int | None:
 
 
 def _remedy(spec: Resolved, found: Peak, limit: int, offered: Collection[str] | None) -> Remedy | None:
-    """The cheapest change after which the run fits here, else a smaller model; None where none does.
+    """The cheapest changes after which the run fits here, else a smaller model, with changes that learn the same where it
+    needs these too; None where nothing does.
 
     A changed run is traced only where there is hope that it fits: it may need as much less than its closed form says as
     this run's trace does.
@@ -179,13 +180,20 @@ def _remedy(spec: Resolved, found: Peak, limit: int, offered: Collection[str] | 
 
     if cheapest := cheapest_changes(spec, limit, needed):
         chosen, changed = cheapest
-        return Remedy({k: v for change in chosen for k, v in change.apply(spec).items()}, needed(changed))
+        return Remedy(_settings(spec, chosen), needed(changed))
     size = predict(spec).total_parameters
     smaller = [m.key for m in models.MODELS.values() if m.hub_id and (m.total_parameters or math.inf) < size]
     allowed = [key for key in smaller if offered is None or key in offered]
-    if model := largest_model(spec, limit, allowed, needed):
-        return Remedy({"model": model}, needed(resolve(spec.but(model=model))))
+    for chosen in (CHANGES[:n] for n in range(SAME_RESULT + 1)):
+        settings = _settings(spec, chosen)
+        if model := largest_model(resolve(spec.but(**settings)), limit, allowed, needed):
+            settings["model"] = model
+            return Remedy(settings, needed(resolve(spec.but(**settings))))
     return None
+
+
+def _settings(spec: Resolved, chosen: Collection[Change]) -> dict[str, object]:
+    return {name: value for change in chosen for name, value in change.apply(spec).items()}
 
 
 def _said(spec: Resolved, found: Peak, limit: int, whole: bool, remedy: Remedy | None) -> str:
