@@ -1,5 +1,9 @@
 """What can go wrong, as one tree. Every message states the value, the limit and the fix."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 
 class PeftlabError(Exception):
     """Base of every error that is meant to be read by a person."""
@@ -7,6 +11,17 @@ class PeftlabError(Exception):
 
 class SpecError(PeftlabError, ValueError):
     """A setting that cannot be run as asked: exit status 2."""
+
+
+class DoesNotFit(SpecError):
+    """A run that needs more memory than is free."""
+
+    def __init__(self, message: str = "", settings: Mapping[str, object] | None = None, change: str = "") -> None:
+        super().__init__(message)
+        self.settings = settings or {}
+        """Settings with which the run fits, None for an automatic one; empty where none are known."""
+        self.change = change
+        """These settings in words."""
 
 
 class WeightsError(PeftlabError):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from .catalog.gpus import GPUS
+
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+"""Where Linux tells of memory, and of the limits that a container has."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Machine:
     """The GPU's key in the catalogue; None without a GPU, and for one that the catalogue lacks."""
     cores: int
     memory_bytes: int | None
-    """Size of the main memory; None where the system does not say."""
+    """Size of the main memory, or what a container may take of it; None where the system does not say."""
     bf16: bool = False
     """True for a CPU with instructions that multiply bf16 numbers."""
 
@@ -35,12 +40,56 @@ def here() -> Machine:
     memory = None
     with suppress(AttributeError, ValueError, OSError):  # not every system says
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = min([memory, *(limit for limit, _ in _limits())])
     if os.environ.get("SPACES_ZERO_GPU"):
         return Machine("cuda", "NVIDIA RTX PRO 6000 (ZeroGPU)", "rtx-pro-6000", cores, memory)
     if gpu := _nvidia():
         return Machine("cuda", *gpu, cores, memory)
     processor = _cpuinfo("model name") or platform.processor() or platform.machine()
     return Machine("cpu", f"{cores} cores of {processor}", None, cores, memory, _multiplies_bf16())
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process may still take, in its container too; None where the system does not say.
+
+    What this process has freed but its allocator holds back is given to the system first, and so counts as free.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (PROC / "meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return max(0, min([free, *(limit - used for limit, used in _limits())]))
+    return None
+
+
+def mapped_files() -> int:
+    """Bytes of files that lie in this process's memory and can be read again, which `free_memory` counts as free.
+
+    A model whose numbers are used as its file has them is among them. 0 where the system does not say.
+    """
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (PROC / "self" / "status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+    return 0
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes used of it) of each control group that this process is in, without files that can be read again."""
+    names = {
+        "": (GROUPS, "memory.max", "memory.current", "inactive_file"),
+        "memory": (GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    with suppress(OSError):
+        for line in (PROC / "self" / "cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            for root, most, used, files in (names[kind] for kind in kinds.split(",") if kind in names):
+                inside = root / path.strip("/")
+                for group in (inside, *(folder for folder in inside.parents if folder.is_relative_to(root))):
+                    with suppress(OSError, ValueError):  # `max` is no limit
+                        limit, taken = int((group / most).read_text()), int((group / used).read_text())
+                        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                        yield limit, taken - int(stat.get(files, 0))
 
 
 def versions() -> dict[str, str]:

@@ -115,6 +115,7 @@ CHANGED = [
     (RunSpec(model="llama-3.1-70b", rank=16, batch_size=4, sequence_length=1024, **ON), "h100-80gb"),
     (RunSpec(model="smollm2-1.7b", method="full", precision="bf16", batch_size=1, sequence_length=128, **ON), "t4"),
     (RunSpec(model="smollm2-1.7b", method="houlsby", batch_size=2, sequence_length=2048, **ON), "t4"),
+    (RunSpec(model="llama-3.1-8b", method="qlora", rank=512, batch_size=1, sequence_length=128, **ON), "t4"),
 ]
 
 

@@ -1,5 +1,8 @@
 """What the presses of Live and Compare do, and what these tabs show before, during and after."""
 
+import html
+import json
+import re
 import threading
 
 import pytest
@@ -17,11 +20,13 @@ from peftlab import PeftlabError, SpecError, adapters
 from peftlab.base.models import DEFAULT
 from peftlab.compare import ComparisonReport, Exchange, Reply, score_of
 from peftlab.measured import runs as recorded_runs
+from peftlab.memory import here
 from peftlab.race import scores
 from peftlab.resolve import resolve_here
 from peftlab.room import jobs, rooms
 from peftlab.run import STOP
 from peftlab.show import comparisons, runs
+from peftlab.spec import SETTINGS
 
 START = {
     "type": "start", "spec": {"steps": 2}, "metric": "exact_match", "model": "Tiny", "heldout": 40, "gear": "eager", "why_eager": "x",
@@ -114,6 +119,26 @@ def test_a_run_from_the_press_to_its_download(trainer):
     file = seen["keep"]["value"]
     assert seen["keep"]["visible"] and file.url.startswith("peftlab/adapter/") and file.path.endswith(".zip")
     assert ann.sees()["keep"]["value"] == file  # the page is not given another link each time
+
+
+def test_a_run_that_does_not_fit_is_refused_with_a_button_that_cures_it(trainer, monkeypatch):
+    monkeypatch.setattr(here, "_free", lambda: 2_000_000_000)
+    tab = Live()
+    demo = blocks(tab)
+    press = next(f for f in demo.fns.values() if tab.panels["go"]._id in {i for i, _ in f.targets if i} and f.fn)
+    kept = {"visitor": rooms.here().signer.sign("ann")}
+    question = {"state": {"batch_size": "64", "precision": "fp32"}, "kept": kept}
+    last = {component: value for values in press.fn(question) for component, value in values.items()}
+    shown = last[tab.panels["problem"]]
+    assert "batch size 64: this needs" in shown and "2 GB of it is free here" in shown
+    assert ">Use batch size 1 and accumulation 64</button>" in shown and not rooms.here().running("ann")
+    (button,) = re.findall(r'data-replace="(.*?)" data-keeping="(.*?)"', shown)
+    written, keeping = (json.loads(html.unescape(text)) for text in button)
+    assert written == {"batch_size": "1", "accumulation": "64"} and keeping == list(SETTINGS)  # as store.js writes it
+    ann = Visit(Live())
+    ann.state = question["state"] | written
+    ann.press(ann.tab.train)
+    assert ann.sees()["problems"] == {} and (ann.job.spec.batch_size, ann.job.spec.accumulation) == (1, 64)
 
 
 def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):

@@ -82,12 +82,20 @@ def seen(value: object) -> Update:
 
 def lessons(runs: Mapping[str, Mapping[str, str]], kind: str = "lessons", keeping: Sequence[str] = ()) -> gr.HTML:
     """A button for each run, by name. store.js then replaces the run's settings, but for those in `keeping`."""
-    buttons = "".join(
+    buttons = "".join(_button(name, run, keeping) for name, run in runs.items())
+    return gr.HTML(f'<div class="{kind}">{buttons}</div>', js_on_load=None)
+
+
+def change(name: str, settings: Mapping[str, object]) -> str:
+    """A button that writes these settings, None for automatic, and keeps all others."""
+    return _button(name, {key: blank(value) for key, value in settings.items()}, tuple(SETTINGS))
+
+
+def _button(name: str, run: Mapping[str, object], keeping: Sequence[str]) -> str:
+    return (
         f'<button type="button" class="small-button" data-replace="{escape(json.dumps(run))}" '
         f'data-keeping="{escape(json.dumps(keeping))}">{escape(name)}</button>'
-        for name, run in runs.items()
     )
-    return gr.HTML(f'<div class="{kind}">{buttons}</div>', js_on_load=None)
 
 
 def reset(*keeping: str) -> gr.HTML:

@@ -19,8 +19,9 @@ from gradio.events import Dependency
 from starlette.routing import Route
 
 from demos.page.choice import Choice, Number
-from demos.page.controls import blank, shown_model
+from demos.page.controls import blank, change, shown_model
 from peftlab import PeftlabError, RunSpec, resolve
+from peftlab.errors import DoesNotFit
 from peftlab.room import jobs, rooms
 from peftlab.run import events
 from peftlab.spec import Resolved
@@ -90,6 +91,14 @@ def said(error: Exception) -> str:
         return str(error)
     log.exception("the page: %s", error)
     return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
+
+
+def refusal(error: Exception) -> str:
+    """What a press shows of an error: its words and, where settings are known that cure it, the button that writes them."""
+    words = escape(said(error))
+    if isinstance(error, DoesNotFit) and error.settings:
+        return f"<p>{words}</p>{change(f'Use {error.change}', error.settings)}"
+    return words
 
 
 Work: TypeAlias = Callable[[Asked], Iterator[Values]]  # what a press does: it yields what controls and panels show
@@ -239,7 +248,8 @@ class Tab:
         """`on` starts `work`.
 
         `shows` names what it may yield. `busy` is shown before it begins and `free` once it is over, however it ends; what
-        goes wrong is said in the panel `problem`. A value named `kept` is a dict for the browser to keep.
+        goes wrong is said in the panel `problem`, with a button where other settings cure it. A value named `kept` is a dict
+        for the browser to keep.
         """
         before, after = {problem: "", **(busy or {})}, dict(free or {})
         named: dict[str, Block] = {**self.controls, **self.panels, "kept": self.keeper}
@@ -260,7 +270,7 @@ class Tab:
                 if after:
                     yield shown(after)
             except Exception as error:
-                yield shown({**after, problem: escape(said(error))})
+                yield shown({**after, problem: refusal(error)})
 
         gr.on(
             on, pressed, self.question, [named[n] for n in names],

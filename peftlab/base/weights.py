@@ -69,12 +69,32 @@ def load(spec: Resolved) -> Base:
     if not entry.is_causal:
         raise SpecError(f"model={entry.said}: it is no causal language model, and only counted; try {models.DEFAULT}")
     device = hardware.here().device
-    key = (folder_of(entry), spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
+    key = _key(spec)
     with _locks.setdefault(key, threading.Lock()):  # a second caller waits here, and then finds the first one's
         if (base := _alive.get(key)) is None:
             base = _load(entry, spec, device)
         _stay(key, base)
         return base
+
+
+def _key(spec: Resolved) -> tuple[object, ...]:
+    """What a base in memory is known by."""
+    folder, device = folder_of(models.find(spec.model)), hardware.here().device
+    return (folder, spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
+
+
+def loaded(spec: Resolved) -> Base | None:
+    """The base of a run where it is in memory already."""
+    return _alive.get(_key(spec))
+
+
+def let_go(but: Resolved) -> None:
+    """Has no base stay but that of the run `but`: the memory of the others is free once nobody uses them any more."""
+    with _changing:
+        going = [_loaded.pop(key) for key in [*_loaded] if key != _key(but)]
+    if going:
+        del going
+        gc.collect()  # a model refers to itself
 
 
 def _stay(key: tuple[object, ...], base: Base) -> None:
@@ -103,7 +123,6 @@ def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
 
     from .. import fused
 
-    transformers = seam.library()
     list(fetch(spec.model))
     source = source_of(entry)
     assert source is not None
@@ -122,10 +141,15 @@ def _load(entry: models.BaseModel, spec: Resolved, device: str) -> Base:
         fused.adjoin(model)
     _settle(model)
     _try(model, spec)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(entry))
+    return Base(entry, model, tokenizer_of(entry), source, device)
+
+
+def tokenizer_of(entry: models.BaseModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is on disk; it can pad."""
+    tokenizer = seam.library().AutoTokenizer.from_pretrained(folder_of(entry))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(entry, model, tokenizer, source, device)
+    return tokenizer
 
 
 def _class_of(entry: models.BaseModel) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TypeAlias
 
 from .. import caches, methods
 from ..base import architecture as architectures
@@ -17,12 +18,15 @@ from ..count import BYTES, count
 from ..errors import SpecError
 from ..methods import Unsuited
 from ..methods.prompts import keepers
+from ..methods.selection import USUAL_RANK
 from ..resolve import resolve
 from ..spec import SETTINGS, Resolved
 from .closed_form import ClosedForm, closed_form, predict
 from .conventions import FROZEN_BYTES
 from .report import MemoryReport
 
+Needed: TypeAlias = Callable[[Resolved], float]
+"""Bytes that a run needs; infinitely many where it cannot be, or is not known."""
 CLUSTER = tuple(2**i for i in range(1, 11))
 """Numbers of GPUs that are tried where one is not enough."""
 
@@ -82,11 +86,16 @@ def largest(form: ClosedForm, setting: str, limit: int) -> int:
     return values[n - 1] if n else 0
 
 
-def largest_model(spec: Resolved, limit: int) -> str | None:
-    """Key of the largest decoder of the catalogue that the run's other settings leave room for; None where none fits."""
-    able = [m for m in models.MODELS.values() if m.is_causal and not m.shape_of]
+def largest_model(
+    spec: Resolved, limit: int, among: Collection[str] | None = None, needed: Needed = _needed
+) -> str | None:
+    """Key of the largest decoder of the catalogue that the run's other settings leave room for; None where none fits.
+
+    `among` are the keys of those that may be named; None allows all.
+    """
+    able = [m for m in models.MODELS.values() if m.is_causal and not m.shape_of and (among is None or m.key in among)]
     largest_first = (m.key for m in sorted(able, key=lambda m: -(m.total_parameters or 0)))
-    return next((key for key in largest_first if _needed(resolve(spec.but(model=key))) <= limit), None)
+    return next((key for key in largest_first if needed(resolve(spec.but(model=key))) <= limit), None)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,13 @@ class Change:
 
 
 def _lora(spec: Resolved) -> dict[str, object]:
-    return {"method": "lora", "precision": "bf16"} if methods.find(spec.method).in_place else {}
+    automatic = dict.fromkeys(("precision", "learning_rate"))
+    return {"method": "lora", **automatic} if methods.find(spec.method).in_place else {}
+
+
+def _smaller(spec: Resolved) -> dict[str, object]:
+    same_scale = {"alpha": spec.alpha * USUAL_RANK / spec.rank} if spec.alpha else {}
+    return {"rank": USUAL_RANK, **same_scale} if spec.rank > USUAL_RANK else {}
 
 
 CHANGES = (
@@ -121,18 +136,23 @@ CHANGES = (
         "slower, a little accuracy",
         lambda s: {"quantization": "nf4"} | _lora(s) if s.quantization == "none" else {},
     ),
+    Change(f"rank {USUAL_RANK}", "less capacity", _smaller),
 )
 """The cheapest comes first."""
+SAME_RESULT = 2
+"""After so many of the changes a run still learns the same."""
 
 
-def cheapest_changes(spec: Resolved, limit: int) -> tuple[tuple[Change, ...], Resolved] | None:
+def cheapest_changes(
+    spec: Resolved, limit: int, needed: Needed = _needed
+) -> tuple[tuple[Change, ...], Resolved] | None:
     """The fewest and cheapest changes after which a run needs at most `limit` bytes, and that run; None where none do."""
     for n in range(1, len(CHANGES) + 1):
         for chosen in combinations(CHANGES, n):
             settings = [change.apply(spec) for change in chosen]
             if all(settings):
                 changed = resolve(spec.but(**ChainMap(*settings)))
-                if _needed(changed) <= limit:
+                if needed(changed) <= limit:
                     return chosen, changed
     return None
 

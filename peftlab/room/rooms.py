@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import itertools
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -19,6 +20,7 @@ from typing import TextIO
 
 from ..base import weights
 from ..errors import SpecError
+from ..memory import must_fit
 from ..resolve import resolve_here
 from ..run import Event
 from ..spec import Json, Resolved, RunSpec
@@ -118,10 +120,14 @@ class Room:
     def start(self, kind: str, arguments: Json, owner: str, first: bool = False) -> Job:
         """Queues a job, whose arguments have the `spec` of its run or of a race's first one.
 
-        Raises SpecError when `owner` has one that is not over, and where this host does not allow it.
+        Raises SpecError when `owner` has one that is not over, where this host does not allow it, and DoesNotFit where
+        its memory does not hold the run.
         """
         spec = resolve_here(RunSpec.from_dict(arguments["spec"]))
-        self._allow(spec)
+        for one in (spec, *(resolved(racer) for _, racer in arguments.get("racers", ()))):
+            self._allow(one)
+        if kind == "train":  # each racer is refused by itself
+            self._must_fit(spec)
         with self._changed:
             self._only_one(owner)
             if len(alive := self._alive()) > self.settings.queue:
@@ -189,10 +195,15 @@ class Room:
             raise SpecError(f"model={spec.model}: this host trains {', '.join(ours.models)}; choose one of these")
         tokens = spec.steps * spec.batch_size * spec.accumulation * spec.sequence_length
         if tokens > ours.tokens:
-            fits = max(1, spec.steps * ours.tokens // tokens)
-            raise SpecError(
-                f"steps={spec.steps}: {tokens:,} tokens, and a run here has at most {ours.tokens:,}; try {fits}"
-            )
+            fits = spec.steps * ours.tokens // tokens
+            fix = f"try {fits}" if fits else "lower the batch, the accumulation or the length"
+            raise SpecError(f"steps={spec.steps}: {tokens:,} tokens, and a run here has at most {ours.tokens:,}; {fix}")
+
+    def _must_fit(self, spec: Resolved) -> None:
+        """What a run under way will leave free is not known, nor what is free on a shared GPU: there all memory counts."""
+        with self._changed:
+            busy = bool(self._alive())
+        must_fit(spec, self.settings.models or None, whole=busy or bool(os.environ.get("SPACES_ZERO_GPU")))
 
     def _alive(self) -> list[Job]:
         """Jobs that are not over, in the order in which their turns come."""

@@ -17,8 +17,8 @@ from .. import hardware
 from ..base import configs, weights
 from ..count import count
 from ..data import tasks
-from ..errors import PeftlabError, RunError, SpecError
-from ..memory import exact
+from ..errors import DoesNotFit, PeftlabError, RunError, SpecError
+from ..memory import exact, make_room
 from ..memory.states import workspace
 from ..resolve import cannot_run
 from ..spec import SETTINGS, Json, Resolved
@@ -254,6 +254,10 @@ def warm_up(spec: Resolved) -> None:
     """On a GPU of our own, runs a spec's kernels once, whose first use takes seconds; nothing is kept."""
     if hardware.here().device != "cuda" or os.environ.get("SPACES_ZERO_GPU"):
         return
+    try:
+        make_room(spec)
+    except DoesNotFit:  # the run says so itself
+        return
     any_length = int(SETTINGS["sequence_length"].high or 0)  # warm whatever the rows' length
     short = replace(spec, steps=WARM_STEPS, sequence_length=any_length)
     with tempfile.TemporaryDirectory() as folder, closing(Run(short, Path(folder))) as run:
@@ -274,7 +278,8 @@ def pace(spec: Resolved, steps: int = 2 * WARM_STEPS) -> Pace:
 
 
 def _check(spec: Resolved) -> None:
-    """Refuses what this engine cannot run, before anything is loaded."""
+    """Refuses what this engine cannot run or this machine's memory cannot hold, before anything is loaded."""
     tasks.drawn(tasks.find(spec.task), spec.training_rows)
     for name, why in cannot_run(spec).items():
         raise SpecError(f"{name.replace('_', '-')}={getattr(spec, name)}: {why}")
+    make_room(spec)
