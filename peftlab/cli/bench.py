@@ -10,7 +10,19 @@ from ._shared import Commands, Output, check_writable, count, note, note_event, 
 
 def add(commands: Commands) -> None:
     parser = verb(commands, "bench", run, "measure on this machine and write JSON", spec=True)
-    what = ("train", "gears", "generate", "record", "memory", "calculators", "page", "families", "seconds", "serve")
+    what = (
+        "train",
+        "gears",
+        "generate",
+        "record",
+        "memory",
+        "calculators",
+        "page",
+        "families",
+        "seconds",
+        "serve",
+        "room",
+    )
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--at-once", type=count, default=1, help="memory: processes that share the GPU")
@@ -21,16 +33,22 @@ def add(commands: Commands) -> None:
     parser.add_argument("--jobs", type=count, default=1, help="families: how many at once")
     parser.add_argument("--again", action="store_true", help="families: those too that the file has already")
     parser.add_argument(
-        "--visitors", type=count, action="append", help="serve: how many; repeatable (default: 50 and 200)"
+        "--visitors",
+        type=count,
+        action="append",
+        help="serve: how many; repeatable (default: 50 and 200). room: how many train (default: 50)",
     )
     parser.add_argument("--seconds", type=count, default=24, help="serve: how long each clicks")
     parser.add_argument("--rounds", type=count, default=2, help="serve: turns of each app")
+    parser.add_argument("--only", action="append", help="room: visitors, kills or memory; repeatable (default: all)")
+    parser.add_argument("--kills", type=count, default=20, help="room: how often the server is killed")
+    parser.add_argument("--runs", type=count, default=100, help="room: runs over which memory is measured")
     parser.add_argument("--random-weights", action="store_true", help=random)
     parser.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, memory, record, seconds, serve, speed, survey
+    from ..bench import calculators, memory, record, room, seconds, serve, speed, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -44,6 +62,7 @@ def run(args: Namespace) -> Output:
         "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
         "serve": lambda: serve.record_serve(out, note, args.visitors or (), args.seconds, args.rounds),
+        "room": lambda: room.record_room(out, note, args.only, (args.visitors or [50])[0], args.kills, args.runs),
         "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()
