@@ -45,8 +45,7 @@ class Browser:
             raise ValueError(f"{tab} answered {str(answer)[:300]}")
         if "visitor" in answer:
             self.kept["visitor"] = answer["visitor"]
-        if run := answer.get("follow"):
-            self.heard.add(run)
+        self.heard |= set(RUN.findall(answer.get("follow") or ""))
         return answer
 
     async def press(self, button: str) -> str:
@@ -59,7 +58,7 @@ class Browser:
         found = set(RUN.findall(told.decode()))
         self.heard |= found
         if len(found) != 1:
-            raise ValueError(f"{button} was answered with {told.decode()[-400:]}")
+            raise ValueError(f"{button} was answered with {told.decode()[-700:]}")
         self.kept["run"] = found.pop()
         return self.kept["run"]
 
@@ -68,7 +67,7 @@ class Browser:
         connection = Connection(self.port)
         rest = b""
         try:
-            async for piece in connection.pieces(f"/peftlab/follow/{self.kept['run']}"):
+            async for piece in connection.pieces(f"/peftlab/follow/live/{self.kept['run']}"):
                 *messages, rest = (rest + piece).split(b"\n\n")
                 for message in messages:
                     if message.startswith(b"event: over"):

@@ -60,7 +60,7 @@ class Trainee:
     async def _reload(self) -> None:
         answer = await self.browser.open()
         run = answer.get("follow")
-        if run not in (None, self.browser.kept["run"]):
+        if run not in (None, f"live/{self.browser.kept['run']}"):
             self.errors.append(f"visitor {self.number}: the page follows {run} after it was opened anew")
 
     async def _watch(self) -> None:
@@ -75,9 +75,9 @@ class Trainee:
     def _note(self, message: Json) -> None:
         bar = re.search(r"step \d+ of (\d+)", (message.get("live.bar") or {}).get("value") or "")
         chart: Any = (message.get("live.loss") or {}).get("value")
-        if bar or (chart and bar):
+        if bar:  # before it begins, a recorded run is shown
             losses = [float(y) for y in chart["light"]["data"][0]["y"]] if chart else []
-            self.shown.append((int(bar[1]) if bar else 0, losses))
+            self.shown.append((int(bar[1]), losses))
 
     def foreign(self, own: Sequence[float], steps: int) -> int:
         """How many messages show something of another run than its own, whose losses and number of steps are given."""

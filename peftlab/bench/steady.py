@@ -94,4 +94,12 @@ def memory(runs: int, say: Say) -> Json:
     say(f"{early / 1e6:.0f} MB after {min(FIRST, runs)} runs, {late / 1e6:.0f} after {runs}: {growth:+.1%}")
     found = {"first": min(FIRST, runs), "bytes_after_first": early, "bytes_at_last": late, "growth": growth}
     most = max(row["rss"] for row in rows)
-    return {"runs": runs, "bases": BASES, "base_bytes": size, "seconds": spent, **found, "most_bytes": most, "rows": rows}
+    return {
+        "runs": runs,
+        "bases": BASES,
+        "base_bytes": size,
+        "seconds": spent,
+        **found,
+        "most_bytes": most,
+        "rows": rows,
+    }
