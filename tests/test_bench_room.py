@@ -19,6 +19,7 @@ from peftlab.bench import room as strain
 from peftlab.bench.serve import Times
 from peftlab.bench.visitors import look as looked
 from peftlab.data import tasks
+from peftlab.measured import MEASURED
 from peftlab.room import jobs
 from peftlab.run import train
 
@@ -158,3 +159,20 @@ def test_the_memory_of_a_process_and_of_its_last_runs():
     with pytest.raises(PeftlabError, match="Linux alone"):
         steady.held(2**22 + 1)
     assert steady.usual([{"rss": n} for n in (9, 9, 1, 2, 3, 4, 100)]) == 3
+
+
+RECORDED = MEASURED / "room-cpu.json"
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="bench room has not been recorded")
+def test_the_recorded_room_lost_nothing_and_mixed_nothing_up():
+    found = json.loads(RECORDED.read_text())
+    people, killed, memory = (found[part] for part in ("visitors", "kills", "memory"))
+    assert people["visitors"] >= 50 and people["finished"] + people["cancelled"] == people["visitors"]
+    assert people["different"] == people["foreign_messages"] == people["errors"] == people["largest_difference"] == 0
+    assert people["reloaded"] == people["visitors"] / 2 and people["cancelled"] > 0
+    assert people["memory_clicks"]["errors"] == 0 and people["memory_clicks"]["p95"] <= 1
+    assert killed["kills"] == killed["complete"] == len(killed["rows"]) >= 20 and killed["errors"] == 0
+    assert killed["finished_and_lost"] == killed["largest_loss_difference"] == killed["largest_adapter_difference"] == 0
+    assert any(row["resumed_at"] for row in killed["rows"])
+    assert memory["runs"] >= 100 and memory["bases"] == 5 and abs(memory["growth"]) <= 0.03

@@ -290,6 +290,17 @@ def test_after_a_restart_what_was_over_is_there_and_what_waited_goes_on(opened, 
     assert [spec.seed for spec, _ in again.finished()] == [3, 2, 1]
 
 
+def test_a_run_that_was_cancelled_just_before_its_server_ended_is_dropped(opened, trainer):
+    room = opened()
+    job = start(room)
+    wait_for(lambda: job.events[-1]["type"] == "start")
+    job.cancel()
+    killed(room)
+    found = opened().find(job.id)
+    assert found.over and not found.resumable and not found.folder.exists()
+    assert found.events[-1]["message"] == "Cancelled: nothing is kept."
+
+
 def test_a_clock_that_is_set_back_changes_no_order_and_loses_nothing(opened, trainer, monkeypatch):
     room = opened()
     trainer.go.set()

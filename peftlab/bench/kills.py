@@ -84,7 +84,7 @@ def steps_of(events: list[Event]) -> list[Event]:
     return [event for event in events if event["type"] == "step"]
 
 
-class Room:
+class Service:
     """A server over one data folder, which is killed and started again."""
 
     def __init__(self, folder: Path) -> None:
@@ -131,30 +131,30 @@ class Room:
         raise ValueError(f"{run} is not over after {PATIENCE:g} seconds")
 
 
-async def _one(room: Room, number: int, draw: random.Random) -> tuple[Killed, int]:
+async def _one(service: Service, number: int, draw: random.Random) -> tuple[Killed, int]:
     """Starts a run, kills the server at a random step, and has a new one resume it; also how much that was finished is lost."""
     method = METHODS[number % len(METHODS)]
-    person = room.browser(method=method, steps=STEPS, seed=number % len(METHODS))
+    person = service.browser(method=method, steps=STEPS, seed=number % len(METHODS))
     await person.open()
     run = await person.press("go")
-    at = await room.until(run, draw.randint(1, STEPS))
+    at = await service.until(run, draw.randint(1, STEPS))
     await asyncio.sleep(draw.uniform(0, 0.05))  # in the midst of a step, or of what is written after it
-    assert room.server
-    finished = room.data.finished()
-    room.server.kill()
+    assert service.server
+    finished = service.data.finished()
+    service.server.kill()
     person.close()
-    await room.start()
-    after = room.data.finished()
+    await service.start()
+    after = service.data.finished()
     lost = sum(after.get(one) != kept for one, kept in finished.items())
-    again = room.browser(**person.state)
+    again = service.browser(**person.state)
     again.kept = person.kept
     await again.open()
-    record = room.data.record(run)
+    record = service.data.record(run)
     if record and record.last and record.last.get("resumable"):
         await again.press("resume")
-    await room.over(run)
+    await service.over(run)
     again.close()
-    return _told(room.data.events(run), run, method, at), lost
+    return _told(service.data.events(run), run, method, at), lost
 
 
 def _told(events: list[Event], run: str, method: str, at: int) -> Killed:
@@ -166,15 +166,15 @@ def _told(events: list[Event], run: str, method: str, at: int) -> Killed:
 
 
 async def _killed(folder: Path, count: int, say: Say) -> tuple[list[Killed], list[str], int, list[float]]:
-    room, draw = Room(folder), random.Random(0)
+    service, draw = Service(folder), random.Random(0)
     found: list[Killed] = []
     errors: list[str] = []
     lost = 0
-    await room.start()
+    await service.start()
     try:
         for number in range(count):
             try:
-                one, gone = await _one(room, number, draw)
+                one, gone = await _one(service, number, draw)
             except FAILURES as error:
                 errors.append(f"kill {number}: {type(error).__name__}: {error}"[:300])
                 continue
@@ -182,9 +182,9 @@ async def _killed(folder: Path, count: int, say: Say) -> tuple[list[Killed], lis
             lost += gone
             say(f"kill {number + 1}: {one.method} after step {one.at}, gone on from step {one.resumed}")
     finally:
-        if room.server:
-            room.server.end()
-    return found, errors, lost, room.restarts
+        if service.server:
+            service.server.end()
+    return found, errors, lost, service.restarts
 
 
 def kills(count: int, say: Say) -> Json:

@@ -22,6 +22,8 @@ from ..spec import Json, RunSpec
 
 APP = ROOT / "demos" / "page" / "small_app.py"
 """The page over the small models of a folder."""
+HEAVY_IMPORTS = ("peft", "transformers.models.llama.modeling_llama", "safetensors.torch")
+"""Imported once for all processes that train a run alone."""
 COLOURS = {
     "sky": "blue",
     "grass": "green",
@@ -101,7 +103,7 @@ def alone(bases: Path, specs: Sequence[Json], out: Path) -> list[list[Event]]:
     Returns the events of each run.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *HEAVY_IMPORTS])
     with context.Pool(1, maxtasksperchild=1) as pool:
         return pool.starmap(_train, [(bases, spec, out / str(n)) for n, spec in enumerate(specs)], chunksize=1)
 

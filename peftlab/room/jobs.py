@@ -173,11 +173,13 @@ class Job:
         """The server that did it is no more."""
         steps = [event["step"] for event in self.events if event["type"] == "step"]
         far = f"after step {steps[-1]}" if steps else "before the first step"
-        if self.kind not in TRAINS:
-            self.add({"type": "error", "message": "The server ended while this ran; start it again."}, over=True)
-            return
         said = f"The server ended while this ran, {far}. Resume goes on from there."
-        self.add({"type": "error", "message": said, "resumable": True}, over=True)
+        last: Event = {"type": "error", "message": said, "resumable": True}
+        if self.kind not in TRAINS:
+            last = {"type": "error", "message": "The server ended while this ran; start it again."}
+        if (self.folder / CANCEL).exists():
+            last = self._dropped()
+        self.add(last, over=True)
 
     def run(self, longest: float) -> None:
         """Does the job, in at most so many seconds: then it is stopped, and keeps what it has learned."""
