@@ -147,7 +147,8 @@ class Live(Tab):
         return job.id if (job := self.job(asked)) else None
 
     def routes(self) -> list[Route]:
-        return served.routes(self.key, lambda job: runs.shown(job, job.spec))
+        follow = served.follow_route(self.key, lambda job: runs.shown(job, job.spec))
+        return [follow, served.adapters_route()]
 
     def check(self, asked: Asked) -> None:
         count(resolve(here(asked.spec)))

@@ -5,18 +5,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
+from starlette.routing import Route
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
-from demos.page import choice, controls, store
+from demos.live_finetune import own
+from demos.page import choice, controls, served, store
 from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, On, Tab, Values, Work, on_gpu, with_result
-from peftlab import compare, hardware, units
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, on_gpu
+from peftlab import compare, units
 from peftlab.adapters import Adapter
-from peftlab.compare import ComparisonReport, Reply
+from peftlab.compare import Reply
 from peftlab.data.tasks import Task
+from peftlab.room import jobs, rooms
 from peftlab.run.generate import Decoding
-from peftlab.show import comparisons, marks
+from peftlab.show import comparisons
+
+jobs.WORK["score"] = on_gpu(jobs.WORK["score"])
 
 
 @on_gpu
@@ -28,12 +33,6 @@ def generate(adapter: Adapter, prompt: str, decoding: Decoding) -> Iterator[tupl
     for said in compare.side_by_side(base, models, ids, decoding):
         plain, adapted = said.values()
         yield plain, adapted
-
-
-@on_gpu
-def scored(adapter: Adapter) -> Iterator[tuple[float, ComparisonReport | None]]:
-    """Scores both on the held-out rows: the shares done, each with None, and at last the report."""
-    yield from with_result(compare.on_task([adapter], task_of(adapter)))
 
 
 def chosen(asked: Asked) -> str:
@@ -83,16 +82,15 @@ class Compare(Tab):
         self.panel("chart", controls.plot(None, "The task's metric for base and adapter, with 95% intervals"))
         with gr.Row(elem_classes="lessons"):
             measure = self.panel("measure", gr.Button("Score all held-out items here", size="sm"))
+            halt = self.panel("halt", gr.Button("Cancel", size="sm", visible=False, scale=0, min_width=110))
             self.panel("measuring", controls.note())
         self.fold_of("Every held-out answer", "every")
-        self._press([ask.click, prompt.submit], self.ask, "ask", "asking", ["left", "right", "said"])
-        self._press([measure.click], self.score, "measure", "measuring", ["sentence", "whence", "chart", "every"])
-
-    def _press(self, on: On, work: Work, button: str, saying: str, shows: list[str]) -> None:
-        """A press that loads a model first: `button` waits, and the panel `saying` says what is being done."""
-        busy = {button: gr.update(interactive=False), saying: "Loading the model."}
-        free = {button: gr.update(interactive=True), saying: ""}
-        self.press(on, work, shows, busy, free, **ONE_AT_A_TIME)
+        busy = {"ask": gr.update(interactive=False), "asking": "Loading the model."}
+        free = {"ask": gr.update(interactive=True), "asking": ""}
+        self.press([ask.click, prompt.submit], self.ask, ["left", "right", "said"], busy, free, **ONE_AT_A_TIME)
+        off, on = gr.update(interactive=False), gr.update(interactive=True)
+        self.press([measure.click], self.score, ["kept"], busy={"measure": off}, free={"measure": on})
+        self.press([halt.click], self.halt, ["kept"], busy={"halt": off}, free={"halt": on})
 
     def ask(self, asked: Asked) -> Iterator[Values]:
         """Gives the prompt to both, and shows their answers token by token."""
@@ -108,15 +106,40 @@ class Compare(Tab):
         yield {"said": comparisons.reference(task, prompt, source)}
 
     def score(self, asked: Asked) -> Iterator[Values]:
-        """Gives every held-out row to both."""
-        adapter = of(asked, chosen(asked))
-        for share, report in scored(adapter):
-            if report is None:
-                yield {"measuring": f"Scoring, {units.score(share)}"}
-            else:
-                mark = marks.how("measured", f"{hardware.here().name}, just now")
-                measured = {"whence": f"{mark} Measured here, just now."}
-                yield comparisons.scored_value(report, task_of(adapter)) | measured
+        """Starts to give every held-out row to both. A second press finds the scoring that is under way."""
+        job = rooms.here().running(asked.visitor)
+        if job is None or job.kind != "score":
+            key = chosen(asked)
+            adapter = of(asked, key)
+            spec = adapter.spec.to_dict() | {"task": task_of(adapter).key}
+            arguments = {"spec": spec, "adapter": key, "folder": str(adapter.folder)}
+            job = rooms.here().start("score", arguments, asked.visitor, asked.first)
+        yield {"kept": {"scoring": job.id}}
+
+    def halt(self, asked: Asked) -> Iterator[Values]:
+        """Ends the scoring that is under way."""
+        if job := self.scoring(asked):
+            job.cancel()
+            yield {"kept": {"scoring": job.id}}
+
+    def scoring(self, asked: Asked) -> jobs.Job | None:
+        """The scoring that was started from this browser, the one under way first."""
+        running = rooms.here().running(asked.visitor)
+        job = (
+            running if running and running.kind == "score" else own(rooms.here().find(asked.kept.get("scoring")), asked)
+        )
+        return job if job and job.kind == "score" else None
+
+    def job(self, asked: Asked) -> jobs.Job | None:
+        """The scoring of the adapter on screen."""
+        job = self.scoring(asked)
+        return job if job and job.arguments["adapter"] == chosen(asked) else None
+
+    def follows(self, asked: Asked) -> str | None:
+        return job.id if (job := self.job(asked)) else None
+
+    def routes(self) -> list[Route]:
+        return [served.follow_route(self.key, comparisons.scoring)]
 
     def check(self, asked: Asked) -> None:
         task_of(of(asked, chosen(asked)))
@@ -135,14 +158,20 @@ class Compare(Tab):
         unscored = "This adapter has no recorded score: press Score to measure it."
         nothing = {"sentence": unscored, "chart": gr.update(value=None), "every": ""}
         examples = gr.update(choices=[[row, row] for row in rows], value=prompt if prompt in rows else None)
+        scoring = self.scoring(asked)
+        under_way = scoring is not None and not scoring.over
+        shown = self.job(asked)
         return {
             **(comparisons.scored_value(report, task) if report else nothing),
-            "whence": lambda: comparisons.whence(adapter) if report else "",
+            "whence": comparisons.whence(adapter) if report else "",
+            "measuring": "Another adapter is being scored." if under_way and not shown else "",
+            **(comparisons.scoring(shown) if shown else {}),
             "example": examples,
             "left": lambda: _said_to(prompt, pair and pair[0]),
             "right": lambda: _said_to(prompt, pair and pair[1]),
             "said": lambda: comparisons.reference(task, prompt, source),
-            "measure": lambda: f"Score all {len(rows)} held-out items here",
+            "measure": gr.update(value=f"Score all {len(rows)} held-out items here", interactive=not under_way),
+            "halt": gr.update(visible=under_way),
         }
 
 

@@ -55,23 +55,16 @@ def save(model: Module, spec: RunSpec, folder: Path, result: Json | None = None)
     """Writes what was trained, in peft's own format where peft attached it.
 
     It is written beside `folder`; then the last good adapter is moved aside, and removed only once the new one is in its
-    place. Whenever the process ends, `read` finds one of the two whole, because it looks aside too.
+    place. Whenever the process ends, `read` finds one of the two whole, because it looks aside too. Where it cannot be
+    written, as on a full disk, nothing of it is left.
     """
-    from safetensors.torch import save_file
-
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    if hasattr(model, "peft_config"):
-        # without this argument peft asks the Hub about the base each time
-        cast("PeftModel", model).save_pretrained(str(part), save_embedding_layers=False)
-        (part / "README.md").unlink(missing_ok=True)
-    else:
-        trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, part / TENSORS)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    manifest = {"spec": spec.to_dict(), "result": result or {}, "saved": now}
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    try:
+        _write(model, spec, part, result or {})
+    except Exception:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     aside = _aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)  # left by a save that ended early
@@ -84,6 +77,23 @@ def save(model: Module, spec: RunSpec, folder: Path, result: Json | None = None)
         raise
     shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _write(model: Module, spec: RunSpec, part: Path, result: Json) -> None:
+    """Writes the tensors and the manifest into a new folder."""
+    from safetensors.torch import save_file
+
+    part.mkdir(parents=True)
+    if hasattr(model, "peft_config"):
+        # without this argument peft asks the Hub about the base each time
+        cast("PeftModel", model).save_pretrained(str(part), save_embedding_layers=False)
+        (part / "README.md").unlink(missing_ok=True)
+    else:
+        trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, part / TENSORS)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest = {"spec": spec.to_dict(), "result": result, "saved": now}
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _aside(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import re
 
 
 class PeftlabError(Exception):
@@ -41,6 +42,8 @@ def plain(error: Exception) -> str:
     if isinstance(error, PeftlabError):
         return str(error)
     text = str(error).splitlines()[0][:300] if str(error) else ""
-    if "out of memory" in text.lower():
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE):
         return f"out of memory ({text}): lower batch-size, or turn gradient-checkpointing on"
+    if "No space left on device" in text:  # safetensors says it in an error of its own
+        return f"the disk is full ({text}): free some space where runs are kept, then start again"
     return f"{type(error).__name__}: {text}"

@@ -3,11 +3,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from tiny import TOY, drain, run_of, saved, small
+from tiny import TOY, drain, run_of, saved, small, wait_for
 
 from peftlab import RunSpec, SpecError, adapters, fused, resolve
 from peftlab.base import weights
-from peftlab.compare import BASE, models_of, on_prompt, on_task, wilson
+from peftlab.compare import BASE, ComparisonReport, models_of, on_prompt, on_task, wilson
 from peftlab.data.tasks import prompt_ids
 from peftlab.hardware import Machine
 from peftlab.resolve import resolve_again
@@ -135,3 +135,12 @@ def test_adapters_of_different_bases_are_not_compared(adapter, tied_model):
     other = adapters.Adapter(adapter.folder, RunSpec(model=str(tied_model)), {})
     with pytest.raises(SpecError, match="different bases"):
         on_prompt([adapter, other], "the cat", Decoding(3))
+
+
+def test_a_scoring_in_the_room_is_the_report_of_the_comparison(room, adapter, toy_task):
+    spec = adapter.spec.to_dict()
+    job = room.start("score", {"spec": spec, "adapter": "mine", "folder": str(adapter.folder)}, "ann")
+    wait_for(lambda: job.over)
+    told, (_, report) = ComparisonReport.from_dict(job.events[-1]["report"]), drain(on_task([adapter], toy_task))
+    assert told.scores == report.scores and [e.prompt for e in told.exchanges] == [e.prompt for e in report.exchanges]
+    assert any(event["type"] == "progress" for event in job.events) and not job.folder.exists()

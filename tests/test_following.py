@@ -34,7 +34,7 @@ def draw(job):
 @pytest.fixture
 def client():
     draw.times = 0
-    return TestClient(Starlette(routes=served.routes("live", draw)))
+    return TestClient(Starlette(routes=[served.follow_route("live", draw), served.adapters_route()]))
 
 
 @pytest.fixture
@@ -78,10 +78,10 @@ def test_who_follows_gets_what_changes_and_hears_when_it_is_over(job, client, mo
     first, *rest = messages("".join(got[:-1]))
     assert set(first) == {"live.bar", "live.sentence"} and all(set(one) == {"live.bar"} for one in rest)
     assert rest[-1]["live.bar"]["value"] == "3 events" and not served._followed
-    again = client.get(f"/peftlab/follow/{job.id}")  # a page that comes back later sees all of it
+    again = client.get(f"/peftlab/follow/live/{job.id}")  # a page that comes back later sees all of it
     assert messages(again.text)[0]["live.bar"]["value"] == "3 events" and "event: over" in again.text
     assert again.headers["content-type"].startswith("text/event-stream")
-    assert client.get("/peftlab/follow/ticket-lora-0").status_code == 404
+    assert client.get("/peftlab/follow/live/ticket-lora-0").status_code == 404
 
 
 def test_two_hundred_followers_cost_one_picture_and_one_that_never_reads_costs_nothing(job, monkeypatch):
@@ -122,7 +122,7 @@ def test_the_live_tabs_picture_can_be_sent(job):
     job.put_in({"type": "loading", "model": "Tiny"})
     wait_for(lambda: len(job.events) == 2)
     (route, *_) = Live().routes()
-    assert route.path == "/peftlab/follow/{job}"
+    assert route.path == "/peftlab/follow/live/{job}"
     shown = served.Followed(job, lambda one: runs.shown(one, one.spec), "live")._drawn()
     assert {"live.sentence", "live.bar", "live.loss", "live.metric", "live.said"} <= set(shown)
     assert "loading" in json.loads(shown["live.bar"])["value"]

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -77,7 +78,7 @@ class Visit:
         question = {"number": 1, "tab": self.tab.key, "state": self.state, "kept": self.kept, "open": []}
         answer = self.store.answer(question)
         shown = {name.split(".")[1]: update for name, update in answer["show"].items()}
-        return shown | {"again": answer["again"], "problems": answer["problems"]}
+        return shown | {name: answer[name] for name in ("again", "follow", "problems")}
 
     @property
     def job(self):
@@ -171,11 +172,14 @@ def test_stop_says_so_until_it_has_stopped(trainer):
     trainer.goes(ann.job, 2, 3)
     assert ann.sees()["stop"]["interactive"]
     ann.press(ann.tab.stop)
-    assert ann.sees()["stop"] == {"interactive": False, "value": "Stopping", "__type__": "update"}
+    window = Visit(Live())
+    window.kept = ann.kept  # a second tab of the same browser sees it too, and what comes of it
+    for tab in (ann, window):
+        assert tab.sees()["stop"] == {"interactive": False, "value": "Stopping", "__type__": "update"}
     trainer.goes(ann.job, 1, 4)
     seen = ann.sees()
     assert seen["stop"] == {"interactive": False, "value": "Stop and keep", "__type__": "update"}
-    assert "Stopped early; what it learned is kept." in seen["bar"]["value"]
+    assert "Stopped early; what it learned is kept." in seen["bar"]["value"] == window.sees()["bar"]["value"]
 
 
 def test_looking_again_draws_charts_only_for_a_new_point(trainer, monkeypatch):
@@ -232,30 +236,86 @@ def test_a_recorded_answer_is_shown_where_there_is_one_and_none_to_another_promp
     assert ann.sees()["right"] != other["right"]  # so that the page takes a press's answer to the last prompt away
 
 
-def test_score_shows_how_far_it_is_and_then_the_report(monkeypatch):
+@pytest.fixture
+def scorer(monkeypatch):
+    """A scoring that goes on once it is let."""
     rows = tuple(Exchange("p", "r", (Reply("base", "", 0, 0), Reply("mine", "x", 0, 1))) for _ in range(4))
-    scored = score_of("base", [0] * 4), score_of("mine", [1] * 4, 0.2)
-    report = ComparisonReport("ticket", "exact_match", rows, scored)
-    monkeypatch.setattr(side_by_side, "scored", lambda adapter: iter([(0.5, None), (1.0, report)]))
-    seen = Visit(tab := Compare()).press(tab.score)
-    assert seen["measuring"] == "Scoring, 50%" and "wins <b>4</b> of 4" in seen["sentence"]
-    assert "Measured here" in seen["whence"] and 'aria-label="nats:' in seen["sentence"]
+    report = ComparisonReport(
+        "ticket", "exact_match", rows, (score_of("base", [0] * 4), score_of("mine", [1] * 4, 0.2)), ("a note",)
+    )
+    go = threading.Event()
+
+    def scores(arguments, folder, again):
+        yield {"type": "progress", "what": "scoring", "share": 0.5}
+        assert go.wait(20)
+        yield {"type": "done", "report": report.to_dict()}
+
+    monkeypatch.setitem(jobs.WORK, "score", scores)
+    assert ComparisonReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    yield go
+    go.set()
 
 
-@pytest.mark.parametrize("work, button", [("generate", "ask"), ("scored", "measure")])
-def test_a_press_that_fails_frees_its_button(work, button, monkeypatch):
+def test_score_is_a_job_that_shows_how_far_it_is_and_then_the_report(scorer):
+    ann, bob = Visit(Compare()), Visit(Compare(), "bob")
+    ann.press(ann.tab.score)
+    job = rooms.here().find(ann.kept["scoring"])
+    wait_for(lambda: len(job.events) == 2)
+    seen = ann.sees()
+    assert seen["measuring"]["value"] == "Scoring, 50%" and seen["halt"]["visible"] and seen["again"]
+    assert not seen["measure"]["interactive"] and seen["follow"] == f"compare/{job.id}"
+    ann.press(ann.tab.score)  # a second press starts no second one
+    assert ann.kept["scoring"] == job.id and bob.sees()["measuring"]["value"] == ""
+    ann.state = {"adapter": "voice-lora"}
+    seen = ann.sees()
+    assert seen["measuring"]["value"] == "Another adapter is being scored." and seen["follow"] is None
+    bob.press(bob.tab.score)
+    assert bob.sees()["measuring"]["value"] == "The scoring waits: 1 ahead of it."
+    ann.state = {}
+    scorer.set()
+    wait_for(lambda: job.over)
+    seen = ann.sees()
+    assert "wins <b>4</b> of 4" in seen["sentence"]["value"] and "Measured here" in seen["whence"]["value"]
+    assert 'aria-label="nats:' in seen["sentence"]["value"] and seen["measure"]["interactive"]
+    assert seen["again"] is None and not seen["halt"]["visible"] and seen["measuring"]["value"] == ""
+    ann.state = {"adapter": "voice-lora"}
+    assert "Recorded on" in ann.sees()["whence"]["value"]
+
+
+def test_a_scoring_may_be_cancelled_and_a_server_that_ends_leaves_none_to_resume(scorer, room):
+    ann = Visit(Compare())
+    ann.press(ann.tab.score)
+    job = room.find(ann.kept["scoring"])
+    ann.press(ann.tab.halt)
+    scorer.set()
+    wait_for(lambda: job.over)
+    assert "Cancelled: nothing is kept." in ann.sees()["measuring"]["value"] and ann.sees()["measure"]["interactive"]
+    lost = jobs.Job(room.records.add("lost", "score", job.arguments, "bob", False), room.folder / "lost", room.records)
+    lost.interrupted()
+    assert lost.over and not lost.resumable and lost.events[-1]["message"].endswith("start it again.")
+
+
+def test_a_host_that_trains_nothing_scores(scorer, room, monkeypatch):
+    monkeypatch.setattr(room, "settings", replace(room.settings, train=False))
+    ann = Visit(Compare())
+    ann.press(ann.tab.score)
+    scorer.set()
+    wait_for(lambda: room.find(ann.kept["scoring"]).over)
+    assert "wins" in ann.sees()["sentence"]["value"]
+
+
+def test_a_press_that_fails_frees_its_button(monkeypatch):
     def fails(*all):
         raise PeftlabError("no <model>")
         yield
 
-    monkeypatch.setattr(side_by_side, work, fails)
+    monkeypatch.setattr(side_by_side, "generate", fails)
     tab = Compare()
     demo = blocks(tab)
-    press = next(f for f in demo.fns.values() if tab.panels[button]._id in {i for i, _ in f.targets if i} and f.fn)
+    press = next(f for f in demo.fns.values() if tab.panels["ask"]._id in {i for i, _ in f.targets if i} and f.fn)
     last = {component: value for values in press.fn({"state": {}, "kept": {}}) for component, value in values.items()}
     seen = {name: last.get(component) for name, component in tab.panels.items()}
-    assert seen[button]["interactive"] and seen["problem"] == "no &lt;model&gt;"
-    assert seen["asking" if button == "ask" else "measuring"] == ""
+    assert seen["ask"]["interactive"] and seen["problem"] == "no &lt;model&gt;" and seen["asking"] == ""
 
 
 def test_an_adapter_trained_here_is_chosen_where_nothing_else_was_and_is_nobody_elses(trained_here):

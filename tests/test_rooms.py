@@ -120,6 +120,30 @@ def test_the_owner_of_the_hosts_key_goes_first_and_a_wait_is_told_from_what_runs
     ] == [1]
 
 
+def test_a_run_that_is_stopped_in_the_moment_in_which_it_begins_does_not_run(opened, trainer):
+    room = opened()
+    first, second = start(room, seed=1), start(room, "bob", 2)
+    wait_for(lambda: first.begun)
+    with second._changing:  # the room waits here to begin it
+        trainer.go.set()
+        ends(first)
+        time.sleep(0.2)
+        second.stop()
+    assert ends(start(room, "cem", 3))[-1]["type"] == "done" and second.over
+    assert [seed for seed, _ in trainer.order] == [1, 3] and "while it waited" in second.events[-1]["message"]
+
+
+def test_a_cancel_that_comes_with_the_end_is_heeded_or_leaves_no_trace(opened, trainer):
+    """Else a run that is resumed later would be dropped by it."""
+    job = start(opened())
+    wait_for(lambda: job.events[-1]["type"] == "start")
+    with job._changing:
+        trainer.go.set()
+        time.sleep(0.2)
+        job.cancel()
+    assert ends(job)[-1]["message"] == "Cancelled: nothing is kept." and not job.folder.exists()
+
+
 def test_cancel_drops_what_stop_keeps(opened, trainer):
     room = opened()
     for end, kept in (("stop", True), ("cancel", False)):
@@ -157,7 +181,8 @@ def test_a_stop_is_forgotten_once_a_run_is_over_even_one_that_was_refused(opened
         (SpecError("rank=0: no"), "rank=0: no"),
         (KeyError("x"), "KeyError: 'x'"),
         (RuntimeError("CUDA out of memory. Tried\nto"), "out of memory (CUDA out of memory. Tried): lower batch-size"),
-        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "the disk is full ([Errno 28] No space left on device): free"),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error"),
         (None, "the run ended without a word"),
     ],
 )
@@ -266,6 +291,17 @@ def test_after_a_restart_what_was_over_is_there_and_what_waited_goes_on(opened, 
     assert [spec.seed for spec, _ in again.finished()] == [3, 2, 1]
 
 
+def test_a_run_that_was_cancelled_just_before_its_server_ended_is_dropped(opened, trainer):
+    room = opened()
+    job = start(room)
+    wait_for(lambda: job.events[-1]["type"] == "start")
+    job.cancel()
+    killed(room)
+    found = opened().find(job.id)
+    assert found.over and not found.resumable and not found.folder.exists()
+    assert found.events[-1]["message"] == "Cancelled: nothing is kept."
+
+
 def test_a_clock_that_is_set_back_changes_no_order_and_loses_nothing(opened, trainer, monkeypatch):
     room = opened()
     trainer.go.set()
@@ -311,6 +347,17 @@ def test_a_finished_run_is_found_in_the_second_folder(opened, trainer, tmp_path)
     room._jobs.clear()
     found = room.find(job.id)
     assert found.events == job.events and found.owner == "ann" and (found.folder / "adapter" / "numbers").exists()
+
+
+def test_a_job_that_leaves_nothing_but_its_events_is_found_in_the_second_folder_too(opened, monkeypatch, tmp_path):
+    monkeypatch.setitem(jobs.WORK, "race", lambda *_: iter([{"type": "done", "lines": [], "stopped": False}]))
+    room = opened(copies=str(tmp_path / "copies"))
+    job = room.start("race", {"spec": {}}, "ann")
+    ends(job)
+    wait_for(lambda: (tmp_path / "copies" / job.id / keeping.LOG).exists())
+    room.records.forget(job.id)
+    room._jobs.clear()
+    assert room.find(job.id).events == job.events
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(opened, trainer, monkeypatch, caplog):

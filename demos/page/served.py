@@ -73,14 +73,20 @@ async def follow(job: Job, draw: Callable[[Job], Values], tab: str) -> AsyncIter
             del _followed[job.id]
 
 
-def routes(tab: str, draw: Callable[[Job], Values]) -> list[Route]:
-    """`follow/<id>` of a run, which whoever has its id may watch, and `adapter/<name>` by a name from `download`."""
+def follow_route(tab: str, draw: Callable[[Job], Values]) -> Route:
+    """`follow/<tab>/<id>` of a job that a tab shows, which whoever has its id may watch."""
 
     async def followed(request: Request) -> Response:
         if not (job := await to_thread.run_sync(rooms.here().find, request.path_params["job"])):
-            return PlainTextResponse("no such run", 404)
+            return PlainTextResponse("no such job", 404)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(follow(job, draw, tab), media_type="text/event-stream", headers=headers)
+
+    return Route(f"/peftlab/follow/{tab}/{{job}}", followed)
+
+
+def adapters_route() -> Route:
+    """`adapter/<name>` by a name from `download`."""
 
     def adapter(request: Request) -> Response:
         job = rooms.here().find(rooms.here().signer.opened(request.path_params["name"]))
@@ -89,7 +95,7 @@ def routes(tab: str, draw: Callable[[Job], Values]) -> list[Route]:
         name = f"{job.spec.task}-{job.spec.method}-{job.id[-6:]}.zip"
         return FileResponse(adapters.pack(job.folder / "adapter"), filename=name, headers={"Cache-Control": "no-store"})
 
-    return [Route("/peftlab/follow/{job}", followed), Route("/peftlab/adapter/{name}", adapter)]
+    return Route("/peftlab/adapter/{name}", adapter)
 
 
 def download(job: Job) -> FileData | None:

@@ -100,7 +100,7 @@ class Store:
         """What the tab on screen shows of the settings.
 
         The answer has the question's `number`, the `state` for the address, the `problems` by setting, what to `show` by
-        component, the seconds until the page asks `again`, and the run that it is to `follow` instead; where it is `slow`,
+        component, the seconds until the page asks `again`, and the tab and job to `follow` instead; where it is `slow`,
         an `exact` answer will show more. A browser that is new here finds its token in `visitor`.
         """
         question = sound(asks)
@@ -117,7 +117,7 @@ class Store:
                     "problems": problems,
                     "show": self.shown(tab, asked, question),
                     "again": again,
-                    "follow": tab.follows(asked) if again else None,
+                    "follow": f"{tab.key}/{run}" if again and (run := tab.follows(asked)) else None,
                     "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
                 }
             )

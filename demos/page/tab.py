@@ -46,8 +46,8 @@ class Asked:
     spec: RunSpec
     choices: Mapping[str, Any]  # the tabs' own choices by name, the usual ones included
     kept: Mapping[str, Any]
-    """`visitor`, the token that this server gave the browser; `run` and `race`, ids of what was started from it; `key`,
-    the host's, where it was in the address."""
+    """`visitor`, the token that this server gave the browser; `run`, `race` and `scoring`, ids of what was started from it;
+    `key`, the host's, where it was in the address."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Settings that the tab refuses, as they were given; the fields above leave them out."""
 
@@ -226,7 +226,7 @@ class Tab:
         return None
 
     def follows(self, asked: Asked) -> str | None:
-        """The id of a run whose picture comes by itself, from `served.follow`; None where the page asks for it."""
+        """The id of a job whose picture comes by itself, from `served.follow`; None where the page asks for it."""
         return None
 
     def routes(self) -> list[Route]:

@@ -93,27 +93,41 @@ class Crowd:
 class Server:
     """An app in a process of its own on a free port."""
 
-    def __init__(self, program: Path, log: Path) -> None:
+    def __init__(self, program: Path, log: Path, *arguments: str, **environment: str) -> None:
+        """Starts it with these arguments, and with these variables beside those of this process."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         own = {"GRADIO_SERVER_PORT": str(self.port), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SSR_MODE": "False"}
-        with log.open("w") as out:
+        own |= environment
+        with log.open("a") as out:
             self.process = subprocess.Popen(
-                [sys.executable, str(program)], env={**os.environ, **own}, stdout=out, stderr=out, cwd=log.parent
+                [sys.executable, str(program), *arguments],
+                env={**os.environ, **own},
+                stdout=out,
+                stderr=out,
+                cwd=log.parent,
             )
         self.program, self.log, self.began = program, log, time.monotonic()
 
-    async def ready(self) -> Page:
-        """The page, once the app answers and computes nothing more. Raises PeftlabError when it does not come to that."""
-        while time.monotonic() - self.began < STARTING:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(*FAILURES):
-                page = await look(self.port)
-                await self._rest()
-                self.began = time.monotonic()
-                return page
+    async def ready(self, rested: bool = True) -> Page:
+        """The page, once the app answers and, if it is to be `rested`, computes nothing more.
+
+        Raises PeftlabError when it does not come to that.
+        """
+        await self.answers()
+        page = await look(self.port)
+        if rested:
+            await self._rest()
+        self.began = time.monotonic()
+        return page
+
+    async def answers(self) -> None:
+        """Waits until the app answers. Raises PeftlabError when it does not come to that."""
+        while time.monotonic() - self.began < STARTING and self.process.poll() is None:
+            with contextlib.suppress(*FAILURES), contextlib.closing(Connection(self.port)) as connection:
+                if (await connection.ask("GET", "/"))[0] == 200:
+                    return
             await asyncio.sleep(0.2)
         last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         raise PeftlabError(f"{self.program} did not start: {last}")
@@ -147,6 +161,11 @@ class Server:
             with contextlib.suppress(psutil.Error):
                 found.append(getattr(process, what)())
         return found
+
+    def kill(self) -> None:
+        """Ends the app by the signal that nothing can catch."""
+        self.process.kill()
+        self.process.wait(20)
 
     def end(self) -> None:
         for process in reversed(self.family()):

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from ..errors import PeftlabError
@@ -35,6 +35,14 @@ class Connection:
         about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
         request = f"{method} {path} HTTP/1.1\r\n{self.common}{about}\r\n".encode() + body
         return await asyncio.wait_for(self._ask(request), PATIENCE)
+
+    async def pieces(self, path: str) -> AsyncIterator[bytes]:
+        """The pieces of a response that goes on, as they come. Raises one of FAILURES."""
+        head = await asyncio.wait_for(self._begun(f"GET {path} HTTP/1.1\r\n{self.common}\r\n".encode()), PATIENCE)
+        if int(head[9:12]) != 200:
+            raise ValueError(f"status {head[9:12].decode()} of {path}")
+        while piece := await asyncio.wait_for(self._piece(), PATIENCE):
+            yield piece
 
     async def _ask(self, request: bytes) -> tuple[int, bytes]:
         try:
@@ -68,10 +76,16 @@ class Connection:
             length = re.search(rb"content-length: (\d+)", head)
             return await reader.readexactly(int(length[1]) if length else 0)
         parts = []
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            parts.append((await reader.readexactly(size + 2))[:-2])
-        await reader.readexactly(2)
+        while piece := await self._piece():
+            parts.append(piece)
         return b"".join(parts)
+
+    async def _piece(self) -> bytes:
+        """The next piece of a response that comes in pieces; empty at its end."""
+        assert self.streams
+        reader = self.streams[0]
+        size = int(await reader.readuntil(b"\r\n"), 16)
+        return (await reader.readexactly(size + 2))[:-2]
 
     def close(self) -> None:
         if self.streams is not None:
@@ -90,6 +104,8 @@ class Page:
     carrier: int
     """The component that has the function `answer`."""
     has_exact: bool
+    presses: dict[str, tuple[int, int]]
+    """The function and the component of each button whose press the server does, by the button's name on the page."""
 
 
 async def look(port: int) -> Page:
@@ -127,7 +143,14 @@ async def look(port: int) -> Page:
         for target, event in of["targets"]
         if of["backend_fn"] and (event == "load" or (event == "tick" and target in ticking))
     )
-    return Page(tuple(files), events, carriers[0]["id"], "exact" in carriers[0]["props"]["server_fns"])
+    names = {c["id"]: c["props"].get("elem_id") for c in config["components"] if c["type"] == "button"}
+    presses = {
+        names[target]: (of["id"], target)
+        for of in config["dependencies"]
+        for target, event in of["targets"]
+        if of["backend_fn"] and event == "click" and names.get(target)
+    }
+    return Page(tuple(files), events, carriers[0]["id"], "exact" in carriers[0]["props"]["server_fns"], presses)
 
 
 def _addresses(html: str) -> list[str]:

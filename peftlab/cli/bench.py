@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
         "seconds",
         "serve",
         "reliability",
+        "room",
     )
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -34,16 +35,22 @@ def add(commands: Commands) -> None:
     parser.add_argument("--jobs", type=count, default=1, help="families: how many at once")
     parser.add_argument("--again", action="store_true", help="families: those too that the file has already")
     parser.add_argument(
-        "--visitors", type=count, action="append", help="serve: how many; repeatable (default: 50 and 200)"
+        "--visitors",
+        type=count,
+        action="append",
+        help="serve: how many; repeatable (default: 50 and 200). room: how many train (default: 50)",
     )
     parser.add_argument("--seconds", type=count, default=24, help="serve: how long each clicks")
     parser.add_argument("--rounds", type=count, default=2, help="serve: turns of each app")
+    parser.add_argument("--only", action="append", help="room: visitors, kills or memory; repeatable (default: all)")
+    parser.add_argument("--kills", type=count, default=20, help="room: how often the server is killed")
+    parser.add_argument("--runs", type=count, default=100, help="room: runs over which memory is measured")
     parser.add_argument("--random-weights", action="store_true", help=random)
     parser.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, memory, record, reliability, seconds, serve, speed, survey
+    from ..bench import calculators, memory, record, reliability, room, seconds, serve, speed, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -58,6 +65,7 @@ def run(args: Namespace) -> Output:
         "page": lambda: record.record_page(out, note),
         "serve": lambda: serve.record_serve(out, note, args.visitors or (), args.seconds, args.rounds),
         "reliability": lambda: reliability.record_reliability(spec_of(args), out, note, args.seeds, args.beside),
+        "room": lambda: room.record_room(out, note, args.only, (args.visitors or [50])[0], args.kills, args.runs),
         "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()

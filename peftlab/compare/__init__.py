@@ -71,6 +71,18 @@ class ComparisonReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @staticmethod
+    def from_dict(told: dict[str, Any]) -> ComparisonReport:
+        """The report that `to_dict` told of, also out of JSON."""
+        exchanges = [
+            Exchange(**one | {"replies": tuple(Reply(**reply) for reply in one["replies"])})
+            for one in told["exchanges"]
+        ]
+        scores = tuple(Score(**score) for score in told["scores"])
+        return ComparisonReport(
+            **told | {"exchanges": tuple(exchanges), "scores": scores, "notes": tuple(told["notes"])}
+        )
+
 
 def wilson(successes: float, items: int) -> tuple[float, float]:
     """95% interval of a proportion, sound for small samples and for 0 and 1. Wilson 1927."""

@@ -1,4 +1,4 @@
-"""A job: a run or a race, with a log of events that outlives the page and the server."""
+"""A job: a run, a race or a scoring, with a log of events that outlives the page and the server."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import plain
+from .. import adapters
+from ..compare import on_task
+from ..data import tasks
+from ..errors import PeftlabError, RunError, plain
 from ..race import Line, Racer, race
 from ..resolve import resolve
 from ..run import STOP, Event, train
+from ..run.checkpoint import FILE as CHECKPOINT
+from ..run.events import progress
 from ..spec import Json, Resolved, RunSpec
 from .records import OVER, RUNNING, WAITING, Record, Records
 
 log = logging.getLogger(__name__)
 CANCEL = "cancel"
 """A file of this name in a job's folder: nothing of the job is to be kept."""
-Work = Callable[[Json, Path, bool], Iterator[Event]]
+Doing = Callable[[Json, Path, bool], Iterator[Event]]
 """Does a job of some kind by its arguments in its folder, from the beginning or, where it is true, from where it was."""
+
+TRAINS = ("train", "race")
+"""The kinds that train: a host may bound them, and one that was interrupted goes on. Others are short, and begin anew."""
 
 
 def _train(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
@@ -38,12 +46,21 @@ def _race(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
     return race(racers, folder, arguments["seeds"], arguments["seconds"], known=known)
 
 
+def _score(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
+    adapter = adapters.read(arguments["folder"])
+    work = on_task([adapter], tasks.find(arguments["spec"]["task"]))
+    report = yield from progress(work, "scoring", (folder / STOP).exists)
+    if report is None:
+        raise RunError("this was stopped before its end, and nothing was measured")
+    yield {"type": "done", "report": report.to_dict()}
+
+
 def resolved(spec: Json) -> Resolved:
     """The settings of a run out of the log."""
     return resolve(RunSpec.from_dict(spec))
 
 
-WORK: dict[str, Work] = {"train": _train, "race": _race}
+WORK: dict[str, Doing] = {"train": _train, "race": _race, "score": _score}
 """What each kind of job does. The page puts in its place the same work where a shared GPU does it."""
 
 
@@ -67,8 +84,6 @@ class Job:
         self._began: float | None = None
         self.context = contextvars.copy_context()
         """That of the request which has started it."""
-        self.again = False
-        """Whether it is to go on from where it was."""
 
     @cached_property
     def spec(self) -> Resolved:
@@ -82,6 +97,11 @@ class Job:
     @property
     def begun(self) -> bool:
         return self._state != WAITING
+
+    @property
+    def again(self) -> bool:
+        """Whether something was done already, from which it is to go on. The log knows, so that no restart forgets it."""
+        return any(event["type"] != "queued" for event in self.events)
 
     def add(self, event: Event, over: bool = False) -> None:
         """Appends an event; it is the last one where the job is `over`. One that only tells of progress is not stored."""
@@ -103,10 +123,21 @@ class Job:
             with _tolerant():
                 self._records.put(self.id, state, last)
 
+    def begin(self) -> bool:
+        """Whether it still waits; then it is under way from now on. Somebody may stop it in this very moment."""
+        with self._changing:
+            if self._state == WAITING:
+                self.put(RUNNING)
+                return True
+            return False
+
     def stop(self) -> None:
         """Asks the run to end after the step in progress; what it learned is kept. A job that waits is over at once."""
         with self._changing:
-            if self._state == WAITING:
+            if self._state == WAITING and self.again:
+                said = "Stopped while it waited to go on: what it had learned is kept."
+                self.add({"type": "error", "message": said, "resumable": True}, over=True)
+            elif self._state == WAITING:
                 self.add({"type": "error", "message": "Stopped while it waited: nothing was learned."}, over=True)
             elif not self.over:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +149,9 @@ class Job:
             if self._state == RUNNING:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / CANCEL).touch()
-            self.stop()
+                self.stop()
+            elif self._state == WAITING:
+                self.add(self._dropped(), over=True)
 
     @property
     def stopping(self) -> bool:
@@ -141,7 +174,12 @@ class Job:
         steps = [event["step"] for event in self.events if event["type"] == "step"]
         far = f"after step {steps[-1]}" if steps else "before the first step"
         said = f"The server ended while this ran, {far}. Resume goes on from there."
-        self.add({"type": "error", "message": said, "resumable": True}, over=True)
+        last: Event = {"type": "error", "message": said, "resumable": True}
+        if self.kind not in TRAINS:
+            last = {"type": "error", "message": "The server ended while this ran; start it again."}
+        if (self.folder / CANCEL).exists():
+            last = self._dropped()
+        self.add(last, over=True)
 
     def run(self, longest: float) -> None:
         """Does the job, in at most so many seconds: then it is stopped, and keeps what it has learned."""
@@ -162,11 +200,25 @@ class Job:
                     self.add(event)
         except Exception as error:
             log.info("job %s: %s", self.id, error)
-            last = {"type": "error", "message": plain(error)}
-        if (self.folder / CANCEL).exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            last = {"type": "error", "message": "Cancelled: nothing is kept."}
-        self.add(last, over=True)  # once the trainer has cleaned up
+            last = self._failed(error)
+        with self._changing:  # nobody may cancel it between the look and the end
+            if (self.folder / CANCEL).exists():
+                last = self._dropped()
+            self.add(last, over=True)  # once the trainer has cleaned up
+
+    def _dropped(self) -> Event:
+        """Removes all that the job has made; the last event of one that was cancelled."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return {"type": "error", "message": "Cancelled: nothing is kept."}
+
+    def _failed(self, error: Exception) -> Event:
+        """The last event of a job that failed: why, what is kept of it, and whether it can go on."""
+        if isinstance(error, PeftlabError) or not any(event["type"] == "step" for event in self.events):
+            return {"type": "error", "message": plain(error)}  # it says by itself what is kept, or there is nothing
+        kept = "The adapter that was last saved is kept" if (self.folder / "adapter").exists() else "No adapter is kept"
+        if not (self.folder / CHECKPOINT).exists():
+            return {"type": "error", "message": f"{plain(error)}. {kept}."}
+        return {"type": "error", "message": f"{plain(error)}. {kept}. Resume goes on from there.", "resumable": True}
 
     def _asked(self) -> Json:
         """The arguments; those of a race that goes on have the lines that are known."""

@@ -21,7 +21,9 @@ DAY = 24 * 3600
 def copy(job: Job, to: Path) -> None:
     """Copies a finished job to a folder that may be a mounted bucket, which renames and locks nothing."""
     try:
-        shutil.copytree(job.folder, to / job.id, dirs_exist_ok=True)
+        (to / job.id).mkdir(parents=True, exist_ok=True)
+        if job.folder.exists():  # a race and a scoring leave nothing but their events
+            shutil.copytree(job.folder, to / job.id, dirs_exist_ok=True)
         told = {"record": job.record._asdict(), "events": job.events}
         (to / job.id / LOG).write_text(json.dumps(told))
     except OSError as error:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import sqlite3
 import tempfile
 import threading
 import time
@@ -19,13 +20,13 @@ from statistics import median
 from typing import TextIO
 
 from ..base import weights
-from ..errors import SpecError
+from ..errors import RunError, SpecError
 from ..memory import must_fit
 from ..resolve import resolve_here
 from ..run import Event
 from ..spec import Json, Resolved, RunSpec
 from . import host, keeping
-from .jobs import Job, resolved
+from .jobs import TRAINS, Job, resolved
 from .records import OVER, RUNNING, WAITING, Record, Records
 from .visitors import Signer
 
@@ -120,11 +121,12 @@ class Room:
     def start(self, kind: str, arguments: Json, owner: str, first: bool = False) -> Job:
         """Queues a job, whose arguments have the `spec` of its run or of a race's first one.
 
-        Raises SpecError when `owner` has one that is not over, where this host does not allow it, and DoesNotFit where
-        its memory does not hold the run.
+        Raises SpecError when `owner` has one that is not over, and where this host does not allow it; DoesNotFit where its
+        memory does not hold the run; RunError where the job cannot be written down.
         """
         spec = resolve_here(RunSpec.from_dict(arguments["spec"]))
-        for one in (spec, *(resolved(racer) for _, racer in arguments.get("racers", ()))):
+        racers = [resolved(racer) for _, racer in arguments.get("racers", ())]
+        for one in (spec, *racers) if kind in TRAINS else ():
             self._allow(one)
         if kind == "train":  # each racer is refused by itself
             self._must_fit(spec)
@@ -133,7 +135,11 @@ class Room:
             if len(alive := self._alive()) > self.settings.queue:
                 raise SpecError(f"{len(alive) - 1} runs wait already, and {self.settings.queue} may; try again later")
             job_id = f"{spec.task}-{spec.method}-{secrets.token_hex(16)}"
-            record = self.records.add(job_id, kind, arguments | {"spec": spec.to_dict()}, owner, first)
+            try:
+                record = self.records.add(job_id, kind, arguments | {"spec": spec.to_dict()}, owner, first)
+            except sqlite3.Error as error:
+                why = f"the table of runs cannot be written ({error})"
+                raise RunError(f"{why}; tell the host of this page, whose disk may be full") from None
             job = Job(record, self.folder / "jobs" / job_id, self.records)
             self._queue(job)
         return job
@@ -144,7 +150,6 @@ class Room:
             self._only_one(job.owner)
             if not job.resumable:
                 raise SpecError("this run came to its end and cannot go on; start another one")
-            job.again = True
             job.put(WAITING)
             self._queue(job)
 
@@ -256,7 +261,8 @@ class Room:
                 if self._closed:
                     return
                 job = waiting[0]
-                job.put(RUNNING)
+            if not job.begin():
+                continue
             job.context.run(job.run, self.settings.seconds)
             try:
                 if self.settings.copies and job.events[-1]["type"] == "done":

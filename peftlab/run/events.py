@@ -61,6 +61,7 @@ class Event(_Typed, total=False):
     event: Event  # run: what the racer's own training told
     line: Json
     ahead: int  # queued: how many runs come first
+    report: Json  # a scoring's done: a ComparisonReport
     resumable: bool  # error: the run can go on from where it was
     job_seconds: float  # done: how long the job took, with loading
 

@@ -5,12 +5,14 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from .. import adapters, units
+from .. import adapters, hardware, units
 from ..compare import BASE, ComparisonReport, Reply, proofs
+from ..data import tasks
 from ..data.tasks import METRICS, Task
 from ..race import scores
+from ..room import jobs, rooms
 from .figures import PALETTE, QUARTERS, blank, themed
-from .marks import bold, explained, graded, how, libraries, table
+from .marks import bold, explained, failure, graded, how, libraries, table
 
 NAMES = {
     proofs.BASE: "base",
@@ -69,6 +71,20 @@ def scored_value(report: ComparisonReport, task: Task) -> dict[str, object]:
         "chart": themed(score_bars, report, METRICS[task.metric].name),
         "every": _answers(report, task),
     }
+
+
+def scoring(job: jobs.Job) -> dict[str, object]:
+    """What the panels show of a scoring, by name: how far it is, and the report once it is there."""
+    last = job.events[-1]
+    if last["type"] == "done":
+        mark = how("measured", f"{hardware.here().name}, {units.seconds(last['job_seconds'])}")
+        report, task = ComparisonReport.from_dict(last["report"]), tasks.find(job.arguments["spec"]["task"])
+        return scored_value(report, task) | {"whence": f"{mark} Measured here.", "measuring": ""}
+    if last["type"] == "progress":
+        return {"measuring": f"Scoring, {units.score(last['share'])}"}
+    before = rooms.here().ahead(job)
+    waits = f"The scoring waits: {before} ahead of it." if before else "Loading the model."
+    return {"measuring": failure(job.events) or waits}
 
 
 def _answers(report: ComparisonReport, task: Task) -> str:
