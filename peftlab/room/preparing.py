@@ -1,6 +1,7 @@
 """A base model that is made ready while the page already answers."""
 
 import contextlib
+import gc
 import threading
 
 from ..base import fetching, weights
@@ -44,6 +45,8 @@ class Preparation:
                         return
             weights.load(self.spec)
             warm_up(self.spec)
+            gc.collect()
+            gc.freeze()  # what stays for good is looked through no more: that held up everybody for a fifth of a second
             self.ready = True
         except Exception as error:
             self.error = plain(error)
