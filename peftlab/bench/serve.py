@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from ..measured import provenance
 from ..methods import METHODS
 from ..places import ROOT
 from ..spec import Json
-from . import Say, write
+from . import Say, held, write
 from .visitors import CONNECTIONS, FAILURES, Connection, Page, look
 
 APPS = {"bare": ROOT / "demos" / "page" / "echo.py", "peftlab": ROOT / "app.py"}
@@ -38,6 +38,8 @@ PAUSE = 4.0
 """Seconds from a visitor's click to their next one, on average: each time between half and one and a half of it."""
 SPREAD = 20.0
 """Seconds over which visitors arrive where they do not come all at once."""
+ARRIVING = {"at once": 0.0, "spread": SPREAD}
+"""How visitors arrive, and over how many seconds."""
 STARTING = 180.0
 """Longest that an app may take to answer and to be at rest."""
 
@@ -162,7 +164,7 @@ class Visitor:
         self.page, self.crowd, self.draw = page, crowd, draw
         self.connections = [Connection(server.port) for _ in range(CONNECTIONS)]
         self.session = secrets.token_hex(6)
-        self.asked, self.state = 0, dict[str, str]()
+        self.asked, self.state, self.kept = 0, dict[str, str](), dict[str, str]()
 
     async def visit(self, wait: float, seconds: float) -> None:
         """Arrives after `wait` seconds, clicks for `seconds`, and leaves."""
@@ -212,12 +214,13 @@ class Visitor:
     async def ask(self, function: str) -> None:
         """Asks one of the page's server functions. Raises ValueError where the answer is not one to this question."""
         self.asked += 1
-        kept = {"visitor": self.session, "adapters": []}
-        question = {"number": self.asked, "tab": "memory", "state": self.state, "kept": kept, "open": []}
+        question = {"number": self.asked, "tab": "memory", "state": self.state, "kept": self.kept, "open": []}
         asked = {"data": question, "component_id": self.page.carrier, "fn_name": function, "session_hash": self.session}
         answer = json.loads(await self.post("/gradio_api/component_server/", asked, self.connections[0]))
         if answer.get("number") != self.asked or (self.page.has_exact and not answer.get("show")):
             raise ValueError(f"not an answer to question {self.asked}: {str(answer)[:100]}")
+        if "visitor" in answer:  # the token of a browser that was new
+            self.kept = {"visitor": answer["visitor"]}
 
     async def get(self, connection: Connection, path: str) -> None:
         status, body = await connection.ask("GET", path)
@@ -276,37 +279,34 @@ async def _remember(server: Server, crowd: Crowd) -> None:
         await asyncio.sleep(1)
 
 
-def slope(memory: Sequence[tuple[float, int]]) -> float | None:
-    """By how many bytes a minute the memory grew, by least squares; None of too little."""
-    if len(memory) < 3:
-        return None
-    return 60 * statistics.linear_regression(*zip(*memory, strict=True)).slope
-
-
 def record_serve(
-    out: Path, say: Say, visitors: Sequence[int] = (), seconds: float = SECONDS, rounds: int = ROUNDS
-) -> Json:
+    out: Path, say: Say, visitors: Sequence[int] = (), seconds: float = SECONDS, rounds: int = ROUNDS,
+    arriving: Sequence[str] = (),
+) -> Json:  # fmt: skip
     """Writes to `out` how long arrivals and clicks took at both apps, in seconds, and their memory in bytes.
 
     Raises PeftlabError when an app does not start.
     """
-    return asyncio.run(_record(out, say, visitors or VISITORS, seconds, rounds))
+    spreads = {how: min(spread, seconds) for how, spread in ARRIVING.items() if how in (arriving or ARRIVING)}
+    return asyncio.run(_record(out, say, visitors or VISITORS, seconds, rounds, spreads))
 
 
-async def _record(out: Path, say: Say, visitors: Sequence[int], seconds: float, rounds: int) -> Json:
+async def _record(
+    out: Path, say: Say, visitors: Sequence[int], seconds: float, rounds: int, spreads: Mapping[str, float]
+) -> Json:
     about = {"seconds": seconds, "rounds": rounds, "pause_seconds": PAUSE, "spread_seconds": SPREAD}
     document = provenance() | {"kind": "serve", **about, "rows": []}
-    spread_over = {"at once": 0.0, "spread": min(SPREAD, seconds)}
     gc.freeze()
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         servers = {name: Server(path, Path(scratch) / f"{name}.log") for name, path in APPS.items()}
         for server in servers.values():
             stack.callback(server.end)
-        pages = {name: await server.ready() for name, server in servers.items()}
+        ready = await asyncio.gather(*(server.ready() for server in servers.values()))
+        pages = dict(zip(servers, ready, strict=True))
         for name, server in servers.items():  # what an app makes for its first visitor alone
             await rush(server, pages[name], Crowd(), 1, 0.0, 0.0, seed=-1)
         for count in visitors:
-            for pattern, spread in spread_over.items():
+            for pattern, spread in spreads.items():
                 crowds = {name: Crowd() for name in APPS}
                 for turn in range(rounds):
                     for name, crowd in crowds.items():
@@ -319,7 +319,6 @@ async def _record(out: Path, say: Say, visitors: Sequence[int], seconds: float, 
 
 
 def _row(name: str, visitors: int, pattern: str, page: Page, crowd: Crowd) -> Json:
-    held = [size for _, size in crowd.memory]
     return {
         "app": name,
         "visitors": visitors,
@@ -329,7 +328,7 @@ def _row(name: str, visitors: int, pattern: str, page: Page, crowd: Crowd) -> Js
         "clicks": crowd.clicks.summary(),
         "own_events": crowd.events.summary(),
         "traces": crowd.traces.summary(),
-        "memory_bytes": {"first": held[0], "last": held[-1], "most": max(held), "a_minute": slope(crowd.memory)},
+        "memory_bytes": held.summary(crowd.memory),
         "processor_seconds": crowd.processor,
         "generator_seconds": crowd.generator,
     }
@@ -341,8 +340,9 @@ def _line(row: Json) -> str:
             return f"none; {of['errors']} errors"
         return f"{of['median']:.3f} s, 95% within {of['p95']:.3f}, {of['errors']} of {of['count']} failed"
 
-    memory = row["memory_bytes"]
+    memory, settled = row["memory_bytes"], row["memory_bytes"]["after_warm_up"]
     return (
         f"{row['app']}, {row['visitors']} {row['arriving']}: arrivals {times(row['arrivals'])}; clicks {times(row['clicks'])}; "
-        f"traces {row['traces']['count']}; {memory['first'] / 2**20:.0f} to {memory['last'] / 2**20:.0f} MiB"
+        f"traces {row['traces']['count']}; {memory['first'] / 2**20:.0f} to {memory['last'] / 2**20:.0f} MiB, "
+        f"after warm-up {settled['first'] / 2**20:.0f} to {settled['last'] / 2**20:.0f}"
     )

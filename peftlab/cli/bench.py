@@ -24,6 +24,9 @@ def add(commands: Commands) -> None:
         "--visitors", type=count, action="append", help="serve: how many; repeatable (default: 50 and 200)"
     )
     parser.add_argument("--seconds", type=count, default=24, help="serve: how long each clicks")
+    parser.add_argument(
+        "--arriving", choices=("at once", "spread"), action="append", help="serve: how; repeatable (default: both)"
+    )
     parser.add_argument("--rounds", type=count, default=2, help="serve: turns of each app")
     parser.add_argument("--random-weights", action="store_true", help=random)
     parser.add_argument("--adapter-out", type=Path, help="record: where to keep the adapter")
@@ -43,7 +46,9 @@ def run(args: Namespace) -> Output:
         "calculators": lambda: calculators.record_calculators(out),
         "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
-        "serve": lambda: serve.record_serve(out, note, args.visitors or (), args.seconds, args.rounds),
+        "serve": lambda: serve.record_serve(
+            out, note, args.visitors or (), args.seconds, args.rounds, args.arriving or ()
+        ),
         "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()
