@@ -6,29 +6,23 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import random
 import secrets
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from ..base.models import MODELS
-from ..errors import PeftlabError
 from ..measured import provenance
 from ..methods import METHODS
 from ..places import ROOT
 from ..spec import Json
 from . import Say, held, write
-from .visitors import CONNECTIONS, FAILURES, Connection, Page, look
+from .server import Server
+from .visitors import CONNECTIONS, FAILURES, Connection, Page
 
 APPS = {"bare": ROOT / "demos" / "page" / "echo.py", "peftlab": ROOT / "app.py"}
 VISITORS = (50, 200)
@@ -36,12 +30,12 @@ SECONDS = 24.0
 ROUNDS = 2
 PAUSE = 4.0
 """Seconds from a visitor's click to their next one, on average: each time between half and one and a half of it."""
+CLICKS_ALONE, CLICKS_EACH, ARRIVALS_ALONE = 400, 4, 20
+"""So many clicks and arrivals, one after the other, tell what one costs the server; so many clicks are one visitor's."""
 SPREAD = 20.0
 """Seconds over which visitors arrive where they do not come all at once."""
 ARRIVING = {"at once": 0.0, "spread": SPREAD}
 """How visitors arrive, and over how many seconds."""
-STARTING = 180.0
-"""Longest that an app may take to answer and to be at rest."""
 
 
 @dataclass
@@ -92,71 +86,6 @@ class Crowd:
     """Seconds that this process computed for it."""
 
 
-class Server:
-    """An app in a process of its own on a free port."""
-
-    def __init__(self, program: Path, log: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        own = {"GRADIO_SERVER_PORT": str(self.port), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SSR_MODE": "False"}
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(program)], env={**os.environ, **own}, stdout=out, stderr=out, cwd=log.parent
-            )
-        self.program, self.log, self.began = program, log, time.monotonic()
-
-    async def ready(self) -> Page:
-        """The page, once the app answers and computes nothing more. Raises PeftlabError when it does not come to that."""
-        while time.monotonic() - self.began < STARTING:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(*FAILURES):
-                page = await look(self.port)
-                await self._rest()
-                self.began = time.monotonic()
-                return page
-            await asyncio.sleep(0.2)
-        last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise PeftlabError(f"{self.program} did not start: {last}")
-
-    async def _rest(self) -> None:
-        """Waits until the app has loaded its model."""
-        while time.monotonic() - self.began < STARTING:
-            before = self.processor()
-            await asyncio.sleep(2)
-            if self.processor() - before < 0.2:
-                break
-
-    def family(self) -> list[psutil.Process]:
-        try:
-            own = psutil.Process(self.process.pid)
-            return [own, *own.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
-    def processor(self) -> float:
-        """Seconds that the app's processes have computed."""
-        return sum(sum(times[:2]) for times in self._each("cpu_times"))
-
-    def memory(self) -> int:
-        """Bytes that the app's processes hold."""
-        return sum(info.rss for info in self._each("memory_info"))
-
-    def _each(self, what: str) -> list:
-        found = []
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                found.append(getattr(process, what)())
-        return found
-
-    def end(self) -> None:
-        for process in reversed(self.family()):
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        self.process.wait(20)
-
-
 class Visitor:
     """Somebody with a browser."""
 
@@ -175,12 +104,15 @@ class Visitor:
         end = time.perf_counter() + seconds
         await asyncio.sleep(self.draw.uniform(0, PAUSE))
         while time.perf_counter() < end:
-            self.state |= self.draw.choice(CLICKS)(self.draw)
             with self.crowd.clicks.one():
-                await self.ask("answer")
+                await self.click()
             await asyncio.sleep(self.draw.uniform(PAUSE / 2, 1.5 * PAUSE))
         await event
         self.leave()
+
+    async def click(self) -> None:
+        self.state |= self.draw.choice(CLICKS)(self.draw)
+        await self.ask("answer")
 
     async def trace(self) -> None:
         """Asks for exact answers, one after the other, each of settings that nobody has asked for."""
@@ -251,9 +183,12 @@ CLICKS = (
 
 
 async def rush(
-    server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: int
+    server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: str
 ) -> None:
-    """Visitors arrive over `spread` seconds and click for `seconds` each; one more asks for traces where the app has them."""
+    """Visitors arrive over `spread` seconds and click for `seconds` each; one more asks for traces where the app has them.
+
+    Both apps get the visitors of one `seed`. Another rush has other ones: else an app that keeps answers would have these.
+    """
     draw = random.Random(seed)
     people = [Visitor(server, page, crowd, random.Random(draw.random())) for _ in range(visitors)]
     beside = [asyncio.create_task(_remember(server, crowd))]
@@ -271,6 +206,27 @@ async def rush(
         await asyncio.gather(*beside, return_exceptions=True)
         for one in [*people, tracer]:
             one.leave()
+
+
+async def alone(server: Server, page: Page) -> Json:
+    """What a click and an arrival cost the process that answers, in seconds of a processor, one after the other.
+
+    Unlike how long they take, this hardly depends on what else the machine does.
+    """
+    draw = random.Random("alone")
+    before = server.own_processor()
+    for _ in range(CLICKS_ALONE // CLICKS_EACH):
+        one = Visitor(server, page, Crowd(), random.Random(draw.random()))
+        for _ in range(CLICKS_EACH):
+            await one.click()
+        one.leave()
+    between = server.own_processor()
+    for _ in range(ARRIVALS_ALONE):
+        one = Visitor(server, page, Crowd(), draw)
+        await one.arrive()
+        one.leave()
+    after = server.own_processor()
+    return {"click": (between - before) / CLICKS_ALONE, "arrival": (after - between) / ARRIVALS_ALONE}
 
 
 async def _remember(server: Server, crowd: Crowd) -> None:
@@ -304,13 +260,20 @@ async def _record(
         ready = await asyncio.gather(*(server.ready() for server in servers.values()))
         pages = dict(zip(servers, ready, strict=True))
         for name, server in servers.items():  # what an app makes for its first visitor alone
-            await rush(server, pages[name], Crowd(), 1, 0.0, 0.0, seed=-1)
+            await rush(server, pages[name], Crowd(), 1, 0.0, 0.0, seed="first")
+        document["alone"] = {name: await alone(server, pages[name]) for name, server in servers.items()}
+        for name, of in document["alone"].items():
+            say(
+                f"{name}: a click costs {1000 * of['click']:.1f} ms of a processor, an arrival {1000 * of['arrival']:.0f} ms"
+            )
         for count in visitors:
             for pattern, spread in spreads.items():
                 crowds = {name: Crowd() for name in APPS}
                 for turn in range(rounds):
                     for name, crowd in crowds.items():
-                        await rush(servers[name], pages[name], crowd, count, spread, seconds, turn)
+                        await rush(
+                            servers[name], pages[name], crowd, count, spread, seconds, f"{count} {pattern} {turn}"
+                        )
                 for name, crowd in crowds.items():
                     document["rows"].append(row := _row(name, count, pattern, pages[name], crowd))
                     say(_line(row))
