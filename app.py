@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  it must claim the shared GPU before anything touches CUDA
@@ -11,6 +12,9 @@ from html import escape
 from io import TextIOWrapper
 
 import gradio as gr
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from demos.live_finetune import Live
 from demos.lora_visualizer import Lora
@@ -19,7 +23,6 @@ from demos.method_map import Methods
 from demos.method_race import Race
 from demos.page import look
 from demos.page.store import blocks
-from demos.page.tab import QUIET
 from demos.side_by_side import Compare
 from peftlab import seam, units
 from peftlab.base import fetching, weights
@@ -27,6 +30,17 @@ from peftlab.base.models import DEFAULT, MODELS
 from peftlab.room import rooms
 from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
+
+FOLLOW = """
+const look = async (method) => {
+  const told = await fetch('peftlab/base', {method}).then((answer) => answer.json()).catch(() => ({again: true}));
+  if (told.chip) props.value = told.chip;
+  if (told.again) setTimeout(look, 1000, 'GET');
+};
+element.addEventListener('click', ({target}) => { if (target.closest('button')) look('POST'); });
+look('GET');
+"""
+"""Shows how far the base model is, until it is ready or has failed: one small request, where a timer of Gradio's takes two."""
 
 preparation = Preparation(DEFAULT, lambda: rooms.here().busy())
 
@@ -39,20 +53,20 @@ def chip() -> str:
         tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}" if source else ""
         return f"{escape(name)} is ready {how('verified', tip)}"
     if preparation.error:
-        return f'<span class="bad">{escape(preparation.error)}</span>'
+        again = '<button type="button" class="small-button">Try again</button>'
+        return f'<span class="bad">{escape(preparation.error)}</span> {again}'
     amount = f": {units.size(p.done)} of {units.size(p.total)}" if p.total and p.stage == "downloading" else ""
     return f"{escape(name)}: {p.stage} {escape(p.detail)}{amount}"
 
 
-def watch() -> tuple[str, gr.Timer, gr.Button]:
-    """The chip; a timer, which ticks until the model is ready; and the button for a second try, after a failure."""
-    failed = preparation.error is not None
-    return chip(), gr.Timer(active=not (preparation.ready or failed)), gr.Button(visible=failed)
-
-
-def try_again() -> tuple[str, gr.Timer, gr.Button]:
-    preparation.begin()
-    return watch()
+def told(request: Request) -> Response:
+    """The chip, and whether it will change; a POST has the model made ready once more, after a failure."""
+    if request.method == "POST":
+        preparation.begin()
+    again = not (
+        preparation.ready or preparation.error
+    )  # before it is said: what ends meanwhile is asked for once more
+    return JSONResponse({"chip": chip(), "again": again})
 
 
 def head() -> None:
@@ -61,15 +75,11 @@ def head() -> None:
 
 
 def foot() -> None:
-    with gr.Row(elem_classes="foot"):
-        state = gr.HTML(chip(), html_template='<div class="chip">${value}</div>', js_on_load=None)
-        again = gr.Button("Try again", visible=False, size="sm", scale=0)
-    tick = gr.Timer(1.0)
-    tick.tick(watch, None, [state, tick, again], **QUIET)
-    again.click(try_again, None, [state, tick, again], **QUIET)
+    gr.HTML(chip(), html_template='<div class="chip">${value}</div>', js_on_load=FOLLOW)
 
 
 demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head, foot=foot)
+demo.routes.append(Route("/peftlab/base", told, methods=["GET", "POST"]))
 
 
 def main() -> None:
@@ -84,6 +94,7 @@ def main() -> None:
     try:
         demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True)
         preparation.begin()  # only now, because loading a model library would hold up the page's first answer
+        threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
         demo.block_thread()
     except KeyboardInterrupt:  # before it blocks; from there on Gradio closes by itself
         demo.close()

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -15,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 from demos.page import address, choice, controls, look, methods, store
 from demos.page.tab import QUIET, Asked, Slow, Tab
 from peftlab import MemoryReport, PeftlabError, RunSpec, predict, resolve
-from peftlab.base.models import find, from_config
+from peftlab.base.models import MODELS, find, from_config
 from peftlab.catalog.gpus import GPUS, PRICE
 from peftlab.memory import CONVENTIONS, ClosedForm, closed_form, exact
 from peftlab.memory.closed_form import EXACT
-from peftlab.room import worker
+from peftlab.methods import METHODS
 from peftlab.show import costs, figures, marks, memory_figures, settings, statements
 from peftlab.show.methods import method_card, method_panel, method_value
 from peftlab.spec import Resolved
@@ -53,13 +55,21 @@ DRAW = f"const SLIDERS = {json.dumps(SLIDERS)};\n" + look.script("words.js", "me
 Reports = tuple[MemoryReport, MemoryReport]
 Forms = tuple[ClosedForm | None, ClosedForm | None]  # of full fine-tuning and of the chosen method
 closed = lru_cache(maxsize=128)(closed_form)
-"""Kept, because a question is first checked and then drawn, both with the same two forms."""
+"""Kept, because full fine-tuning stays the same while its neighbour's rank is tried, and so do the runs of the lessons."""
 
 
 def both(spec: RunSpec) -> tuple[Resolved, Resolved]:
     """Full fine-tuning, and the chosen method, on a GPU."""
     spec = spec.but(gpu=spec.gpu or ON)
     return resolve(spec.but(method="full", quantization=None)), resolve(spec)
+
+
+def runs(asked: Asked) -> tuple[Resolved, Resolved]:
+    return both(asked.spec)
+
+
+def traces(asked: Asked) -> list[Slow]:
+    return [Slow(exact, (spec,)) for spec in asked.once(runs)]
 
 
 def has_step(asked: Asked) -> bool:
@@ -73,10 +83,10 @@ def seen(asked: Asked) -> tuple[Reports, Forms]:
 
     Where the closed form does not know one of the two, it is the states of both, which can be compared.
     """
-    full, chosen = both(asked.spec)
+    full, chosen = asked.once(runs)
     if has_step(asked):
         forms = closed(full), closed(chosen)
-        traced = worker.known(exact, full), worker.known(exact, chosen)
+        traced = [cast(MemoryReport | None, asked.known(slow)) for slow in traces(asked)]
         reports = (traced[0], traced[1]) if traced[0] and traced[1] else (forms[0].report(), forms[1].report())
         if unknown := next((form.states.unknown for form in forms if form.states.unknown), ""):
             reports = reports if reports[0].source == "trace" else (forms[0].states, forms[1].states)
@@ -96,6 +106,7 @@ class Memory(Tab):
     """The memory calculator."""
 
     key, title = "memory", "Memory"
+    quick, lasting, changing = True, True, ("claims", "measured")  # which show what others have traced and trained
     choices = {
         "convention": choice.one_of("convention", EXACT, [EXACT, *CONVENTIONS]),
         "share": choice.number("share", 0.5, 0.01, 10, whole=False),
@@ -168,7 +179,7 @@ class Memory(Tab):
         self.fold_of("How the method works", "how")
 
     def check(self, asked: Asked) -> None:
-        seen(asked)
+        asked.once(seen)
 
     def fill(self, asked: Asked) -> dict[str, object]:
         run = asked.run
@@ -176,7 +187,7 @@ class Memory(Tab):
         return {
             **super().fill(asked),
             "method": method_value(run.method, run.model),
-            **methods.method_updates(asked.spec, methods.BY_METHOD),
+            **methods.method_updates(asked.spec, methods.BY_METHOD, run),
             "batch_size": controls.slid(run.batch_size, 64),
             "sequence_length": controls.slid(run.sequence_length, 16384),
             "gradient_checkpointing": run.gradient_checkpointing,
@@ -184,7 +195,7 @@ class Memory(Tab):
         }
 
     def draw(self, asked: Asked) -> dict[str, Any]:
-        run, (reports, forms) = asked.run, seen(asked)
+        run, (reports, forms) = asked.run, asked.once(seen)
         full, chosen = reports
         share = None if find(run.model).config else asked["share"]
         said = [escape(find(run.model).note), *memory_figures.memory_surprises(full, chosen)[:2]]
@@ -194,7 +205,7 @@ class Memory(Tab):
             "bars": memory_figures.bars_value(reports, forms, at(chosen.spec), share),
             "surprises": marks.explained(surprises),
             "timeline": controls.seen(timeline),
-            "about": lambda: method_card(run.method, run.model, memory_figures.left(chosen.spec)),
+            "about": lambda: method_card(run.method, run.model, memory_figures.left(chosen)),
             "config_problem": "",
             "changed": lambda: settings.changed(asked.spec),
             "numbers": lambda: costs.numbers(full, chosen, forms[1]),
@@ -207,8 +218,19 @@ class Memory(Tab):
             "how": lambda: method_panel(run.method),
         }
 
+    def beforehand(self) -> Iterator[None]:
+        """What is worked out once for a model: which methods suit it, and the polynomials of each."""
+        for model, entry in MODELS.items():
+            if entry.is_causal and entry.config:
+                method_value(None, model)
+                yield
+                for method in METHODS:
+                    with suppress(PeftlabError):
+                        closed_form(resolve(RunSpec(model=model, method=method, gpu=ON)))
+                    yield
+
     def slow(self, asked: Asked) -> list[Slow]:
-        return [Slow(exact, (spec,)) for spec in both(asked.spec)] if has_step(asked) else []
+        return asked.once(traces) if has_step(asked) else []
 
 
 def own_config(text: str) -> tuple[str, str]:

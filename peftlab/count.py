@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from . import methods
 from .base import architecture as architectures
 from .base import models
 from .base.architecture import Architecture, Module
 from .errors import SpecError
-from .methods import Method
+from .methods import Method, Target
 from .resolve import resolve
 from .spec import Json, Resolved, RunSpec
 
@@ -41,8 +42,13 @@ class ParameterReport:
     added_parameters: int  # trained ones that the base model does not have
     adapter_bytes: int  # of its file's tensors; a header adds about 100 bytes a tensor, and AdaLoRA prunes its own
     modules: tuple[ModuleCount, ...]
-    names: tuple[tuple[str, int], ...]  # (full module name, trained parameters) of each trained module
+    places: tuple[tuple[Target, int], ...]  # what is trained, and the trained parameters of one of its modules
     frozen: tuple[str, ...] = ()  # sentences on what one may expect to be trained, or quantized, and is not
+
+    @cached_property
+    def names(self) -> tuple[tuple[str, int], ...]:
+        """(full module name, trained parameters) of each trained module."""
+        return tuple((name, each) for target, each in self.places for name in target.names())
 
     @property
     def frozen_parameters(self) -> int:
@@ -73,19 +79,19 @@ def count(spec: Resolved) -> ParameterReport:
     entry, method = models.find(spec.model), methods.find(spec.method)
     shape = architectures.of(spec.model)
     chosen = {id(t.module): t for t in methods.targets(shape, spec, entry.name)}
-    modules, names, saved = [], [], 0
+    modules, places, saved = [], [], 0
     for m in shape.modules:
         target = chosen.get(id(m))
         each = method.trained(m, spec) if target else 0
         layers = target.count if target and each else 0
         modules.append(ModuleCount(m, layers, each * layers))
         if target and layers:
-            names += [(name, each) for name in target.names()]
-            saved += layers * method.kept(m, spec)
+            places.append((target, each))
+            saved += layers * (each if method.saved is None else method.kept(m, spec))
     for name, sizes in method.shared.items():
-        n = math.prod(sizes)
-        modules.append(ModuleCount(Module(name, "other", {name: sizes}), 1, n))
-        names.append((name, n))
+        n, module = math.prod(sizes), Module(name, "other", {name: sizes})
+        modules.append(ModuleCount(module, 1, n))
+        places.append((Target(module, ()), n))
         saved += n
     trainable = sum(m.trainable for m in modules)
     borrowed = sum(m.trainable for m in modules if method.in_place and not m.module.tied)
@@ -98,7 +104,7 @@ def count(spec: Resolved) -> ParameterReport:
         added_parameters=trainable - borrowed,
         adapter_bytes=saved * BYTES[spec.trained_precision],
         modules=tuple(modules),
-        names=tuple(names),
+        places=tuple(places),
         frozen=tuple(_left(shape, spec, method, [t.module for t in chosen.values()])),
     )
 

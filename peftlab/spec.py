@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from operator import gt, le, lt
 from typing import Any
 from urllib.parse import urlencode
@@ -104,7 +105,8 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
-            object.__setattr__(self, name, _checked(name, SETTINGS[name], value))
+            is_short = isinstance(value, (str, int, float)) and not (isinstance(value, str) and len(value) > KNOWN)
+            object.__setattr__(self, name, (_known if is_short else _checked)(name, value))
         if self.layers:
             parse_layers(self.layers, None)
 
@@ -200,8 +202,13 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def _checked(name: str, about: Setting, value: object) -> object:
+KNOWN = 64
+"""Letters of a value that is kept with what `_checked` made of it: one question of the page's makes ten specs."""
+
+
+def _checked(name: str, value: object) -> object:
     """`value` as the field's type. Raises SpecError, with the value, the limit and the fix, where it is out of range."""
+    about = SETTINGS[name]
     shown = f"{name.replace('_', '-')}={value}"
     fix = f"; try {about.example}" if about.example else ""
     if about.type is bool:
@@ -225,6 +232,9 @@ def _checked(name: str, about: Setting, value: object) -> object:
         if limit is not None and beyond(number, limit):
             raise SpecError(f"{shown}: {about.meaning} must be {said} {limit:g}{fix}")
     return int(number) if about.type is int else number
+
+
+_known = lru_cache(maxsize=4096, typed=True)(_checked)
 
 
 def closest(value: str, known: Iterable[str]) -> str:

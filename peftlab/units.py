@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import floor, log10
 
 BYTES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
@@ -23,6 +24,7 @@ def _scaled(n: float, scales: dict[str, float]) -> str:
     return f"{significant(n / scales[unit])} {unit}"
 
 
+@lru_cache(maxsize=4096)  # a chart says the same bytes many times
 def size(n: float | None) -> str:
     """Bytes in decimal units, as vendors and lectures use them; 'not known' for None."""
     if n is None:

@@ -1,12 +1,15 @@
 """The closed form of a step: that its lines are its numbers. tests/test_trace.py holds it against traces."""
 
 import random
+import re
 
 import pytest
 
 from peftlab import RunSpec, SpecError, resolve
 from peftlab.base.models import MODELS
+from peftlab.memory import activations
 from peftlab.memory.activations import derivation, moments
+from peftlab.memory.lines import total
 from peftlab.memory.report import KINDS
 from peftlab.methods import METHODS
 
@@ -67,6 +70,32 @@ def test_the_lines_are_the_numbers():
             if "N " not in part.numbers:  # the number of parameters, which the rank changes
                 value = eval(part.numbers.replace(",", "").replace("×", "*"), {"B": b, "S": s, "r": r})
                 assert value == pytest.approx(part.size.value(b, s, r), rel=2e-3), part
+
+
+def test_runs_of_other_sizes_share_their_polynomials_and_each_has_its_own():
+    """What is kept for one batch, length and rank is what another one's lines add up to, and none is kept that is refused."""
+    draw, compared = random.Random(1), 0
+    for spec in random_specs(60, seed=1):
+        for _ in range(3):
+            sizes = {"batch_size": draw.randint(1, 64), "sequence_length": draw.choice([8, 100, 513, 4096, 5000])}
+            if spec.rank:
+                sizes["rank"] = draw.choice([1, 3, 64, 200])
+            given = {n: v for n, v in spec.to_dict().items() if n not in ("alpha", "learning_rate")}
+            try:
+                other = resolve(RunSpec(**given | sizes))
+                parts = derivation(other)
+            except SpecError as error:
+                with pytest.raises(SpecError, match=re.escape(str(error))):
+                    moments(other)
+                continue
+            for moment, kinds in moments(other).items():
+                for kind, size in kinds.items():
+                    alive = total(p.size for p in parts if moment in p.moments and p.kind == kind)
+                    assert {k: x for k, x in size.terms.items() if x} == pytest.approx(
+                        {k: x for k, x in alive.terms.items() if x}
+                    ), (other, moment, kind)
+            compared += 1
+    assert compared > 100 and activations._moments.cache_info().hits > 20
 
 
 def test_each_method_has_what_it_keeps():

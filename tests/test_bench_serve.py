@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import random
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("gradio")
 
 from peftlab import PeftlabError
-from peftlab.bench import serve
-from peftlab.bench.visitors import Connection
+from peftlab.bench import held, serve, visitors
+from peftlab.bench.visitors import Connection, Page
 
 PAGE = """
 import gradio as gr
@@ -32,19 +34,24 @@ demo.launch()
 def test_two_visitors_of_a_small_page_and_of_the_bare_app(tmp_path, monkeypatch):
     (tmp_path / "page.py").write_text(PAGE)
     monkeypatch.setattr(serve, "APPS", serve.APPS | {"peftlab": tmp_path / "page.py"})
-    monkeypatch.setattr(serve, "PAUSE", 0.3)
+    monkeypatch.setattr(serve, "PAUSE", 0.2)
     said = []
-    document = serve.record_serve(tmp_path / "serve.json", said.append, visitors=[2], seconds=1.5, rounds=1)
+    monkeypatch.setattr(serve, "CLICKS_ALONE", 8)
+    monkeypatch.setattr(serve, "ARRIVALS_ALONE", 2)
+    document = serve.record_serve(tmp_path / "serve.json", said.append, [2], 1.0, 1, ["spread"])
     assert json.loads((tmp_path / "serve.json").read_text()) == document
     assert document["kind"] == "serve" and document["command"] and document["date"]
     rows = {(row["app"], row["arriving"]): row for row in document["rows"]}
-    assert set(rows) == {(app, how) for app in ("bare", "peftlab") for how in ("at once", "spread")} and len(said) == 4
+    assert all(0 < of["click"] < 1 and of["arrival"] > of["click"] for of in document["alone"].values())
+    assert set(rows) == {("bare", "spread"), ("peftlab", "spread")} and len(said) == 4
     for row in rows.values():
         assert row["visitors"] == row["arrivals"]["count"] == 2 and row["clicks"]["count"] >= 4
         assert [row[what]["errors"] for what in ("arrivals", "clicks", "own_events", "traces")] == [0] * 4
         assert 0 < row["clicks"]["median"] <= row["clicks"]["p95"] <= row["clicks"]["most"] < 30
-        assert row["memory_bytes"]["first"] > 2**20 and row["processor_seconds"] > 0
-    assert rows["peftlab", "at once"]["requests_an_arrival"] > rows["bare", "at once"]["requests_an_arrival"] > 25
+        memory = row["memory_bytes"]
+        assert memory["first"] > 2**20 and memory["after_warm_up"]["last"] > 2**20 and row["processor_seconds"] > 0
+        assert memory["course"][0][1] > 2**20 and len(memory["course"]) <= held.POINTS
+    assert rows["peftlab", "spread"]["requests_an_arrival"] > rows["bare", "spread"]["requests_an_arrival"] > 25
     assert rows["peftlab", "spread"]["traces"]["count"] > 0 and rows["peftlab", "spread"]["own_events"]["count"] == 2
 
 
@@ -62,8 +69,43 @@ def test_figures():
         "median": 50.5, "p95": 96.0, "most": 100.0, "count": 100, "errors": 1, "first_error": "lost",
     }  # fmt: skip
     assert serve.Times().summary()["median"] is None
-    assert serve.slope([(0, 100), (30, 150), (60, 200)]) == pytest.approx(100)
-    assert serve.slope([(0, 100), (1, 100)]) is None
+
+
+def test_memory_is_told_after_the_warm_up():
+    """Here it grows for the first third of twenty minutes, and then it does not."""
+    samples = [(float(t), min(t, 400) * 1000 + t % 2) for t in range(1200)]
+    said = held.summary(samples)
+    assert said["first"] == 0 and said["most"] == 400_001 and said["last"] == 400_001
+    about = said["after_warm_up"]
+    assert about["seconds"] == pytest.approx(799, abs=1) and abs(about["a_minute"]) < 60
+    assert about["first"] == pytest.approx(about["last"], abs=1)
+    assert len(said["course"]) == held.POINTS and said["course"][0][1] < 20_000 < 400_000 <= said["course"][-1][1]
+    assert held.slope([(0, 100), (30, 150), (60, 200)]) == pytest.approx(100)
+    assert held.slope([(0, 100), (1, 100)]) is None and held.summary([])["course"] == []
+    growing = held.summary([(float(t), 1000 * t) for t in range(60)])["after_warm_up"]
+    assert growing["a_minute"] == pytest.approx(60_000) and growing["last"] > growing["first"]
+
+
+def test_a_visitor_keeps_its_token_and_fetches_what_the_pages_scripts_do(monkeypatch):
+    answers = [{"number": 1, "show": {"a": 1}, "visitor": "token"}, {"number": 2, "show": {"a": 1}}, {"number": 9}]
+    page = Page((), (), 5, True)
+    visitor = serve.Visitor(SimpleNamespace(port=1), page, serve.Crowd(), random.Random(0))
+    sent = []
+
+    async def post(path, content, connection):
+        sent.append(content["data"]["kept"])
+        return json.dumps(answers[len(sent) - 1]).encode()
+
+    monkeypatch.setattr(visitor, "post", post)
+    asyncio.run(visitor.ask("answer"))
+    asyncio.run(visitor.ask("answer"))
+    with pytest.raises(ValueError, match="not an answer to question 3"):
+        asyncio.run(visitor.ask("answer"))
+    assert sent == [{}, {"visitor": "token"}, {"visitor": "token"}]
+    assert visitors._fetched({"js_on_load": "await fetch('peftlab/base', {method}); prefetch('no')"}) == [
+        "peftlab/base"
+    ]
+    assert visitors._fetched({"js_on_load": None}) == []
 
 
 @pytest.mark.parametrize(

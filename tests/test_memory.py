@@ -189,6 +189,6 @@ def test_what_is_added_to_allocated_is_measured(monkeypatch):
 
 def test_what_a_method_leaves_frozen_is_said():
     """Beside what the method trains: routers, experts, and maps that peft refuses."""
-    assert "stays frozen" in memory_figures.left(resolve(RunSpec(model="olmoe-1b-7b", method="lora")))
-    assert memory_figures.left(resolve(RunSpec(model="smollm2-135m", method="lora"))) == ""
-    assert memory_figures.left(resolve(RunSpec(model="7B", method="full"))) == ""
+    assert "stays frozen" in memory_figures.left(predict(resolve(RunSpec(model="olmoe-1b-7b", method="lora"))))
+    assert memory_figures.left(predict(resolve(RunSpec(model="smollm2-135m", method="lora")))) == ""
+    assert memory_figures.left(predict(resolve(RunSpec(model="7B", method="full")))) == ""

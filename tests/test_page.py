@@ -6,9 +6,13 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
 import app
 from demos.page import address
 from peftlab import RunSpec, SpecError
+from peftlab.bench import visitors
 from peftlab.memory import CONVENTIONS
 
 STORE = app.demo.store
@@ -70,3 +74,30 @@ def test_no_visitor_names_a_file(model):
 @pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "1.5b", "gpt2", "13 B"])
 def test_hub_ids_and_counts_pass(model):
     assert address.public({"model": model}) == RunSpec(model=model)
+
+
+def test_the_foot_of_the_page_tells_how_far_the_base_model_is_until_that_is_over(monkeypatch):
+    (path,) = visitors._fetched({"js_on_load": app.FOLLOW})
+    routes = TestClient(Starlette(routes=app.demo.routes))
+    about = app.preparation
+    begun = []
+    monkeypatch.setattr(about, "begin", lambda: begun.append(1))
+    for state, again, said in (
+        ({"ready": False, "error": None}, True, "looking"),
+        ({"ready": False, "error": "no <network>"}, False, "no &lt;network&gt;"),
+        ({"ready": True, "error": None}, False, "is ready"),
+    ):
+        for name, value in state.items():
+            monkeypatch.setattr(about, name, value)
+        told = routes.get(f"/{path}").json()
+        assert told["again"] is again and said in told["chip"] and ("<button" in told["chip"]) is bool(state["error"])
+    assert not begun and routes.post(f"/{path}").json()["chip"] and begun
+
+
+def test_the_page_itself_sends_no_event_as_it_opens():
+    """An event of Gradio's costs the server as much as three answers, and everybody who comes would send it."""
+    config = app.demo.get_config_file()
+    assert not [c for c in config["components"] if c["type"] == "timer"]
+    assert not [
+        t for of in config["dependencies"] if of["backend_fn"] for t in of["targets"] if t[1] in ("load", "tick")
+    ]

@@ -9,7 +9,7 @@ import pytest
 gr = pytest.importorskip("gradio")
 import httpx
 
-from demos.page import serving
+from demos.page import look, serving
 
 CALLS = []
 
@@ -36,8 +36,17 @@ def page(static):
     def with_request(question, request: gr.Request):
         return [question, bool(request.headers)]
 
+    def finished(question):
+        return {"made by": "Gradio"}
+
+    def known(question):
+        if question == "breaks":
+            raise ValueError("no")
+        return b'{"known":1}' if question == "known" else None
+
+    vars(finished)["in_bytes"] = serving.InBytes(known, lambda question: b'{"made":1}')
     with gr.Blocks(title="tiny") as demo:
-        gr.HTML("", js_on_load="1", server_functions=[answer, exact, with_request])
+        gr.HTML("", js_on_load="1", server_functions=[answer, exact, with_request, finished])
     demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **serving.options())
     with httpx.Client(base_url=demo.local_url.rstrip("/")) as client:
         yield SimpleNamespace(get=client.get, post=client.post, demo=demo, client=client)
@@ -163,6 +172,21 @@ def test_a_question_is_answered_each_time_and_as_gradio_does(page, monkeypatch):
     assert not page.demo.app.state_holder.session_data
     monkeypatch.setattr(serving, "is_open", lambda app: False)
     assert ask(page, "answer", {"a": ["ü"]}).json() == ours.json()
+
+
+def test_an_answer_that_is_kept_is_sent_as_it_is(page, monkeypatch):
+    for question, sent in (("known", '{"known":1}'), ("other", '{"made":1}')):
+        response = ask(page, "finished", question)
+        assert response.text == sent and response.headers["content-type"] == "application/json"
+    assert ask(page, "finished", "breaks").json() == {"made by": "Gradio"}
+    monkeypatch.setattr(serving, "is_open", lambda app: False)
+    assert ask(page, "finished", "known").json() == {"made by": "Gradio"}
+
+
+def test_the_pages_own_scripts_are_files_that_are_kept():
+    """Also where the libraries stand behind a link."""
+    (address,) = re.findall(r'<script defer src="([^"]+)"', look.launch_options()["head"])
+    assert serving.on_disk(f"/{address}").is_file()
 
 
 def test_what_is_not_a_plain_question_goes_to_gradio(page):

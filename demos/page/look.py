@@ -49,7 +49,7 @@ def launch_options(routes: Sequence[Route] = ()) -> dict[str, Any]:
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
     frames = {"block_border_width": "0px", "block_shadow": "none", "input_border_width": "1px"}
-    charts = Path(plotly.__file__).parent / "package_data"  # its plotly.js, so that nothing is fetched from elsewhere
+    charts = Path(plotly.__file__).resolve().parent / "package_data"  # its plotly.js: nothing is fetched from elsewhere
     gr.set_static_paths([charts])
     return {
         "theme": base.set(**colours, **frames, block_title_text_weight="600"),

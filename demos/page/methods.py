@@ -12,7 +12,7 @@ from peftlab.catalog import PRESETS
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS, with_preset
 from peftlab.show.methods import method_value
-from peftlab.spec import SETTINGS
+from peftlab.spec import SETTINGS, Resolved
 
 NEVER_EMPTY = {"train_norms": False, "target_modules": "all-linear"}
 """What a switch and the target modules show where the method has none."""
@@ -62,9 +62,12 @@ def method_settings(names: Sequence[str]) -> dict[str, Component]:
     return made
 
 
-def method_updates(spec: RunSpec, names: Sequence[str]) -> dict[str, controls.Update]:
-    """What the controls `names` show: the values of those that the spec's method reads; the others are not visible."""
-    run = resolve(spec)
+def method_updates(spec: RunSpec, names: Sequence[str], run: Resolved | None = None) -> dict[str, controls.Update]:
+    """What the controls `names` show: the values of those that the spec's method reads; the others are not visible.
+
+    `run` is the spec resolved, where the caller has it.
+    """
+    run = run or resolve(spec)
     uses = METHODS[run.method].settings if find(run.model).config else ()
     updates = {}
     for name in names:

@@ -24,6 +24,7 @@ import anyio
 import brotli
 import orjson
 from fastapi.encoders import jsonable_encoder
+from gradio import Blocks
 from gradio.data_classes import _StaticFiles
 from gradio.route_utils import BUILD_PATH_LIB, STATIC_PATH_LIB
 from gradio.routes import App
@@ -48,6 +49,16 @@ READ = {"page", "deep_link", "all_endpoints"}
 TEXT = re.compile(r"text/|application/(?:json|javascript|manifest\+json)|image/svg")
 HASHED = re.compile(r"/assets/.+-[\w-]{8,}\.\w+")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InBytes:
+    """A server function's answers as they are sent. The function has this as its attribute `in_bytes`."""
+
+    known: Callable[[object], bytes | None]
+    """Gives one that is kept, or that takes no longer than a few milliseconds; None for any other."""
+    made: Callable[[object], bytes | Awaitable[bytes]]
+    """Makes one, as long as that takes."""
 
 
 @dataclass(frozen=True)
@@ -204,18 +215,22 @@ class Front:
         try:
             asked = orjson.loads(body)
             function = plain(getattr(scope["app"].get_blocks().blocks[asked["component_id"]], asked["fn_name"]))
-            question = asked["data"]
+            question, in_bytes = asked["data"], getattr(function, "in_bytes", None)
+            answer = in_bytes.known(question) if in_bytes else None
         except Exception as error:
             log.debug("left to Gradio: %s", error)
             return again({"type": "http.request", "body": body, "more_body": more}, receive)
-        if inspect.iscoroutinefunction(function):
-            answer = as_json(await function(question))
-        else:
-            answer = await anyio.to_thread.run_sync(lambda: as_json(function(question)), limiter=self.answering)
+        if answer is None:
+            answer = await self._answered(in_bytes.made if in_bytes else function, question)
         about = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": about})
         await send({"type": "http.response.body", "body": answer})
         return None
+
+    async def _answered(self, function: Callable[[object], Any], question: object) -> bytes:
+        if inspect.iscoroutinefunction(function):
+            return as_json(await function(question))
+        return await anyio.to_thread.run_sync(lambda: as_json(function(question)), limiter=self.answering)
 
 
 def again(first: Message, then: Receive) -> Receive:
@@ -229,7 +244,9 @@ def again(first: Message, then: Receive) -> Receive:
 
 
 def as_json(answer: object) -> bytes:
-    """What Gradio would send of an answer."""
+    """What Gradio would send of an answer; bytes are one already."""
+    if isinstance(answer, bytes):
+        return answer
     try:
         return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:
@@ -258,8 +275,14 @@ def is_open(app: Any) -> bool:
     """Whether everybody gets the same, because nobody has to log in."""
     return (
         isinstance(app, App) and app.blocks is not None and app.auth is None and app.auth_dependency is None
-        and not app.blocks.expects_oauth
+        and not _has_login(app.blocks)
     )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _has_login(page: Blocks) -> bool:
+    """Gradio looks through all components for it, which took a quarter of a millisecond of every request."""
+    return bool(page.expects_oauth)
 
 
 @asynccontextmanager

@@ -1,19 +1,23 @@
 """The server's half of the settings, without a memory: it answers a page's question, from store.js, with what to show."""
 
+import gc
 import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from starlette.routing import Route
 
 from demos.page import address, choice, controls, look, methods
+from demos.page.answers import Answer, Answers, Question, sound
+from demos.page.serving import InBytes
 from demos.page.tab import QUIET, Asked, Slow, Tab, said
 from peftlab import PeftlabError, SpecError
 from peftlab.resolve import METHOD_SETTINGS
@@ -29,18 +33,6 @@ CLEARS = {
 }
 """Settings that become automatic again when another method or model is chosen."""
 log = logging.getLogger(__name__)
-Answer: TypeAlias = dict[str, Any]  # what a page gets as JSON; `Store.answer` says what is in it
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a page asks: `state` is what the address says, `kept` as in `Asked`, `open` the names of the open folds."""
-
-    number: object
-    tab: str
-    state: dict[str, Any]
-    kept: dict[str, Any]
-    open: list[str]
 
 
 class Store:
@@ -49,6 +41,7 @@ class Store:
     def __init__(self, tabs: Sequence[Tab]) -> None:
         self.tabs = {tab.key: tab for tab in tabs}
         self.choices = {name: one for tab in tabs for name, one in tab.choices.items()}
+        self.answers = Answers(self)
 
     def read(self, state: Mapping[str, object], kept: Mapping[str, object] | None = None) -> Asked:
         """What a link or a page says; a setting that its method does not read is left out. Raises SpecError."""
@@ -62,8 +55,8 @@ class Store:
         if key := chosen.get("preset"):
             spec, chosen["preset"] = methods.of_preset(key, run)
         asked = Asked(spec, chosen, dict(kept or {}))
-        unread = [name for name in METHOD_SETTINGS if name in asked.run.unread]
-        return replace(asked, spec=spec.but(**dict.fromkeys(unread)))
+        unread = [name for name in METHOD_SETTINGS if name in asked.run.unread and getattr(spec, name) is not None]
+        return replace(asked, spec=spec.but(**dict.fromkeys(unread))) if unread else asked
 
     def link(self, asked: Asked) -> dict[str, str]:
         """The settings as the address says them: nothing for what the page opens with."""
@@ -77,7 +70,8 @@ class Store:
             try:
                 asked = self.read(state, question.kept)
                 tab.check(asked)
-                return replace(asked, refused={name: str(question.state[name]) for name in problems}), problems
+                refused = {name: str(question.state[name]) for name in problems}
+                return replace(asked, refused=refused) if refused else asked, problems
             except PeftlabError as error:
                 if not state:
                     raise
@@ -103,30 +97,38 @@ class Store:
         component, the seconds until the page asks `again`, and the tab and job to `follow` instead; where it is `slow`,
         an `exact` answer will show more. A browser that is new here finds its token in `visitor`.
         """
-        question = sound(asks)
-        tab = self.tabs.get(question.tab) or next(iter(self.tabs.values()))
+        return self.answered(sound(asks))[0]
+
+    def answered(self, question: Question) -> tuple[Answer, tuple[Slow, ...]]:
+        """The answer, and the slow work that was not done when it was made."""
+        tab = self.tab_of(question)
         unshown = {"number": question.number, "state": question.state, "show": {}, "again": None, "slow": False}
         try:
             asked, problems = self.understood(tab, question)
             again = tab.again(asked)  # before it is drawn: what ends meanwhile is looked at once more
+            undone = tuple(slow for slow in self.wanted(tab, asked, question) if asked.known(slow) is None)
             return (
                 unshown
-                | self.greeted(asked)
+                | self.greeted(asked.kept)
                 | {
                     "state": self.link(asked) | {name: str(question.state[name]) for name in problems},
                     "problems": problems,
                     "show": self.shown(tab, asked, question),
                     "again": again,
                     "follow": f"{tab.key}/{run}" if again and (run := tab.follows(asked)) else None,
-                    "slow": any(worker.known(s.work, *s.arguments) is None for s in self.wanted(tab, asked, question)),
+                    "slow": bool(undone),
                 }
-            )
+            ), undone
         except Exception as error:
-            return unshown | {"problems": {"": said(error)}}
+            return unshown | {"problems": {"": said(error)}}, ()
 
-    def greeted(self, asked: Asked) -> Answer:
+    def tab_of(self, question: Question) -> Tab:
+        return self.tabs.get(question.tab) or next(iter(self.tabs.values()))
+
+    def greeted(self, kept: Mapping[str, object]) -> Answer:
         """The token of a browser that has none from here."""
-        return {} if asked.visitor else {"visitor": rooms.here().signer.newcomer()}
+        signer = rooms.here().signer
+        return {} if signer.read(kept.get("visitor")) else {"visitor": signer.newcomer()}
 
     def shown(self, tab: Tab, asked: Asked, question: Question) -> dict[str, controls.Update]:
         """Updates of the tab's controls and of the panels that are in sight, by the names that store.js knows.
@@ -151,20 +153,35 @@ class Store:
         """Slow work whose result is in sight."""
         return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in {None, *question.open}]
 
+    def prepare(self, pause: float = 0.005) -> None:
+        """Makes what the first visitors would wait for. After each little it lets those go ahead who are here already."""
+        for tab in self.tabs.values():
+            for _ in tab.beforehand():
+                time.sleep(pause)
+        gc.collect()
+        gc.freeze()
+
     async def exact(self, asks: object) -> Answer:
-        """What `answer` shows, once the slow work is done in its own process. Those who wait for it hold no thread."""
-        question, shown = sound(asks), dict[str, controls.Update]()
-        if tab := self.tabs.get(question.tab):
-            try:
-                asked, _ = self.understood(tab, question)
-                for slow in self.wanted(tab, asked, question):
-                    await worker.once(slow.work, *slow.arguments)
-                shown = self.shown(tab, asked, question)
-            except PeftlabError as error:
-                shown = {f"{tab.key}.problem": controls.as_update(str(error))}
-            except Exception as error:
-                log.exception("exact: %s", error)
-        return {"number": question.number, "show": shown}
+        """What `answer` shows, once the slow work is done."""
+        question = sound(asks)
+        failed = await self.done(question)
+        return {"number": question.number, "show": self.answered(question)[0]["show"] if failed is None else failed}
+
+    async def done(self, question: Question) -> dict[str, controls.Update] | None:
+        """Waits until slow work is done in its own process, which holds no thread. What is to be said instead, if it failed."""
+        if question.tab not in self.tabs:
+            return {}
+        tab = self.tabs[question.tab]
+        try:
+            asked, _ = self.understood(tab, question)
+            for slow in self.wanted(tab, asked, question):
+                await worker.once(slow.work, *slow.arguments)
+            return None
+        except PeftlabError as error:
+            return {f"{tab.key}.problem": controls.as_update(str(error))}
+        except Exception as error:
+            log.exception("exact: %s", error)
+            return {}
 
     def build(self, tabs: gr.Tabs) -> None:
         """Makes the component that runs store.js, and wires every tab's controls and folds, once these are built."""
@@ -188,6 +205,8 @@ class Store:
         async def exact(question: object) -> Answer:
             return await self.exact(question)
 
+        vars(answer)["in_bytes"] = InBytes(self.answers.known, self.answers.made)
+        vars(exact)["in_bytes"] = InBytes(self.answers.known_exact, self.answers.made_exact)
         carrier = gr.HTML(
             "", js_on_load=SCRIPT.replace("/*given*/{}", json.dumps(given)), server_functions=[answer, exact],
             visible="hidden",
@@ -203,17 +222,6 @@ class Store:
             component.input(None, component, None, js=heard, **QUIET)  # type: ignore[attr-defined]
         if isinstance(component, gr.Dropdown) and component.multiselect:
             component.change(None, component, None, js=f"(v) => {{ peftlab.picked('{name}', v); }}", **QUIET)
-
-
-def sound(asks: object) -> Question:
-    """A question out of whatever somebody sent: a part that has another type is left empty."""
-    given: dict[str, Any] = asks if isinstance(asks, dict) else {}
-
-    def part(name: str, form: type) -> Any:
-        return given[name] if isinstance(given.get(name), form) else form()
-
-    opened = [name for name in part("open", list) if isinstance(name, str)]
-    return Question(given.get("number"), part("tab", str), part("state", dict), part("kept", dict), opened)
 
 
 class Page(gr.Blocks):

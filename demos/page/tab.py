@@ -22,19 +22,19 @@ from demos.page.choice import Choice, Number
 from demos.page.controls import blank, change, shown_model
 from peftlab import PeftlabError, RunSpec, resolve
 from peftlab.errors import DoesNotFit
-from peftlab.room import jobs, rooms
+from peftlab.room import jobs, rooms, worker
 from peftlab.run import events
 from peftlab.spec import Resolved
 
 log = logging.getLogger(__name__)
-Values: TypeAlias = Mapping[str, object]
-"""What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
-On: TypeAlias = Sequence[Callable[..., Dependency]]  # the events that start a press
-DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
 P = ParamSpec("P")
 T = TypeVar("T")
+Values: TypeAlias = Mapping[str, object]
+"""What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
+On: TypeAlias = Sequence[Callable[..., Dependency]]  # the events that start a press
+DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
 SECONDS = 120  # longest that one press may hold a shared GPU
 POLL = 0.5  # seconds between two looks at a job
 
@@ -51,8 +51,20 @@ class Asked:
     refused: Mapping[str, str] = field(default_factory=dict)
     """Settings that the tab refuses, as they were given; the fields above leave them out."""
 
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     def __getitem__(self, name: str) -> Any:
         return self.choices[name]
+
+    def known(self, slow: "Slow") -> object | None:
+        """The result of slow work, None until it is done; the same for all who ask it of this question."""
+        return self._made.setdefault(slow, worker.known(slow.work, *slow.arguments))
+
+    def once(self, make: Callable[["Asked"], T]) -> T:
+        """`make(self)`, made at the first call: a question is checked, filled in and drawn, each of the same things."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]  # type: ignore[no-any-return]
 
     @cached_property
     def run(self) -> Resolved:
@@ -132,6 +144,12 @@ class Tab:
 
     key, title = "", ""
     choices: Mapping[str, Choice] = {}
+    lasting = False
+    """Whether what is shown follows from the settings and from slow work alone: everybody who asks the same gets the same."""
+    changing: tuple[str, ...] = ()
+    """The panels of a lasting tab of which that is not true."""
+    quick = False
+    """Whether it is drawn in a few milliseconds while its folds are closed and the model is of the catalogue."""
     clears: Mapping[str, tuple[str, ...]] = {}
     """The choices that become usual again when another one is written, by that one's name."""
     question: Component
@@ -236,6 +254,10 @@ class Tab:
     def again(self, asked: Asked) -> float | None:
         """Seconds after which there may be more to see; None where nothing is under way."""
         return POLL if (job := self.job(asked)) and not job.over else None
+
+    def beforehand(self) -> Iterator[None]:
+        """Makes what the first visitors would wait for, a little before each `yield`."""
+        yield from ()
 
     def slow(self, asked: Asked) -> list[Slow]:
         """Work whose result `draw` shows once it is known."""

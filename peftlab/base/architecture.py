@@ -84,7 +84,7 @@ class Architecture:
     refused: tuple[str, ...] = ()
     """Ends of the names of linear maps that LoRA in peft does not adapt."""
 
-    @property
+    @cached_property
     def total_parameters(self) -> int:
         return sum((m.weight + m.bias) * m.count for m in self.modules)
 

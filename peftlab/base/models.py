@@ -107,7 +107,7 @@ def find(model: str) -> BaseModel:
 
     The Hub is asked for a config alone, for 5 s at most. Raises SpecError with the nearest names, or what is wrong.
     """
-    if known := next((entry for entry in MODELS.values() if model in (entry.key, entry.hub_id)), None):
+    if known := MODELS.get(model) or next((entry for entry in MODELS.values() if model == entry.hub_id), None):
         return known
     if model.startswith(CONFIG):
         return _from_key(model)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Module:
         """How many modules of this kind the model has."""
         return len(self.layers) or 1
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Elements of everything but the bias, for one layer."""
         return sum(math.prod(s) for n, s in self.parameters.items() if n != "bias")

@@ -17,7 +17,7 @@ from ..run.events import standing
 from ..spec import Json
 from . import Say, small
 from .browser import Browser
-from .serve import Server
+from .server import Server
 from .visitors import FAILURES, Page
 
 METHODS = ("lora", "full", "adalora", "prompt")

@@ -6,29 +6,23 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import random
 import secrets
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from ..base.models import MODELS
-from ..errors import PeftlabError
 from ..measured import provenance
 from ..methods import METHODS
 from ..places import ROOT
 from ..spec import Json
-from . import Say, write
-from .visitors import CONNECTIONS, FAILURES, Connection, Page, look
+from . import Say, held, write
+from .server import Server
+from .visitors import CONNECTIONS, FAILURES, Connection, Page
 
 APPS = {"bare": ROOT / "demos" / "page" / "echo.py", "peftlab": ROOT / "app.py"}
 VISITORS = (50, 200)
@@ -36,10 +30,12 @@ SECONDS = 24.0
 ROUNDS = 2
 PAUSE = 4.0
 """Seconds from a visitor's click to their next one, on average: each time between half and one and a half of it."""
+CLICKS_ALONE, CLICKS_EACH, ARRIVALS_ALONE = 400, 4, 20
+"""So many clicks and arrivals, one after the other, tell what one costs the server; so many clicks are one visitor's."""
 SPREAD = 20.0
 """Seconds over which visitors arrive where they do not come all at once."""
-STARTING = 180.0
-"""Longest that an app may take to answer and to be at rest."""
+ARRIVING = {"at once": 0.0, "spread": SPREAD}
+"""How visitors arrive, and over how many seconds."""
 
 
 @dataclass
@@ -90,90 +86,6 @@ class Crowd:
     """Seconds that this process computed for it."""
 
 
-class Server:
-    """An app in a process of its own on a free port."""
-
-    def __init__(self, program: Path, log: Path, *arguments: str, **environment: str) -> None:
-        """Starts it with these arguments, and with these variables beside those of this process."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        own = {"GRADIO_SERVER_PORT": str(self.port), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SSR_MODE": "False"}
-        own |= environment
-        with log.open("a") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(program), *arguments],
-                env={**os.environ, **own},
-                stdout=out,
-                stderr=out,
-                cwd=log.parent,
-            )
-        self.program, self.log, self.began = program, log, time.monotonic()
-
-    async def ready(self, rested: bool = True) -> Page:
-        """The page, once the app answers and, if it is to be `rested`, computes nothing more.
-
-        Raises PeftlabError when it does not come to that.
-        """
-        await self.answers()
-        page = await look(self.port)
-        if rested:
-            await self._rest()
-        self.began = time.monotonic()
-        return page
-
-    async def answers(self) -> None:
-        """Waits until the app answers. Raises PeftlabError when it does not come to that."""
-        while time.monotonic() - self.began < STARTING and self.process.poll() is None:
-            with contextlib.suppress(*FAILURES), contextlib.closing(Connection(self.port)) as connection:
-                if (await connection.ask("GET", "/"))[0] == 200:
-                    return
-            await asyncio.sleep(0.2)
-        last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise PeftlabError(f"{self.program} did not start: {last}")
-
-    async def _rest(self) -> None:
-        """Waits until the app has loaded its model."""
-        while time.monotonic() - self.began < STARTING:
-            before = self.processor()
-            await asyncio.sleep(2)
-            if self.processor() - before < 0.2:
-                break
-
-    def family(self) -> list[psutil.Process]:
-        try:
-            own = psutil.Process(self.process.pid)
-            return [own, *own.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
-    def processor(self) -> float:
-        """Seconds that the app's processes have computed."""
-        return sum(sum(times[:2]) for times in self._each("cpu_times"))
-
-    def memory(self) -> int:
-        """Bytes that the app's processes hold."""
-        return sum(info.rss for info in self._each("memory_info"))
-
-    def _each(self, what: str) -> list:
-        found = []
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                found.append(getattr(process, what)())
-        return found
-
-    def kill(self) -> None:
-        """Ends the app by the signal that nothing can catch."""
-        self.process.kill()
-        self.process.wait(20)
-
-    def end(self) -> None:
-        for process in reversed(self.family()):
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        self.process.wait(20)
-
-
 class Visitor:
     """Somebody with a browser."""
 
@@ -181,7 +93,7 @@ class Visitor:
         self.page, self.crowd, self.draw = page, crowd, draw
         self.connections = [Connection(server.port) for _ in range(CONNECTIONS)]
         self.session = secrets.token_hex(6)
-        self.asked, self.state = 0, dict[str, str]()
+        self.asked, self.state, self.kept = 0, dict[str, str](), dict[str, str]()
 
     async def visit(self, wait: float, seconds: float) -> None:
         """Arrives after `wait` seconds, clicks for `seconds`, and leaves."""
@@ -192,12 +104,15 @@ class Visitor:
         end = time.perf_counter() + seconds
         await asyncio.sleep(self.draw.uniform(0, PAUSE))
         while time.perf_counter() < end:
-            self.state |= self.draw.choice(CLICKS)(self.draw)
             with self.crowd.clicks.one():
-                await self.ask("answer")
+                await self.click()
             await asyncio.sleep(self.draw.uniform(PAUSE / 2, 1.5 * PAUSE))
         await event
         self.leave()
+
+    async def click(self) -> None:
+        self.state |= self.draw.choice(CLICKS)(self.draw)
+        await self.ask("answer")
 
     async def trace(self) -> None:
         """Asks for exact answers, one after the other, each of settings that nobody has asked for."""
@@ -231,12 +146,13 @@ class Visitor:
     async def ask(self, function: str) -> None:
         """Asks one of the page's server functions. Raises ValueError where the answer is not one to this question."""
         self.asked += 1
-        kept = {"visitor": self.session, "adapters": []}
-        question = {"number": self.asked, "tab": "memory", "state": self.state, "kept": kept, "open": []}
+        question = {"number": self.asked, "tab": "memory", "state": self.state, "kept": self.kept, "open": []}
         asked = {"data": question, "component_id": self.page.carrier, "fn_name": function, "session_hash": self.session}
         answer = json.loads(await self.post("/gradio_api/component_server/", asked, self.connections[0]))
         if answer.get("number") != self.asked or (self.page.has_exact and not answer.get("show")):
             raise ValueError(f"not an answer to question {self.asked}: {str(answer)[:100]}")
+        if "visitor" in answer:  # the token of a browser that was new
+            self.kept = {"visitor": answer["visitor"]}
 
     async def get(self, connection: Connection, path: str) -> None:
         status, body = await connection.ask("GET", path)
@@ -267,9 +183,12 @@ CLICKS = (
 
 
 async def rush(
-    server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: int
+    server: Server, page: Page, crowd: Crowd, visitors: int, spread: float, seconds: float, seed: str
 ) -> None:
-    """Visitors arrive over `spread` seconds and click for `seconds` each; one more asks for traces where the app has them."""
+    """Visitors arrive over `spread` seconds and click for `seconds` each; one more asks for traces where the app has them.
+
+    Both apps get the visitors of one `seed`. Another rush has other ones: else an app that keeps answers would have these.
+    """
     draw = random.Random(seed)
     people = [Visitor(server, page, crowd, random.Random(draw.random())) for _ in range(visitors)]
     beside = [asyncio.create_task(_remember(server, crowd))]
@@ -289,47 +208,72 @@ async def rush(
             one.leave()
 
 
+async def alone(server: Server, page: Page) -> Json:
+    """What a click and an arrival cost the process that answers, in seconds of a processor, one after the other.
+
+    Unlike how long they take, this hardly depends on what else the machine does.
+    """
+    draw = random.Random("alone")
+    before = server.own_processor()
+    for _ in range(CLICKS_ALONE // CLICKS_EACH):
+        one = Visitor(server, page, Crowd(), random.Random(draw.random()))
+        for _ in range(CLICKS_EACH):
+            await one.click()
+        one.leave()
+    between = server.own_processor()
+    for _ in range(ARRIVALS_ALONE):
+        one = Visitor(server, page, Crowd(), draw)
+        await one.arrive()
+        one.leave()
+    after = server.own_processor()
+    return {"click": (between - before) / CLICKS_ALONE, "arrival": (after - between) / ARRIVALS_ALONE}
+
+
 async def _remember(server: Server, crowd: Crowd) -> None:
     while True:
         crowd.memory.append((time.monotonic() - server.began, server.memory()))
         await asyncio.sleep(1)
 
 
-def slope(memory: Sequence[tuple[float, int]]) -> float | None:
-    """By how many bytes a minute the memory grew, by least squares; None of too little."""
-    if len(memory) < 3:
-        return None
-    return 60 * statistics.linear_regression(*zip(*memory, strict=True)).slope
-
-
 def record_serve(
-    out: Path, say: Say, visitors: Sequence[int] = (), seconds: float = SECONDS, rounds: int = ROUNDS
-) -> Json:
+    out: Path, say: Say, visitors: Sequence[int] = (), seconds: float = SECONDS, rounds: int = ROUNDS,
+    arriving: Sequence[str] = (),
+) -> Json:  # fmt: skip
     """Writes to `out` how long arrivals and clicks took at both apps, in seconds, and their memory in bytes.
 
     Raises PeftlabError when an app does not start.
     """
-    return asyncio.run(_record(out, say, visitors or VISITORS, seconds, rounds))
+    spreads = {how: min(spread, seconds) for how, spread in ARRIVING.items() if how in (arriving or ARRIVING)}
+    return asyncio.run(_record(out, say, visitors or VISITORS, seconds, rounds, spreads))
 
 
-async def _record(out: Path, say: Say, visitors: Sequence[int], seconds: float, rounds: int) -> Json:
+async def _record(
+    out: Path, say: Say, visitors: Sequence[int], seconds: float, rounds: int, spreads: Mapping[str, float]
+) -> Json:
     about = {"seconds": seconds, "rounds": rounds, "pause_seconds": PAUSE, "spread_seconds": SPREAD}
     document = provenance() | {"kind": "serve", **about, "rows": []}
-    spread_over = {"at once": 0.0, "spread": min(SPREAD, seconds)}
     gc.freeze()
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         servers = {name: Server(path, Path(scratch) / f"{name}.log") for name, path in APPS.items()}
         for server in servers.values():
             stack.callback(server.end)
-        pages = {name: await server.ready() for name, server in servers.items()}
+        ready = await asyncio.gather(*(server.ready() for server in servers.values()))
+        pages = dict(zip(servers, ready, strict=True))
         for name, server in servers.items():  # what an app makes for its first visitor alone
-            await rush(server, pages[name], Crowd(), 1, 0.0, 0.0, seed=-1)
+            await rush(server, pages[name], Crowd(), 1, 0.0, 0.0, seed="first")
+        document["alone"] = {name: await alone(server, pages[name]) for name, server in servers.items()}
+        for name, of in document["alone"].items():
+            say(
+                f"{name}: a click costs {1000 * of['click']:.1f} ms of a processor, an arrival {1000 * of['arrival']:.0f} ms"
+            )
         for count in visitors:
-            for pattern, spread in spread_over.items():
+            for pattern, spread in spreads.items():
                 crowds = {name: Crowd() for name in APPS}
                 for turn in range(rounds):
                     for name, crowd in crowds.items():
-                        await rush(servers[name], pages[name], crowd, count, spread, seconds, turn)
+                        await rush(
+                            servers[name], pages[name], crowd, count, spread, seconds, f"{count} {pattern} {turn}"
+                        )
                 for name, crowd in crowds.items():
                     document["rows"].append(row := _row(name, count, pattern, pages[name], crowd))
                     say(_line(row))
@@ -338,7 +282,6 @@ async def _record(out: Path, say: Say, visitors: Sequence[int], seconds: float, 
 
 
 def _row(name: str, visitors: int, pattern: str, page: Page, crowd: Crowd) -> Json:
-    held = [size for _, size in crowd.memory]
     return {
         "app": name,
         "visitors": visitors,
@@ -348,7 +291,7 @@ def _row(name: str, visitors: int, pattern: str, page: Page, crowd: Crowd) -> Js
         "clicks": crowd.clicks.summary(),
         "own_events": crowd.events.summary(),
         "traces": crowd.traces.summary(),
-        "memory_bytes": {"first": held[0], "last": held[-1], "most": max(held), "a_minute": slope(crowd.memory)},
+        "memory_bytes": held.summary(crowd.memory),
         "processor_seconds": crowd.processor,
         "generator_seconds": crowd.generator,
     }
@@ -360,8 +303,9 @@ def _line(row: Json) -> str:
             return f"none; {of['errors']} errors"
         return f"{of['median']:.3f} s, 95% within {of['p95']:.3f}, {of['errors']} of {of['count']} failed"
 
-    memory = row["memory_bytes"]
+    memory, settled = row["memory_bytes"], row["memory_bytes"]["after_warm_up"]
     return (
         f"{row['app']}, {row['visitors']} {row['arriving']}: arrivals {times(row['arrivals'])}; clicks {times(row['clicks'])}; "
-        f"traces {row['traces']['count']}; {memory['first'] / 2**20:.0f} to {memory['last'] / 2**20:.0f} MiB"
+        f"traces {row['traces']['count']}; {memory['first'] / 2**20:.0f} to {memory['last'] / 2**20:.0f} MiB, "
+        f"after warm-up {settled['first'] / 2**20:.0f} to {settled['last'] / 2**20:.0f}"
     )

@@ -14,7 +14,7 @@ from ..errors import PeftlabError
 from ..spec import Json
 from . import Say, small
 from .browser import Browser
-from .serve import Server
+from .server import Server
 
 BASES = 5
 STEPS = 4

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from ..errors import PeftlabError
+from ..spec import Json
 
 PATIENCE = 120.0  # seconds after which an answer counts as lost
 CONNECTIONS = 6  # that a browser opens to one host
@@ -125,6 +126,7 @@ async def look(port: int) -> Page:
         )
     files = dict.fromkeys(_addresses(text) + _addresses(config.get("head") or ""))
     files |= dict.fromkeys(["/static/js/iframeResizer.contentWindow.min.js", f"/theme.css?v={config['theme_hash']}"])
+    files |= dict.fromkeys(f"/{path}" for c in config["components"] for path in _fetched(c["props"]))
     kinds = {c["type"] for c in config["components"]}
     unread = deque(path for path in files if path.startswith("/assets/"))
     while unread:
@@ -157,6 +159,11 @@ def _addresses(html: str) -> list[str]:
     """Addresses of the styles and scripts that a piece of HTML names."""
     named = re.findall(r"""<(?:script|link)[^>]*?(?:src|href)=["'](\.?/?(?!/|https?:)[^"']+\.(?:js|css))["']""", html)
     return ["/" + name.removeprefix(".").removeprefix("/") for name in named]
+
+
+def _fetched(properties: Json) -> list[str]:
+    """Addresses that a component's own script fetches as it is loaded."""
+    return re.findall(r"\bfetch\('([\w/.-]+)'", properties.get("js_on_load") or "")
 
 
 def _imports(script: str, kinds: Iterable[str]) -> list[str]:

@@ -41,6 +41,9 @@ def add(commands: Commands) -> None:
         help="serve: how many; repeatable (default: 50 and 200). room: how many train (default: 50)",
     )
     parser.add_argument("--seconds", type=count, default=24, help="serve: how long each clicks")
+    parser.add_argument(
+        "--arriving", choices=("at once", "spread"), action="append", help="serve: how; repeatable (default: both)"
+    )
     parser.add_argument("--rounds", type=count, default=2, help="serve: turns of each app")
     parser.add_argument("--only", action="append", help="room: visitors, kills or memory; repeatable (default: all)")
     parser.add_argument("--kills", type=count, default=20, help="room: how often the server is killed")
@@ -63,9 +66,11 @@ def run(args: Namespace) -> Output:
         "calculators": lambda: calculators.record_calculators(out),
         "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
-        "serve": lambda: serve.record_serve(out, note, args.visitors or (), args.seconds, args.rounds),
         "reliability": lambda: reliability.record_reliability(spec_of(args), out, note, args.seeds, args.beside),
         "room": lambda: room.record_room(out, note, args.only, (args.visitors or [50])[0], args.kills, args.runs),
+        "serve": lambda: serve.record_serve(
+            out, note, args.visitors or (), args.seconds, args.rounds, args.arriving or ()
+        ),
         "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()

@@ -6,12 +6,14 @@ al. 2022, arXiv 2205.05198 section 4. The rounding of blocks is left out. Import
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
+from .. import optimizers
 from ..base import models
 from ..base.architecture import Module
 from ..methods import Keep
-from ..spec import Resolved
+from ..spec import SETTINGS, Json, Resolved
 from . import asked, plain, states
 from .case import Case
 from .lines import Line, Polynomial, total
@@ -19,6 +21,7 @@ from .plain import shares_input
 from .report import KINDS
 from .states import EMBEDDING, FIRST, FORWARD, HEAD, KEPT, LAST, LOSS, MOMENTS, PASS, RECOMPUTE
 
+SHORTEST = int(SETTINGS["sequence_length"].low or 1)
 SOMETIMES = (PASS, RECOMPUTE, EMBEDDING)
 """Moments that only those runs have that hold something at this moment alone."""
 
@@ -27,6 +30,35 @@ def moments(spec: Resolved) -> dict[str, dict[str, Polynomial]]:
     """Bytes by kind at each high point of a step, for any batch and rank, and any length on the spec's side of the model's
     attention window. Raises SpecError as `Case.of` does.
     """
+    return _moments(_of_any_size(Case.of(spec)), models.edition(spec.model))
+
+
+def _of_any_size(case: Case) -> Resolved:
+    """The run at the least batch, length and rank that have its polynomials, which it shares with all runs of other sizes.
+
+    The rank stays where a trained tensor's own size decides how its optimizer states are kept, and the length where the
+    model itself tells what it keeps: which of its layers keeps most may depend on that.
+    """
+    spec, window = case.spec, case.shape.facts.window
+    length = min(spec.sequence_length, window if case.masked and window else SHORTEST)
+    kept: Json = {} if asked.formulas_hold(case) else {"sequence_length": spec.sequence_length}
+    if spec.optimizer == "adafactor" or optimizers.find(spec).bits == 8:
+        kept["rank"] = spec.rank
+    read: Json = {
+        "rank": 1,
+        "alpha": 1.0,
+        "lr_ratio": 1.0,
+        "learning_rate": 1.0,
+        "steps": 1,
+        "seed": 0,
+        "batch_size": 1,
+    }
+    usual = {name: value for name, value in read.items() if name not in spec.unread}
+    return replace(spec, **usual | {"sequence_length": length} | kept)
+
+
+@lru_cache(maxsize=1024)  # the catalogue's models with each method are 760; 20 kB each
+def _moments(spec: Resolved, _edition: str) -> dict[str, dict[str, Polynomial]]:
     found = derivation(spec)
     kinds = [kind for kind in KINDS if kind != "communication"]
     return {

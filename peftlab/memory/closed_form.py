@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .. import methods, optimizers
 from ..base import architecture as architectures
@@ -54,7 +55,8 @@ def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters
             f"optimizer=adafactor: it keeps a number for each row and column, and {entry.said} has none here; choose adamw, "
             "or name a model that writes text"
         )
-    packable = None
+    packable: int | None = None
+    left: tuple[str, ...] = ()
     if entry.config is None:
         parameters, name = entry.total_parameters or 0, entry.name
         trained = _given(spec, entry, trainable_parameters)
@@ -62,7 +64,7 @@ def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters
     else:
         report = count(spec)
         parameters, name, trained = report.total_parameters, report.model_name, report.trainable_parameters
-        frozen = report.frozen_parameters
+        frozen, left = report.frozen_parameters, report.frozen
         packable = None if rule else quantizable(architectures.of(spec.model))
     each, kind = BYTES[spec.trained_precision], optimizers.find(spec)
     state = kind.bits // 8 if kind.bits else each
@@ -71,7 +73,7 @@ def predict_states(spec: Resolved, convention: str = EXACT, trainable_parameters
         weights, gradients, optimizer = rule.weights, rule.gradients, rule.optimizer
     frozen_weights = _frozen_bytes(spec, frozen, FROZEN_BYTES if rule else BYTES[spec.precision], packable)
     counted = frozen_weights, trained * weights, trained * gradients, trained * optimizer
-    return MemoryReport(spec, convention, name, method.name, parameters, trained, *counted)
+    return MemoryReport(spec, convention, name, method.name, parameters, trained, *counted, left=left)
 
 
 def _given(spec: Resolved, entry: BaseModel, trainable_parameters: int | None) -> int:
@@ -126,6 +128,10 @@ class ClosedForm:
 
     def report(self) -> MemoryReport:
         """The prediction at the spec's own batch, length and rank; of the states alone where the step is unknown."""
+        return self._report
+
+    @cached_property
+    def _report(self) -> MemoryReport:
         if not self.moments:
             return self.states
         moments = tuple(

@@ -32,7 +32,7 @@ class Polynomial:
     __radd__, __rmul__ = __add__, __mul__
 
     def value(self, batch: float, length: float, rank: float) -> float:
-        return sum(x * batch**i * length**j * rank**k for (i, j, k), x in self.terms.items())
+        return sum(x * batch**i * length**j * rank**k for (i, j, k), x in self.terms.items()) if self.terms else 0
 
     def to_data(self) -> list[list[float]]:
         """[coefficient, batch's exponent, length's, rank's] of each term."""

@@ -48,6 +48,8 @@ class MemoryReport:
     optimizer: int
     source: str = "closed-form"
     """`closed-form` or `trace`."""
+    left: tuple[str, ...] = ()
+    """Sentences on what one may expect to be trained, or quantized, and is not: `ParameterReport.frozen`."""
     unknown: str = ""
     """Why the closed form does not know the step, so that only a trace has `moments`; empty where it does."""
     moments: tuple[Moment, ...] = ()

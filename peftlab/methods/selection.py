@@ -44,13 +44,11 @@ class Unsuited(SpecError):
 
 def in_layers(modules: list[Module], architecture: Architecture, layers: str) -> list[Target]:
     """`modules` within the chosen layers of each stack; ones outside any stack only when all layers are chosen."""
-    chosen = {stack: parse_layers(layers or "all", depth) for stack, depth in architecture.depths.items()}
-    whole = all(len(chosen[stack]) == depth for stack, depth in architecture.depths.items())
-    found = [
-        Target(m, tuple(n for n in m.layers if m.stack not in chosen or n in chosen[m.stack]))
-        for m in modules
-        if m.stack in chosen or whole
-    ]
+    chosen = {stack: frozenset(parse_layers(layers or "all", depth)) for stack, depth in architecture.depths.items()}
+    if all(len(chosen[stack]) == depth for stack, depth in architecture.depths.items()):
+        return [Target(m, m.layers) for m in modules]
+    stacks = ((m, chosen[m.stack]) for m in modules if m.stack in chosen)
+    found = [Target(m, tuple(n for n in m.layers if n in numbers)) for m, numbers in stacks]
     return [t for t in found if t.layers or not t.module.layers]
 
 

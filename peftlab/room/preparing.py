@@ -1,10 +1,12 @@
 """A base model that is made ready while the page already answers."""
 
 import contextlib
+import gc
 import os
 import threading
 from collections.abc import Callable
 
+from .. import seam
 from ..base import fetching, weights
 from ..data import tasks
 from ..errors import plain
@@ -54,6 +56,11 @@ class Preparation:
                     self.progress = told if told.stage != "ready" else fetching.Progress("loading", told.detail)
                     if self._stopped.is_set():
                         return
+            import torch  # noqa: F401
+
+            seam.library()
+            gc.collect()
+            gc.freeze()  # libraries stay for good: looking through them each time held up everybody for a fifth of a second
             weights.load(self.spec)
             warm_up(self.spec)
             self.ready = True

@@ -3,11 +3,9 @@
 from html import escape
 
 from .. import units
-from ..base import architecture, models
+from ..base import architecture
 from ..catalog.gpus import GPUS
-from ..count import count
 from ..memory import ClosedForm, MemoryReport, Moment
-from ..spec import Resolved
 from .figures import PALETTE, Chart, look
 from .marks import bold, explained, how, sentence
 from .settings import gpu_name, method_name
@@ -74,10 +72,9 @@ def _where(report: MemoryReport) -> str:
     return SENTENCES["several"].format(**it(report), n=f"{n:,}", gpu=gpu_name(largest))
 
 
-def left(spec: Resolved) -> str:
+def left(report: MemoryReport) -> str:
     """What one may expect the method to train, or to quantize, and it does not; empty where there is nothing of the kind."""
-    said = count(spec).frozen if models.find(spec.model).config else ()
-    return f"<p>{escape(' '.join(said))}</p>" if said else ""
+    return f"<p>{escape(' '.join(report.left))}</p>" if report.left else ""
 
 
 def memory_surprises(full: MemoryReport, chosen: MemoryReport) -> list[str]:

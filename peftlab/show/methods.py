@@ -27,8 +27,10 @@ def method_value(method: str | None, model: str | None) -> dict[str, str]:
 def _options(model: str) -> str:
     """The chooser's options for a model, by family; those that do not suit it cannot be chosen."""
 
+    why = _why_not(model)
+
     def option(key: str) -> str:
-        off, said = (" disabled", " (not for this model)") if why_not(key, model) else ("", "")
+        off, said = (" disabled", " (not for this model)") if why[key] else ("", "")
         return f'<option value="{key}"{off}>{escape(METHODS[key].name)}{said}</option>'
 
     return "".join(
@@ -39,9 +41,14 @@ def _options(model: str) -> str:
 
 
 @lru_cache(maxsize=64)
+def _why_not(model: str) -> dict[str, str]:
+    return {key: why_not(key, model) for key in METHODS}
+
+
+@lru_cache(maxsize=64)
 def unsuited(model: str) -> str:
     """Which methods are not for a model, and why, folded; empty where every one is."""
-    reasons = "".join(f"<p>{escape(reason)}.</p>" for key in METHODS if (reason := why_not(key, model)))
+    reasons = "".join(f"<p>{escape(reason)}.</p>" for reason in _why_not(model).values() if reason)
     return f"<details><summary>Methods not for this model</summary>{reasons}</details>" if reasons else ""
 
 

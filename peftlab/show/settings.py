@@ -1,6 +1,7 @@
 """A run in words: the names of its settings, method and GPU, which settings were changed, and what it then uses."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from .. import hardware
 from ..base.models import DEFAULT, MODELS, find
@@ -9,7 +10,7 @@ from ..count import ParameterReport
 from ..errors import SpecError
 from ..memory import MemoryReport
 from ..resolve import resolve, resolve_here
-from ..spec import RunSpec
+from ..spec import Resolved, RunSpec
 from .marks import bold
 
 
@@ -44,7 +45,7 @@ def gpu_name(gpu: GPU) -> str:
 def changed(spec: RunSpec) -> str:
     """The settings that differ from automatic ones, as a sentence; empty where a name of `spec` is not known."""
     try:
-        usual = resolve(RunSpec(model=spec.model, method=spec.method, task=spec.task))
+        usual = _usual(spec.model, spec.method, spec.task)
     except SpecError:
         return ""
     named = [
@@ -53,6 +54,11 @@ def changed(spec: RunSpec) -> str:
         if name not in ("model", "method", "task") and value != getattr(usual, name)
     ]
     return "Changed: " + ", ".join(named) if named else "Every setting is automatic."
+
+
+@lru_cache(maxsize=256)
+def _usual(model: str | None, method: str | None, task: str | None) -> Resolved:
+    return resolve(RunSpec(model=model, method=method, task=task))
 
 
 def aside_said(spec: RunSpec, reasons: Mapping[str, str]) -> str:
