@@ -21,7 +21,7 @@ from peftlab.show import figures, studies
 from peftlab.show.comparisons import score_bars
 from peftlab.show.lora import percent_by_size
 from peftlab.show.memory_figures import COMPONENTS, memory_timeline
-from peftlab.show.runs import loss_curve, metric_curve
+from peftlab.show.run_charts import loss_curve, metric_curve, small_line, smoothed, weight
 
 EVENTS = [
     {"type": "eval", "step": 0, "metrics": {"exact_match": 0.1}},
