@@ -13,7 +13,7 @@ from .. import units
 from ..data import tasks
 from ..resolve import resolve
 from ..run.events import Event
-from ..spec import SETTINGS, Resolved, RunSpec
+from ..spec import SETTINGS, Json, Resolved, RunSpec
 from .marks import MUCH
 from .run_charts import losses_of
 from .settings import short
@@ -146,13 +146,19 @@ def _with(spec: Resolved, name: str, value: float, label: str, why: str) -> Sugg
 
 def settings_of(spec: Resolved) -> dict[str, str]:
     """Model, method and task of a run, and what else is not automatic; each machine chooses its own precision."""
-    named = {"model": str(spec.model), "method": str(spec.method), "task": str(spec.task)}
-    usual = resolve(RunSpec.from_dict(named)).to_dict()
-    changed = {
-        name: value for name, value in spec.to_dict().items()
-        if name not in (*named, *OF_THE_MACHINE, *spec.unread) and value != usual.get(name)
-    }  # fmt: skip
+    named, all_of = {"model": str(spec.model), "method": str(spec.method), "task": str(spec.task)}, spec.to_dict()
+    usual = _resolved(named)
+    left_out = (*named, *OF_THE_MACHINE, *spec.unread)
+    changed = {n: v for n, v in all_of.items() if n not in left_out and v != usual.get(n)}
+    for name in [*changed]:  # one may follow from another: alpha is twice the rank
+        others = {n: v for n, v in changed.items() if n != name}
+        if _resolved({**named, **others}).get(name) == changed[name]:
+            changed = others
     return {name: short(value) for name, value in {**named, **changed}.items()}
+
+
+def _resolved(settings: Json) -> Json:
+    return resolve(RunSpec.from_dict(settings)).to_dict()
 
 
 def buttons(told: Sequence[Suggestion]) -> str:
