@@ -146,6 +146,7 @@ def test_a_loss_falls_still_only_where_it_is_more_than_chance():
     falling = [4 - 0.05 * n for n in range(40)]
     assert "2.77 on average in the third quarter of the steps, 2.27 in the last" in suggestions.still_falls(falling)
     assert suggestions.still_falls([1.7, 1.5, 0.5]) and not suggestions.still_falls([1.7, 0.5, 0.6])
+    assert not suggestions.still_falls([4 - 0.0005 * n for n in range(40)])  # surely, but by too little
     torch.manual_seed(0)
     noise = torch.rand(200, 40).tolist()
     assert sum(bool(suggestions.still_falls(losses)) for losses in noise) < 0.06 * len(noise)

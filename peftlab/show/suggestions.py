@@ -23,6 +23,8 @@ SATURATED = 0.95
 """A score from which on there is too little left to gain."""
 HARDLY = 0.9
 """A loss that ends above this share of the first one has hardly moved."""
+LITTLE = 0.02
+"""A fall of the loss by a smaller share is not worth more steps."""
 OF_THE_MACHINE = ("gpu", "precision", "attention")
 """Settings that each machine chooses for itself."""
 
@@ -92,8 +94,8 @@ def _more_rows(done: Event, spec: Resolved) -> Suggestion | None:
 def still_falls(losses: Sequence[float]) -> str:
     """How the loss falls at the end of a run, in words; empty where it is level there, or what it does may be chance.
 
-    The last quarter of the steps has to lie below the one before it by twice the standard error of the difference. Of fewer
-    than eight steps, the last one has to be the lowest.
+    The last quarter of the steps has to lie below the one before it by twice the standard error of the difference and by a
+    share of LITTLE. Of fewer than eight steps, the last one has to be the lowest.
     """
     n = len(losses) // 4
     if n < 2:
@@ -101,7 +103,7 @@ def still_falls(losses: Sequence[float]) -> str:
         return f"the last step's {losses[-1]:.2f} is the lowest" if lowest else ""
     before, last = losses[-2 * n : -n], losses[-n:]
     error = sqrt((variance(before) + variance(last)) / n)
-    if fmean(before) - fmean(last) <= 2 * error:
+    if fmean(before) - fmean(last) <= max(2 * error, LITTLE * fmean(before)):
         return ""
     say = units.significant
     return f"{say(fmean(before))} on average in the third quarter of the steps, {say(fmean(last))} in the last"
