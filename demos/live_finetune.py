@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -25,6 +26,12 @@ OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods whose controls stand next to the method."""
 FOLDED = ("lr_ratio", "alpha", "dropout", "target_modules")
 """Settings of some methods whose controls are under More settings."""
+APPLIED = """
+element.addEventListener('click', ({target}) => {
+  if (target.closest('[data-replace]')) document.getElementById('live-go').scrollIntoView({block: 'center'});
+});
+"""
+"""Whoever takes a suggestion sees the button that begins it."""
 LARGEST = 2_000_000_000  # parameters of the largest model offered for a live run
 jobs.WORK["train"] = on_gpu(jobs.WORK["train"])
 
@@ -57,6 +64,14 @@ def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, st
         "cancel": gr.update(visible=is_on, interactive=not stopping),
         "resume": gr.update(visible=job is not None and job.resumable),
     }
+
+
+def copies(job: jobs.Job) -> str:
+    """A button that copies the address at which others watch the run, or see what came of it."""
+    link = f"?tab={Live.key}&run={job.id}"
+    return (
+        f'<button type="button" class="small-button" data-copy="{escape(link)}">Copy link<i> to this run</i></button>'
+    )
 
 
 def own(job: jobs.Job | None, asked: Asked) -> jobs.Job | None:
@@ -94,11 +109,14 @@ class Live(Tab):
             cancel = self.panel("cancel", gr.Button("Cancel", visible=False, scale=0, min_width=110))
             resume = self.panel("resume", gr.Button("Resume", visible=False, scale=0, min_width=130))
             self.panel("keep", gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230))
+            self.panel("share", gr.HTML(visible=False, elem_classes="share", js_on_load=None))
         self.panel("problem", controls.problem())
-        self.panel("bar", gr.HTML(min_height=44))
+        self.panel("bar", gr.HTML(elem_classes="run-bar"))
         with gr.Row(elem_classes="panes"):
             self.panel("loss", controls.plot(None, "Training loss by step"))
             self.panel("metric", controls.plot(None, "Held-out metric by step"))
+        self.panel("figures", gr.HTML())
+        self.panel("card", gr.HTML(js_on_load=APPLIED))
         self.panel("said", gr.HTML())
         self.panel("how", gr.HTML())
         off = gr.update(interactive=False)
@@ -170,8 +188,9 @@ class Live(Tab):
         mine = own(job, asked)
         run = resolve(spec)
         return {
-            **runs.shown(job, spec),
+            **runs.shown(job, spec, mine is not None),
             **buttons(mine, "Train", "Training", "Train again", "Stop and keep"),
+            "share": controls.seen(copies(job) if job else None),
             "keep": lambda: controls.seen(served.download(mine) if mine else None),
             "lesson": lambda: runs.card(run.task),
             "about": lambda: method_card(run.method, run.model),

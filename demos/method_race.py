@@ -28,7 +28,7 @@ MOST, MOST_SEEDS = 24, 5
 """The most racers of one race here, and runs of each."""
 BOARD = """
 element.addEventListener('click', (e) => {
-  const [sort, csv, link] = ['sort', 'csv', 'link'].map((name) => e.target.closest(`[data-${name}]`));
+  const [sort, csv] = ['sort', 'csv'].map((name) => e.target.closest(`[data-${name}]`));
   if (sort) peftlab.write({sort: sort.dataset.sort});
   if (csv) {
     const file = Object.assign(document.createElement('a'), {download: 'peftlab-race.csv'});
@@ -36,14 +36,13 @@ element.addEventListener('click', (e) => {
     file.click();
     URL.revokeObjectURL(file.href);
   }
-  if (link) navigator.clipboard.writeText(location.href).then(() => { link.textContent = 'Copied'; });
 });
 """
 CLOSED = "() => { document.querySelectorAll('.controls.open').forEach((e) => e.classList.remove('open')); }"
 """Closes a phone's drawer, so that the race that was started is seen."""
 TOOLBAR = (
     '<div class="toolbar"><button type="button" class="small-button" data-csv>Download CSV</button>'
-    '<button type="button" class="small-button" data-link>Copy link</button>'
+    '<button type="button" class="small-button" data-copy>Copy link</button>'
     "<small>Press a column's name to sort by it.</small></div>"
 )
 jobs.WORK["race"] = on_gpu(jobs.WORK["race"])

@@ -21,7 +21,7 @@ from peftlab.show import figures, studies
 from peftlab.show.comparisons import score_bars
 from peftlab.show.lora import percent_by_size
 from peftlab.show.memory_figures import COMPONENTS, memory_timeline
-from peftlab.show.runs import loss_curve, metric_curve
+from peftlab.show.run_charts import loss_curve, metric_curve, small_line, smoothed, weight
 
 EVENTS = [
     {"type": "eval", "step": 0, "metrics": {"exact_match": 0.1}},
@@ -111,10 +111,31 @@ def test_the_lectures_percent_is_a_line_at_its_own_ranks_and_modules():
 def test_curves_have_a_point_an_event_and_are_empty_without_any():
     loss, metric = loss_curve(EVENTS, 4, "light"), metric_curve(EVENTS, 4, "Exact records", "dark")
     assert (list(loss.data[0].x), list(loss.data[0].y)) == ([1, 2], [4.0, 1.0])
+    assert list(loss.data[1].y) == smoothed([4.0, 1.0], 4) and loss.data[1].line.width > loss.data[0].line.width
+    assert f"<b>{loss.data[1].y[-1]:.2f}</b>" in loss.layout.annotations[0].text
     assert (list(metric.data[0].x), list(metric.data[0].y)) == ([0, 4], [10, 90])
     assert loss.layout.yaxis.range[0] == 0 and metric.layout.yaxis.range[0] == 0
     assert loss.layout.uirevision and metric.layout.uirevision
     assert loss_curve([], 4, "light").data[0].x == metric_curve([], 4, "Score", "dark").data[0].x == ()
+
+
+def test_the_smoothed_loss_is_a_moving_average_without_the_bias_of_its_start():
+    losses, new = [4.0, 1.0, 3.0, 2.0], weight(40)
+    assert new == weight(4) == 0.25 and weight(400) == 1 / 40
+    for n in range(1, 5):  # each weighs (1 - new) as much as the one after it, and the weights add up to 1
+        weights = [(1 - new) ** (n - 1 - i) for i in range(n)]
+        wanted = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
+        assert smoothed(losses, 40)[n - 1] == pytest.approx(wanted)
+    assert smoothed([2.5] * 9, 400) == pytest.approx([2.5] * 9) and smoothed([], 40) == []
+    longer = smoothed([*losses, 9.0], 40)
+    assert longer[:4] == smoothed(losses, 40)  # a point that is drawn does not move
+
+
+def test_a_small_line_spans_the_whole_run_and_has_few_points():
+    assert 'points="50.0,1.0 100.0,10.0"' in small_line([2.0, 1.0], 2, "trained")
+    assert 'points="1.0,1.0"' in small_line([5.0], 100, "trained") and 'points=""' in small_line([], 0, "trained")
+    assert small_line([1.0] * 5000, 5000, "trained").count(",") < 130
+    assert small_line([1.0] * 4999, 5000, "trained").count("100.0,1.0") == 1  # up to the newest
 
 
 def test_score_bars_have_their_intervals():

@@ -9,7 +9,7 @@ from peftlab.methods import METHODS
 from peftlab.run import train
 from peftlab.run.batches import Batch
 from peftlab.run.gears import CaptureError, Eager, Graph, why_eager
-from peftlab.show import runs
+from peftlab.show import run_card
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
 
@@ -36,11 +36,11 @@ def test_the_start_says_the_gear_and_words_follow_one_that_changed(toy_spec, tmp
     start = next(e for e in train(resolve(toy_spec), tmp_path) if e["type"] == "start")
     if not torch.cuda.is_available():
         assert (start["gear"], start["why_eager"]) == ("eager", "no CUDA GPU here")
-        assert runs.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
+        assert run_card.gear([start]) == "steps launched one operation at a time (no CUDA GPU here)"
     graph = {"type": "start", "gear": "graph", "why_eager": ""}
-    assert runs.gear([graph]) == "each step one CUDA graph"
+    assert run_card.gear([graph]) == "each step one CUDA graph"
     changed = {"type": "gear", "gear": "eager", "why_eager": "a <sync>"}
-    assert runs.gear([graph, changed]).endswith("(a &lt;sync&gt;)")
+    assert run_card.gear([graph, changed]).endswith("(a &lt;sync&gt;)")
 
 
 def test_a_step_that_cannot_be_captured_is_taken_eagerly(tiny_model, toy_task, tmp_path):

@@ -102,7 +102,7 @@ def trainer(monkeypatch, room):
 def test_a_run_from_the_press_to_its_download(trainer):
     ann = Visit(Live())
     seen = ann.sees()
-    assert seen["sentence"]["value"].startswith("Recorded on NVIDIA H100 80GB HBM3: ") and seen["again"] is None
+    assert seen["sentence"]["value"].startswith("Recorded on H100 80GB: ") and seen["again"] is None
     assert seen["go"]["interactive"] and not seen["stop"]["interactive"] and not seen["keep"]["visible"]
     ann.press(ann.tab.train)
     assert ann.job.owner == "ann" and ann.job.spec.model == DEFAULT
@@ -202,7 +202,7 @@ def test_every_tab_says_why_its_score_is_another_one():
     said = scores.elsewhere(scores.of_run(live))
     assert "The same task and method: 88% in Compare (rank 2, 60 steps of 8 examples, learning rate 0.004" in said
     assert "82% in Race (mean of 3 seeds)" in said and "78% is known only to lie between 62% and 88%" in said
-    assert said in runs.recording("ticket")["bar"].replace("&#x27;", "'")
+    assert said in runs.recording("ticket")["said"].replace("&#x27;", "'")
     adapter = next(a for a in adapters.bundled() if a.name == "ticket-lora")
     assert "78% in Live (rank 8, 40 steps of 4 examples, learning rate 0.003" in comparisons.whence(adapter)
 

@@ -48,6 +48,10 @@ def test_events_come_in_order_with_the_contracts_keys(toy_spec, tmp_path):
     assert set(done["eval"]) == {"before", "after", "items"} and done["eval"]["items"] == 3
     assert done["train_loss"] == [e["loss"] for e in events if e["type"] == "step"][-1]
     assert isinstance(done["forgetting"], float) and done["tokens_per_second"] > 0
+    told = [e for e in events if e["type"] == "step"]
+    assert told[-1]["tokens_per_second"] == done["tokens_per_second"]
+    assert {"peak_bytes" in e for e in told} == {MACHINE.device == "cuda"}
+    assert MACHINE.device == "cpu" or told[-1]["peak_bytes"] == done["measured_peak_bytes"]
     assert [e["when"] for e in events if e["type"] == "eval"] == ["before", "during", "after"]
     assert json.dumps(events)
     adapter = adapters.read(done["adapter"])

@@ -229,8 +229,32 @@ document.addEventListener('input', ({target}) => {
   const block = target.closest('.typed');
   if (block) heard(block.id.replace('-', '.'), target.value, true);
 });
+/** Copies an address; where the browser refuses that, the address takes the button's place, to be copied by hand. */
+const copy = async (button) => {
+  const link = new URL(button.dataset.copy || location.href, location.href).href;
+  const field = Object.assign(document.createElement('input'), {value: link, readOnly: true, className: 'copied-link'});
+  const byHand = () => {
+    button.after(field);
+    field.select();
+    return document.execCommand('copy'); // an older way, which needs no permission
+  };
+  const done = await (navigator.clipboard?.writeText(link) ?? Promise.reject()).then(() => true, byHand);
+  if (!done) { button.remove(); return; }
+  field.remove();
+  button.dataset.says ??= button.innerHTML; // a second press finds 'Copied' in it
+  button.textContent = 'Copied';
+  setTimeout(() => { button.innerHTML = button.dataset.says; }, 2000);
+};
 document.addEventListener('click', ({target}) => {
   const replaces = target.closest('[data-replace]'), folds = target.closest('.fold .label-wrap');
+  const copies = target.closest('[data-copy]'), opens = target.closest('[data-opens]');
+  if (copies) copy(copies);
+  if (opens) { // another tab, with settings of its own
+    if (resting) settled();
+    tab = opens.dataset.opens;
+    showTab();
+    write(JSON.parse(opens.dataset.write));
+  }
   if (replaces) { // another run: what it does not name becomes automatic, but for the settings to keep
     const {replace, keeping} = replaces.dataset, gone = GIVEN.run.filter((name) => !JSON.parse(keeping).includes(name));
     write({...Object.fromEntries(gone.map((name) => [name, ''])), ...JSON.parse(replace)});

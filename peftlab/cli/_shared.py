@@ -113,14 +113,14 @@ def note(line: str) -> None:
 
 def note_event(event: Event) -> None:
     """Tells a person about an event of a training run; some kinds are not worth a line."""
-    from ..show import runs
+    from ..show import run_card
 
     match event["type"]:
         case "loading":
             note(f"loading {event['model']}")
         case "start":
             trained = f"{event['trainable_parameters']:,} parameters are trained"
-            note(f"{event['model']} from {event['source']}; {trained}, {runs.gear([event])}")
+            note(f"{event['model']} from {event['source']}; {trained}, {run_card.gear([event])}")
         case "resumed":
             note(event.get("message") or f"resumed after step {event['step']}")
         case "note":

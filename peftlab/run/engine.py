@@ -99,7 +99,8 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
         for _ in range(at, min(stop for stop in (steps, middle, at + run.stride) if stop > at)):
             yield from run.launch(next(stream))
         try:
-            yield from run.fetch(began)
+            for n, event in enumerate(run.fetch(began)):
+                yield evaluation.with_peak(event, look=n == 0)
         except RunError:
             checkpoint.remove()  # from there it would diverge again
             raise
@@ -194,6 +195,14 @@ class Evaluation:
         }  # fmt: skip
         if self.base.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+
+    def with_peak(self, step: Event, look: bool) -> Event:
+        """A step's event, on a GPU with the peak so far; to `look` at it anew does not wait for the GPU."""
+        if look:
+            self._see_peak()
+        if self.peak is not None:
+            step["peak_bytes"] = self.peak
+        return step
 
     def _see_peak(self) -> None:
         if self.base.device == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from ..spec import Json
@@ -41,13 +41,14 @@ class Event(_Typed, total=False):
     loss: float  # nats per answer token of the step's rows
     gradient_norm: float  # before clipping
     learning_rate: float
+    peak_bytes: int  # step, on a GPU: the most that steps have allocated so far
     seconds: float  # eval, step, done: how long it took
     eta_seconds: float  # of training that are left
     adapter: str | None  # done: its folder; None where nothing was learned
     stopped: bool
     message: str  # done without an adapter, resumed at step 0, note, error
     training_seconds: float
-    tokens_per_second: float
+    tokens_per_second: float  # step and done: of the run's training so far, without padding
     train_loss: float
     eval: Json  # the metric `before` and `after` (None where not measured) and the number of `items`
     forgetting: float | None  # nats per token that ordinary prose costs more than it cost the base
@@ -64,6 +65,11 @@ class Event(_Typed, total=False):
     report: Json  # a scoring's done: a ComparisonReport
     resumable: bool  # error: the run can go on from where it was
     job_seconds: float  # done: how long the job took, with loading
+
+
+def last_of(events: Sequence[Event], kind: str) -> Event | None:
+    """The last event of a kind, None where there is none."""
+    return next((e for e in reversed(events) if e["type"] == kind), None)
 
 
 def standing(events: Iterable[Event]) -> list[Event]:

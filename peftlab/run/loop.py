@@ -247,6 +247,7 @@ class Run:
                 "seconds": spent / len(results), "eta_seconds": left,
                 "learning_rate": spec.learning_rate * schedule(self.steps_done - 1, spec.steps),
                 "examples": self.steps_done * spec.batch_size * spec.accumulation,
+                "tokens_per_second": self.tokens / self.training_seconds,
             })  # fmt: skip
         yield from events
         if diverged:

@@ -12,7 +12,7 @@ from ..data.tasks import METRICS, Task
 from ..race import scores
 from ..room import jobs, rooms
 from .figures import PALETTE, QUARTERS, blank, themed
-from .marks import bold, explained, failure, graded, how, libraries, table
+from .marks import bold, explained, failure, forgot, graded, how, libraries, table
 
 NAMES = {
     proofs.BASE: "base",
@@ -59,9 +59,8 @@ def compare_sentence(report: ComparisonReport) -> str:
         return f"{text}."
     if change <= 0:
         return f"{text}, and reads ordinary text no worse than before."
-    # nats per token: 0.05 is a 5% and 0.3 a 35% rise of perplexity
-    much = "almost nothing" if change < 0.05 else "a little" if change < 0.3 else "a lot"
-    return f"{text}, and on ordinary text is {units.significant(change, 2)} nats a token worse: it forgot {much}."
+    worse = f"{units.significant(change, 2)} nats a token worse"
+    return f"{text}, and on ordinary text is {worse}: it forgot {forgot(change)}."
 
 
 def scored_value(report: ComparisonReport, task: Task) -> dict[str, object]:

@@ -6,6 +6,9 @@ from html import escape
 
 from ..run.events import Event
 
+MUCH = 0.3
+"""Nats a token by which a model that forgot a lot reads ordinary prose worse."""
+
 
 def bold(text: str, meaning: str = "") -> str:
     """Text that is not markup, in bold; a `meaning` of the palette, such as `trained`, gives it that colour."""
@@ -47,9 +50,9 @@ TERMS = {
 """Words of the field that stand on the page, each with what it means."""
 
 
-def term(word: str) -> str:
-    """A word of TERMS that says what it means on hover, on focus or when it is tapped."""
-    return _tipped("how term", word, escape(TERMS[word]))
+def term(word: str, tip: str = "") -> str:
+    """A word that says what it means on hover, on focus or when it is tapped: its `tip`, by default that of TERMS."""
+    return _tipped("how term", word, escape(tip or TERMS[word]))
 
 
 def explained(text: str) -> str:
@@ -98,6 +101,12 @@ def failure(events: Sequence[Event]) -> str:
     """Why a run or a race ended early, from its last event; empty where it did not."""
     last = events[-1]
     return f'<div class="problem">{escape(last["message"])}</div>' if last["type"] == "error" else ""
+
+
+def forgot(change: float) -> str:
+    """How much a model forgot that reads ordinary prose worse by `change` nats a token, as an object of "it forgot"."""
+    # 0.05 is a 5% and 0.3 a 35% rise of perplexity
+    return "nothing" if change <= 0 else "almost nothing" if change < 0.05 else "a little" if change < MUCH else "a lot"
 
 
 def libraries(versions: Mapping[str, str]) -> str:

@@ -15,9 +15,10 @@ from ..data import tasks
 from ..lectures.lessons import LESSONS, Lesson
 from ..race import Line, recordings, scores
 from ..room import jobs
+from ..run.events import last_of
 from .figures import DASHES, PALETTE, QUARTERS, Chart, blank, themed
 from .marks import bold, explained, how, libraries, progress, remarks
-from .runs import Events, last_of
+from .runs import Events
 from .statements import statements_table
 
 ROW, ROW_LINE = 25, 16

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
 
 from .. import measured, units
 from ..count import count
 from ..data import tasks
 from ..race import scores
-from ..resolve import resolve
+from ..resolve import resolve, resolve_here
 from ..room import jobs, rooms
-from ..run.events import Event, standing
-from ..spec import RunSpec
-from .figures import PALETTE, QUARTERS, Chart, blank, themed
-from .marks import bold, explained, failure, graded, how, libraries, progress, remarks, table
-from .settings import method_name
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from ..run.events import Event, last_of, standing
+from ..spec import Json, Resolved, RunSpec
+from . import run_card
+from .figures import Chart
+from .marks import bold, explained, failure, graded, how, libraries, progress, remarks, sentence, table
+from .run_charts import charts
+from .settings import label, method_name, short
 
 Events = Sequence[Event]
+SHOWN = 3
+"""Held-out items whose answers are in sight: as many as an `eval` event has."""
 
 
 def card(task: str) -> str:
     """What a task teaches, and how many rows it has."""
     t = tasks.TASKS[task]
     return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
-
-
-def gear(events: Events) -> str:
-    """How the steps of a run are launched, and why, and which operations are not fused, from its events."""
-    said = [e for e in events if "gear" in e]
-    if not said:
-        return "steps launched one operation at a time"
-    apart = [name for e in events for name in e.get("not_fused", ())]
-    rest = f"; not fused: {escape(', '.join(apart))}" if apart else ""
-    if said[-1]["gear"] == "graph":
-        return "each step one CUDA graph" + rest
-    return f"steps launched one operation at a time ({escape(said[-1]['why_eager'])}){rest}"
-
-
-def last_of(events: Events, kind: str) -> Event | None:
-    """The last event of a kind, None where there is none."""
-    return next((e for e in reversed(events) if e["type"] == kind), None)
 
 
 def live_sentence(events: Events) -> str:
@@ -67,7 +50,8 @@ def live_sentence(events: Events) -> str:
     if step is None:
         return f"{name} answers {start['heldout']} held-out items before it has learned anything."
     total = sum(e["seconds"] for e in events if e["type"] == "step")
-    read = f"{name} has read {step['examples']} examples in {units.seconds(total)}."
+    time = units.seconds(total).replace(" ", "\N{NO-BREAK SPACE}")
+    read = f"{name} has read {step['examples']} examples in {time}."
     scores = [units.score(next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
     if not scores:
         return read
@@ -89,51 +73,54 @@ def status(events: Events) -> str:
     elif last and last["type"] == "step":
         left = f"about {units.seconds(last['eta_seconds'])} of training left"
     elif last and last["type"] == "done" and last["steps"]:
-        kept = "Stopped early; what it learned is kept." if last["stopped"] else "Done."
-        speed = f"{units.significant(last['tokens_per_second'])} tokens/s, {gear(events)}"
-        what = f"{kept} {units.seconds(last['seconds'])} in all, {speed}{_peak(last)}, on {last['device']}."
+        ended = last.get("message") or ("Stopped early; what it learned is kept." if last["stopped"] else "Done.")
+        what = f"{ended} {units.seconds(last['seconds'])} in all."
         done = last["steps"]
     far = f"step {step['step']} of {steps}" if step else "before the first step" if start else ""
-    return remarks(far, escape(what), left) + progress("training", done / steps)
+    return remarks(*filter(None, (far, escape(what), left, *_noted(events)))) + progress("training", done / steps)
 
 
-def _peak(done: Event) -> str:
-    """The peak memory of a run that is done; empty on a CPU, where nobody counts it."""
-    peak, said = done["measured_peak_bytes"], done["predicted_peak_bytes"]
-    beside = f" ({units.size(said)} predicted)" if said else ""
-    return f", peak memory {units.size(peak)}{beside}" if peak else ""
+def _noted(events: Events) -> list[str]:
+    """What was said of a run beside its numbers: that it went on after an interruption, and what it notes."""
+    said = []
+    if resumed := last_of(events, "resumed"):
+        said.append(resumed.get("message") or f"It went on after step {resumed['step']}.")
+    if note := last_of(events, "note"):
+        said.append(sentence(note["message"].rstrip(".")))
+    return [escape(text) for text in said]
 
 
-def _answers(events: Events) -> str:
-    """What the model says to a few held-out items: before, and at the last measurement."""
+def _answers(events: Events, task: str = "") -> str:
+    """What the model says to a few held-out items: before, and at the last measurement. Until then their places are empty."""
     seen = [e for e in events if e["type"] == "eval" and "examples" in e]
     if not seen:
-        return ""
+        rows = tasks.TASKS[task].heldout[:SHOWN] if task in tasks.TASKS else ()
+        return _answer_table([(row.prompt, None, None) for row in rows], "later") if rows else ""
     first, last = seen[0], seen[-1]
     learned = last["step"] > 0
-
-    def row(before: dict[str, Any], now: dict[str, Any]) -> str:
-        mark = graded(now["score"], "not yet")
-        said = f'<td class="said">{escape(now["text"])}<br>{mark}</td>' if learned else ""
-        return f'<tr><td>{escape(before["prompt"])}</td><td class="said">{escape(before["text"])}</td>{said}</tr>'
-
-    heads = ["never seen in training", "before", *([f"at step {last['step']}"] if learned else [])]
-    return table(heads, map(row, first["examples"], last["examples"]), "answers")
+    pairs = zip(first["examples"], last["examples"], strict=True)
+    when = f"at step {last['step']}" if learned else "later"
+    return _answer_table([(before["prompt"], before, now if learned else None) for before, now in pairs], when)
 
 
-def charts(events: Events) -> dict[str, dict[str, Chart]]:
-    """The loss and the metric of a run so far, by panel."""
-    events = standing(events)
-    start = last_of(events, "start")
-    steps = start["spec"]["steps"] if start else 40
-    name = tasks.METRICS[start["metric"]].name if start else "Score"
-    return {"loss": themed(loss_curve, events, steps), "metric": themed(metric_curve, events, steps, name)}
+def _answer_table(rows: Iterable[tuple[str, Json | None, Json | None]], when: str) -> str:
+    """Prompts with two answers each, in cells that keep their height and scroll."""
+
+    def said(answer: Json | None, mark: str) -> str:
+        return f'<td class="said"><div>{mark}<br>{escape(answer["text"])}</div></td>' if answer else "<td></td>"
+
+    def row(prompt: str, before: Json | None, now: Json | None) -> str:
+        mark = graded(now["score"], "not yet") if now else ""
+        first = graded(before["score"], "not yet") if before else ""
+        return f"<tr><td><div>{escape(prompt)}</div></td>{said(before, first)}{said(now, mark)}</tr>"
+
+    return table(["never seen in training", "before", when], (row(*one) for one in rows), "answers kept")
 
 
 @lru_cache(maxsize=32)
 def charts_of(job: jobs.Job, seen: int) -> dict[str, dict[str, Chart]]:
     """The charts of a job's first `seen` events."""
-    return charts(job.events[:seen])
+    return charts(standing(job.events[:seen]))
 
 
 @lru_cache(maxsize=len(tasks.TASKS) + 8)
@@ -141,19 +128,37 @@ def recording(task: str) -> dict[str, object]:
     """What stands here until there is a run of one's own: a recorded one of this task, fastest hardware first, by panel."""
     run = next((r for r in measured.runs() if r["spec"]["task"] == task), None)
     if run is None:
-        return {"sentence": "The model learns while you watch.", "bar": "", "said": "", **charts([])}
+        return {
+            "sentence": "The model learns while you watch.",
+            "bar": "",
+            **shown_of([], resolve(RunSpec(task=task))),
+            **charts([]),
+        }
     events, recorded = run["events"], scores.of_run(run)
     tip = f"{run['hardware']}, {run['date']}, {libraries(run['versions'])}. Command: {run['command']}"
-    about = (
-        f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}, "
-        f"{units.seconds(events[-1]['seconds'])} in all{_peak(events[-1])}."
-    )
+    about = f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}."
+    more = explained(escape(scores.elsewhere(recorded)))
     return {
-        "sentence": f"Recorded on {escape(run['hardware'])}: {live_sentence(events)}",
-        "bar": f'{remarks(about)}<div class="note">{explained(escape(scores.elsewhere(recorded)))}</div>',
-        "said": _answers(events),
+        "sentence": f"Recorded on {escape(brief(run['hardware']))}: {live_sentence(events)}",
+        "bar": remarks(about),
+        **shown_of(events, resolve(RunSpec.from_dict(run["spec"]))),
         **charts(events),
+        "said": f'{_answers(events)}<div class="note">{more}</div>',
     }
+
+
+def shown_of(events: Events, spec: Resolved, adapter: str = "") -> dict[str, object]:
+    """What the panels below the bar show of a run, by name; `adapter` as in `run_card.card`."""
+    return {
+        "figures": run_card.figures(events),
+        "card": run_card.card(events, spec, adapter),
+        "said": _answers(events, str(spec.task)),
+    }
+
+
+def brief(hardware: str) -> str:
+    """Hardware without its vendor and the kind of its memory, as a sentence names it: H100 80GB."""
+    return " ".join(word for word in hardware.split() if word != "NVIDIA" and not word.startswith("HBM"))
 
 
 def _named(spec: RunSpec) -> str:
@@ -176,50 +181,30 @@ def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
     return remarks(f"<b>{what}.</b>")
 
 
-def shown(job: jobs.Job | None, spec: RunSpec) -> dict[str, object]:
-    """What the panels of a run show, by name. Until it has begun, the recording of the task stays."""
+def shown(job: jobs.Job | None, spec: RunSpec, mine: bool = False) -> dict[str, object]:
+    """What the panels of a run show, by name. Until it has begun, the recording of the task stays.
+
+    `spec` is what Train would begin now; the run's owner, to whom it is `mine`, is offered to compare its adapter.
+    """
     if job is None or not (job.over or last_of(job.events, "start")):
         old = recording(spec.task or tasks.DEFAULT)
         return {**old, "bar": f"{waiting(job, spec)}{old['bar']}"}
     told = list(job.events)
     events = standing(told)
     points = [n for n, e in enumerate(told, 1) if e["type"] in ("step", "eval")]  # drawn anew for a new one only
+    adapter = job.id if mine and job.over and (job.folder / "adapter").exists() else ""
     return {
         "sentence": live_sentence(events),
-        "bar": remarks(f"<b>This run:</b> {_named(job.spec)}") + (failure(events) or explained(status(events))),
-        "said": _answers(events),
+        "bar": remarks(*filter(None, (f"<b>This run:</b> {_named(job.spec)}", _next(job, spec))))
+        + (failure(events) or explained(status(events))),
+        **shown_of(events, job.spec, adapter),
         **charts_of(job, max(points, default=0)),
     }
 
 
-def loss_curve(events: Sequence[Event], steps: int, theme: str) -> go.Figure:
-    """Training loss by step. Only points are added between calls, so the page keeps its reader's zoom."""
-    done = [e["step"] for e in events if e["type"] == "step"]
-    losses = [e["loss"] for e in events if e["type"] == "step"]
-    figure = blank(theme, 300, title="Training loss, nats per answer token", uirevision="loss")
-    figure.add_scatter(
-        x=done, y=losses, mode="lines+markers", line={"color": PALETTE[theme]["trained"], "width": 3}, marker={"size": 5},
-        hovertemplate="step %{x}: %{y:.3f}<extra></extra>",
-    )  # fmt: skip
-    if done:
-        last = f"<b>{losses[-1]:.2f}</b>"
-        figure.add_annotation(x=done[-1], y=losses[-1], text=last, showarrow=False, yshift=16, font={"size": 17})
-    figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
-    return figure.update_yaxes(range=[0, max(losses, default=4) * 1.12])
-
-
-def metric_curve(events: Sequence[Event], steps: int, name: str, theme: str) -> go.Figure:
-    """The held-out metric each time it was measured, in percent."""
-    c = PALETTE[theme]
-    measured = [e for e in events if e["type"] == "eval"]
-    values = [100 * next(iter(e["metrics"].values())) for e in measured]
-    colours = [c["frozen"]] + [c["trained"]] * (len(measured) - 1)
-    figure = blank(theme, 300, title=f"{name} on held-out items, %", uirevision="metric")
-    figure.add_scatter(
-        x=[e["step"] for e in measured], y=values, mode="lines+markers+text", line={"color": c["trained"], "width": 3},
-        marker={"size": 13, "color": colours}, text=[f"<b>{value:.0f}%</b>" for value in values],
-        textposition="top center", textfont={"size": 18, "color": colours}, cliponaxis=False,
-        hovertemplate="step %{x}: %{y:.1f}%<extra></extra>",
-    )  # fmt: skip
-    figure.update_xaxes(range=[-0.06 * steps, steps * 1.08], title_text="step", zeroline=False)
-    return figure.update_yaxes(range=[0, 118], tickvals=QUARTERS)
+def _next(job: jobs.Job, spec: RunSpec) -> str:
+    """What is different in the run that Train would begin after `job`; empty where nothing is."""
+    old, new = job.spec.to_dict(), resolve_here(spec).to_dict()
+    unlike = [name for name, value in new.items() if value != old.get(name) and name not in job.spec.unread]
+    said = ", ".join(f"{label(name)} {escape(short(new[name]))}" for name in unlike)
+    return f"<b>Train again runs it with: {said}.</b>" if job.over and unlike else ""

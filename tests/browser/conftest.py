@@ -77,6 +77,15 @@ def app(chromium, tmp_path_factory) -> Iterator[App]:
     running.end()
 
 
+@pytest.fixture(scope="module")
+def tiny_app(chromium, tmp_path_factory) -> Iterator[App]:
+    """The app over a tiny model, which trains in seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    running = App(None, folder, ROOT / "tests" / "browser" / "tiny_app.py", str(folder))
+    yield running
+    running.end()
+
+
 @pytest.fixture
 def open_page(chromium):
     """Opens an address at a size and theme; at the end of the test, any console error fails it."""

@@ -6,20 +6,11 @@ import re
 import pytest
 
 pytest.importorskip("playwright")
-from conftest import ROOT, App
 from playwright.sync_api import expect
 from test_app import PHONE, drawer, sentence, tab
 
 from peftlab.lectures.lessons import LESSONS
 from peftlab.race import ranked
-
-
-@pytest.fixture(scope="module")
-def tiny_app(chromium, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    running = App(None, folder, ROOT / "tests" / "browser" / "tiny_app.py", str(folder))
-    yield running
-    running.end()
 
 
 def board(page):
