@@ -1,6 +1,7 @@
 """The measurements that a user can repeat: they run, compare like with like, and say what each took."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from tiny import run_of, steps
 
 from peftlab import SpecError, hardware, resolve
 from peftlab.base import models, weights
-from peftlab.bench import peers, record
+from peftlab.bench import peers, record, reliability
 from peftlab.bench.peers import PEERS, YARDSTICK, Peer
 from peftlab.bench.speed import random_weights, record_speed
+from peftlab.data import tasks
 from peftlab.run.batches import IGNORED
 
 ON_CPU = hardware.here().device == "cpu"
@@ -35,6 +37,19 @@ def test_every_trainer_that_is_installed_takes_the_same_steps(spec, tmp_path, mo
         assert [run["seed"] for run in row["runs"]] == [0, 1][: 1 + PEERS[row["name"]].seeded]
         for run in row["runs"]:
             assert run["step_seconds"] > 0 and run["tokens_per_second"] > 0 and 0 <= run["score"] <= 1
+
+
+def test_a_recipe_is_scored_over_seeds_on_all_held_out_rows(spec, tmp_path, monkeypatch):
+    toy = tasks.TASKS["toy"]
+    monkeypatch.setitem(tasks.TASKS, "toy", replace(toy, more=toy.train[:2]))
+    document = reliability.record_reliability(spec.but(seed=5), tmp_path / "r.json", print, 2, beside=True)
+    assert document == json.loads((tmp_path / "r.json").read_text())
+    assert [run["seed"] for run in document["runs"]] == [5, 6] and document["items"] == 5
+    scores = [run["score"] for run in document["runs"]]
+    assert (document["mean"], document["worst"]) == (sum(scores) / 2, min(scores))
+    assert all(run["score"] * 5 == round(run["score"] * 5) for run in document["runs"])
+    assert all(0 < run["training_seconds"] < run["wait_seconds"] for run in document["runs"])
+    assert document["trainer"]["wait_seconds"] > document["trainer"]["training_seconds"] > 0
 
 
 def test_each_methods_gear_is_listed(spec, tmp_path, monkeypatch):

@@ -119,6 +119,12 @@ def test_curves_have_a_point_an_event_and_are_empty_without_any():
     assert loss_curve([], 4, "light").data[0].x == metric_curve([], 4, "Score", "dark").data[0].x == ()
 
 
+def test_a_score_of_fewer_items_says_so():
+    scored = [EVENTS[0] | {"items": n} for n in (40, 10, 40)]
+    metric = metric_curve(scored, 4, "Score", "light")
+    assert [" of 10" in text for text in metric.data[0].text] == [False, True, False]
+
+
 def test_the_smoothed_loss_is_a_moving_average_without_the_bias_of_its_start():
     losses, new = [4.0, 1.0, 3.0, 2.0], weight(40)
     assert new == weight(4) == 0.25 and weight(400) == 1 / 40

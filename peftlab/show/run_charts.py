@@ -81,11 +81,13 @@ def metric_curve(events: Sequence[Event], steps: int, name: str, theme: str) -> 
     c = PALETTE[theme]
     measured = [e for e in events if e["type"] == "eval"]
     values = [100 * next(iter(e["metrics"].values())) for e in measured]
+    items = [e.get("items", 0) for e in measured]
+    of = [f" of {n}" if n < max(items) else "" for n in items]  # midway a CPU scores fewer
     colours = [c["frozen"]] + [c["trained"]] * (len(measured) - 1)
     figure = blank(theme, HEIGHT, title=f"{name} on held-out items, %", uirevision="metric")
     figure.add_scatter(
         x=[e["step"] for e in measured], y=values, mode="lines+markers+text", line={"color": c["trained"], "width": 3},
-        marker={"size": 13, "color": colours}, text=[f"<b>{value:.0f}%</b>" for value in values],
+        marker={"size": 13, "color": colours}, text=[f"<b>{v:.0f}%{n}</b>" for v, n in zip(values, of, strict=True)],
         textposition="top center", textfont={"size": 18, "color": colours}, cliponaxis=False,
         hovertemplate="step %{x}: %{y:.1f}%<extra></extra>",
     )  # fmt: skip

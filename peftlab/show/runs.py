@@ -26,9 +26,19 @@ SHOWN = 3
 
 
 def card(task: str) -> str:
-    """What a task teaches, and how many rows it has."""
+    """What a task teaches, how many rows it has, and what its default run comes to."""
     t = tasks.TASKS[task]
-    return f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
+    said = f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
+    if known := measured.reliability(t)[:1]:
+        one = known[0]
+        scores = [run["score"] for run in one["runs"]]
+        tip = f"{one['hardware']}, {one['date']}, {libraries(one['versions'])}. Command: {one['command']}"
+        said += (
+            f" {len(scores)} runs of different seeds, each scored on {one['items']} held-out items: "
+            f"{units.score(min(scores))} to {units.score(max(scores))} right, {units.score(one['mean'])} on average. "
+            f"{how('measured', tip)}"
+        )
+    return said
 
 
 def live_sentence(events: Events) -> str:
@@ -136,7 +146,8 @@ def recording(task: str) -> dict[str, object]:
         }
     events, recorded = run["events"], scores.of_run(run)
     tip = f"{run['hardware']}, {run['date']}, {libraries(run['versions'])}. Command: {run['command']}"
-    about = f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}."
+    older = " The task had other training rows then." if run["date"] < tasks.TASKS[task].rows_since else ""
+    about = f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}.{older}"
     more = explained(escape(scores.elsewhere(recorded)))
     return {
         "sentence": f"Recorded on {escape(brief(run['hardware']))}: {live_sentence(events)}",
