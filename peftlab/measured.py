@@ -6,14 +6,10 @@ import json
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from . import hardware
 from .places import ASSETS
 from .spec import Json
-
-if TYPE_CHECKING:
-    from .data.tasks import Task
 
 MEASURED = ASSETS / "measured"
 
@@ -39,13 +35,3 @@ def documents(kind: str) -> list[Json]:
 def runs() -> list[Json]:
     """Every recorded training run, the fastest first."""
     return sorted(documents("train"), key=lambda run: run["events"][-1]["seconds"])
-
-
-def reliability(task: Task) -> list[Json]:
-    """The recordings of many seeds of a task's default run as it is now, a GPU's first."""
-    found = []
-    for one in documents("reliability"):
-        usual = task.on_gpu if one["device"] == "cuda" and task.on_gpu else (task.steps, task.batch_size)
-        if one["spec"]["task"] == task.key and (one["spec"]["steps"], one["spec"]["batch_size"]) == usual:
-            found.append(one)
-    return sorted(found, key=lambda one: one["device"] != "cuda")

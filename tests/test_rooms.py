@@ -203,7 +203,7 @@ def test_a_host_bounds_what_is_trained(opened, trainer):
     room = opened(models="smollm2-135m", tokens="20000", queue="1")
     with pytest.raises(SpecError, match=r"model=gpt2: this host trains smollm2-135m; choose"):
         room.start("train", {"spec": {"model": "gpt2"}}, "ann")
-    with pytest.raises(SpecError, match=r"steps=40: 40,960 tokens, and a run here has at most 20,000; try 19"):
+    with pytest.raises(SpecError, match=r"steps=48: 49,152 tokens, and a run here has at most 20,000; try 19"):
         room.start("train", {"spec": {"model": "smollm2-135m"}}, "ann")
     small = {"spec": {"model": "smollm2-135m", "steps": 19}}
     room.start("train", small, "ann")

@@ -15,7 +15,7 @@ from peftlab.show import run_card, runs, suggestions
 from peftlab.show.marks import MUCH
 from peftlab.spec import SETTINGS
 
-SPEC = resolve(RunSpec(model="smollm2-135m-instruct", task="ticket", precision="bf16"))
+SPEC = resolve(RunSpec(model="smollm2-135m-instruct", task="ticket", precision="bf16", steps=40))
 START = {
     "type": "start", "spec": SPEC.to_dict(), "metric": "exact_match", "model": "Small", "heldout": 40, "gear": "eager",
     "why_eager": "no CUDA GPU here",
@@ -156,7 +156,7 @@ def test_advice_is_only_what_the_runs_numbers_ask_for():
     falling = [4 - 0.05 * n for n in range(40)]
     assert advice(ended(falling))["80 steps"].run["steps"] == "80"
     level = advice(ended())
-    assert list(level) == ["8 examples a step"] and "160 of 384 training rows" in level["8 examples a step"].why
+    assert list(level) == ["8 examples a step"] and "160 of 813 training rows" in level["8 examples a step"].why
     assert list(advice(ended([1.0, 1.01] * 20))) == ["Learning rate 0.006"]
     lost = advice(ended(forgetting=MUCH + 0.1))
     assert lost["Learning rate 0.0015"].run["learning_rate"] == "0.0015" and len(lost) == 2
@@ -179,7 +179,11 @@ def test_advice_stays_in_the_ranges_and_never_is_empty():
 
 
 def test_advice_writes_what_differs_and_leaves_the_machine_its_choices():
-    assert suggestions.settings_of(SPEC) == {"model": SPEC.model, "method": "lora", "task": "ticket"}
+    assert suggestions.settings_of(resolve(SPEC.but(steps=None))) == {
+        "model": SPEC.model,
+        "method": "lora",
+        "task": "ticket",
+    }
     own = resolve(RunSpec(method="qlora", rank=4, steps=12, learning_rate=1e-4, gpu="h100-80gb"))
     found = suggestions.settings_of(own)
     assert {name: found.pop(name) for name in ("rank", "steps", "learning_rate")} == {
