@@ -88,7 +88,7 @@ def test_memory_is_told_after_the_warm_up():
 
 def test_a_visitor_keeps_its_token_and_fetches_what_the_pages_scripts_do(monkeypatch):
     answers = [{"number": 1, "show": {"a": 1}, "visitor": "token"}, {"number": 2, "show": {"a": 1}}, {"number": 9}]
-    page = Page((), (), 5, True)
+    page = Page((), (), 5, True, {})
     visitor = serve.Visitor(SimpleNamespace(port=1), page, serve.Crowd(), random.Random(0))
     sent = []
 
