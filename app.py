@@ -27,7 +27,7 @@ from demos.side_by_side import Compare
 from peftlab import seam, units
 from peftlab.base import fetching, weights
 from peftlab.base.models import DEFAULT, MODELS
-from peftlab.room import rooms
+from peftlab.room import rooms, worker
 from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
 
@@ -42,7 +42,7 @@ look('GET');
 """
 """Shows how far the base model is, until it is ready or has failed: one small request, where a timer of Gradio's takes two."""
 
-preparation = Preparation(DEFAULT, lambda: rooms.here().busy())
+preparation = Preparation(DEFAULT, lambda: rooms.here().busy() or worker.busy())
 
 
 def chip() -> str:

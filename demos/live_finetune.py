@@ -127,12 +127,20 @@ class Live(Tab):
 
     def train(self, asked: Asked) -> Iterator[Values]:
         """Starts a run and tells the browser its id. After a double click it is the run that is under way."""
-        job = rooms.here().running(asked.visitor)
-        if job is None or job.kind != "train":
+        if (job := self.training(asked)) is None:
             spec = here(asked.spec)
             count(resolve(spec))  # refuses what has nothing to train
-            job = rooms.here().start("train", {"spec": spec.to_dict()}, asked.visitor, asked.first)
+            try:
+                job = rooms.here().start("train", {"spec": spec.to_dict()}, asked.visitor, asked.first)
+            except SpecError:
+                if (job := self.training(asked)) is None:  # else the other press of two was first
+                    raise
         yield {"kept": {"run": job.id}, "go": gr.update(interactive=False)}
+
+    def training(self, asked: Asked) -> jobs.Job | None:
+        """The visitor's run that waits or is under way."""
+        job = rooms.here().running(asked.visitor)
+        return job if job and job.kind == "train" else None
 
     def stop(self, asked: Asked) -> Iterator[Values]:
         """Asks the run on screen to end; then its picture says what it came to."""

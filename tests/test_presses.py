@@ -142,6 +142,18 @@ def test_a_run_that_does_not_fit_is_refused_with_a_button_that_cures_it(trainer,
     assert ann.sees()["problems"] == {} and (ann.job.spec.batch_size, ann.job.spec.accumulation) == (1, 64)
 
 
+def test_of_two_presses_at_once_both_follow_the_one_run(trainer, monkeypatch):
+    own, page = rooms.Room.start, Visit(Live())
+
+    def late(room, *arguments):
+        own(room, *arguments)  # the other press
+        return own(room, *arguments)
+
+    monkeypatch.setattr(rooms.Room, "start", late)
+    page.press(page.tab.train)
+    assert page.job is rooms.here().running("ann")
+
+
 def test_a_run_of_another_kind_is_not_taken_for_ones_own(trainer):
     spec = resolve_here(live_finetune.here(address.OPENING))
     rooms.here().start("race", {"spec": spec.to_dict()}, "ann")

@@ -22,11 +22,11 @@ PATIENCE = 1.0
 class Preparation:
     """A base model being fetched and loaded in the background, so that the page need not wait for it.
 
-    Then, while nobody has a job, it is asked the held-out rows of the bundled tasks, so that no run has to.
+    Then, while nobody waits for the machine, it is asked the held-out rows of the bundled tasks, so that no run has to.
     """
 
     def __init__(self, model: str, busy: Callable[[], bool] = lambda: False) -> None:
-        """`busy` says whether somebody has a job."""
+        """`busy` says whether somebody waits for this machine."""
         self.busy = busy
         self.spec = resolve_here(RunSpec(model=model))
         self.progress = fetching.Progress("looking", "")
@@ -72,7 +72,7 @@ class Preparation:
             self.error = plain(error)
 
     def _ask(self, task: tasks.Task) -> bool:
-        """Has the base answer a task's rows, unless somebody's job needs the machine; whether it has."""
+        """Has the base answer a task's rows, unless somebody waits for the machine; whether it has."""
         with contextlib.closing(base_answers(weights.load(self.spec), task)) as work:
             while not (self._stopped.is_set() or self.busy()):
                 if next(work, None) is None:

@@ -30,6 +30,12 @@ def known(work: Callable[..., Result], *arguments: Hashable) -> Result | None:
     return future.result() if future and future.done() and not future.exception() else None
 
 
+def busy() -> bool:
+    """Whether something is under way."""
+    with _lock:
+        return any(not future.done() for future in _futures.values())
+
+
 async def once(work: Callable[..., Result], *arguments: Hashable) -> Result:
     """The result of `work(*arguments)`. The work is a function of a module; its arguments can be hashed and pickled.
 

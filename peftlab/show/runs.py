@@ -155,9 +155,9 @@ def recording(task: str) -> dict[str, object]:
             **charts([]),
         }
     events, recorded = run["events"], scores.of_run(run)
-    tip = f"{run['hardware']}, {run['date']}, {libraries(run['versions'])}. Command: {run['command']}"
     older = " The task had other training rows then." if run["date"] < tasks.TASKS[task].rows_since else ""
-    about = f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}.{older}"
+    tip = f"{run['hardware']}, {run['date']}, {libraries(run['versions'])}.{older} Command: {run['command']}"
+    about = f"{how('measured', tip)} A recording, seed {recorded.spec['seed']}: {recorded.settings()}."
     more = explained(escape(scores.elsewhere(recorded)))
     return {
         "sentence": f"Recorded on {escape(brief(run['hardware']))}: {live_sentence(events)}",
