@@ -21,6 +21,7 @@ from peftlab.resolve import as_here, set_aside
 from peftlab.room import jobs, rooms
 from peftlab.show import runs, settings
 from peftlab.show.methods import PUBLISHED, method_card, method_panel, method_value, preset_says
+from peftlab.show.run_charts import HEIGHT, LOSS
 
 OWN = ("rank", "virtual_tokens", "bottleneck", "block_size", "train_norms")
 """Settings of some methods whose controls stand next to the method."""
@@ -113,8 +114,8 @@ class Live(Tab):
         self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(elem_classes="run-bar"))
         with gr.Row(elem_classes="panes"):
-            self.panel("loss", controls.plot(None, "Training loss by step"))
-            self.panel("metric", controls.plot(None, "Held-out metric by step"))
+            self.panel("loss", controls.plot(None, "Training loss by step", LOSS, HEIGHT))
+            self.panel("metric", controls.plot(None, "Held-out metric by step", "Held-out score, %", HEIGHT))
         self.panel("figures", gr.HTML())
         self.panel("card", gr.HTML(js_on_load=APPLIED))
         self.panel("said", gr.HTML())

@@ -32,10 +32,13 @@ class Described(TypedDict):
     info: str
 
 
-def plot(value: dict[str, Chart] | None, label: str) -> gr.HTML:
-    """A plotly figure made by `figures.themed`; `label` is read to those who cannot see it."""
+def plot(value: dict[str, Chart] | None, label: str, title: str = "", height: int = 300) -> gr.HTML:
+    """A plotly figure made by `figures.themed`; `label` is read to those who cannot see it.
+
+    Without a value, the `title` and the `height` of those to come keep their room, so that nothing moves once they are there.
+    """
     layout = cast("dict[str, Any]", value["light"]["layout"]) if value else {}
-    height, title = layout.get("height", 300), layout.get("title", {}).get("text", "")
+    height, title = layout.get("height", height), layout.get("title", {}).get("text", title)
     return gr.HTML(
         value,
         html_template=f"<h3>{escape(title)}</h3>"

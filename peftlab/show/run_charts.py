@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 HEIGHT = 260
 """Pixels. Two charts side by side and the figures below them are on a laptop's first screen."""
+LOSS = "Training loss, nats per answer token"
 POINTS = 120
 """Most points of a small line."""
 
@@ -57,7 +58,7 @@ def loss_curve(events: Sequence[Event], steps: int, theme: str) -> go.Figure:
     done = [e["step"] for e in events if e["type"] == "step"]
     losses, colour = losses_of(events), PALETTE[theme]["trained"]
     smooth = smoothed(losses, steps)
-    figure = blank(theme, HEIGHT, title="Training loss, nats per answer token", uirevision="loss")
+    figure = blank(theme, HEIGHT, title=LOSS, uirevision="loss")
     figure.add_scatter(
         x=done, y=losses, mode="lines+markers", line={"color": colour, "width": 1.5}, marker={"size": 3, "color": colour},
         opacity=0.55, hovertemplate="step %{x}: %{y:.3f}<extra></extra>",

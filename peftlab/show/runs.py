@@ -33,8 +33,8 @@ def card(task: str) -> str:
         scores = [run["score"] for run in one["runs"]]
         tip = f"{one['hardware']}, {one['date']}, {libraries(one['versions'])}. Command: {one['command']}"
         said += (
-            f" {len(scores)} runs of different seeds, each scored on {one['items']} held-out items: "
-            f"{units.score(min(scores))} to {units.score(max(scores))} right, {units.score(one['mean'])} on average. "
+            f" On {escape(brief(one['hardware']))} {len(scores)} default runs, each scored on {one['items']} held-out items, "
+            f"had {units.score(min(scores))} to {units.score(max(scores))} of them right, {units.score(one['mean'])} on average. "
             f"{how('measured', tip)}"
         )
     return said
