@@ -31,11 +31,11 @@ def card(task: str) -> str:
     said = f"<b>{escape(t.name)}.</b> {escape(t.teaches)} {len(t.train)} training rows, {len(t.heldout)} held out."
     if one := _reliability(t):
         scores = [run["score"] for run in one["runs"]]
+        low, high, mean = (units.score(score) for score in (min(scores), max(scores), one["mean"]))
         tip = f"{one['hardware']}, {one['date']}, {libraries(one['versions'])}. Command: {one['command']}"
         said += (
             f" On {escape(brief(one['hardware']))} {len(scores)} default runs, each scored on {one['items']} held-out items, "
-            f"had {units.score(min(scores))} to {units.score(max(scores))} of them right, {units.score(one['mean'])} on average. "
-            f"{how('measured', tip)}"
+            f"had {low} to {high} of them right, {mean} on average. {how('measured', tip)}"
         )
     return said
 
