@@ -26,7 +26,12 @@ from peftlab.data.tasks import Task
 from peftlab.memory import here
 
 hardware._multiplies_bf16 = lambda: False  # automatic settings are the same wherever the tests run
-FREE, here._free = here._free, lambda: None  # and so is what fits
+here._free = lambda: None  # and so is what fits
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist would put files of few tests last
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config, items):

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FREE
-from tiny import wait_for
+from tiny import FREE, wait_for
 
 from peftlab import RunSpec, hardware, resolve
 from peftlab.base import weights

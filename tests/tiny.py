@@ -14,11 +14,14 @@ from tokenizers.models import BPE
 from peftlab import RunSpec, adapters, methods, resolve
 from peftlab.base import architecture, weights
 from peftlab.data.tasks import Row, Task
+from peftlab.memory import here
 from peftlab.run.events import Work
 from peftlab.run.generate import decode, gather
 from peftlab.run.loop import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+FREE = here._free
+"""How much memory is free, which the tests otherwise do not know."""
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 160,
