@@ -93,3 +93,13 @@ def test_the_page_has_the_charts_colours_and_text_in_them_can_be_read(theme, rul
     assert contrast("#777777", "#FFFFFF") == pytest.approx(4.48, abs=0.01)
     for name in ("frozen", "trained-text", "good", "bad", "muted", "ink"):
         assert contrast(page[name], page["surface"]) >= 4.5, name
+
+
+def test_no_library_and_no_large_file_slips_into_the_repository():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no checkout")
+    files = [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+    large = [name for name in files if (ROOT / name).stat().st_size > 2e6]
+    assert large == ["assets/adapters/ticket-lora-r64/adapter_model.safetensors"]  # its lecture needs rank 64
+    assert [name for name in files if name.endswith((".whl", ".tar.gz"))] == []
