@@ -85,19 +85,18 @@ demo.routes.append(Route("/peftlab/base", told, methods=["GET", "POST"]))
 def main() -> None:
     seam.quiet()
     rooms.here()  # a setting that cannot be is said before anything is served
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a host ends the page as Ctrl-C does
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and a host: an exception could come where it is lost
+        signal.signal(number, lambda *_: ended.set())
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log shows the address at once
     if os.environ.get("SPACES_ZERO_GPU"):
         weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
-    try:
-        demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True)
-        preparation.begin()  # only now, because loading a model library would hold up the page's first answer
-        threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
-        demo.block_thread()
-    except KeyboardInterrupt:  # before it blocks; from there on Gradio closes by itself
-        demo.close()
+    demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True)
+    preparation.begin()  # only now, because loading a model library would hold up the page's first answer
+    threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
+    ended.wait()
     preparation.stop()
     sys.stdout.flush()
     os._exit(0)  # ends a run that is under way, too: whoever ends the server does not wait for it

@@ -223,7 +223,12 @@ const kept = (more) => {
   keep(more);
   if (more.run && state.run) write({run: ''}); else look();
 };
-window.peftlab = {write, heard, picked, redrawn, go, plot, take, question, keep: kept,
+/** A press is over. It has drawn these outputs past this file, whose next answer draws them as they are to be. */
+const pressed = (names, text) => {
+  names.forEach(redrawn);
+  if (text) kept(JSON.parse(text));
+};
+window.peftlab = {write, heard, picked, redrawn, go, plot, take, question, keep: kept, pressed,
   get: () => ({tab, state, number, kept: memory, resting: Boolean(resting)})};
 document.addEventListener('input', ({target}) => {
   const block = target.closest('.typed');

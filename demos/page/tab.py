@@ -276,6 +276,7 @@ class Tab:
         before, after = {problem: "", **(busy or {})}, dict(free or {})
         named: dict[str, Block] = {**self.controls, **self.panels, "kept": self.keeper}
         names = dict.fromkeys([*before, *after, *shows])
+        changed = [f"{self.key}.{name}" for name in {**(busy or {}), **after}]
 
         def shown(values: Values, new: Values = MappingProxyType({})) -> dict[Block, object]:
             return {named[n]: json.dumps({**new, **cast(Values, v)}) if n == "kept" else v for n, v in values.items()}
@@ -297,4 +298,4 @@ class Tab:
         gr.on(
             on, pressed, self.question, [named[n] for n in names],
             js="() => [peftlab.question()]", **(QUIET | {"trigger_mode": "multiple"} | options),
-        ).then(None, self.keeper, None, js="(text) => { if (text) peftlab.keep(JSON.parse(text)); }", **QUIET)  # fmt: skip
+        ).then(None, self.keeper, None, js=f"(text) => peftlab.pressed({json.dumps(changed)}, text)", **QUIET)  # fmt: skip

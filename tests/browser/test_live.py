@@ -25,6 +25,7 @@ def ended(page):
 @pytest.mark.parametrize("size", [(1440, 900), PHONE])
 def test_nothing_moves_while_a_run_goes_on(tiny_app, open_page, size):
     page = open_page(tiny_app.url + "?tab=live&steps=60", size)
+    expect(page.locator("#live-figures *")).not_to_have_count(0)
     before = page.evaluate(TOPS, BELOW)
     train(page)
     expect(page.locator("#live-bar")).to_contain_text(re.compile(r"step \d+ of 60"), timeout=60_000)
@@ -81,3 +82,17 @@ def test_the_card_sets_the_next_run_and_opens_the_comparison(tiny_app, open_page
     expect(page.get_by_role("tab", name="Compare")).to_have_attribute("aria-selected", "true")
     expect(sentence(page)).to_contain_text("The adapter wins")
     expect(page.get_by_label("Adapter", exact=True).locator("visible=true")).to_have_value(re.compile("^yours"))
+
+
+def test_a_second_press_that_is_late_begins_nothing_and_leaves_the_button_off(tiny_app, open_page):
+    page = open_page(tiny_app.url + "?tab=live&steps=400")
+    train(page)
+    button = page.get_by_role("button", name="Training")
+    expect(button).to_be_disabled()
+    expect(page.locator("#live-bar")).to_contain_text(re.compile(r"step \d+ of 400"), timeout=60_000)
+    button.evaluate("(button) => { button.disabled = false; button.click(); }")
+    page.wait_for_timeout(2000)
+    expect(button).to_be_disabled()
+    expect(page.locator(".problem:visible")).to_have_count(0)
+    page.get_by_role("button", name="Stop and keep").click()
+    ended(page)
