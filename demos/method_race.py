@@ -18,7 +18,7 @@ from peftlab.lectures.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
 from peftlab.room import jobs, rooms
-from peftlab.show import marks, races, settings
+from peftlab.show import races, refusals, settings
 from peftlab.spec import closest
 
 FIRST = next(iter(LESSONS))
@@ -177,7 +177,7 @@ class Race(Tab):
         bar, events = "", list(job.events) if job else []
         if job:
             lines = races.so_far(events)
-            bar = marks.failure(events) or races.status(events, lines, rooms.here().ahead(job))
+            bar = refusals.failure(events) or races.status(events, lines, rooms.here().ahead(job))
             if lines:
                 live = races.live_picture(job, len(events), lesson.key, asked["sort"])
                 return parts | live | {"bar": bar, "result": gr.update(visible=True)}

@@ -14,15 +14,19 @@ class SpecError(PeftlabError, ValueError):
     """A setting that cannot be run as asked: exit status 2."""
 
 
-class DoesNotFit(SpecError):
-    """A run that needs more memory than is free."""
+class Curable(PeftlabError):
+    """An error with its cure, so that a page can offer it."""
 
     def __init__(self, message: str = "", settings: Mapping[str, object] | None = None, change: str = "") -> None:
         super().__init__(message)
         self.settings = settings or {}
-        """Settings with which the run fits, None for an automatic one; empty where none are known."""
+        """Settings with which the run goes well, None for an automatic one; empty where none are known."""
         self.change = change
         """These settings in words."""
+
+
+class DoesNotFit(Curable, SpecError):
+    """A run that needs more memory than is free."""
 
 
 class WeightsError(PeftlabError):
@@ -35,6 +39,10 @@ class AdapterError(PeftlabError):
 
 class RunError(PeftlabError):
     """A run that failed after it started."""
+
+
+class Diverged(Curable, RunError):
+    """A run whose loss or gradient is no use any more."""
 
 
 def plain(error: Exception) -> str:

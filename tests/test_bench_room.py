@@ -14,9 +14,9 @@ from tiny import wait_for
 
 from peftlab import PeftlabError, RunSpec, SpecError, adapters, resolve
 from peftlab.base import models
-from peftlab.bench import browser, crowd, kills, small, steady
+from peftlab.bench import browser, clicks, crowd, following, kills, small, steady
 from peftlab.bench import room as strain
-from peftlab.bench.serve import Times
+from peftlab.bench.clicks import Times
 from peftlab.bench.visitors import look as looked
 from peftlab.data import tasks
 from peftlab.measured import documents
@@ -88,6 +88,16 @@ def test_visitors_who_train_reload_and_cancel_see_their_own_runs(port, room, mon
         assert one.foreign(losses, 99) == len(one.shown)
     people[0].browser.heard.add(found[1].id)
     assert people[0].foreign(told[0], crowd.FEWEST + 1) == 1
+
+
+def test_all_who_follow_one_run_see_its_end(port, monkeypatch):
+    monkeypatch.setattr(clicks, "PAUSE", 0.1)
+    monkeypatch.setattr(following, "PAUSE", 0.1)
+    page = asyncio.run(looked(port))
+    found = asyncio.run(following.follow(SimpleNamespace(port=port, processor=time.process_time), page, 3))
+    assert found["visitors"] == found["saw_the_end"] == 3 and found["messages"] >= 9
+    assert found["late"]["count"] >= 6 and found["late"]["errors"] == found["clicks"]["errors"] == 0
+    assert found["clicks"]["count"] >= 3 and 0 <= found["late"]["median"] < 5
 
 
 def test_what_a_press_is_refused_with_is_an_error(port):

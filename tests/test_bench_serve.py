@@ -1,6 +1,7 @@
 """`bench serve` with two visitors; how its figures are made."""
 
 import asyncio
+import itertools
 import json
 import random
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import pytest
 pytest.importorskip("gradio")
 
 from peftlab import PeftlabError
-from peftlab.bench import held, serve, visitors
+from peftlab.bench import clicks, held, serve, visitors
 from peftlab.bench.visitors import Connection, Page
+from peftlab.measured import documents
 
 PAGE = """
 import gradio as gr
@@ -34,7 +36,7 @@ demo.launch()
 def test_two_visitors_of_a_small_page_and_of_the_bare_app(tmp_path, monkeypatch):
     (tmp_path / "page.py").write_text(PAGE)
     monkeypatch.setattr(serve, "APPS", serve.APPS | {"peftlab": tmp_path / "page.py"})
-    monkeypatch.setattr(serve, "PAUSE", 0.2)
+    monkeypatch.setattr(clicks, "PAUSE", 0.2)
     said = []
     monkeypatch.setattr(serve, "CLICKS_ALONE", 8)
     monkeypatch.setattr(serve, "ARRIVALS_ALONE", 2)
@@ -64,11 +66,11 @@ def test_an_app_that_does_not_start_is_said(tmp_path, monkeypatch):
 
 
 def test_figures():
-    times = serve.Times([float(i) for i in range(1, 101)], ["lost"])
+    times = clicks.Times([float(i) for i in range(1, 101)], ["lost"])
     assert times.summary() == {
         "median": 50.5, "p95": 96.0, "most": 100.0, "count": 100, "errors": 1, "first_error": "lost",
     }  # fmt: skip
-    assert serve.Times().summary()["median"] is None
+    assert clicks.Times().summary()["median"] is None
 
 
 def test_memory_is_told_after_the_warm_up():
@@ -89,7 +91,7 @@ def test_memory_is_told_after_the_warm_up():
 def test_a_visitor_keeps_its_token_and_fetches_what_the_pages_scripts_do(monkeypatch):
     answers = [{"number": 1, "show": {"a": 1}, "visitor": "token"}, {"number": 2, "show": {"a": 1}}, {"number": 9}]
     page = Page((), (), 5, True, {})
-    visitor = serve.Visitor(SimpleNamespace(port=1), page, serve.Crowd(), random.Random(0))
+    visitor = clicks.Visitor(SimpleNamespace(port=1), page, clicks.Crowd(), random.Random(0))
     sent = []
 
     async def post(path, content, connection):
@@ -150,6 +152,29 @@ def test_what_is_lost_on_the_way_counts_as_an_error():
             await Connection(server.sockets[0].getsockname()[1]).ask("GET", "/")
         server.close()
 
-    times = serve.Times()
+    times = clicks.Times()
     asyncio.run(asks(times))
     assert not times.seconds and "IncompleteReadError" in times.errors[0]
+
+
+def test_recorded_visitors_wait_no_longer_than_twice_as_long_as_at_a_bare_app():
+    (document,) = [one for one in documents("serve") if one["file"] == "serve-cpu.json"]
+    rows = {(row["app"], row["visitors"], row["arriving"]): row for row in document["rows"]}
+    for (app, people, arriving), row in rows.items():
+        assert [row[what]["errors"] for what in ("arrivals", "clicks", "own_events", "traces")] == [0] * 4
+        if app == "peftlab" and people == 50:
+            bare = rows["bare", people, arriving]
+            for what, figure in itertools.product(("arrivals", "clicks"), ("median", "p95")):
+                assert row[what][figure] <= 2 * bare[what][figure], (arriving, what, figure)
+            assert row["traces"]["count"] > 0
+    assert {people for _, people, _ in rows} == {found["visitors"] for found in document["followed"]} == {50, 200}
+    for found in document["followed"]:
+        assert found["saw_the_end"] == found["visitors"] and found["late"]["errors"] == found["clicks"]["errors"] == 0
+
+
+def test_the_recorded_memory_of_a_server_stays_flat():
+    (document,) = [one for one in documents("serve") if one["file"] == "serve-memory-cpu.json"]
+    (row,) = [row for row in document["rows"] if row["app"] == "peftlab"]
+    settled = row["memory_bytes"]["after_warm_up"]
+    assert document["seconds"] >= 1200 and settled["seconds"] >= 780 and row["visitors"] == 50
+    assert abs(settled["last"] / settled["first"] - 1) <= 0.03

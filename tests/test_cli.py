@@ -14,6 +14,7 @@ from peftlab import adapters, cli, units
 from peftlab.base.models import MODELS
 from peftlab.catalog import PRESETS
 from peftlab.catalog.gpus import GPUS
+from peftlab.cli._shared import check_writable
 from peftlab.compare import study
 from peftlab.data.tasks import TASKS
 from peftlab.methods import METHODS
@@ -273,6 +274,14 @@ def as_a_process(*argv, stdout=subprocess.PIPE, **environment):
         os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
     )
     return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_no_empty_file_is_left_where_one_is_to_be_written(tmp_path):
+    check_writable(tmp_path / "new" / "x.json")
+    assert (tmp_path / "new").is_dir() and not (tmp_path / "new" / "x.json").exists()
+    (tmp_path / "kept").write_text("as it is")
+    check_writable(tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "as it is"
 
 
 @pytest.mark.parametrize("gone, said", [(False, "cannot be written"), (True, "")], ids=["full", "gone"])

@@ -204,3 +204,21 @@ def test_a_picture_has_a_pixel_a_number():
     image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
     assert image.size == (3, 2) and image.getpixel((1, 0)) == (0, 0x72, 0xB2, 255)
     assert [image.getpixel((x, y))[3] for y in range(2) for x in range(3)] == [0, 255, 127, 255, 25, 0]
+
+
+def test_words_in_a_runs_charts_do_not_lie_on_each_other():
+    """A run that was stopped soon after its middle has two scores side by side; words stand where the curve is not yet."""
+
+    def sides(*at):
+        told = [{"type": "eval", "step": step, "metrics": {"exact_match": 0.8}} for step in at]
+        return list(go.Figure(metric_curve(told, 24, "Accuracy", "light")).data[0].textposition)
+
+    assert sides(0, 12, 24) == ["top center"] * 3 and sides(0, 12, 15) == ["top center", "top left", "top right"]
+    assert sides(0, 2) == ["top left", "top right"] and sides(0) == ["top center"]
+
+    def anchor(steps):
+        told = [{"type": "step", "step": n + 1, "loss": 2.0} for n in range(steps)]
+        (words,) = go.Figure(loss_curve(told, 24, "light")).layout.annotations
+        return words.xanchor
+
+    assert anchor(3) == anchor(15) == "left" and anchor(16) == anchor(24) == "right"

@@ -21,6 +21,7 @@ from peftlab.errors import plain
 from peftlab.race import Line, along
 from peftlab.room import jobs
 from peftlab.run import checkpoint, gears, loop, train
+from peftlab.show.refusals import failure
 
 STEPS = 8
 
@@ -103,6 +104,9 @@ def test_a_loss_that_is_none_at_a_step(room, spec, at_step):
     at_step(6, lambda step, *all: step(*all) * float("nan"))
     job = begun(room, spec)
     assert "the loss is nan at step 6: training diverged" in ends(job)["message"] and not job.resumable
+    rate = min(spec.learning_rate / 4, resolve(spec.but(learning_rate=None)).learning_rate)
+    assert f"; try {rate:g}. " in job.events[-1]["message"] and job.events[-1]["settings"] == {"learning_rate": rate}
+    assert f">Use learning rate {rate:g}</button>" in failure(job.events)
     trains(room, spec, "bob")
 
 

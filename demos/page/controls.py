@@ -1,6 +1,5 @@
 """What the tabs are built of: controls with the settings' own words, notes, charts, drawers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
@@ -11,6 +10,7 @@ from gradio.components import Component
 from peftlab import RunSpec
 from peftlab.base.models import DEFAULT, MODELS, find
 from peftlab.show.figures import Chart
+from peftlab.show.marks import replacing
 from peftlab.show.settings import label, short
 from peftlab.spec import SETTINGS
 
@@ -85,20 +85,8 @@ def seen(value: object) -> Update:
 
 def lessons(runs: Mapping[str, Mapping[str, str]], kind: str = "lessons", keeping: Sequence[str] = ()) -> gr.HTML:
     """A button for each run, by name. store.js then replaces the run's settings, but for those in `keeping`."""
-    buttons = "".join(_button(name, run, keeping) for name, run in runs.items())
+    buttons = "".join(replacing(name, run, keeping) for name, run in runs.items())
     return gr.HTML(f'<div class="{kind}">{buttons}</div>', js_on_load=None)
-
-
-def change(name: str, settings: Mapping[str, object]) -> str:
-    """A button that writes these settings, None for automatic, and keeps all others."""
-    return _button(name, {key: blank(value) for key, value in settings.items()}, tuple(SETTINGS))
-
-
-def _button(name: str, run: Mapping[str, object], keeping: Sequence[str]) -> str:
-    return (
-        f'<button type="button" class="small-button" data-replace="{escape(json.dumps(run))}" '
-        f'data-keeping="{escape(json.dumps(keeping))}">{escape(name)}</button>'
-    )
 
 
 def reset(*keeping: str) -> gr.HTML:

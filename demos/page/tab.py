@@ -19,11 +19,12 @@ from gradio.events import Dependency
 from starlette.routing import Route
 
 from demos.page.choice import Choice, Number
-from demos.page.controls import blank, change, shown_model
+from demos.page.controls import blank, shown_model
 from peftlab import PeftlabError, RunSpec, resolve
-from peftlab.errors import DoesNotFit
+from peftlab.errors import Curable
 from peftlab.room import jobs, rooms, worker
 from peftlab.run import events
+from peftlab.show.refusals import refusal
 from peftlab.spec import Resolved
 
 log = logging.getLogger(__name__)
@@ -97,20 +98,17 @@ class Slow:
     panel: str = ""  # the one panel that shows the result; while that is folded, the work is not begun
 
 
+def refused(error: Exception) -> str:
+    """What a press shows of an error."""
+    return refusal(said(error), error.settings, error.change) if isinstance(error, Curable) else escape(said(error))
+
+
 def said(error: Exception) -> str:
     """What the page says of an error. The traceback of one that nobody foresaw goes to the log."""
     if isinstance(error, PeftlabError):
         return str(error)
     log.exception("the page: %s", error)
     return f"This failed here, and it is our fault: {type(error).__name__}. Change a setting and try again"
-
-
-def refusal(error: Exception) -> str:
-    """What a press shows of an error: its words and, where settings are known that cure it, the button that writes them."""
-    words = escape(said(error))
-    if isinstance(error, DoesNotFit) and error.settings:
-        return f"<p>{words}</p>{change(f'Use {error.change}', error.settings)}"
-    return words
 
 
 Work: TypeAlias = Callable[[Asked], Iterator[Values]]  # what a press does: it yields what controls and panels show
@@ -293,7 +291,7 @@ class Tab:
                 if after:
                     yield shown(after)
             except Exception as error:
-                yield shown({**after, problem: refusal(error)})
+                yield shown({**after, problem: refused(error)})
 
         gr.on(
             on, pressed, self.question, [named[n] for n in names],

@@ -17,7 +17,7 @@ from ..run import Event
 from ..spec import Json
 from . import Say, small
 from .browser import Browser
-from .serve import CLICKS, Times
+from .clicks import CLICKS, Times
 from .server import Server
 from .visitors import FAILURES, Page
 

@@ -147,10 +147,13 @@ def finish(work: Generator[float, None, Result], doing: str) -> Result:
 
 
 def check_writable(*files: Path | None) -> None:
-    """Raises SpecError where a file cannot be written, before the work that would fill it; makes its folder."""
+    """Raises SpecError where a file cannot be written, before the work that would fill it; makes its folder, and no file."""
     for file in filter(None, files):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not file.exists()
             file.open("ab").close()
+            if is_new:  # whoever reads the folder meanwhile would find an empty recording
+                file.unlink()
         except OSError as error:
             raise SpecError(f"{file}: cannot be written ({error.strerror}); give another path") from None

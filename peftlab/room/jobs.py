@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import adapters
 from ..compare import on_task
 from ..data import tasks
-from ..errors import PeftlabError, RunError, plain
+from ..errors import Curable, PeftlabError, RunError, plain
 from ..race import Line, Racer, race
 from ..resolve import resolve
 from ..run import STOP, Event, train
@@ -212,7 +212,9 @@ class Job:
         return {"type": "error", "message": "Cancelled: nothing is kept."}
 
     def _failed(self, error: Exception) -> Event:
-        """The last event of a job that failed: why, what is kept of it, and whether it can go on."""
+        """The last event of a job that failed: why, what cures it, what is kept of it, and whether it can go on."""
+        if isinstance(error, Curable):
+            return {"type": "error", "message": str(error), "settings": dict(error.settings), "change": error.change}
         if isinstance(error, PeftlabError) or not any(event["type"] == "step" for event in self.events):
             return {"type": "error", "message": plain(error)}  # it says by itself what is kept, or there is nothing
         kept = "The adapter that was last saved is kept" if (self.folder / "adapter").exists() else "No adapter is kept"

@@ -64,6 +64,8 @@ class Event(_Typed, total=False):
     ahead: int  # queued: how many runs come first
     report: Json  # a scoring's done: a ComparisonReport
     resumable: bool  # error: the run can go on from where it was
+    settings: dict[str, Any]  # error: settings that cure it, where some are known
+    change: str  # error: these settings in words
     job_seconds: float  # done: how long the job took, with loading
 
 

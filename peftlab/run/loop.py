@@ -24,7 +24,8 @@ from torch.nn import Module
 from .. import adapters, fused, methods
 from ..base import architecture, weights
 from ..data import tasks
-from ..errors import PeftlabError, RunError, SpecError
+from ..errors import Diverged, PeftlabError, RunError, SpecError
+from ..resolve import resolve
 from ..seeded import seeded
 from ..spec import Json, Resolved
 from .batches import Batch, Batches, encode, why_not_packed
@@ -261,7 +262,7 @@ class Run:
             f"{self.base.entry.name} with these settings; try another method, or report the model"
         )
 
-    def _gone_back(self, what: str) -> RunError:
+    def _gone_back(self, what: str) -> Diverged:
         """Puts the last sound parameters back and saves them; returns the error that says so."""
         failed, rate = self.steps_done + 1, self.spec.learning_rate
         self.steps_done = self.saved_at = self.snapshots.restore()
@@ -269,6 +270,7 @@ class Run:
         if self.steps_done:
             self.save()
             kept = f"The adapter as it was after step {self.steps_done} is kept"
-        return RunError(
-            f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {rate / 4:g}. {kept}."
-        )
+        usual = float(resolve(self.spec.but(learning_rate=None)).learning_rate or rate)
+        lower = usual if usual < rate / 4 else rate / 4
+        said = f"the {what} at step {failed}: training diverged at a learning rate of {rate:g}; try {lower:g}. {kept}."
+        return Diverged(said, {"learning_rate": lower}, f"learning rate {lower:g}")

@@ -12,7 +12,8 @@ from ..data.tasks import METRICS, Task
 from ..race import scores
 from ..room import jobs, rooms
 from .figures import PALETTE, QUARTERS, blank, themed
-from .marks import bold, explained, failure, forgot, graded, how, libraries, table
+from .marks import bold, explained, forgot, graded, how, libraries, table
+from .refusals import failure
 
 NAMES = {
     proofs.BASE: "base",

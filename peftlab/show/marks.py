@@ -1,10 +1,9 @@
 """Small pieces of HTML that every subject uses: bold words, where a number comes from, words explained, tables, verdicts."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-
-from ..run.events import Event
 
 MUCH = 0.3
 """Nats a token by which a model that forgot a lot reads ordinary prose worse."""
@@ -97,10 +96,12 @@ def progress(label: str, share: float) -> str:
     )
 
 
-def failure(events: Sequence[Event]) -> str:
-    """Why a run or a race ended early, from its last event; empty where it did not."""
-    last = events[-1]
-    return f'<div class="problem">{escape(last["message"])}</div>' if last["type"] == "error" else ""
+def replacing(label: str, settings: Mapping[str, object], keeping: Sequence[str] = ()) -> str:
+    """A button that writes these settings. The page's store makes all others automatic, but for those in `keeping`."""
+    return (
+        f'<button type="button" class="small-button" data-replace="{escape(json.dumps(dict(settings)))}" '
+        f'data-keeping="{escape(json.dumps(keeping))}">{escape(label)}</button>'
+    )
 
 
 def forgot(change: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..data import tasks
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 HEIGHT = 260
 """Pixels. Two charts side by side and the figures below them are on a laptop's first screen."""
 LOSS = "Training loss, nats per answer token"
+ROOM = 0.65
+"""After so large a share of the steps, there is no room for words at the right of a curve's end."""
+NEAR = 0.3
+"""Points that are a smaller share of the steps apart have their scores at either side."""
 POINTS = 120
 """Most points of a small line."""
 
@@ -69,9 +74,10 @@ def loss_curve(events: Sequence[Event], steps: int, theme: str) -> go.Figure:
     )  # fmt: skip
     if done:
         last = f"smoothed <b>{smooth[-1]:.2f}</b>"
+        has_room = done[-1] < ROOM * steps
         figure.add_annotation(
-            x=done[-1], y=smooth[-1], text=last, showarrow=False, yshift=16, font={"size": 16},
-            xanchor="right" if done[-1] > steps / 3 else "left",
+            x=done[-1], y=smooth[-1], text=last, showarrow=False, font={"size": 16},
+            **{"xanchor": "left", "xshift": 6} if has_room else {"xanchor": "right", "yshift": 28},
         )  # fmt: skip
     figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
     return figure.update_yaxes(range=[0, max(losses, default=4) * 1.12])
@@ -85,11 +91,17 @@ def metric_curve(events: Sequence[Event], steps: int, name: str, theme: str) -> 
     items = [e.get("items", 0) for e in measured]
     of = [f" of {n}" if n < max(items) else "" for n in items]  # midway a CPU scores fewer
     colours = [c["frozen"]] + [c["trained"]] * (len(measured) - 1)
+    at = [e["step"] for e in measured]
+    near = [b - a < NEAR * steps for a, b in pairwise(at)]
+    sides = [
+        "right" if follows else "left" if leads else "center"
+        for follows, leads in zip([False, *near], [*near, False], strict=True)
+    ]
     figure = blank(theme, HEIGHT, title=f"{name} on held-out items, %", uirevision="metric")
     figure.add_scatter(
-        x=[e["step"] for e in measured], y=values, mode="lines+markers+text", line={"color": c["trained"], "width": 3},
+        x=at, y=values, mode="lines+markers+text", line={"color": c["trained"], "width": 3},
         marker={"size": 13, "color": colours}, text=[f"<b>{v:.0f}%{n}</b>" for v, n in zip(values, of, strict=True)],
-        textposition="top center", textfont={"size": 18, "color": colours}, cliponaxis=False,
+        textposition=[f"top {side}" for side in sides], textfont={"size": 18, "color": colours}, cliponaxis=False,
         hovertemplate="step %{x}: %{y:.1f}%<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(range=[-0.06 * steps, steps * 1.08], title_text="step", zeroline=False)

@@ -16,7 +16,8 @@ from ..run.events import Event, last_of, standing
 from ..spec import Json, Resolved, RunSpec
 from . import run_card
 from .figures import Chart
-from .marks import bold, explained, failure, graded, how, libraries, progress, remarks, sentence, table
+from .marks import bold, explained, graded, how, libraries, progress, remarks, sentence, table
+from .refusals import failure
 from .run_charts import charts
 from .settings import label, method_name, short
 
@@ -91,7 +92,8 @@ def status(events: Events) -> str:
     if last and last["type"] == "progress":
         what = f"{last['what']}, {units.score(last['share'])}"
     elif last and last["type"] == "step":
-        left = f"about {units.seconds(last['eta_seconds'])} of training left"
+        time = f"about {units.seconds(last['eta_seconds'])} of training left"
+        left = time if done < steps else "it answers the held-out items next"
     elif last and last["type"] == "done" and last["steps"]:
         ended = last.get("message") or ("Stopped early; what it learned is kept." if last["stopped"] else "Done.")
         what = f"{ended} {units.seconds(last['seconds'])} in all."

@@ -14,7 +14,7 @@ from ..data import tasks
 from ..resolve import resolve
 from ..run.events import Event
 from ..spec import SETTINGS, Json, Resolved, RunSpec
-from .marks import MUCH
+from .marks import MUCH, replacing
 from .run_charts import losses_of
 from .settings import short
 
@@ -169,7 +169,7 @@ def buttons(told: Sequence[Suggestion]) -> str:
 
 
 def _button(one: Suggestion) -> str:
-    does = f'data-replace="{escape(json.dumps(dict(one.run)))}" data-keeping="[]"'
-    if one.adapter:
-        does = f'data-opens="compare" data-write="{escape(json.dumps({"adapter": one.adapter}))}"'
+    if not one.adapter:
+        return replacing(one.label, one.run)
+    does = f'data-opens="compare" data-write="{escape(json.dumps({"adapter": one.adapter}))}"'
     return f'<button type="button" class="small-button" {does}>{escape(one.label)}</button>'
