@@ -57,12 +57,14 @@ def note(spec: RunSpec) -> str:
 def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, stop: str) -> Values:
     """The buttons of a visitor's own `job`. The texts are those of `go` before, during and after it, and that of `stop`."""
     is_on = job is not None and not job.over
-    stopping = job is not None and job.stopping
+    stopping, cancelling = (job.stopping, job.cancelling) if job else (False, False)
     go = under_way if is_on else once_more if job else start
     return {
         "go": gr.update(interactive=not is_on, value=go),
-        "stop": gr.update(interactive=is_on and not stopping, value="Stopping" if stopping else stop),
-        "cancel": gr.update(visible=is_on, interactive=not stopping),
+        "stop": gr.update(
+            interactive=is_on and not stopping, value="Stopping" if stopping and not cancelling else stop
+        ),
+        "cancel": gr.update(visible=is_on, interactive=not cancelling, value="Cancelling" if cancelling else "Cancel"),
         "resume": gr.update(visible=job is not None and job.resumable),
     }
 

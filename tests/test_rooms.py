@@ -208,7 +208,7 @@ def test_a_host_bounds_what_is_trained(opened, trainer):
     small = {"spec": {"model": "smollm2-135m", "steps": 19}}
     room.start("train", small, "ann")
     room.start("train", small, "bob")
-    with pytest.raises(SpecError, match="1 runs wait already, and 1 may; try again later"):
+    with pytest.raises(SpecError, match="runs that wait: 1, and here at most 1 may; try again later"):
         room.start("train", small, "cem")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ from peftlab import adapters
 from peftlab.room import rooms
 from peftlab.room.jobs import Job
 
+AGAIN = 5.0  # seconds after which a run that waits is drawn anew, since the wait gets shorter
 LOOK = 0.25  # seconds between two looks at a run that somebody follows
 ALIVE = 5.0  # seconds after which a page hears that the stream lives, when nothing happens
 Picture: TypeAlias = dict[str, str]  # what each component shows, as JSON
@@ -35,7 +37,8 @@ class Followed:
     async def now(self) -> Picture:
         """The newest picture."""
         async with self.drawing:
-            seen = len(self.job.events), self.job.over, rooms.here().ahead(self.job)
+            turn = 0 if self.job.begun else time.monotonic() // AGAIN
+            seen = len(self.job.events), self.job.over, rooms.here().ahead(self.job), turn
             if seen != self.seen:
                 self.picture, self.seen = await to_thread.run_sync(self._drawn), seen
             return self.picture

@@ -6,13 +6,15 @@ import contextlib
 import contextvars
 import logging
 import math
+import os
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from .. import adapters
 from ..compare import on_task
@@ -28,7 +30,9 @@ from .records import OVER, RUNNING, WAITING, Record, Records
 
 log = logging.getLogger(__name__)
 CANCEL = "cancel"
-"""A file of this name in a job's folder: nothing of the job is to be kept."""
+"""A file of this name in a job's folder: nothing is to be kept of what it learns from now on."""
+BEFORE, LEARNED = "before", ("adapter", CHECKPOINT)
+"""A folder in that of a run which goes on: what it had learned until then, by the same names."""
 Doing = Callable[[Json, Path, bool], Iterator[Event]]
 """Does a job of some kind by its arguments in its folder, from the beginning or, where it is true, from where it was."""
 
@@ -159,6 +163,11 @@ class Job:
         return not self.over and (self.folder / STOP).exists()
 
     @property
+    def cancelling(self) -> bool:
+        """Whether it was cancelled and has not ended yet."""
+        return not self.over and (self.folder / CANCEL).exists()
+
+    @property
     def resumable(self) -> bool:
         """Whether it ended early, though it did not fail by itself, and can go on from there."""
         last = self.events[-1] if self.over and self.events else None
@@ -186,30 +195,57 @@ class Job:
         last: Event = {"type": "error", "message": "the run ended without a word"}
         self._began, limit = time.monotonic(), ""
         try:
-            for event in WORK[self.kind](self._asked(), self.folder, self.again):
-                if (self.folder / CANCEL).exists():
-                    self.stop()  # the last evaluation too, before which a run forgets that it was stopped
-                if not limit and self.seconds > longest:
-                    limit = f"It ended after {longest:g} seconds, which is the most that a run may take here."
-                    self.stop()
-                if event["type"] == "done":
-                    last = {**event, "job_seconds": self.seconds}
-                    if limit:
-                        last["message"] = limit
-                else:
-                    self.add(event)
+            self._set_aside()
+            work = cast("Generator[Event]", WORK[self.kind](self._asked(), self.folder, self.again))
+            with contextlib.closing(work):
+                for event in work:
+                    if (self.folder / CANCEL).exists():
+                        break
+                    if not limit and self.seconds > longest:
+                        limit = f"It ended after {longest:g} seconds, which is the most that a run may take here."
+                        self.stop()
+                    if event["type"] == "done":
+                        last = {**event, "job_seconds": self.seconds}
+                        if limit:
+                            last["message"] = limit
+                    else:
+                        self.add(event)
         except Exception as error:
             log.info("job %s: %s", self.id, error)
             last = self._failed(error)
         with self._changing:  # nobody may cancel it between the look and the end
             if (self.folder / CANCEL).exists():
                 last = self._dropped()
+            shutil.rmtree(self.folder / BEFORE, ignore_errors=True)
             self.add(last, over=True)  # once the trainer has cleaned up
 
+    def _set_aside(self) -> None:
+        """Before a run goes on: what is kept of it so far, to which it returns when it is cancelled."""
+        if self.kind == "train" and self.again:
+            before = self.folder / BEFORE
+            shutil.rmtree(before, ignore_errors=True)
+            for name in filter(lambda name: (self.folder / name).exists(), LEARNED):
+                for file in (self.folder / name).rglob("*") if (self.folder / name).is_dir() else (self.folder / name,):
+                    put = before / file.relative_to(self.folder)
+                    put.parent.mkdir(parents=True, exist_ok=True)
+                    if file.is_file():
+                        _linked(file, put)
+
     def _dropped(self) -> Event:
-        """Removes all that the job has made; the last event of one that was cancelled."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return {"type": "error", "message": "Cancelled: nothing is kept."}
+        """Drops what was learned since the job began or went on; the last event of one that was cancelled."""
+        earlier = next((event for event in reversed(self.events) if event["type"] in ("done", "error")), None)
+        if earlier is None or self.kind != "train":
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return {"type": "error", "message": "Cancelled: nothing is kept.", "cancelled": True}
+        if (self.folder / BEFORE).exists():
+            for name in LEARNED:
+                gone, kept = self.folder / name, self.folder / BEFORE / name
+                shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
+                if kept.exists():
+                    kept.replace(gone)
+        (self.folder / CANCEL).unlink(missing_ok=True)
+        said: Event = {"type": earlier["type"], "message": "Cancelled: what it had learned before it went on is kept."}
+        return {**earlier, **said, "as_before": True}
 
     def _failed(self, error: Exception) -> Event:
         """The last event of a job that failed: why, what cures it, what is kept of it, and whether it can go on."""
@@ -227,6 +263,14 @@ class Job:
         if not self.again or self.kind != "race":
             return self.arguments
         return self.arguments | {"known": [event["line"] for event in self.events if event["type"] == "line"]}
+
+
+def _linked(file: Path, to: Path) -> None:
+    """The same file under another name, which stays as it is when this one is replaced; a copy where links cannot be made."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from ..errors import RunError, SpecError
 from ..memory import must_fit
 from ..resolve import resolve_here
 from ..run import Event
+from ..run.events import last_of
 from ..spec import Json, Resolved, RunSpec
 from . import host, keeping
 from .jobs import TRAINS, Job, resolved
@@ -103,8 +104,9 @@ class Room:
         with self._changed:
             before = self._alive()[: self.ahead(job)]
         usual = {kind: self._usual(kind) for kind in {other.kind for other in before}}
-        left = [(took, other.seconds) for other in before if (took := usual[other.kind]) is not None]
-        return sum(max(0.0, took - spent) for took, spent in left) if len(left) == len(before) else None
+        if None in usual.values():
+            return None
+        return sum(max((usual[other.kind] or 0.0) - other.seconds, _told(other)) for other in before)
 
     def finished(self) -> list[tuple[Resolved, Event]]:
         """The spec and last event of the last runs that came to their end, the newest first."""
@@ -132,8 +134,10 @@ class Room:
             self._must_fit(spec)
         with self._changed:
             self._only_one(owner)
-            if len(alive := self._alive()) > self.settings.queue:
-                raise SpecError(f"{len(alive) - 1} runs wait already, and {self.settings.queue} may; try again later")
+            if len(alive := self._alive()) > self.settings.queue and not first:
+                raise SpecError(
+                    f"runs that wait: {len(alive) - 1}, and here at most {self.settings.queue} may; try again later"
+                )
             job_id = f"{spec.task}-{spec.method}-{secrets.token_hex(16)}"
             try:
                 record = self.records.add(job_id, kind, arguments | {"spec": spec.to_dict()}, owner, first)
@@ -270,6 +274,12 @@ class Room:
                 self.tidy()
             except Exception:  # the next job is not to wait for ever
                 log.exception("after job %s", job.id)
+
+
+def _told(job: Job) -> float:
+    """Seconds of training that a run has left, as it says itself; 0 before its first step."""
+    step = last_of(job.events, "step")
+    return step["eta_seconds"] if step and job.begun else 0.0
 
 
 def _claimed(file: Path) -> TextIO | None:

@@ -64,6 +64,8 @@ class Event(_Typed, total=False):
     ahead: int  # queued: how many runs come first
     report: Json  # a scoring's done: a ComparisonReport
     resumable: bool  # error: the run can go on from where it was
+    cancelled: bool  # error: its visitor wanted it so
+    as_before: bool  # the end of a run that went on and was cancelled: how it had ended before
     settings: dict[str, Any]  # error: settings that cure it, where some are known
     change: str  # error: these settings in words
     job_seconds: float  # done: how long the job took, with loading
@@ -75,10 +77,17 @@ def last_of(events: Sequence[Event], kind: str) -> Event | None:
 
 
 def standing(events: Iterable[Event]) -> list[Event]:
-    """The events of a run as if nothing had interrupted it: what it did again after it went on is there once."""
-    kept: list[Event] = []
+    """The events of a run as if nothing had interrupted it: what it did again after it went on is there once.
+
+    What it did after it went on is gone where it was cancelled then.
+    """
+    kept, ended = list[Event](), list[Event]()
     last = 0
     for event in events:
+        if event.get("as_before"):
+            kept = [*ended]
+        elif event["type"] in ("done", "error"):
+            ended = [*kept]
         if event["type"] == "step":
             if event["step"] <= last:
                 kept = [e for e in kept if e["type"] not in ("step", "eval") or e["step"] < event["step"]]

@@ -5,7 +5,7 @@ from html import escape
 
 from ..run.events import Event
 from ..spec import SETTINGS
-from .marks import replacing
+from .marks import remarks, replacing
 from .settings import short
 
 
@@ -23,5 +23,7 @@ def failure(events: Sequence[Event]) -> str:
     last = events[-1]
     if last["type"] != "error":
         return ""
+    if last.get("cancelled"):
+        return remarks(escape(last["message"]))
     said = refusal(last["message"], last.get("settings") or {}, last.get("change") or "")
     return f'<div class="problem">{said}</div>'

@@ -57,6 +57,8 @@ def live_sentence(events: Events) -> str:
     if not events:
         return "Loading the model."
     start, step, last = last_of(events, "start"), last_of(events, "step"), events[-1]
+    if last.get("cancelled"):
+        return "The run was cancelled."
     if last["type"] == "error":
         steps = sum(e["type"] == "step" for e in events)
         return f"The run ended after {steps} steps." if steps else "The run ended before it had learned anything."
@@ -73,13 +75,16 @@ def live_sentence(events: Events) -> str:
     total = sum(e["seconds"] for e in events if e["type"] == "step")
     time = units.seconds(total).replace(" ", "\N{NO-BREAK SPACE}")
     read = f"{name} has read {step['examples']} examples in {time}."
-    scores = [units.score(next(iter(e["metrics"].values()))) for e in events if e["type"] == "eval"]
+    measured = [e for e in events if e["type"] == "eval"]
+    scores = [units.score(next(iter(e["metrics"].values()))) for e in measured]
     if not scores:
         return read
     metric, before = tasks.METRICS[start["metric"]].name, bold(scores[0], "frozen")
     if len(scores) == 1:
         return f"{read} {metric} before: {before}."
-    return f"{read} {metric}: {before} → {bold(scores[-1], 'trained')} on items it has never seen."
+    items = measured[-1].get("items", 0)
+    few = f"the first {items} of the " if items < measured[0].get("items", 0) else ""  # midway, on a CPU
+    return f"{read} {metric}: {before} → {bold(scores[-1], 'trained')} on {few}items it has never seen."
 
 
 def status(events: Events) -> str:
@@ -185,15 +190,19 @@ def brief(hardware: str) -> str:
 
 
 def _named(spec: RunSpec) -> str:
-    """Which model a run trains, and by which method."""
-    report = count(resolve(spec))
-    return f"{escape(report.model_name)}, {method_name(report)}"
+    """Which task a run learns, on which model, by which method, and in how many steps."""
+    used = resolve_here(spec)
+    report, size = count(used), used.batch_size * used.accumulation
+    steps = f"{used.steps} step{'s' if used.steps != 1 else ''} of {size} example{'s' if size != 1 else ''}"
+    return f"{escape(tasks.find(used.task).name)}, {escape(report.model_name)}, {method_name(report)}, {steps}"
 
 
 def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
     """What is said while the recording stands: what `spec` would begin, how many are before it, or what it is loading."""
     if job is None:
-        return remarks(f"<b>Press Train to run it here: {_named(spec)}.</b>")
+        if not rooms.here().settings.train:
+            return remarks("<b>This host shows everything and trains nothing.</b>")
+        return remarks(f"<b>Press Train to run it here:</b> {_named(spec)}.")
     last, before = job.events[-1], rooms.here().ahead(job)
     what = "The run begins"
     if last["type"] == "queued" and before:
@@ -210,8 +219,9 @@ def shown(job: jobs.Job | None, spec: RunSpec, mine: bool = False) -> dict[str, 
     `spec` is what Train would begin now; the run's owner, to whom it is `mine`, is offered to compare its adapter.
     """
     if job is None or not (job.over or last_of(job.events, "start")):
-        old = recording(spec.task or tasks.DEFAULT)
-        return {**old, "bar": f"{waiting(job, spec)}{old['bar']}"}
+        old = recording(str(job.spec.task) if job else spec.task or tasks.DEFAULT)
+        bar = {"bar": f"{waiting(job, spec)}{old['bar']}"}
+        return old | bar | ({"sentence": live_sentence(job.events)} if job else {})
     told = list(job.events)
     events = standing(told)
     points = [n for n, e in enumerate(told, 1) if e["type"] in ("step", "eval")]  # drawn anew for a new one only
@@ -226,8 +236,11 @@ def shown(job: jobs.Job | None, spec: RunSpec, mine: bool = False) -> dict[str, 
 
 
 def _next(job: jobs.Job, spec: RunSpec) -> str:
-    """What is different in the run that Train would begin after `job`; empty where nothing is."""
+    """What is different in the run that Train would begin; empty where nothing is."""
     old, new = job.spec.to_dict(), resolve_here(spec).to_dict()
     unlike = [name for name, value in new.items() if value != old.get(name) and name not in job.spec.unread]
-    said = ", ".join(f"{label(name)} {escape(short(new[name]))}" for name in unlike)
-    return f"<b>Train again runs it with: {said}.</b>" if job.over and unlike else ""
+    if "task" in unlike:  # then its own rows, steps and batch follow
+        said = escape(tasks.find(str(new["task"])).name)
+    else:
+        said = ", ".join(f"{label(name).lower()} {escape(short(new[name]))}" for name in unlike)
+    return f"<b>Your next run, as set here: {said}.</b>" if unlike else ""

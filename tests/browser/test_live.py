@@ -77,7 +77,7 @@ def test_the_card_sets_the_next_run_and_opens_the_comparison(tiny_app, open_page
     train(page)
     ended(page)
     page.locator("#live-card [data-replace]").first.click()
-    expect(page.locator("#live-bar")).to_contain_text("Train again runs it with")
+    expect(page.locator("#live-bar")).to_contain_text("Your next run, as set here")
     page.locator("#live-card [data-opens]").click()
     expect(page.get_by_role("tab", name="Compare")).to_have_attribute("aria-selected", "true")
     expect(sentence(page)).to_contain_text("The adapter wins")
