@@ -18,8 +18,9 @@ from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog import PRESETS
 from peftlab.data import tasks
 from peftlab.resolve import as_here, set_aside
-from peftlab.room import jobs, rooms
+from peftlab.room import host, jobs, rooms
 from peftlab.show import runs, settings
+from peftlab.show.marks import remarks
 from peftlab.show.methods import PUBLISHED, method_card, method_panel, method_value, preset_says
 from peftlab.show.run_charts import HEIGHT, LOSS
 
@@ -38,20 +39,23 @@ jobs.WORK["train"] = on_gpu(jobs.WORK["train"])
 
 
 def runnable() -> list[tuple[str, str]]:
-    """Names and keys of the models that are small enough to train while people watch."""
+    """Names and keys of the models that the host has chosen, or that are small enough to train while people watch."""
+    chosen = host.settings().models
     small = (m for m in MODELS.values() if m.is_causal and m.hub_id and (m.total_parameters or LARGEST) < LARGEST)
-    return [(model.name, model.key) for model in small]
+    return [(model.name, model.key) for model in ([MODELS[key] for key in chosen] or small)]
 
 
 def here(spec: RunSpec) -> RunSpec:
     """`spec` as it can run live: what it cannot have is set aside."""
-    return as_here(set_aside(spec, [key for _, key in runnable()])[0])
+    offered = [key for _, key in runnable()]
+    fit = set_aside(spec, offered)[0]
+    return as_here(fit if (fit.model or DEFAULT) in offered else fit.but(model=offered[0]))
 
 
 def note(spec: RunSpec) -> str:
     """What a live run with the settings of `spec` uses, and which of them are set aside."""
-    fit, reasons = set_aside(spec, [key for _, key in runnable()])
-    return settings.aside_said(spec, reasons) + settings.settings_line(fit)
+    _, reasons = set_aside(spec, [key for _, key in runnable()])
+    return settings.aside_said(spec, reasons) + settings.settings_line(here(spec))
 
 
 def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, stop: str) -> Values:
@@ -60,12 +64,12 @@ def buttons(job: jobs.Job | None, start: str, under_way: str, once_more: str, st
     stopping, cancelling = (job.stopping, job.cancelling) if job else (False, False)
     go = under_way if is_on else once_more if job else start
     return {
-        "go": gr.update(interactive=not is_on, value=go),
+        "go": gr.update(interactive=not is_on, value=go, visible=rooms.here().settings.train),
         "stop": gr.update(
             interactive=is_on and not stopping, value="Stopping" if stopping and not cancelling else stop
         ),
         "cancel": gr.update(visible=is_on, interactive=not cancelling, value="Cancelling" if cancelling else "Cancel"),
-        "resume": gr.update(visible=job is not None and job.resumable),
+        "resume": gr.update(visible=job is not None and job.resumable, interactive=True),
     }
 
 
@@ -126,7 +130,7 @@ class Live(Tab):
         self.press([go.click], self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
         self.press([stop.click], self.stop, ["kept", "stop"], busy={"stop": off})
         self.press([cancel.click], self.cancel, ["kept"], busy={"cancel": off})
-        self.press([resume.click], self.resume, ["kept"])
+        self.press([resume.click], self.resume, ["kept"], busy={"resume": off})
 
     def train(self, asked: Asked) -> Iterator[Values]:
         """Starts a run and tells the browser its id. After a double click it is the run that is under way."""
@@ -141,9 +145,9 @@ class Live(Tab):
         yield {"kept": {"run": job.id}, "go": gr.update(interactive=False)}
 
     def training(self, asked: Asked) -> jobs.Job | None:
-        """The visitor's run that waits or is under way."""
+        """The visitor's run that waits or is under way, and is not being cancelled."""
         job = rooms.here().running(asked.visitor)
-        return job if job and job.kind == "train" else None
+        return job if job and job.kind == "train" and not job.cancelling else None
 
     def stop(self, asked: Asked) -> Iterator[Values]:
         """Asks the run on screen to end; then its picture says what it came to."""
@@ -158,16 +162,30 @@ class Live(Tab):
         yield {"kept": {"run": asked.kept.get("run")}}
 
     def resume(self, asked: Asked) -> Iterator[Values]:
-        """Lets the run on screen, which ended early, go on."""
+        """Lets the run on screen, which ended early, go on. After a double click it does so already."""
         job = self.mine(asked)
         if job is None:
             raise SpecError("this run is not yours, or not here any more; start one of your own")
-        rooms.here().resume(job)
+        if job.over:
+            rooms.here().resume(job)
         yield {"kept": {"run": job.id}}
 
     def job(self, asked: Asked) -> jobs.Job | None:
         """The run of a link, else the last one of this browser."""
-        return rooms.here().find(asked["run"] or asked.kept.get("run"))
+        job = rooms.here().find(asked["run"] or asked.kept.get("run"))
+        return job if job and job.kind == "train" and job.readable else None
+
+    def lost(self, asked: Asked) -> str:
+        """What is said where the run to be shown is not here, or cannot be shown."""
+        wanted = asked["run"] or asked.kept.get("run")
+        if not wanted or self.job(asked):
+            return ""
+        job, whose = rooms.here().find(wanted), "The run of this link" if asked["run"] else "Your last run"
+        if job and not job.readable:
+            return remarks(
+                f"{whose} was made by another version of peftlab, with settings that this one does not have."
+            )
+        return remarks(f"{whose} is not here any more.")
 
     def mine(self, asked: Asked) -> jobs.Job | None:
         return own(self.job(asked), asked)
@@ -176,7 +194,7 @@ class Live(Tab):
         return job.id if (job := self.job(asked)) else None
 
     def routes(self) -> list[Route]:
-        follow = served.follow_route(self.key, lambda job: runs.shown(job, job.spec))
+        follow = served.follow_route(self.key, "train", lambda job: runs.shown(job, job.spec))
         return [follow, served.adapters_route()]
 
     def check(self, asked: Asked) -> None:
@@ -198,8 +216,10 @@ class Live(Tab):
         spec, job = here(asked.spec), self.job(asked)
         mine = own(job, asked)
         run = resolve(spec)
+        shown = runs.shown(job, spec, mine is not None)
         return {
-            **runs.shown(job, spec, mine is not None),
+            **shown,
+            "bar": f"{self.lost(asked)}{shown['bar']}",
             **buttons(mine, "Train", "Training", "Train again", "Stop and keep"),
             "share": controls.seen(copies(job) if job else None),
             "keep": lambda: controls.seen(served.download(mine) if mine else None),

@@ -139,7 +139,7 @@ class Compare(Tab):
         return job.id if (job := self.job(asked)) else None
 
     def routes(self) -> list[Route]:
-        return [served.follow_route(self.key, comparisons.scoring)]
+        return [served.follow_route(self.key, "score", comparisons.scoring)]
 
     def check(self, asked: Asked) -> None:
         task_of(of(asked, chosen(asked)))

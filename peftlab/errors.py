@@ -29,6 +29,10 @@ class DoesNotFit(Curable, SpecError):
     """A run that needs more memory than is free."""
 
 
+class NotHere(Curable, SpecError):
+    """A run that this host does not do."""
+
+
 class WeightsError(PeftlabError):
     """A base model that could not be found, fetched or verified."""
 

@@ -83,7 +83,8 @@ def cannot_run(spec: Resolved, offered: Collection[str] | None = None) -> dict[s
     if spec.attention == "sdpa" and _attention_of(models.find(spec.model)) == "eager":
         found["attention"] = "this model's family has no sdpa in transformers; set it to eager"
     if offered is not None and spec.model not in offered:
-        found["model"] = f"it is not trained while people watch; {models.find(models.DEFAULT).name} runs in its place"
+        instead = models.DEFAULT if models.DEFAULT in offered else next(iter(offered))
+        found["model"] = f"it is not trained while people watch; {models.find(instead).name} runs in its place"
     return found
 
 

@@ -34,7 +34,7 @@ def draw(job):
 @pytest.fixture
 def client():
     draw.times = 0
-    return TestClient(Starlette(routes=[served.follow_route("live", draw), served.adapters_route()]))
+    return TestClient(Starlette(routes=[served.follow_route("live", "train", draw), served.adapters_route()]))
 
 
 @pytest.fixture
@@ -82,6 +82,23 @@ def test_who_follows_gets_what_changes_and_hears_when_it_is_over(job, client, mo
     assert messages(again.text)[0]["live.bar"]["value"] == "3 events" and "event: over" in again.text
     assert again.headers["content-type"].startswith("text/event-stream")
     assert client.get("/peftlab/follow/live/ticket-lora-0").status_code == 404
+    job.kind = "score"
+    assert client.get(f"/peftlab/follow/live/{job.id}").status_code == 404
+
+
+def test_two_tabs_that_follow_one_job_each_get_their_own_picture(job, monkeypatch):
+    monkeypatch.setattr(served, "LOOK", 0.02)
+    draw.times = 0
+
+    async def look():
+        compared, live = (served.follow(job, draw, tab) for tab in ("compare", "live"))
+        pictures = messages(await anext(compared)), messages(await anext(live))
+        await compared.aclose()
+        await live.aclose()
+        return pictures
+
+    (compared,), (live,) = asyncio.run(look())
+    assert set(compared) == {"compare.bar", "compare.sentence"} and set(live) == {"live.bar", "live.sentence"}
 
 
 def test_two_hundred_followers_cost_one_picture_and_one_that_never_reads_costs_nothing(job, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,8 +108,9 @@ def test_a_run_from_the_press_to_its_download(trainer):
     ann.press(ann.tab.train)
     assert ann.job.owner == "ann" and ann.job.spec.model == DEFAULT
     seen = ann.sees()
-    assert seen["sentence"]["value"].startswith("Recorded on") and "The run begins" in seen["bar"]["value"]
-    assert seen["go"] == {"interactive": False, "value": "Training", "__type__": "update"} and seen["again"]
+    assert seen["sentence"]["value"] == "Starting the run." and "The run begins" in seen["bar"]["value"]
+    assert "A recording" in seen["bar"]["value"]  # whose curves stand until there are others
+    assert not seen["go"]["interactive"] and seen["go"]["value"] == "Training" and seen["again"]
     trainer.goes(ann.job, 2, 3)
     ann.state = {"task": "voice"}
     seen = ann.sees()  # another task leaves one's own run on screen
@@ -171,7 +173,7 @@ def test_who_waits_sees_how_many_are_ahead_and_may_leave(trainer):
     assert window.job is first and len(rooms.here()._jobs) == 1
     bob.press(bob.tab.train)
     seen = bob.sees()
-    assert "1 ahead of it" in seen["bar"]["value"] and seen["sentence"]["value"].startswith("Recorded on")
+    assert "1 ahead of it" in seen["bar"]["value"] and seen["sentence"]["value"] == "Waiting: 1 run ahead of yours."
     bob.press(bob.tab.stop)
     seen = bob.sees()
     assert bob.job.over and "Stopped while it waited" in seen["bar"]["value"] and seen["go"]["interactive"]
@@ -340,3 +342,95 @@ def test_an_adapter_trained_here_is_chosen_where_nothing_else_was_and_is_nobody_
     assert "not here, or not yours" in seen["problems"]["adapter"] and first not in str(seen["adapter"]["choices"])
     ann.state = {"adapter": "ticket-lora"}
     assert ann.sees()["adapter"]["value"] == "ticket-lora"
+
+
+def test_a_link_to_a_run_that_is_gone_or_is_none_says_so(trainer):
+    ann = Visit(Live())
+    ann.state = {"run": "ticket-lora-" + "0" * 32}
+    assert "The run of this link is not here any more." in ann.sees()["bar"]["value"]
+    score = rooms.here().records.add("a-scoring", "score", {"spec": {}}, "ann", False)
+    ann.state = {"run": score.id}
+    seen = ann.sees()
+    assert seen["problems"] == {} and "The run of this link is not here any more." in seen["bar"]["value"]
+    ann.state, ann.kept["run"] = {}, "ticket-lora-" + "1" * 32
+    assert "Your last run is not here any more." in ann.sees()["bar"]["value"]
+    old = rooms.here().records.add("of-another-version", "train", {"spec": {"of_tomorrow": 1}}, "ann", False)
+    ann.kept["run"] = old.id
+    seen = ann.sees()
+    assert seen["problems"] == {} and "made by another version of peftlab" in seen["bar"]["value"]
+    assert seen["go"]["interactive"]
+
+
+def test_two_presses_of_resume_are_one(trainer):
+    ann = Visit(Live())
+    ann.press(ann.tab.train)
+    wait_for(lambda: ann.job.begun)
+    ann.press(ann.tab.stop)
+    trainer.go.release(9)
+    wait_for(lambda: ann.job.over)
+    job = ann.job
+    assert ann.sees()["resume"] == {"visible": True, "interactive": True, "__type__": "update"}
+    while trainer.go.acquire(blocking=False):
+        pass
+    assert "problem" not in ann.press(ann.tab.resume) and "problem" not in ann.press(ann.tab.resume)
+    assert ann.job is job and not job.over
+
+
+def test_train_after_cancel_is_a_run_of_its_own(trainer):
+    ann = Visit(Live())
+    ann.press(ann.tab.train)
+    first = ann.job
+    wait_for(lambda: first.begun)
+    ann.press(ann.tab.cancel)
+    seen = ann.sees()
+    assert first.cancelling and seen["cancel"]["value"] == "Cancelling" and seen["stop"]["value"] == "Stop and keep"
+    ann.press(ann.tab.train)
+    assert ann.job is not first and not ann.job.over
+    trainer.go.release(9)
+    wait_for(lambda: ann.job.over)
+    assert first.events[-1]["cancelled"] and ann.job.events[-1]["type"] == "done"
+
+
+def test_a_run_that_waits_to_go_on_says_how_many_are_ahead(trainer):
+    ann, bob = Visit(Live()), Visit(Live(), "bob")
+    ann.press(ann.tab.train)
+    wait_for(lambda: ann.job.begun)
+    ann.press(ann.tab.stop)
+    trainer.go.release(9)
+    wait_for(lambda: ann.job.over)
+    while trainer.go.acquire(blocking=False):
+        pass
+    bob.press(bob.tab.train)
+    wait_for(lambda: bob.job.begun)
+    ann.press(ann.tab.resume)
+    assert "The run waits to go on: 1 ahead of it" in ann.sees()["bar"]["value"]
+    ann.press(ann.tab.cancel)
+    seen = ann.sees()
+    assert "what it had learned before it went on is kept" in seen["bar"]["value"] and seen["resume"]["visible"]
+
+
+def test_a_host_that_shows_everything_has_no_train_button(trainer, monkeypatch):
+    monkeypatch.setattr(rooms.here(), "settings", replace(rooms.here().settings, train=False))
+    seen = Visit(Live()).sees()
+    assert not seen["go"]["visible"] and "shows everything and trains nothing" in seen["bar"]["value"]
+
+
+def test_a_host_of_other_models_begins_with_one_of_them(trainer, monkeypatch):
+    chosen = replace(rooms.here().settings, models=("gemma-3-270m",))
+    monkeypatch.setattr(rooms.here(), "settings", chosen)
+    monkeypatch.setattr(live_finetune, "host", SimpleNamespace(settings=lambda: chosen))
+    ann = Visit(Live())
+    seen = ann.sees()
+    assert seen["model"]["value"] == "gemma-3-270m" and "Gemma 3 270M" in seen["bar"]["value"] and not seen["problems"]
+    ann.press(ann.tab.train)
+    assert ann.job.spec.model == "gemma-3-270m"
+    with pytest.raises(SpecError, match="this host trains gemma-3-270m") as refused:
+        rooms.here().start("train", {"spec": {}}, "bob")
+    assert refused.value.settings == {"model": "gemma-3-270m"} and refused.value.change == "Gemma 3 270M"
+
+
+def test_a_question_that_cannot_be_repeated_is_answered(trainer):
+    page = Visit(Live())
+    page.state = {"learning_rate": "\ud800"}
+    seen = page.sees()
+    assert "learning-rate=?" in str(seen["problems"]) and json.dumps(seen).encode()

@@ -21,6 +21,7 @@ from peftlab.errors import plain
 from peftlab.race import Line, along
 from peftlab.room import jobs
 from peftlab.run import checkpoint, gears, loop, train
+from peftlab.run.events import standing
 from peftlab.show.refusals import failure
 
 STEPS = 8
@@ -205,9 +206,40 @@ def test_a_run_that_waits_to_go_on_may_be_stopped_and_go_on_later_or_be_dropped(
         last["message"] == "Stopped while it waited to go on: what it had learned is kept." and waiting_again.resumable
     )
     room.resume(waiting_again)
-    waiting_again.cancel()
-    assert waiting_again.events[-1]["message"] == "Cancelled: nothing is kept." and not waiting_again.folder.exists()
-    assert waiting_again.over and not waiting_again.resumable
+    waiting_again.cancel()  # what it had learned is not lost
+    assert waiting_again.events[-1]["message"] == "Cancelled: what it had learned before it went on is kept."
+    assert waiting_again.over and waiting_again.resumable
+
+
+def test_a_run_that_goes_on_and_is_cancelled_is_as_it_was_when_it_was_stopped(room, spec, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "SOONEST", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+    step, stops = gears.Step.__call__, [3]
+
+    def slowed(self, *batch):
+        if self.done + 1 in stops:
+            job.cancel() if stops.pop() == 6 else job.stop()
+        return step(self, *batch)
+
+    monkeypatch.setattr(gears.Step, "__call__", slowed)
+    job = begun(room, spec)
+    last = ends(job)
+    assert last["stopped"] and job.resumable
+    kept = {file.name: file.read_bytes() for file in (job.folder / "adapter").iterdir()}
+    stops.append(6)
+    room.resume(job)
+    again = ends(job)
+    assert again["as_before"] and again["steps"] == last["steps"] and "before it went on is kept" in again["message"]
+    assert {file.name: file.read_bytes() for file in (job.folder / "adapter").iterdir()} == kept
+    assert max(e["step"] for e in job.events if e["type"] == "step") > last["steps"]
+    assert max(e["step"] for e in standing(job.events) if e["type"] == "step") == last["steps"]
+    assert not (job.folder / jobs.BEFORE).exists() and not (job.folder / jobs.CANCEL).exists()
+    room.resume(job)
+    wait_for(lambda: job.begun)
+    assert not job.cancelling
+    done = ends(job)
+    *_, whole = train(resolve(spec), tmp_path)
+    assert done["steps"] == STEPS and done["train_loss"] == whole["train_loss"]
 
 
 def test_a_race_that_was_interrupted_goes_on_with_what_has_not_finished(room, spec, monkeypatch, tmp_path):
@@ -301,7 +333,7 @@ def test_a_browser_that_never_reads_its_stream_is_not_written_to_for_ever(room, 
     monkeypatch.setattr(served, "follow", counted)
     monkeypatch.setitem(jobs.WORK, "train", works)
     job = room.start("train", {"spec": {}}, "ann")
-    app = Starlette(routes=[served.follow_route("live", lambda job: {"bar": f"{len(job.events)} {big}"})])
+    app = Starlette(routes=[served.follow_route("live", "train", lambda job: {"bar": f"{len(job.events)} {big}"})])
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

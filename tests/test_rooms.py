@@ -324,15 +324,15 @@ def test_only_what_is_old_or_too_much_goes_and_never_what_is_looked_at(opened, t
         made.append(start(room, seed=seed))
     ends(made[-1])
     looked = made[0]
-    for job in made[1:]:
-        job.looked_at = -1e9
+    room._looked_at.clear()
     room.find(looked.id)
+    monkeypatch.setattr(rooms, "IN_MEMORY", 0)
+    room._keep(made[-1])  # as after so many others were looked at
     room.tidy()
-    assert [bool(room.records.find(job.id)) for job in made] == [True, False, True, True]
+    assert [bool(room.records.find(job.id)) for job in made] == [True, False, False, True]
     assert not made[1].folder.exists() and looked.folder.exists()
     monkeypatch.setattr(time, "time", lambda: made[3].record.made + 31 * 24 * 3600)
-    for job in made:
-        job.looked_at = -1e9
+    room._looked_at.clear()
     room.tidy()
     assert not any(room.records.find(job.id) or job.folder.exists() for job in made)
 
@@ -347,10 +347,15 @@ def test_a_finished_run_is_found_in_the_second_folder(opened, trainer, tmp_path)
     room._jobs.clear()
     found = room.find(job.id)
     assert found.events == job.events and found.owner == "ann" and (found.folder / "adapter" / "numbers").exists()
+    assert found.over and not found.resumable  # a copy is only looked at
+    found.cancel()
+    found.stop()
+    assert (found.folder / "adapter" / "numbers").exists() and room.running("ann") is None
 
 
 def test_a_job_that_leaves_nothing_but_its_events_is_found_in_the_second_folder_too(opened, monkeypatch, tmp_path):
-    monkeypatch.setitem(jobs.WORK, "race", lambda *_: iter([{"type": "done", "lines": [], "stopped": False}]))
+    done = {"type": "done", "lines": [], "stopped": False}
+    monkeypatch.setitem(jobs.WORK, "race", lambda *_: (event for event in [done]))
     room = opened(copies=str(tmp_path / "copies"))
     job = room.start("race", {"spec": {}}, "ann")
     ends(job)
@@ -358,6 +363,90 @@ def test_a_job_that_leaves_nothing_but_its_events_is_found_in_the_second_folder_
     room.records.forget(job.id)
     room._jobs.clear()
     assert room.find(job.id).events == job.events
+
+
+def test_a_job_whose_own_end_fails_holds_up_nobody(opened, trainer):
+    room = opened()
+    job, waiting = start(room, seed=1), start(room, "bob", 2)
+    wait_for(lambda: job.begun)
+    job.folder.write_text("no folder")
+    trainer.go.set()
+    assert ends(job)[-1]["type"] == "error" and ends(waiting)[-1]["type"] == "done"
+    assert room.running("ann") is None
+
+
+def test_whatever_ends_a_job_the_next_one_begins(opened, trainer, monkeypatch):
+    room, run = opened(), jobs.Job.run
+
+    def breaks(job, longest):
+        run(job, longest) if job.owner == "bob" else job.nothing_like_this
+
+    monkeypatch.setattr(jobs.Job, "run", breaks)
+    trainer.go.set()
+    job, waiting = start(room, seed=1), start(room, "bob", 2)
+    assert "AttributeError" in ends(job)[-1]["message"] and ends(waiting)[-1]["type"] == "done"
+
+
+def test_what_another_version_began_is_left_out(opened, trainer):
+    room = opened()
+    trainer.go.set()
+    job = start(room)
+    ends(job)
+    assert len(room.finished()) == 1 and job.readable
+    told = json.dumps(job.arguments | {"spec": job.arguments["spec"] | {"of_tomorrow": 1}})
+    room.records._do("UPDATE jobs SET arguments = ? WHERE id = ?", (told, job.id))
+    room._jobs.clear()
+    assert room.finished() == [] and not room.find(job.id).readable
+    assert room.takes(job.spec) is None
+
+
+def test_a_host_that_trains_nothing_any_more_does_not_go_on_with_what_waits(opened, trainer):
+    room = opened()
+    first, waiting = start(room, seed=1), start(room, "bob", 2)
+    wait_for(lambda: first.begun)
+    killed(room)
+    trainer.go.set()
+    room = opened(train="no")
+    assert "trains nothing" in room.find(waiting.id).events[-1]["message"] and room.find(waiting.id).over
+    with pytest.raises(SpecError, match="trains nothing"):
+        room.resume(room.find(first.id))
+
+
+def test_a_full_queue_takes_nobody_who_goes_on_but_the_host(opened, trainer):
+    room = opened(queue="1")
+    stopped = start(room, seed=1)
+    wait_for(lambda: stopped.begun)
+    stopped.stop()
+    trainer.go.set()
+    ends(stopped)
+    trainer.go.clear()
+    busy = start(room, "bob", 2)
+    wait_for(lambda: busy.begun)
+    waiting = start(room, "carol", 3)
+    with pytest.raises(SpecError, match="runs that wait: 1, and here at most 1 may"):
+        room.resume(stopped)
+    assert not start(room, "host", 4, first=True).begun
+    trainer.go.set()
+    ends(waiting)
+
+
+def test_somebody_who_cancels_may_begin_anew_at_once(opened, monkeypatch):
+    """And the cancelled run, which would go on for ever, ends at its next word."""
+    room = opened()
+
+    def endless(arguments, folder, again):
+        while arguments["spec"]["seed"] == 1:
+            time.sleep(0.01)
+            yield {"type": "progress", "what": "measuring", "share": 0.5}
+        yield {"type": "done", "steps": 1, "stopped": False}
+
+    monkeypatch.setitem(jobs.WORK, "train", endless)
+    job = start(room, seed=1)
+    wait_for(lambda: len(job.events) > 2)
+    job.cancel()
+    assert job.cancelling or job.over
+    assert ends(start(room, seed=2))[-1]["type"] == "done"
+    assert job.events[-1] == {"type": "error", "message": "Cancelled: nothing is kept.", "cancelled": True}
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(opened, trainer, monkeypatch, caplog):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import orjson
 
+from demos.page.question import Question, sound
 from demos.page.serving import as_json
 from demos.page.tab import Slow
 from peftlab.base.models import DEFAULT, MODELS
@@ -26,28 +27,6 @@ ROOM = 2**24
 """So many bytes of answers are kept, the latest that were asked for."""
 LONGEST = 2000
 """Bytes of a question whose answer is kept. One with a pasted config.json is longer, and nobody else asks it."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a page asks: `state` is what the address says, `kept` as in `Asked`, `open` the names of the open folds."""
-
-    number: object
-    tab: str
-    state: dict[str, Any]
-    kept: dict[str, Any]
-    open: list[str]
-
-
-def sound(asks: object) -> Question:
-    """A question out of whatever somebody sent: a part that has another type is left empty."""
-    given: dict[str, Any] = asks if isinstance(asks, dict) else {}
-
-    def part(name: str, form: type) -> Any:
-        return given[name] if isinstance(given.get(name), form) else form()
-
-    opened = [name for name in part("open", list) if isinstance(name, str)]
-    return Question(given.get("number"), part("tab", str), part("state", dict), part("kept", dict), opened)
 
 
 @dataclass(frozen=True)

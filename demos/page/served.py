@@ -48,12 +48,14 @@ class Followed:
         return {f"{self.tab}.{name}": json.dumps(as_update(value)) for name, value in shown.items()}
 
 
-_followed: dict[str, Followed] = {}
+_followed: dict[tuple[str, str], Followed] = {}
+"""By tab and job."""
 
 
 async def follow(job: Job, draw: Callable[[Job], Values], tab: str) -> AsyncIterator[str]:
     """Server-sent events: what has changed in the picture, until the run is over. A slow reader skips pictures."""
-    one = _followed.setdefault(job.id, Followed(job, draw, tab))
+    key = tab, job.id
+    one = _followed.setdefault(key, Followed(job, draw, tab))
     one.watchers += 1
     sent: Picture = {}
     quiet = 0.0
@@ -73,14 +75,15 @@ async def follow(job: Job, draw: Callable[[Job], Values], tab: str) -> AsyncIter
     finally:
         one.watchers -= 1
         if not one.watchers:
-            del _followed[job.id]
+            del _followed[key]
 
 
-def follow_route(tab: str, draw: Callable[[Job], Values]) -> Route:
-    """`follow/<tab>/<id>` of a job that a tab shows, which whoever has its id may watch."""
+def follow_route(tab: str, kind: str, draw: Callable[[Job], Values]) -> Route:
+    """`follow/<tab>/<id>` of a job of the `kind` that a tab shows, which whoever has its id may watch."""
 
     async def followed(request: Request) -> Response:
-        if not (job := await to_thread.run_sync(rooms.here().find, request.path_params["job"])):
+        job = await to_thread.run_sync(rooms.here().find, request.path_params["job"])
+        if not job or job.kind != kind or not job.readable:
             return PlainTextResponse("no such job", 404)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(follow(job, draw, tab), media_type="text/event-stream", headers=headers)

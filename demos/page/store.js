@@ -107,6 +107,7 @@ const follow = (run) => {
     heardOf = Date.now();
     if (followed === run) show(JSON.parse(data));
   };
+  stream.onerror = () => { heardOf = 0; }; // then the page asks, and finds out whether the server is there
   stream.addEventListener('over', () => { follow(null); look(); });
 };
 const again = () => {
@@ -270,7 +271,11 @@ document.addEventListener('click', ({target}) => {
   });
 });
 document.addEventListener('focusout', () => setTimeout(() => { const late = held; held = {}; show(late); }));
-window.addEventListener('storage', () => Object.assign(memory, remembered()));
+window.addEventListener('storage', ({key}) => {
+  if (key !== STORAGE) return;
+  Object.assign(memory, remembered());
+  look(); // another window has started, stopped or resumed something
+});
 window.addEventListener('pagehide', () => { if (resting) record('replaceState'); });
 window.addEventListener('popstate', () => {
   stopResting();

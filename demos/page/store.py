@@ -16,7 +16,8 @@ from gradio.components import Component
 from starlette.routing import Route
 
 from demos.page import address, choice, controls, look, methods
-from demos.page.answers import Answer, Answers, Question, sound
+from demos.page.answers import Answer, Answers
+from demos.page.question import Question, sound
 from demos.page.serving import InBytes
 from demos.page.tab import QUIET, Asked, Slow, Tab, said
 from peftlab import PeftlabError, SpecError

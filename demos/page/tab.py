@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank, shown_model
+from demos.page.question import sound
 from peftlab import PeftlabError, RunSpec, resolve
 from peftlab.errors import Curable
 from peftlab.room import jobs, rooms, worker
@@ -279,14 +280,15 @@ class Tab:
         def shown(values: Values, new: Values = MappingProxyType({})) -> dict[Block, object]:
             return {named[n]: json.dumps({**new, **cast(Values, v)}) if n == "kept" else v for n, v in values.items()}
 
-        def pressed(question: Mapping[str, Any]) -> Iterator[dict[Block, object]]:
+        def pressed(question: object) -> Iterator[dict[Block, object]]:
             yield shown(before)
             try:
-                signer, kept = rooms.here().signer, question["kept"]
+                asks = sound(question)
+                signer, kept = rooms.here().signer, asks.kept
                 new = (
                     {} if signer.read(kept.get("visitor")) else {"visitor": signer.newcomer()}
                 )  # before any answer came
-                for values in work(self.read(question["state"], kept | new)):
+                for values in work(self.read(asks.state, kept | new)):
                     yield shown(values, new)
                 if after:
                     yield shown(after)

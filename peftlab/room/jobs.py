@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-import math
 import os
 import shutil
 import sqlite3
@@ -19,7 +18,7 @@ from typing import cast
 from .. import adapters
 from ..compare import on_task
 from ..data import tasks
-from ..errors import Curable, PeftlabError, RunError, plain
+from ..errors import Curable, PeftlabError, RunError, SpecError, plain
 from ..race import Line, Racer, race
 from ..resolve import resolve
 from ..run import STOP, Event, train
@@ -73,15 +72,15 @@ class Job:
 
     place = 0
     """Its turn among those that wait."""
-    looked_at = -math.inf
-    """When somebody last asked for it (time.monotonic)."""
 
     def __init__(self, record: Record, folder: Path, records: Records, events: list[Event] | None = None) -> None:
-        """Its `events` are in the log, unless they are given."""
+        """Its `events` are in the log, unless they are given: then it is a copy, which stays as it is."""
+        self.is_copy = events is not None
         self.record, self.folder = record, folder
         self.id, self.kind, self.arguments, self.owner = record.id, record.kind, record.arguments, record.owner
         self._records, self._changing = records, threading.RLock()
         self._state = record.state
+        self._cancelled = False
         told = records.events(record.id) if events is None else list(enumerate(events))
         self.events: list[Event] = [event for _, event in told]
         self._next = told[-1][0] + 1 if told else 0
@@ -116,8 +115,8 @@ class Job:
                 if "progress" not in (event["type"], event.get("event", {}).get("type")):
                     self._records.say(self.id, number, event)
             if over:  # a job that was refused leaves the stop file, and the folder where it was made for that alone
-                (self.folder / STOP).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
+                    (self.folder / STOP).unlink(missing_ok=True)
                     self.folder.rmdir()
                 self.put(OVER, event)
 
@@ -131,6 +130,7 @@ class Job:
         """Whether it still waits; then it is under way from now on. Somebody may stop it in this very moment."""
         with self._changing:
             if self._state == WAITING:
+                self._cancelled = False
                 self.put(RUNNING)
                 return True
             return False
@@ -153,6 +153,7 @@ class Job:
             if self._state == RUNNING:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / CANCEL).touch()
+                self._cancelled = True
                 self.stop()
             elif self._state == WAITING:
                 self.add(self._dropped(), over=True)
@@ -163,14 +164,22 @@ class Job:
         return not self.over and (self.folder / STOP).exists()
 
     @property
+    def readable(self) -> bool:
+        """Whether this version knows the settings that it was started with; another one may have begun it."""
+        try:
+            return bool(self.spec)
+        except SpecError:
+            return False
+
+    @property
     def cancelling(self) -> bool:
         """Whether it was cancelled and has not ended yet."""
-        return not self.over and (self.folder / CANCEL).exists()
+        return not self.over and self._cancelled
 
     @property
     def resumable(self) -> bool:
         """Whether it ended early, though it did not fail by itself, and can go on from there."""
-        last = self.events[-1] if self.over and self.events else None
+        last = self.events[-1] if self.over and self.events and not self.is_copy else None
         return last is not None and bool(last.get("resumable") or (last["type"] == "done" and last.get("stopped")))
 
     @property
@@ -214,10 +223,19 @@ class Job:
             log.info("job %s: %s", self.id, error)
             last = self._failed(error)
         with self._changing:  # nobody may cancel it between the look and the end
-            if (self.folder / CANCEL).exists():
-                last = self._dropped()
-            shutil.rmtree(self.folder / BEFORE, ignore_errors=True)
+            try:
+                if (self.folder / CANCEL).exists():
+                    last = self._dropped()
+                shutil.rmtree(self.folder / BEFORE, ignore_errors=True)
+            except OSError as error:
+                last = self._failed(error)
             self.add(last, over=True)  # once the trainer has cleaned up
+
+    def broken(self, error: Exception) -> None:
+        """Puts an end to a job whose own end has failed; nothing of this is written down."""
+        with self._changing:
+            self.events.append({"type": "error", "message": plain(error)})
+            self._state = OVER
 
     def _set_aside(self) -> None:
         """Before a run goes on: what is kept of it so far, to which it returns when it is cancelled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -19,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import TextIO
 
-from ..base import weights
-from ..errors import RunError, SpecError
+from ..base import models, weights
+from ..errors import NotHere, RunError, SpecError
 from ..memory import must_fit
 from ..resolve import resolve_here
 from ..run import Event
@@ -36,8 +37,12 @@ IN_MEMORY = 64
 """So many jobs that are over stay in memory, those looked at last."""
 RECENT = 50
 """So many of the last jobs of a kind say how long one takes."""
+ALIKE = ("task", "model", "method", "steps", "batch_size", "accumulation", "quantization")
+"""Runs that have these in common take about as long."""
 OWN = 8
 """So many of an owner's last runs are offered as adapters."""
+TIDY = 3600
+"""Seconds after which a server with nothing to do looks for what is to be removed."""
 LOOKED_AT = 3600
 """A job that somebody has looked at within so many seconds is not removed."""
 
@@ -62,6 +67,8 @@ class Room:
         self.signer = Signer(self.folder / "key")
         self.records = Records(self.folder / "jobs.sqlite")
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._looked_at: dict[str, float] = {}
+        """When somebody last asked for a job (time.monotonic), for as long as it matters."""
         self._places = itertools.count()
         self._changed = threading.Condition(threading.RLock())
         self._closed = False
@@ -80,7 +87,7 @@ class Room:
                     return self._copied(job_id)
                 self._keep(Job(record, self.folder / "jobs" / job_id, self.records))
             self._jobs.move_to_end(job_id)
-            self._jobs[job_id].looked_at = time.monotonic()
+            self._looked_at[job_id] = time.monotonic()
             return self._jobs[job_id]
 
     def running(self, owner: str) -> Job | None:
@@ -110,7 +117,17 @@ class Room:
 
     def finished(self) -> list[tuple[Resolved, Event]]:
         """The spec and last event of the last runs that came to their end, the newest first."""
-        return [(resolved(record.arguments["spec"]), last) for record, last in self._done("train") if last.get("steps")]
+        found = []
+        for record, last in self._done("train"):
+            with contextlib.suppress(SpecError):  # a version with other settings made it
+                found += [(resolved(record.arguments["spec"]), last)] if last.get("steps") else []
+        return found
+
+    def takes(self, spec: Resolved) -> float | None:
+        """Seconds from its turn to its end that a run like this takes here, from the last ones; None where there were none."""
+        alike = [last for other, last in self.finished() if all(getattr(other, n) == getattr(spec, n) for n in ALIKE)]
+        took = [last["job_seconds"] for last in alike if "job_seconds" in last and not last.get("stopped")]
+        return median(took) if took else None
 
     def adapters(self, owner: str) -> list[Job]:
         """The owner's last runs that have an adapter, the newest first."""
@@ -134,10 +151,7 @@ class Room:
             self._must_fit(spec)
         with self._changed:
             self._only_one(owner)
-            if len(alive := self._alive()) > self.settings.queue and not first:
-                raise SpecError(
-                    f"runs that wait: {len(alive) - 1}, and here at most {self.settings.queue} may; try again later"
-                )
+            self._has_room(first)
             job_id = f"{spec.task}-{spec.method}-{secrets.token_hex(16)}"
             try:
                 record = self.records.add(job_id, kind, arguments | {"spec": spec.to_dict()}, owner, first)
@@ -149,21 +163,26 @@ class Room:
         return job
 
     def resume(self, job: Job) -> None:
-        """Queues a job that ended early, to go on from where it was. Raises SpecError where it cannot."""
+        """Queues a job that ended early, to go on from where it was. Raises SpecError where it cannot, as `start` does."""
+        if not job.resumable:
+            raise SpecError("this run came to its end and cannot go on; start another one")
+        self._allow_all(job)
+        if job.kind == "train":
+            self._must_fit(job.spec)
         with self._changed:
             self._only_one(job.owner)
-            if not job.resumable:
-                raise SpecError("this run came to its end and cannot go on; start another one")
+            self._has_room(job.record.first)
             job.put(WAITING)
             self._queue(job)
 
     def tidy(self) -> None:
         """Removes jobs that are too old or take too much of the disk, but none that was looked at within the hour."""
         with self._changed:
-            seen = [job for job in self._jobs.values() if not job.over or time.monotonic() - job.looked_at < LOOKED_AT]
-            kept = {job.id for job in seen}
-            over = [(r, self.folder / "jobs" / r.id) for r in self.records.where("state = ?", OVER) if r.id not in kept]
-            for record in keeping.overdue(over, self.settings.days, self.settings.disk * 1e9, time.time()):
+            since = time.monotonic() - LOOKED_AT
+            self._looked_at = {id: at for id, at in self._looked_at.items() if at > since}
+            over = [(r, self.folder / "jobs" / r.id) for r in self.records.where("state = ?", OVER)]
+            most = self.settings.disk * 1e9
+            for record in keeping.overdue(over, self.settings.days, most, time.time(), self._looked_at):
                 self._jobs.pop(record.id, None)
                 self.records.forget(record.id)
                 shutil.rmtree(self.folder / "jobs" / record.id, ignore_errors=True)
@@ -183,7 +202,7 @@ class Room:
             next(self._places),
             contextvars.copy_context(),
         )  # a shared GPU's quota hangs on the request
-        job.looked_at = time.monotonic()
+        self._looked_at[job.id] = time.monotonic()
         self._keep(job)
         job.add({"type": "queued", "ahead": self.ahead(job)})
         self._changed.notify_all()
@@ -191,9 +210,22 @@ class Room:
     def _only_one(self, owner: str) -> None:
         if not owner:
             raise SpecError("this browser is not known here; reload the page")
-        if self.running(owner):
+        job = self.running(owner)
+        if job and not job.cancelling:  # one that is being cancelled is in nobody's way
             said = "wait for it, or stop it first; what it learned is kept"
             raise SpecError(f"a run of yours is already under way: {said}")
+
+    def _has_room(self, first: bool) -> None:
+        """Raises SpecError where the queue is full, but not for one that goes `first`."""
+        waiting = len(self._alive()) - 1
+        if waiting >= self.settings.queue and not first:
+            raise SpecError(f"runs that wait: {waiting}, and here at most {self.settings.queue} may; try again later")
+
+    def _allow_all(self, job: Job) -> None:
+        """Raises SpecError for a job that this host does not train, as it is set now."""
+        if job.kind in TRAINS:
+            for spec in (job.arguments["spec"], *(racer for _, racer in job.arguments.get("racers", ()))):
+                self._allow(resolved(spec))
 
     def _allow(self, spec: Resolved) -> None:
         """Raises SpecError for what this host does not train."""
@@ -201,7 +233,8 @@ class Room:
         if not ours.train:
             raise SpecError("this host shows everything and trains nothing; run peftlab yourself to train")
         if ours.models and spec.model not in ours.models:
-            raise SpecError(f"model={spec.model}: this host trains {', '.join(ours.models)}; choose one of these")
+            said = f"model={spec.model}: this host trains {', '.join(ours.models)}; choose one of these"
+            raise NotHere(said, {"model": ours.models[0]}, models.find(ours.models[0]).name)
         tokens = spec.steps * spec.batch_size * spec.accumulation * spec.sequence_length
         if tokens > ours.tokens:
             fits = spec.steps * ours.tokens // tokens
@@ -255,25 +288,40 @@ class Room:
             job.place = next(self._places)
             if record.state == RUNNING:
                 job.interrupted()
+            else:
+                try:
+                    self._allow_all(job)
+                except SpecError as error:  # the host has changed its mind
+                    last: Event = {"type": "error", "message": str(error), "resumable": job.again}
+                    job.add(last, over=True)
             self._keep(job)
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 while not (waiting := [job for job in self._alive() if not job.begun]) and not self._closed:
-                    self._changed.wait()
+                    if not self._changed.wait(TIDY):
+                        break
                 if self._closed:
                     return
-                job = waiting[0]
-            if not job.begin():
-                continue
+            try:  # whatever happens, the next job is not to wait for ever
+                if not waiting:
+                    self.tidy()
+                elif waiting[0].begin():
+                    self._do(waiting[0])
+            except Exception:
+                log.exception("job %s", waiting[0].id if waiting else "")
+
+    def _do(self, job: Job) -> None:
+        """Runs a job, and cleans up after it."""
+        try:
             job.context.run(job.run, self.settings.seconds)
-            try:
-                if self.settings.copies and job.events[-1]["type"] == "done":
-                    keeping.copy(job, self.settings.copies)
-                self.tidy()
-            except Exception:  # the next job is not to wait for ever
-                log.exception("after job %s", job.id)
+        except Exception as error:  # even its own end failed
+            job.broken(error)
+            raise
+        if self.settings.copies and job.events[-1]["type"] == "done":
+            keeping.copy(job, self.settings.copies)
+        self.tidy()
 
 
 def _told(job: Job) -> float:

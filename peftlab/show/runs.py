@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from html import escape
 
-from .. import measured, units
+from .. import hardware, measured, units
 from ..count import count
 from ..data import tasks
 from ..race import scores
-from ..resolve import resolve, resolve_here
+from ..resolve import as_here, resolve, resolve_here
 from ..room import jobs, rooms
 from ..run.events import Event, last_of, standing
 from ..spec import Json, Resolved, RunSpec
@@ -35,20 +35,20 @@ def card(task: str) -> str:
         low, high, mean = (units.score(score) for score in (min(scores), max(scores), one["mean"]))
         tip = f"{one['hardware']}, {one['date']}, {libraries(one['versions'])}. Command: {one['command']}"
         said += (
-            f" On {escape(brief(one['hardware']))} {len(scores)} default runs, each scored on {one['items']} held-out items, "
-            f"had {low} to {high} of them right, {mean} on average. {how('measured', tip)}"
+            f" {len(scores)} runs as they begin here, made on {escape(brief(one['hardware']))} and each scored on "
+            f"{one['items']} held-out items, had {low} to {high} of them right, {mean} on average. {how('measured', tip)}"
         )
     return said
 
 
 @lru_cache(maxsize=len(tasks.TASKS))
 def _reliability(task: tasks.Task) -> Json | None:
-    """The recording of many seeds of a task's default run as it is now, a GPU's rather than a CPU's; None without one."""
+    """The recording of many seeds of a task's default run as it is here, one of this kind of device first; None without one."""
+    usual, machine = resolve(as_here(RunSpec(task=task.key))), hardware.here().device
     own = [one for one in measured.documents("reliability") if one["spec"]["task"] == task.key]
-    for device, usual in (("cuda", task.on_gpu), ("cpu", (task.steps, task.batch_size))):
-        for one in own:
-            if one["device"] == device and (one["spec"]["steps"], one["spec"]["batch_size"]) == usual:
-                return one
+    for one in sorted(own, key=lambda one: one["device"] != machine):
+        if all(one["spec"][name] == getattr(usual, name) for name in ("model", "method", "steps", "batch_size")):
+            return one
     return None
 
 
@@ -202,12 +202,16 @@ def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
     if job is None:
         if not rooms.here().settings.train:
             return remarks("<b>This host shows everything and trains nothing.</b>")
-        return remarks(f"<b>Press Train to run it here:</b> {_named(spec)}.")
+        takes = rooms.here().takes(resolve_here(spec))
+        time = f", about {units.seconds(takes)}, as the last such runs took" if takes else ""
+        return remarks(f"<b>Press Train to run it here:</b> {_named(spec)}{time}.")
     last, before = job.events[-1], rooms.here().ahead(job)
     what = "The run begins"
     if last["type"] == "queued" and before:
         wait = rooms.here().wait(job)
-        what = f"The run waits: {before} ahead of it" + (f", about {units.seconds(wait)}" if wait else "")
+        what = f"The run waits{' to go on' if job.again else ''}: {before} ahead of it" + (
+            f", about {units.seconds(wait)}" if wait else ""
+        )
     if last["type"] == "loading":
         what += f": loading {escape(last['model'])}, which is fetched first where it is not here yet"
     return remarks(f"<b>{what}.</b>")
@@ -228,7 +232,8 @@ def shown(job: jobs.Job | None, spec: RunSpec, mine: bool = False) -> dict[str, 
     adapter = job.id if mine and job.over and (job.folder / "adapter").exists() else ""
     return {
         "sentence": live_sentence(events),
-        "bar": remarks(*filter(None, (f"<b>This run:</b> {_named(job.spec)}", _next(job, spec))))
+        "bar": ("" if job.begun else waiting(job, spec))
+        + remarks(*filter(None, (f"<b>This run:</b> {_named(job.spec)}", _next(job, spec))))
         + (failure(events) or explained(status(events))),
         **shown_of(events, job.spec, adapter),
         **charts_of(job, max(points, default=0)),
