@@ -83,7 +83,7 @@ def live_sentence(events: Events) -> str:
     if len(scores) == 1:
         return f"{read} {metric} before: {before}."
     items = measured[-1].get("items", 0)
-    few = f"the first {items} of the " if items < measured[0].get("items", 0) else ""  # midway, on a CPU
+    few = f"{items} " if items < measured[0].get("items", 0) else ""  # midway, on a CPU
     return f"{read} {metric}: {before} → {bold(scores[-1], 'trained')} on {few}items it has never seen."
 
 
@@ -190,11 +190,9 @@ def brief(hardware: str) -> str:
 
 
 def _named(spec: RunSpec) -> str:
-    """Which task a run learns, on which model, by which method, and in how many steps."""
-    used = resolve_here(spec)
-    report, size = count(used), used.batch_size * used.accumulation
-    steps = f"{used.steps} step{'s' if used.steps != 1 else ''} of {size} example{'s' if size != 1 else ''}"
-    return f"{escape(tasks.find(used.task).name)}, {escape(report.model_name)}, {method_name(report)}, {steps}"
+    """Which task a run learns, on which model, and by which method."""
+    report = count(resolve(spec))
+    return f"{escape(tasks.find(report.spec.task).name)}, {escape(report.model_name)}, {method_name(report)}"
 
 
 def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
@@ -202,9 +200,11 @@ def waiting(job: jobs.Job | None, spec: RunSpec) -> str:
     if job is None:
         if not rooms.here().settings.train:
             return remarks("<b>This host shows everything and trains nothing.</b>")
-        takes = rooms.here().takes(resolve_here(spec))
+        used = resolve_here(spec)
+        steps = f"{used.steps} steps of {used.batch_size * used.accumulation}"
+        takes = rooms.here().takes(used)
         time = f", about {units.seconds(takes)}, as the last such runs took" if takes else ""
-        return remarks(f"<b>Press Train to run it here:</b> {_named(spec)}{time}.")
+        return remarks(f"<b>Press Train to run it here:</b> {_named(spec)}, {steps}{time}.")
     last, before = job.events[-1], rooms.here().ahead(job)
     what = "The run begins"
     if last["type"] == "queued" and before:

@@ -34,6 +34,7 @@ def test_nothing_moves_while_a_run_goes_on(tiny_app, open_page, size):
         seen.add(tuple(page.evaluate(TOPS, BELOW)))
         page.wait_for_timeout(100)
     ended(page)
+    assert len(seen) == 1, seen
     (while_it_ran,) = seen
     assert page.evaluate(TOPS, BELOW[:4]) == list(while_it_ran[:4])  # the card of a phone grows with its advice
     assert size == PHONE or list(while_it_ran) == before
