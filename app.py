@@ -1,5 +1,6 @@
 """peftlab: assembles the tabs and launches. `python app.py`, or the entry point of a Hugging Face Space."""
 
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from demos.side_by_side import Compare
 from peftlab import seam, units
 from peftlab.base import fetching, weights
 from peftlab.base.models import DEFAULT, MODELS
+from peftlab.errors import PeftlabError, SpecError
 from peftlab.room import rooms, worker
 from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
@@ -82,8 +84,19 @@ demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head,
 demo.routes.append(Route("/peftlab/base", told, methods=["GET", "POST"]))
 
 
+def log_to_stderr() -> None:
+    """Writes the server's own warnings and errors to stderr; what libraries log stays unheard."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("peftlab", "demos"):
+        logging.getLogger(name).addHandler(handler)
+
+
 def main() -> None:
+    """Serves until it is told to end. Raises PeftlabError where it cannot begin."""
     seam.quiet()
+    log_to_stderr()
     rooms.here()  # a setting that cannot be is said before anything is served
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and a host: an exception could come where it is lost
@@ -103,4 +116,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PeftlabError as error:
+        print(f"peftlab: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, SpecError) else 1)

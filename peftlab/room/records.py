@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import SpecError
 from ..run.events import Event
 from ..spec import Json
 
@@ -49,11 +50,23 @@ class Records:
     """Jobs and events in one file. Raises sqlite3.Error where the disk is full or the file is damaged."""
 
     def __init__(self, file: Path) -> None:
+        """Raises SpecError where the file cannot be opened, or is no such table; it stays as it is then."""
         self._lock = threading.Lock()
-        self._base = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
-        self._base.execute("PRAGMA journal_mode=WAL")
-        self._base.execute("PRAGMA synchronous=NORMAL")  # a power cut may take the last events; a kill takes none
-        self._base.executescript(TABLES)
+        try:
+            self._base = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
+            try:
+                self._base.execute("PRAGMA journal_mode=WAL")
+                # A power cut may take the last events; a kill takes none.
+                self._base.execute("PRAGMA synchronous=NORMAL")
+                self._base.executescript(TABLES)
+                self._base.execute("SELECT count(last) FROM jobs").fetchone()  # reads all rows: damage shows now
+            except sqlite3.Error:
+                self._base.close()
+                raise
+        except sqlite3.Error as error:
+            said = f"{file}: the table of runs cannot be opened ({error})"
+            fix = f"move {file.name}* away, and a new one is made while the runs' folders stay"
+            raise SpecError(f"{said}; {fix}, or give PEFTLAB_DATA another folder") from None
 
     def add(self, id: str, kind: str, arguments: Json, owner: str, first: bool) -> Record:
         row = (id, kind, json.dumps(arguments), owner, first, WAITING, time.time())
