@@ -239,9 +239,9 @@ def test_a_run_past_its_time_is_stopped_and_says_so(opened, monkeypatch):
     "name, text, said",
     [
         ("models", "gpt-2", "PEFTLAB_MODELS=gpt-2: no such model as gpt-2; did you mean gpt2"),
-        ("tokens", "0", "PEFTLAB_TOKENS=0: less than 1; it is most tokens of a run"),
-        ("seconds", "soon", "PEFTLAB_SECONDS=soon: could not convert"),
-        ("seconds", "nan", "PEFTLAB_SECONDS=nan: less than 1"),
+        ("tokens", "0", "PEFTLAB_TOKENS=0: the most tokens of a run is a whole number from 1 on; try 20000000"),
+        ("seconds", "soon", "PEFTLAB_SECONDS=soon: the most seconds of a run's turn is a number from 1 on; try 3600"),
+        ("seconds", "nan", "PEFTLAB_SECONDS=nan: the most seconds of a run's turn is a number from 1 on; try 3600"),
         ("train", "perhaps", "PEFTLAB_TRAIN=perhaps: neither yes nor no"),
     ],
 )

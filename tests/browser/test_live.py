@@ -86,14 +86,14 @@ def test_the_card_sets_the_next_run_and_opens_the_comparison(tiny_app, open_page
 
 
 def test_a_late_second_press_begins_nothing_and_a_second_window_keeps_up(tiny_app, open_page):
-    page = open_page(tiny_app.url + "?tab=live&steps=400")
+    page = open_page(tiny_app.url + "?tab=live&steps=2000")
     window = page.context.new_page()
     window.goto(page.url)
     expect(window.get_by_role("button", name="Train", exact=True)).to_be_enabled()
     train(page)
     button = page.get_by_role("button", name="Training")
     expect(button).to_be_disabled()
-    expect(page.locator("#live-bar")).to_contain_text(re.compile(r"step \d+ of 400"), timeout=60_000)
+    expect(page.locator("#live-bar")).to_contain_text(re.compile(r"step \d+ of 2000"), timeout=60_000)
     expect(window.get_by_role("button", name="Training")).to_be_disabled()
     button.evaluate("(button) => { button.disabled = false; button.click(); }")
     page.wait_for_timeout(2000)
