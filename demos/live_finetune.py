@@ -38,11 +38,15 @@ LARGEST = 2_000_000_000  # parameters of the largest model offered for a live ru
 jobs.WORK["train"] = on_gpu(jobs.WORK["train"])
 
 
+def small() -> list[tuple[str, str]]:
+    """Names and keys of the models that are small enough to train while people watch."""
+    found = (m for m in MODELS.values() if m.is_causal and m.hub_id and (m.total_parameters or LARGEST) < LARGEST)
+    return [(model.name, model.key) for model in found]
+
+
 def runnable() -> list[tuple[str, str]]:
-    """Names and keys of the models that the host has chosen, or that are small enough to train while people watch."""
-    chosen = host.settings().models
-    small = (m for m in MODELS.values() if m.is_causal and m.hub_id and (m.total_parameters or LARGEST) < LARGEST)
-    return [(model.name, model.key) for model in ([MODELS[key] for key in chosen] or small)]
+    """Names and keys of the models that the host has chosen, else of all small ones."""
+    return [(MODELS[key].name, key) for key in host.settings().models] or small()
 
 
 def here(spec: RunSpec) -> RunSpec:
@@ -100,7 +104,7 @@ class Live(Tab):
         self.control_all(methods.method_settings(OWN))
         self.control_all({name: controls.setting(name) for name in ("steps", "learning_rate")})
         with gr.Accordion("More settings", open=False):
-            self.control("model", controls.choice("model", runnable(), DEFAULT))
+            self.control("model", controls.choice("model", small(), DEFAULT))
             presets = [("none", ""), *controls.choices_of(PRESETS)]
             self.control("preset", gr.Dropdown(presets, value="", label="Preset", info=PUBLISHED))
             self.control_all(methods.method_settings(FOLDED))
@@ -206,7 +210,7 @@ class Live(Tab):
         return {
             **super().fill(replace(asked, spec=spec)),
             "task": run.task,
-            "model": run.model,
+            "model": gr.update(value=run.model, choices=runnable()),
             "method": method_value(run.method, run.model),
             "preset": gr.update(value=asked["preset"], info=preset_says(asked["preset"])),
             **methods.method_updates(spec, (*OWN, *FOLDED)),

@@ -223,7 +223,8 @@ class Race(Tab):
     def go_on(self, asked: Asked) -> Iterator[Values]:
         """Lets a race that ended early go on with the runs that are still to come."""
         if job := self.job(asked):
-            rooms.here().resume(job)
+            if job.over:  # a second press finds it under way
+                rooms.here().resume(job)
             yield {"kept": {"race": job.id}}
 
     def put_away(self, asked: Asked) -> Iterator[Values]:

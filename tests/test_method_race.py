@@ -157,7 +157,7 @@ def test_race_here_starts_the_race_on_screen_and_says_when_it_is_not_yet_there(h
     before = shown(kept, **RANKS)
     assert "Until yours begins" in before["bar"]["value"] and "Recorded on" in before["bar"]["value"]
     assert before["board"] == shown(**RANKS)["board"]
-    assert before["go"] == {"__type__": "update", "value": "Racing", "interactive": False}
+    assert before["go"] == {"__type__": "update", "value": "Racing", "interactive": False, "visible": True}
     assert before["stop"]["interactive"] is True and answer(kept, **RANKS)["again"] == 0.5
     held.say({"type": "racers", "lines": lines(), "seeds": 2}, job)
     begun = shown(kept, **RANKS)
