@@ -8,7 +8,7 @@ from peftlab import RunSpec, SpecError, predict, resolve
 from peftlab.base.models import MODELS
 from peftlab.catalog.gpus import GPUS
 from peftlab.memory import cheapest_changes, closed_form, exact, fits, gpu_grid, largest, largest_model, storage
-from peftlab.memory.fit import CHANGES, CLUSTER
+from peftlab.memory.fit import CHANGES, CLUSTER, MOST_PASSES
 from peftlab.spec import SETTINGS
 
 BILLION = 10**9
@@ -144,3 +144,25 @@ def test_storage_is_16_bit():
     assert (disk.tasks, disk.full, disk.adapters, disk.base) == (50, 10 * 10**12, 50 * BILLION, 200 * BILLION)
     disk = storage(predict(resolve(RunSpec(model="llama-2-7b", rank=8, target_modules="q_proj,v_proj"))), 3)
     assert (disk.full, disk.adapters, disk.base) == (6 * 6_738_415_616, 6 * 4_194_304, 2 * 6_738_415_616)
+
+
+@pytest.mark.parametrize("batch, accumulation, gpu", [(2000, 1, "rtx-4090"), (70, 1, "rtx-4090"), (40, 2, "t4")])
+def test_a_batch_of_too_many_passes_is_made_smaller_by_as_little_as_fits(batch, accumulation, gpu):
+    settings = {"batch_size": batch, "accumulation": accumulation, "sequence_length": 512}
+    spec, room = resolve(RunSpec(model="smollm2-360m", precision="bf16", **settings, **ON)), GPUS[gpu].memory_bytes
+    assert process(spec) > room
+    (change,), changed = cheapest_changes(spec, room)
+    size = changed.batch_size
+    assert change.apply(spec) == {"batch_size": size} and change.words == f"batch size {size}"
+    assert changed.accumulation == accumulation and size & (size - 1) == 0
+    assert process(changed) <= room and (2 * size >= batch or process(spec.but(batch_size=2 * size)) > room)
+
+
+def test_a_batch_is_kept_by_passes_up_to_a_limit():
+    spec = RunSpec(model="llama-3.1-8b", rank=16, sequence_length=1024, **ON)
+    room = GPUS["rtx-4090"].memory_bytes
+    kept, smaller = (cheapest_changes(resolve(spec.but(batch_size=n)), room)[1] for n in (MOST_PASSES, MOST_PASSES + 1))
+    assert (kept.batch_size, kept.accumulation) == (1, MOST_PASSES)
+    assert smaller.accumulation == 1 and smaller.batch_size < MOST_PASSES
+    with_others, _ = cheapest_changes(resolve(spec.but(batch_size=2000, optimizer="adamw")), GPUS["t4"].memory_bytes)
+    assert with_others[0].words.startswith("batch size ") and len(with_others) > 1

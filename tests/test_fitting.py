@@ -229,3 +229,23 @@ def test_models_in_memory_count_as_free_but_not_what_counts_as_free_already(monk
     for name, bytes_ in (("mem_get_info", (500, 1000)), ("memory_reserved", 300), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, lambda bytes_=bytes_: bytes_)
     assert FREE() == 500 + 300 - 200 + 50
+
+
+def test_a_huge_batch_that_does_not_fit_is_offered_a_smaller_one_and_not_as_many_passes(toy_spec, free):
+    spec = toy_spec.but(batch_size=2000)
+    limit = needs(spec) / 3
+    free(limit)
+    refused = refusal(spec)
+    (size,) = refused.settings.values()
+    assert list(refused.settings) == ["batch_size"] and 1 < size < 2000 and size & (size - 1) == 0
+    assert f"; with batch size {size} it needs" in str(refused) and refused.change == f"batch size {size}"
+    assert needs(spec.but(batch_size=size)) <= limit < needs(spec.but(batch_size=2 * size))
+    must_fit(resolve_here(spec.but(**refused.settings)))
+
+
+def test_a_smaller_model_for_a_huge_batch_comes_with_a_smaller_batch(free, monkeypatch):
+    monkeypatch.setattr(here, "_widest", lambda spec: here.Widest(spec.sequence_length, 0))
+    monkeypatch.setattr(here, "peak", lambda spec, limit: here.Peak(here._closed(spec)))
+    free(1e9)
+    refused = refusal(RunSpec(model="smollm2-1.7b", batch_size=2000))
+    assert list(refused.settings) == ["batch_size", "model"] and refused.settings["batch_size"] == 1

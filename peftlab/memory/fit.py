@@ -141,19 +141,44 @@ CHANGES = (
 """The cheapest comes first."""
 SAME_RESULT = 2
 """After so many of the changes a run still learns the same."""
+MOST_PASSES = 64
+"""A step of more forward passes takes too long to be worth the same result: then the batch is made smaller instead."""
+
+
+def changes_for(spec: Resolved) -> tuple[Change, ...]:
+    """CHANGES; a smaller batch in place of the first one, where that would take more than MOST_PASSES."""
+    return CHANGES if spec.batch_size * spec.accumulation <= MOST_PASSES else (_fewer(1), *CHANGES[1:])
+
+
+def _fewer(examples: int) -> Change:
+    return Change(
+        f"batch size {examples}",
+        "each step learns from fewer examples",
+        lambda s: {"batch_size": examples} if s.batch_size > examples else {},
+    )
 
 
 def cheapest_changes(
     spec: Resolved, limit: int, needed: Needed = _needed
 ) -> tuple[tuple[Change, ...], Resolved] | None:
-    """The fewest and cheapest changes after which a run needs at most `limit` bytes, and that run; None where none do."""
-    for n in range(1, len(CHANGES) + 1):
-        for chosen in combinations(CHANGES, n):
-            settings = [change.apply(spec) for change in chosen]
-            if all(settings):
-                changed = resolve(spec.but(**ChainMap(*settings)))
-                if needed(changed) <= limit:
-                    return chosen, changed
+    """The fewest and cheapest changes after which a run needs at most `limit` bytes, and that run; None where none do.
+
+    A batch that is made smaller is the largest power of two that fits.
+    """
+
+    def fitting(chosen: tuple[Change, ...]) -> tuple[tuple[Change, ...], Resolved] | None:
+        settings = [change.apply(spec) for change in chosen]
+        changed = resolve(spec.but(**ChainMap(*settings))) if all(settings) else None
+        return (chosen, changed) if changed and needed(changed) <= limit else None
+
+    offered = changes_for(spec)
+    for n in range(1, len(offered) + 1):
+        for chosen in combinations(offered, n):
+            if (found := fitting(chosen)) and chosen[0] not in CHANGES:
+                sizes = (2**i for i in reversed(range(1, spec.batch_size.bit_length())))
+                found = next(filter(None, (fitting((_fewer(size), *chosen[1:])) for size in sizes)), found)
+            if found:
+                return found
     return None
 
 

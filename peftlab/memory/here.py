@@ -15,7 +15,7 @@ from ..errors import DoesNotFit, SpecError
 from ..resolve import cannot_run, resolve
 from ..spec import SETTINGS, Resolved
 from .closed_form import exact, predict
-from .fit import CHANGES, SAME_RESULT, Change, cheapest_changes, largest_model
+from .fit import SAME_RESULT, Change, changes_for, cheapest_changes, largest_model
 from .report import MemoryReport
 
 COPIES = 2
@@ -162,7 +162,7 @@ def _whole() -> int | None:
 
 
 def _remedy(spec: Resolved, found: Peak, limit: int, offered: Collection[str] | None) -> Remedy | None:
-    """The cheapest changes after which the run fits here, else a smaller model, with changes that learn the same where it
+    """The cheapest changes after which the run fits here, else a smaller model, with the cheapest two of them where it
     needs these too; None where nothing does.
 
     A changed run is traced only where there is hope that it fits: it may need as much less than its closed form says as
@@ -184,7 +184,7 @@ def _remedy(spec: Resolved, found: Peak, limit: int, offered: Collection[str] | 
     size = predict(spec).total_parameters
     smaller = [m.key for m in models.MODELS.values() if m.hub_id and (m.total_parameters or math.inf) < size]
     allowed = [key for key in smaller if offered is None or key in offered]
-    for chosen in (CHANGES[:n] for n in range(SAME_RESULT + 1)):
+    for chosen in (changes_for(spec)[:n] for n in range(SAME_RESULT + 1)):
         settings = _settings(spec, chosen)
         if model := largest_model(resolve(spec.but(**settings)), limit, allowed, needed):
             settings["model"] = model
