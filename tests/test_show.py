@@ -267,3 +267,11 @@ def test_the_script_has_the_settings_on_screen_and_each_way_to_change_the_forwar
     for key in lora.FLOWS:
         assert f"{count(resolve(RunSpec(model='llama-2-7b', method=key))).trainable_parameters:,} parameters" in text
     assert text.count("<svg") == len(lora.FLOWS)
+
+
+def test_a_race_that_the_hosts_time_ended_says_so():
+    said = "It ended after 9 seconds, which is the most that a run may take here."
+    done = {"type": "done", "lines": [], "stopped": True, "job_seconds": 9.0}
+    assert f"{said} What has finished stands. Run here, live." in races.status([{**done, "message": said}], [])
+    assert "Stopped; what has finished stands. Run here, live." in races.status([done], [])
+    assert "Done. Run here, live." in races.status([{**done, "stopped": False, "message": said}], [])

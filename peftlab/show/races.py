@@ -174,7 +174,10 @@ def status(events: Events, lines: Sequence[Line], ahead: int = 0) -> str:
     over = sum(len(line.scores) if not line.error else seeds for line in lines)
     share, what = over / (seeds * len(lines)) if lines else 0.0, ""
     if events and events[-1]["type"] == "done":
-        ended = "Stopped; what has finished stands." if events[-1]["stopped"] else "Done."
+        ended = "Done."
+        if events[-1]["stopped"]:
+            why = events[-1].get("message")  # that of the host's limit
+            ended = f"{why} What has finished stands." if why else "Stopped; what has finished stands."
         share, what = 1.0, f"{ended} Run here, live."
     elif last is not None:
         step = f", step {last['event']['step']}" if last["event"]["type"] == "step" else ""
