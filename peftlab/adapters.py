@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -38,7 +39,7 @@ class Adapter:
 
     folder: Path
     spec: RunSpec
-    result: Json  # the last event of its run; empty when unknown
+    result: Json  # the last event of its run, without its place on that machine; empty when unknown
     saved: str = ""  # the time when it was saved, in UTC; empty when unknown
 
     @property
@@ -47,8 +48,9 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """The name to show: that of its run, since every run calls the folder `adapter`."""
-        return self.folder.parent.name if self.name == "adapter" else self.name
+        """The name to show: that of its run, since every run calls the folder `adapter`. A long id has its last six digits."""
+        name = self.folder.parent.name if self.name == "adapter" else self.name
+        return re.sub("-[0-9a-f]{26}(?=[0-9a-f]{6}$)", "-", name)
 
 
 def save(model: Module, spec: RunSpec, folder: Path, result: Json | None = None) -> Path:

@@ -298,3 +298,28 @@ def test_what_is_not_finite_is_not_merged(method, odd, tiny_model, tmp_path):
         AdapterError, match=rf"not finite \({odd} of its own {total:,} numbers .*; train again at a lower"
     ):
         adapters.merge(base, adapter)
+
+
+def test_what_is_saved_and_downloaded_does_not_say_where_it_lies_on_this_machine(toy_spec, tmp_path):
+    import zipfile
+
+    from peftlab.run import train
+
+    *_, done = train(resolve(toy_spec), tmp_path / "run")
+    assert done["adapter"] == str(tmp_path / "run" / "adapter")  # which the command line prints
+    adapter = adapters.read(done["adapter"])
+    assert "adapter" not in adapter.result and adapter.result["steps"] == done["steps"]
+    with zipfile.ZipFile(adapters.pack(adapter.folder)) as packed:
+        assert not any(str(tmp_path).encode() in packed.read(name) for name in packed.namelist())
+
+
+def test_an_adapter_of_a_room_has_the_name_of_its_file(tmp_path):
+    job = f"intent-lora-{'7cb0' * 8}"
+    for folder, label in {
+        f"{job}/adapter": "intent-lora-b07cb0",
+        "ticket-lora-20261130-1354/adapter": "ticket-lora-20261130-1354",
+        "mine-abcdef/adapter": "mine-abcdef",
+        "voice-lora": "voice-lora",
+    }.items():
+        expected = label if "7cb0" not in folder else f"intent-lora-{job[-6:]}"
+        assert adapters.Adapter(tmp_path / folder, RunSpec(), {}).label == expected

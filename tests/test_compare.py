@@ -144,3 +144,19 @@ def test_a_scoring_in_the_room_is_the_report_of_the_comparison(room, adapter, to
     told, (_, report) = ComparisonReport.from_dict(job.events[-1]["report"]), drain(on_task([adapter], toy_task))
     assert told.scores == report.scores and [e.prompt for e in told.exchanges] == [e.prompt for e in report.exchanges]
     assert any(event["type"] == "progress" for event in job.events) and not job.folder.exists()
+
+
+def test_an_adapter_of_ones_own_has_one_name_in_the_list_at_its_bar_and_as_a_file(trained_here):
+    pytest.importorskip("gradio")
+    from test_presses import Visit
+
+    from demos.side_by_side import Compare
+
+    job = trained_here(adapters.bundled()[0].folder, "ann")
+    name = f"{job.spec.task}-{job.spec.method}-{job.id[-6:]}"  # as served.py names the file
+    seen = Visit(Compare()).sees()
+    assert seen["adapter"]["choices"][0] == (f"yours: {name}", job.id) and job.id not in str(seen["chart"])
+    assert f'"{name}"' in json.dumps(seen["chart"])
+    assert [said for said, _ in seen["adapter"]["choices"][1:]] == [f"bundled: {a.name}" for a in adapters.bundled()]
+    assert all(len(said) <= 30 for said, _ in seen["adapter"]["choices"])
+    assert seen["adapter"]["info"].startswith("Support ticket to JSON, lora rank ") and "UTC" in seen["adapter"]["info"]

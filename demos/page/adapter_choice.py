@@ -11,6 +11,8 @@ from peftlab.adapters import Adapter
 from peftlab.data import tasks
 from peftlab.room import rooms
 
+INFO = "Trained here, or bundled with the app"
+
 
 @lru_cache(maxsize=1)
 def bundled() -> dict[str, Adapter]:
@@ -29,23 +31,25 @@ def of(asked: Asked, key: object) -> Adapter:
 
 def chooser(value: str | None, label: str = "Adapter") -> gr.Dropdown:
     """A control that offers adapters, as `offered` says."""
-    return gr.Dropdown(choices(None), value=value, label=label, info="Trained here, or bundled with the app")
+    return gr.Dropdown(choices(None), value=value, label=label, info=INFO)
 
 
 def offered(asked: Asked, chosen: str | None) -> Update:
-    """What a chooser shows to a visitor."""
-    return gr.update(choices=choices(asked), value=chosen)
+    """What a chooser shows to a visitor. Below its label it says more of the chosen one than the name."""
+    info = _described(of(asked, chosen)) if chosen else INFO
+    return gr.update(choices=choices(asked), value=chosen, info=info)
 
 
 def choices(asked: Asked | None) -> list[tuple[str, str | int | float]]:
     """Names and keys: the visitor's own, the newest first; then the bundled ones."""
-    own = {key: ("yours", of(asked, key)) for key in asked.adapters} if asked else {}
-    named: list[tuple[str, str | int | float]] = []
-    for key, (whose, adapter) in (own | {key: ("bundled", one) for key, one in bundled().items()}).items():
-        rank = f" rank {adapter.spec.rank}" if adapter.spec.rank else ""
-        when = adapter.saved[:16].replace("T", " ")
-        named.append((f"{whose}: {task_of(adapter).name}, {adapter.spec.method}{rank}, {when} UTC", key))
-    return named
+    own = [(f"yours: {of(asked, key).label}", key) for key in asked.adapters] if asked else []
+    return [*own, *((f"bundled: {adapter.label}", key) for key, adapter in bundled().items())]
+
+
+def _described(adapter: Adapter) -> str:
+    """The task, the method and when it was saved."""
+    rank = f" rank {adapter.spec.rank}" if adapter.spec.rank else ""
+    return f"{task_of(adapter).name}, {adapter.spec.method}{rank}, {adapter.saved[:16].replace('T', ' ')} UTC"
 
 
 def task_of(adapter: Adapter) -> tasks.Task:

@@ -123,11 +123,10 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
 
 
 def _ended(run: Run, evaluation: Evaluation, stopped: bool) -> Event:
-    """The last event of a run that has learned something; it is saved with the adapter."""
+    """The last event of a run that has learned something. All of it but the adapter's place is saved with the adapter."""
     finished = len(evaluation.answers) > 1 and not run.stopped()
     done: Event = {  # its keys are those of the command line's contract
         "type": "done",
-        "adapter": str(run.adapter),
         "steps": run.steps_done,
         "stopped": stopped,
         "seconds": time.perf_counter() - run.began,
@@ -145,7 +144,7 @@ def _ended(run: Run, evaluation: Evaluation, stopped: bool) -> Event:
         "device": hardware.here().name,
     }
     run.save({**done, **({"heldout": evaluation.rows()} if finished else {})})
-    return done
+    return {**done, "adapter": str(run.adapter)}  # which tells of this machine, so no download has it
 
 
 def _noted(message: str) -> Iterator[Event]:
