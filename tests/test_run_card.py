@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ DONE = {
     "predicted_peak_bytes": None, "measured_peak_bytes": None, "device": "2 cores",
 }  # fmt: skip
 LEVEL = [3.0, 1.0] + [0.1, 0.12] * 19
+
+
+@pytest.fixture(autouse=True)
+def as_long_as_the_tasks_own(monkeypatch):
+    """The task's own run has 40 steps wherever the tests run, as SPEC has."""
+    monkeypatch.setitem(tasks.TASKS, "ticket", replace(tasks.TASKS["ticket"], steps=40, on_gpu=None))
 
 
 def step(n, loss, **more):
@@ -232,3 +239,29 @@ def test_the_answers_keep_their_places_from_the_first_moment():
     pictures = [runs._answers(events, "ticket") for events in ([START], [START, at[0]], [START, *at])]
     assert len({(text.count("<tr>"), text.count("<td"), text.count("<th>")) for text in pictures}) == 1
     assert all(html.escape(p) in pictures[0] for p in prompts) and "at step 9" in pictures[2]
+
+
+def test_a_run_of_fewer_steps_than_the_tasks_own_is_first_advised_that_number():
+    for losses in (LEVEL[:12], [3 - 0.1 * n for n in range(12)], [1.0] * 12):  # level, falling, hardly moved
+        told = advice(ended(losses), resolve(SPEC.but(steps=12)))
+        assert next(iter(told)) == "40 steps" and told["40 steps"].run["steps"] == "40"
+        assert told["40 steps"].why == "It took 12 steps; this task's own run takes 40."
+    short, lost = resolve(SPEC.but(steps=12)), ended(LEVEL[:12], forgetting=MUCH + 0.1)
+    assert list(advice(lost, short, "mine")) == ["40 steps", "Learning rate 0.0015", "Compare"]
+    assert "40 steps" not in advice(ended(LEVEL[:12], **scored(1.0)), short)  # nothing is left to gain
+    assert list(advice(ended(LEVEL[:5], stopped=True), short)) == ["All 12 steps"]
+    assert advice(ended([1.0]), resolve(SPEC.but(steps=1)))["40 steps"].why.startswith("It took 1 step; ")
+
+
+def test_a_stopped_run_that_can_go_on_is_told_apart_from_one_that_begins_anew():
+    stopped = ended([3.0, 2.0, 1.0], stopped=True)
+    said = "It was stopped after 3 of 40 steps."
+    assert advice(stopped)["All 40 steps"].why == said  # somebody else's: there is no Resume
+    assert advice(stopped, adapter="mine")["All 40 steps"].why == f"{said} Resume goes on from there; this begins anew."
+
+
+def test_a_task_of_short_answers_makes_the_rows_of_answers_low():
+    assert tasks.TASKS["intent"].max_new_tokens <= run_card.BRIEF < tasks.TASKS["voice"].max_new_tokens
+    start = {name: {**START, "spec": {**START["spec"], "task": name}} for name in ("intent", "voice")}
+    assert "brief" in run_card.figures([start["intent"]]) and "brief" not in run_card.figures([start["voice"]])
+    assert "brief" not in run_card.figures([])

@@ -11,7 +11,7 @@ from statistics import fmean, variance
 
 from .. import units
 from ..data import tasks
-from ..resolve import resolve
+from ..resolve import resolve, resolve_here
 from ..run.events import Event
 from ..spec import SETTINGS, Json, Resolved, RunSpec
 from .marks import MUCH, replacing
@@ -45,12 +45,12 @@ def suggestions(events: Sequence[Event], spec: Resolved, adapter: str = "") -> l
     done, losses = events[-1], losses_of(events)
     after = (done.get("eval") or {}).get("after")
     score = next(iter(after.values())) if after else 0.0
-    found = [_to_its_end(done, spec), _less_forgetting(done, spec)]
+    found = [_to_its_end(done, spec, bool(adapter)), _less_forgetting(done, spec)]
     if score >= SATURATED:
         found.append(_saturated(score, spec))
     elif not found[0]:
-        more = _longer(losses, spec) or (None if found[1] else _faster(losses, spec)) or _more_rows(done, spec)
-        found.insert(0, more)
+        learned = _longer(losses, spec) or (None if found[1] else _faster(losses, spec)) or _more_rows(done, spec)
+        found.insert(0, _as_the_task(spec) or learned)
     chosen = [one for one in found if one] or [_another_seed(spec)]
     if not adapter:
         return chosen[:MOST]
@@ -58,12 +58,20 @@ def suggestions(events: Sequence[Event], spec: Resolved, adapter: str = "") -> l
     return [*chosen[: MOST - 1], compared]
 
 
-def _to_its_end(done: Event, spec: Resolved) -> Suggestion | None:
-    """All steps, after a run that was stopped."""
+def _to_its_end(done: Event, spec: Resolved, resumable: bool) -> Suggestion | None:
+    """All steps, after a run that was stopped. Where it is `resumable`, there is a button beside it that goes on."""
     if not done["stopped"] or done["steps"] >= int(spec.steps or 0):
         return None
     why = f"It was stopped after {done['steps']} of {spec.steps} steps."
-    return Suggestion(f"All {spec.steps} steps", why, settings_of(spec))
+    more = " Resume goes on from there; this begins anew." if resumable else ""
+    return Suggestion(f"All {spec.steps} steps", why + more, settings_of(spec))
+
+
+def _as_the_task(spec: Resolved) -> Suggestion | None:
+    """As many steps as the task's own run takes here, after a run that was asked for fewer."""
+    usual = resolve_here(RunSpec(model=spec.model, method=spec.method, task=spec.task)).steps
+    why = f"It took {spec.steps} step{'s' if spec.steps != 1 else ''}; this task's own run takes {usual}."
+    return _with(spec, "steps", usual, f"{usual} steps", why) if spec.steps < usual else None
 
 
 def _longer(losses: Sequence[float], spec: Resolved) -> Suggestion | None:
