@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import sqlite3
 import subprocess
@@ -10,7 +11,7 @@ import threading
 import time
 
 import pytest
-from tiny import wait_for
+from tiny import ROOT, wait_for
 
 from peftlab import SpecError, WeightsError
 from peftlab.base import fetching, weights
@@ -602,3 +603,27 @@ def test_a_preparation_that_is_stopped_leaves_no_download(tiny_model, monkeypatc
     preparation.begin()
     preparation.stop()
     assert closed.is_set() and not preparation.ready and preparation.error is None
+
+
+HEAP = """
+import ctypes
+from peftlab import hardware
+
+glibc = ctypes.CDLL("libc.so.6")
+glibc.malloc.restype, glibc.malloc.argtypes, glibc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+blocks = [glibc.malloc(2**16) for _ in range(2000)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**16)
+for block in blocks[:-1]:  # the last one keeps what lies below it from going back
+    glibc.free(block)
+resident = lambda: 4096 * int(open("/proc/self/statm").read().split()[1])
+before = resident()
+hardware.give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep their own ways")
+def test_memory_that_is_free_goes_back_to_the_system():
+    ran = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, cwd=ROOT)
+    assert int(ran.stdout) > 1000 * 2**16

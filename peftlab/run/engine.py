@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,7 +22,6 @@ from ..memory import exact, make_room
 from ..memory.states import workspace
 from ..resolve import cannot_run
 from ..spec import SETTINGS, Json, Resolved
-from . import heap
 from .checkpoint import Checkpoint
 from .events import Event, Work, progress
 from .loop import STOP, Run
@@ -59,8 +58,7 @@ def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False, r
         yield _unlearned(0.0)
         return
     yield {"type": "loading", "model": report.model_name}
-    memory = heap.kept() if hardware.here().device == "cpu" else nullcontext()
-    with memory, closing(Run(spec, out, eager, plain)) as run:
+    with closing(Run(spec, out, eager, plain)) as run:
         yield {
             "type": "start", "spec": spec.to_dict(), "model": report.model_name, "source": run.base.source.where,
             "trainable_parameters": report.trainable_parameters, "trainable_percent": report.trainable_percent,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .. import adapters, fused, methods
+from .. import adapters, fused, hardware, methods
 from ..base import architecture, weights
 from ..data import tasks
 from ..errors import Diverged, PeftlabError, RunError, SpecError
@@ -186,6 +186,7 @@ class Run:
             vars(self).clear()
             traceback.clear_frames(sys.exc_info()[2])  # an error's frames hold the model until it has been told
             gc.collect()  # peft's wrappers refer to each other, and hold the GPU's memory until they are found
+            hardware.give_back()
 
     def rehearse(self, steps: int) -> float:
         """Takes steps that are not to be kept, and returns the usual one's seconds. Raises RunError."""
