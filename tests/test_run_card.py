@@ -261,7 +261,6 @@ def test_a_stopped_run_that_can_go_on_is_told_apart_from_one_that_begins_anew():
 
 
 def test_a_task_of_short_answers_makes_the_rows_of_answers_low():
-    assert tasks.TASKS["intent"].max_new_tokens <= run_card.BRIEF < tasks.TASKS["voice"].max_new_tokens
-    start = {name: {**START, "spec": {**START["spec"], "task": name}} for name in ("intent", "voice")}
-    assert "brief" in run_card.figures([start["intent"]]) and "brief" not in run_card.figures([start["voice"]])
-    assert "brief" not in run_card.figures([])
+    assert tasks.TASKS["intent"].max_new_tokens <= runs.BRIEF < tasks.TASKS["voice"].max_new_tokens
+    said = {name: runs.shown_of([], resolve(RunSpec(task=name)))["said"] for name in ("intent", "voice")}
+    assert 'kept brief"' in said["intent"] and 'kept"' in said["voice"]

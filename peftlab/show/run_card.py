@@ -21,8 +21,6 @@ from .suggestions import buttons, suggestions
 
 NOTHING = "–"
 TITLES = ("What changed", "What it cost", "What it forgot", "What to try next")
-BRIEF = 12
-"""A task whose answers have at most so many tokens needs little room for them; style.css makes the rows below lower."""
 AHEAD = (
     "The held-out score before and after, and how sure it is.",
     "Seconds, tokens per second and, on a GPU, peak memory.",
@@ -58,9 +56,7 @@ def figures(events: Sequence[Event]) -> str:
         ),
         _cell("Memory", "Most bytes of the GPU that steps have allocated, and the same by a trace of the step", *_peak(events)),
     )  # fmt: skip
-    task = tasks.TASKS.get(spec.get("task", ""))
-    kind = "totals run-figures brief" if task and task.max_new_tokens <= BRIEF else "totals run-figures"
-    return f'<dl class="{kind}">{"".join(cells)}</dl>'
+    return f'<dl class="totals run-figures">{"".join(cells)}</dl>'
 
 
 def _cell(name: str, tip: str, value: str, below: str) -> str:

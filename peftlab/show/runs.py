@@ -22,6 +22,8 @@ from .run_charts import charts
 from .settings import label, method_name, short
 
 Events = Sequence[Event]
+BRIEF = 12
+"""A task whose answers have at most so many tokens needs little room for them; style.css makes the rows below lower."""
 SHOWN = 3
 """Held-out items whose answers are in sight: as many as an `eval` event has."""
 
@@ -120,28 +122,33 @@ def _noted(events: Events) -> list[str]:
 def _answers(events: Events, task: str = "") -> str:
     """What the model says to a few held-out items: before, and at the last measurement. Until then their places are empty."""
     seen = [e for e in events if e["type"] == "eval" and "examples" in e]
+    of = tasks.TASKS.get(task)
+    kind = "answers kept brief" if of and of.max_new_tokens <= BRIEF else "answers kept"
     if not seen:
-        rows = tasks.TASKS[task].heldout[:SHOWN] if task in tasks.TASKS else ()
-        return _answer_table([(row.prompt, None, None) for row in rows], "later") if rows else ""
+        rows = of.heldout[:SHOWN] if of else ()
+        return _answer_table([(row.prompt, None, None) for row in rows], "later", kind) if rows else ""
     first, last = seen[0], seen[-1]
     learned = last["step"] > 0
-    pairs = zip(first["examples"], last["examples"], strict=True)
     when = f"at step {last['step']}" if learned else "later"
-    return _answer_table([(before["prompt"], before, now if learned else None) for before, now in pairs], when)
+    pairs = zip(first["examples"], last["examples"], strict=True)
+    told = [(before["prompt"], before, now if learned else None) for before, now in pairs]
+    return _answer_table(told, when, kind, "wrong" if last["when"] == "after" else "not yet")
 
 
-def _answer_table(rows: Iterable[tuple[str, Json | None, Json | None]], when: str) -> str:
-    """Prompts with two answers each, in cells that keep their height and scroll."""
+def _answer_table(
+    rows: Iterable[tuple[str, Json | None, Json | None]], when: str, kind: str, wrong: str = "not yet"
+) -> str:
+    """Prompts with two answers each, in cells that keep their height and scroll. `wrong` is said of a later wrong answer."""
 
     def said(answer: Json | None, mark: str) -> str:
         return f'<td class="said"><div>{mark}<br>{escape(answer["text"])}</div></td>' if answer else "<td></td>"
 
     def row(prompt: str, before: Json | None, now: Json | None) -> str:
-        mark = graded(now["score"], "not yet") if now else ""
-        first = graded(before["score"], "not yet") if before else ""
+        mark = graded(now["score"], wrong) if now else ""
+        first = graded(before["score"]) if before else ""
         return f"<tr><td><div>{escape(prompt)}</div></td>{said(before, first)}{said(now, mark)}</tr>"
 
-    return table(["never seen in training", "before", when], (row(*one) for one in rows), "answers kept")
+    return table(["never seen in training", "before", when], (row(*one) for one in rows), kind)
 
 
 @lru_cache(maxsize=32)
