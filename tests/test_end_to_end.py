@@ -1,4 +1,6 @@
-"""The promise of the first page, with the real weights: a small model learns the ticket task on this machine."""
+"""The promise of the first page, with the real weights: a small model learns a task on this machine, the one of the
+shortest answers. How well each task is learned, `bench reliability` records.
+"""
 
 import json
 import os
@@ -7,6 +9,8 @@ import sys
 
 import pytest
 from tiny import ROOT
+
+from peftlab.data import tasks
 
 pytestmark = pytest.mark.real
 
@@ -21,14 +25,7 @@ def peftlab(*argv):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    return peftlab("train", "--out", tmp_path_factory.mktemp("run"))[-1]
-
-
-def parses(text):
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
+    return peftlab("train", "--task", "intent", "--out", tmp_path_factory.mktemp("run"))[-1]
 
 
 def test_the_real_model_is_the_catalogues():
@@ -39,21 +36,21 @@ def test_the_real_model_is_the_catalogues():
     assert parameters == models.find(models.DEFAULT).total_parameters == 134_515_008
 
 
-def test_it_learns_tickets_it_has_never_seen(done):
+def test_it_learns_to_sort_what_it_has_never_seen(done):
     assert done["type"] == "done" and not done["stopped"] and done["eval"]["items"] >= 32
-    assert done["eval"]["before"]["exact_match"] <= 0.2
-    assert done["eval"]["after"]["exact_match"] >= 0.6
+    assert done["eval"]["before"]["accuracy"] <= 0.2
+    assert done["eval"]["after"]["accuracy"] >= 0.7
 
 
 def test_the_comparison_shows_it(done):
     (report,) = peftlab("compare", "--adapter", done["adapter"])
     base, adapted = ([e["replies"][i]["text"] for e in report["exchanges"]] for i in (0, 1))
-    assert sum(map(parses, adapted)) > 0.8 * len(adapted)
+    assert sum(text in tasks.TASKS["intent"].labels for text in adapted) > 0.9 * len(adapted)
     assert sum(a != b for a, b in zip(adapted, base, strict=True)) > 0.8 * len(base)
     scores = report["scores"]
     assert scores[1]["low"] > scores[0]["high"]
     one = 1 / len(base)  # in bf16 the run's fused model rounds otherwise, and an answer may turn
-    assert scores[1]["mean"] == pytest.approx(done["eval"]["after"]["exact_match"], abs=1.01 * one)
+    assert scores[1]["mean"] == pytest.approx(done["eval"]["after"]["accuracy"], abs=1.01 * one)
 
 
 def test_peft_loads_the_adapter_with_no_help(done):

@@ -178,7 +178,7 @@ def recording(task: str) -> dict[str, object]:
         "bar": remarks(about),
         **shown_of(events, resolve(RunSpec.from_dict(run["spec"]))),
         **charts(events),
-        "said": f'{_answers(events)}<div class="note">{more}</div>',
+        "said": f'{_answers(events, task)}<div class="note">{more}</div>',
     }
 
 
