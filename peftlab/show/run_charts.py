@@ -77,7 +77,7 @@ def loss_curve(events: Sequence[Event], steps: int, theme: str) -> go.Figure:
         has_room = done[-1] < ROOM * steps
         figure.add_annotation(
             x=done[-1], y=smooth[-1], text=last, showarrow=False, font={"size": 16},
-            **{"xanchor": "left", "xshift": 6} if has_room else {"xanchor": "right", "yshift": 28},
+            **{"xanchor": "left", "xshift": 6} if has_room else {"xanchor": "right", "yshift": 38},
         )  # fmt: skip
     figure.update_xaxes(range=[0, steps * 1.05], title_text="step")
     return figure.update_yaxes(range=[0, max(losses, default=4) * 1.12])
