@@ -35,6 +35,8 @@ WHOLE = "is a whole number from 1 on"
         ("tokens", "0", f"the most tokens of a run {WHOLE}; try 20000000"),
         ("tokens", "1e999", f"the most tokens of a run {WHOLE}; try 20000000"),
         ("tokens", "9" * 5000, f"the most tokens of a run {WHOLE}; try 20000000"),
+        ("tokens", "0", f"the most tokens of a run {WHOLE}; try 20000000"),
+        ("models", "gpt-2", "no such model as gpt-2; did you mean gpt2"),
         ("queue", "1.5", f"the most runs that wait {WHOLE}; try 200"),
         ("queue", "-3", f"the most runs that wait {WHOLE}; try 200"),
         ("seconds", "soon", "the most seconds of a run's turn is a number from 1 on; try 3600"),

@@ -125,8 +125,12 @@ class Room:
 
     def takes(self, spec: Resolved) -> float | None:
         """Seconds from its turn to its end that a run like this takes here, from the last ones; None where there were none."""
-        alike = [last for other, last in self.finished() if all(getattr(other, n) == getattr(spec, n) for n in ALIKE)]
-        took = [last["job_seconds"] for last in alike if "job_seconds" in last and not last.get("stopped")]
+        took = [
+            last["job_seconds"]
+            for record, last in self._done("train")
+            if "job_seconds" in last and not last.get("stopped")
+            and all(record.arguments["spec"].get(name) == getattr(spec, name) for name in ALIKE)
+        ]  # fmt: skip
         return median(took) if took else None
 
     def adapters(self, owner: str) -> list[Job]:
