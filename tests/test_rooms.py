@@ -206,8 +206,8 @@ def test_a_host_bounds_what_is_trained(opened, trainer):
     with pytest.raises(SpecError, match=r"model=gpt2: this host trains smollm2-135m; choose"):
         room.start("train", {"spec": {"model": "gpt2"}}, "ann")
     with pytest.raises(SpecError, match=r"steps=48: 49,152 tokens, and a run here has at most 20,000; try 19"):
-        room.start("train", {"spec": {"model": "smollm2-135m"}}, "ann")
-    small = {"spec": {"model": "smollm2-135m", "steps": 19}}
+        room.start("train", {"spec": {"model": "smollm2-135m", "steps": 48, "batch_size": 4}}, "ann")
+    small = {"spec": {"model": "smollm2-135m", "steps": 19, "batch_size": 4}}
     room.start("train", small, "ann")
     room.start("train", small, "bob")
     with pytest.raises(SpecError, match="runs that wait: 1, and here at most 1 may; try again later"):

@@ -16,7 +16,7 @@ from peftlab.base import weights
 from peftlab.data import tasks
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.run import STOP, engine, gears, loop, scoring, train
+from peftlab.run import STOP, batches, engine, gears, loop, scoring, train
 from peftlab.run.checkpoint import FILE
 from peftlab.run.generate import Decoding, decode
 from peftlab.run.scoring import answer, nats_per_token
@@ -34,6 +34,19 @@ def losses(spec, out, **how):
 def advance(events, kind):
     """Takes events until one of `kind` has come."""
     return next(event for event in events if event["type"] == kind)
+
+
+def test_every_step_is_taken_in_training_mode(toy_spec, tmp_path, monkeypatch):
+    """After an evaluation, too, for which the model leaves it."""
+    took, modes = gears.Step.__call__, []
+
+    def watched(step, *arguments):
+        modes.append({module.training for module in step.model.modules()})
+        return took(step, *arguments)
+
+    monkeypatch.setattr(gears.Step, "__call__", watched)
+    drain(train(resolve(toy_spec), tmp_path))
+    assert modes == [{True}] * len(modes) and len(modes) >= 2
 
 
 def test_events_come_in_order_with_the_contracts_keys(toy_spec, tmp_path):
@@ -79,10 +92,21 @@ def test_a_base_is_asked_a_tasks_rows_once(toy_spec, tmp_path, monkeypatch):
     assert asked == [True]
     before = [next(e["examples"] for e in events if e["type"] == "eval") for events in (first, second)]
     assert before[0] == before[1]
-    others = [replace(tasks.find("toy"), name=str(n)) for n in range(scoring.TASKS_KEPT)]
+    others = [replace(tasks.find("toy"), name=str(n)) for n in range(batches.TASKS_KEPT)]
     for task in others:
         drain(scoring.base_answers(base, task))
     assert list(base.measured["answers"]) == others
+
+
+def test_a_tasks_rows_are_tokenized_once_for_a_base(toy_spec, tmp_path, monkeypatch):
+    base, task, told = weights.load(resolve(toy_spec)), tasks.find("toy"), []
+    base.measured.clear()
+    own = batches.encode
+    monkeypatch.setattr(batches, "encode", lambda *how: told.append(how[-1]) or own(*how))
+    drawn = tasks.drawn(task, 2, seed=1)
+    for rows in (task.train, drawn):
+        assert batches.pairs_of(base, task, rows) == own(base.tokenizer, task, rows)
+    assert told == [task.train]
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, chain, count, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, device
@@ -27,8 +27,13 @@ from . import graphs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..base import weights
+
+T = TypeVar("T")
 PADDING = 0.1
 """The most padding, as a share of the real tokens: rows of other lengths go to batches of another width."""
+TASKS_KEPT = 8
+"""What is known of a task together with a base is kept for so many tasks."""
 IGNORED = -100
 """The label of a token that nothing is learned from, as torch has it."""
 
@@ -82,6 +87,21 @@ class Batch:
         width = int(learned.any(0).nonzero().max()) + 1
         start = int(learned.int().argmax(1).min()) - 1
         return Batch(self.data[:, :, :width], start, self.answers, self.tokens)
+
+
+def pairs_of(base: weights.Base, task: Task, rows: Sequence[Row]) -> list[Pair]:
+    """Training rows of a task as token ids, which are found once for each base, as its tokenizer never changes."""
+    known: dict[Task, dict[Row, Pair]] = base.measured.setdefault("pairs", {})
+    if (pairs := known.get(task)) is None:
+        pairs = known[task] = dict(zip(task.train, encode(base.tokenizer, task, task.train), strict=True))
+        forget(known)
+    return [pairs[row] for row in rows]
+
+
+def forget(known: dict[Task, T]) -> None:
+    """Leaves what is known of the last TASKS_KEPT tasks."""
+    for old in list(known)[:-TASKS_KEPT]:
+        known.pop(old, None)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row]) -> list[Pair]:

@@ -34,7 +34,7 @@ FORMAT = 1
 """Goes up with each change of the file that an older version cannot read."""
 SHARE = 0.05
 """The largest share of the training time that goes into checkpoints."""
-SOONEST = 1.0
+SOONEST = 2.0
 """Seconds of training before the first checkpoint, and between two."""
 WRITTEN = 500e6
 """Bytes a second that a disk is taken to write, until one checkpoint was timed."""

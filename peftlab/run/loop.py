@@ -28,7 +28,7 @@ from ..errors import Diverged, PeftlabError, RunError, SpecError
 from ..resolve import resolve
 from ..seeded import seeded
 from ..spec import Json, Resolved
-from .batches import Batch, Batches, encode, why_not_packed
+from .batches import Batch, Batches, pairs_of, why_not_packed
 from .events import Event
 from .gears import CaptureError, Eager, Graph, Step, schedule, why_eager
 
@@ -124,7 +124,7 @@ class Run:
         """Loads the base and attaches the method; `out` becomes the run's folder. Raises SpecError and WeightsError."""
         self.spec, self.out, self.adapter, self.task = spec, out, out / "adapter", tasks.find(spec.task)
         self.base = base = weights.load(spec)
-        pairs = encode(base.tokenizer, self.task, tasks.drawn(self.task, spec.training_rows, spec.seed))
+        pairs = pairs_of(base, self.task, tasks.drawn(self.task, spec.training_rows, spec.seed))
         if (longest := max(map(len, pairs))) > spec.sequence_length:
             raise SpecError(
                 f"sequence-length={spec.sequence_length}: the longest example of {spec.task} has {longest} tokens; "
@@ -154,6 +154,7 @@ class Run:
     def _attach(self, eager: bool, plain: bool) -> None:
         spec = self.spec
         self.model = model = attached(self.base, spec)
+        model.train()  # all modules alike, so that the outermost tells how all of them are
         self.fused = quickened(model, spec, plain)
         why = "asked for" if eager else why_eager(spec, self.base.device)
         self.gear: Eager = Eager(Step(model, spec), why) if why else Graph(Step(model, spec, capturable=True))
@@ -202,7 +203,8 @@ class Run:
     def launch(self, pieces: list[Batch]) -> Iterator[Event]:
         """Queues one step over `pieces`, and tells when the gear had to be changed for it."""
         step = self.steps_done + len(self.pending)
-        self.model.train()
+        if not self.model.training:  # to set two thousand modules takes as long as to launch a step
+            self.model.train()
         rate = self.spec.learning_rate * schedule(step, self.spec.steps)
         drawing = functools.partial(seeded, self.spec.seed * 1_000_003 + step) if self.draws else nullcontext
         why, refused = "", None

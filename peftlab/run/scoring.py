@@ -14,7 +14,7 @@ from ..base import configs
 from ..data import tasks
 from ..data.tasks import Row, Task
 from ..places import ASSETS
-from .batches import encode
+from .batches import encode, forget
 from .generate import Decoding, decode, gather
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ..base import weights
 
 PUBLIC_DOMAIN = ASSETS / "text" / "public-domain.txt"
-TASKS_KEPT = 8
-"""What a base answers is kept for so many tasks."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,8 @@ def base_answers(base: weights.Base, task: Task) -> Generator[float, None, list[
     """What the base itself answers to a task's held-out rows: asked once, as it never changes. Yields the share done."""
     known: dict[Task, list[Answer]] = base.measured.setdefault("answers", {})
     if task not in known:
-        said = yield from answer(base.quick, base.tokenizer, task, task.heldout)
-        known[task] = said
-        for old in list(known)[:-TASKS_KEPT]:
-            del known[old]
+        known[task] = yield from answer(base.quick, base.tokenizer, task, task.heldout)
+        forget(known)
     return known[task]
 
 
