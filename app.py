@@ -26,7 +26,7 @@ from demos.page import look
 from demos.page.store import blocks
 from demos.side_by_side import Compare
 from peftlab import seam, units
-from peftlab.base import fetching, weights
+from peftlab.base import fetching
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.errors import PeftlabError, SpecError
 from peftlab.room import rooms, worker
@@ -103,8 +103,6 @@ def main() -> None:
         signal.signal(number, lambda *_: ended.set())
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log shows the address at once
-    if os.environ.get("SPACES_ZERO_GPU"):
-        weights.load(preparation.spec)  # at module scope, where a shared GPU wants the weights
     demo.queue(default_concurrency_limit=8, max_size=256)
     demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True)
     preparation.begin()  # only now, because loading a model library would hold up the page's first answer

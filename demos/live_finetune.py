@@ -12,13 +12,14 @@ from starlette.routing import Route
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, methods, served, store
-from demos.page.tab import Asked, Tab, Values, on_gpu
+from demos.page.gpu import cost, costs, on_job
+from demos.page.tab import Asked, Tab, Values
 from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.catalog import PRESETS
 from peftlab.data import tasks
 from peftlab.resolve import as_here, set_aside
-from peftlab.room import host, jobs, rooms
+from peftlab.room import host, jobs, quota, rooms
 from peftlab.show import runs, settings
 from peftlab.show.marks import remarks
 from peftlab.show.methods import PUBLISHED, method_card, method_panel, method_value, preset_says
@@ -35,7 +36,7 @@ element.addEventListener('click', ({target}) => {
 """
 """Whoever takes a suggestion sees the button that begins it."""
 LARGEST = 2_000_000_000  # parameters of the largest model offered for a live run
-jobs.WORK["train"] = on_gpu(jobs.WORK["train"])
+on_job("train")
 
 
 def small() -> list[tuple[str, str]]:
@@ -121,6 +122,7 @@ class Live(Tab):
             resume = self.panel("resume", gr.Button("Resume", visible=False, scale=0, min_width=130))
             self.panel("keep", gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230))
             self.panel("share", gr.HTML(visible=False, elem_classes="share", js_on_load=None))
+        cost(self)
         self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(elem_classes="run-bar"))
         with gr.Row(elem_classes="panes"):
@@ -131,10 +133,11 @@ class Live(Tab):
         self.panel("said", gr.HTML())
         self.panel("how", gr.HTML())
         off = gr.update(interactive=False)
-        self.press([go.click], self.train, ["kept"], busy={"go": off}, free={"go": gr.update(interactive=True)})
+        on = gr.update(interactive=True)
+        self.press([go.click], self.train, ["kept"], busy={"go": off}, free={"go": on}, begins=True)
         self.press([stop.click], self.stop, ["kept", "stop"], busy={"stop": off})
         self.press([cancel.click], self.cancel, ["kept"], busy={"cancel": off})
-        self.press([resume.click], self.resume, ["kept"], busy={"resume": off})
+        self.press([resume.click], self.resume, ["kept"], busy={"resume": off}, begins=True)
 
     def train(self, asked: Asked) -> Iterator[Values]:
         """Starts a run and tells the browser its id. After a double click it is the run that is under way."""
@@ -231,6 +234,7 @@ class Live(Tab):
             "about": lambda: method_card(run.method, run.model),
             "how": lambda: method_panel(run.method),
             "note": lambda: note(asked.spec),
+            **costs(Train=lambda: quota.of_job("train", {"spec": run.to_dict()})),
         }
 
 

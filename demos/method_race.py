@@ -10,16 +10,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos.live_finetune import buttons, here, note, own, runnable
 from demos.page import choice, controls, methods, store
-from demos.page.tab import QUIET, Asked, Tab, Values, on_gpu
+from demos.page.gpu import cost, costs, on_job
+from demos.page.tab import QUIET, Asked, Tab, Values
 from peftlab import RunSpec, SpecError, race, resolve
 from peftlab.count import why_not
 from peftlab.data.tasks import DEFAULT, TASKS
 from peftlab.lectures.lessons import LESSONS, Lesson
 from peftlab.methods import METHODS
 from peftlab.resolve import METHOD_SETTINGS
-from peftlab.room import jobs, rooms
+from peftlab.room import jobs, quota, rooms
 from peftlab.show import races, refusals, settings
-from peftlab.spec import closest
+from peftlab.spec import Json, closest
 
 FIRST = next(iter(LESSONS))
 SHOW, NONE = "show me", "none"
@@ -45,7 +46,7 @@ TOOLBAR = (
     '<button type="button" class="small-button" data-copy>Copy link</button>'
     "<small>Press a column's name to sort by it.</small></div>"
 )
-jobs.WORK["race"] = on_gpu(jobs.WORK["race"])
+on_job("race")
 
 
 def racers(spec: RunSpec, lesson: Lesson, values: Sequence[str] | None = None) -> list[race.Racer]:
@@ -85,10 +86,10 @@ class Race(Tab):
     def build(self) -> None:
         super().build()
         self.go.click(None, None, None, js=CLOSED, **QUIET)
-        self.press([self.go.click], self.begin, ["kept"])
+        self.press([self.go.click], self.begin, ["kept"], begins=True)
         self.press([self.stop.click], self.halt, ["stop", "kept"])
         self.press([self.cancel.click], self.drop, ["kept"])
-        self.press([self.resume.click], self.go_on, ["kept"])
+        self.press([self.resume.click], self.go_on, ["kept"], begins=True)
         self.press([self.back.click], self.put_away, ["kept"])
 
     def settings(self) -> None:
@@ -113,6 +114,7 @@ class Race(Tab):
         self.panel("settings", controls.note())
 
     def pictures(self) -> None:
+        cost(self)
         self.panel("problem", controls.problem())
         self.panel("sentence", controls.sentence())
         self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
@@ -167,6 +169,7 @@ class Race(Tab):
             "settings": note(asked.spec),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
+            **costs(Race=lambda: quota.of_job("race", self.arguments(asked))),
         }
 
     def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> Values:
@@ -197,17 +200,20 @@ class Race(Tab):
         """Starts a race; a second press finds the one that is under way."""
         job = self.job(asked)
         if job is None or job.over:
-            lesson = LESSONS[asked["lesson"]]
-            field = racers(asked.spec, lesson, asked["values"])
-            arguments = {
-                "spec": field[0].spec.to_dict(),
-                "racers": [(racer.name, racer.spec.to_dict()) for racer in field],
-                "seeds": asked["seeds"] or 1,
-                "seconds": asked["seconds"],
-                "lesson": lesson.key,
-            }
-            job = rooms.here().start("race", arguments, asked.visitor, asked.first)
+            job = rooms.here().start("race", self.arguments(asked), asked.visitor, asked.first)
         yield {"kept": {"race": job.id}}
+
+    def arguments(self, asked: Asked) -> Json:
+        """Those of the race that a press begins."""
+        lesson = LESSONS[asked["lesson"]]
+        field = racers(asked.spec, lesson, asked["values"])
+        return {
+            "spec": field[0].spec.to_dict(),
+            "racers": [(racer.name, racer.spec.to_dict()) for racer in field],
+            "seeds": asked["seeds"] or 1,
+            "seconds": asked["seconds"],
+            "lesson": lesson.key,
+        }
 
     def halt(self, asked: Asked) -> Iterator[Values]:
         job = self.job(asked)

@@ -7,19 +7,28 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import bundled, chooser, of, offered, task_of
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, on_gpu, with_result
+from demos.page.gpu import cost, costs, on_gpu
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, with_result
 from peftlab import PeftlabError, units
 from peftlab.adapters import Adapter
 from peftlab.compare import proofs
+from peftlab.room import quota
 from peftlab.show.comparisons import dialled, merged_said, timed
 
 
-@on_gpu
+def merge(adapter: Adapter, prompt: str) -> Iterator[proofs.MergeReport]:
+    yield proofs.merge_check(adapter, prompt)
+
+
 def latency(adapter: Adapter, prompt: str) -> Iterator[tuple[float, proofs.LatencyReport | None]]:
     yield from with_result(proofs.latency(adapter, prompt))
 
 
-MERGE, DIAL = on_gpu(proofs.merge_check), on_gpu(proofs.dial)
+def lasts(adapter: Adapter, prompt: str) -> float:
+    return quota.of_proof(adapter.spec)
+
+
+MERGE, DIAL, LATENCY = on_gpu(merge, lasts), on_gpu(proofs.dial, lasts), on_gpu(latency, lasts)
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
 IDLE = (
@@ -35,6 +44,7 @@ def build(tab: Tab) -> None:
     tab.panel("proof_problem", controls.problem())
     with gr.Row(elem_classes="lessons"):
         buttons = {name: tab.panel(name, gr.Button(label, size="sm")) for name, (label, *_) in PROOFS.items()}
+    cost(tab)
     tab.panel("proved", gr.HTML(f'<p class="note">{IDLE}</p>'))
     busy, free = ({name: gr.update(interactive=is_free) for name in PROOFS} for is_free in (False, True))
     for name, button in buttons.items():
@@ -42,7 +52,8 @@ def build(tab: Tab) -> None:
 
 
 def draw(asked: Asked) -> Values:
-    return {"proof_adapter": lambda: offered(asked, chosen(asked))}
+    proof = costs(**{"Each proof": lambda: quota.of_proof(of(asked, chosen(asked)).spec)})
+    return {"proof_adapter": lambda: offered(asked, chosen(asked)), **proof}
 
 
 def chosen(asked: Asked) -> str:
@@ -61,7 +72,7 @@ def prompt(asked: Asked) -> str:
 
 
 def merging(asked: Asked) -> Iterator[str]:
-    yield merged_said(MERGE(of(asked, chosen(asked)), prompt(asked)))
+    yield from map(merged_said, MERGE(of(asked, chosen(asked)), prompt(asked)))
 
 
 def turning(asked: Asked) -> Iterator[str]:
@@ -72,7 +83,7 @@ def turning(asked: Asked) -> Iterator[str]:
 
 
 def timing(asked: Asked) -> Iterator[str]:
-    for share, report in latency(of(asked, chosen(asked)), prompt(asked)):
+    for share, report in LATENCY(of(asked, chosen(asked)), prompt(asked)):
         yield timed(report) if report else f'<p class="note">Timing, {units.score(share)} done.</p>'
 
 

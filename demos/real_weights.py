@@ -8,7 +8,7 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import choices, chooser, of, offered
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Slow, Tab, Values, on_gpu, with_result
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Slow, Tab, Values, with_result
 from peftlab import PeftlabError, adapters, resolve, units
 from peftlab.adapters import Adapter
 from peftlab.base import architecture, weights
@@ -32,13 +32,12 @@ DECOMPOSING = '<p class="note">W is being decomposed.</p>'
 NOT_HERE = '<p class="note">The base model is not here yet; the foot of the page says how far it is.</p>'
 
 
-@on_gpu
-def work(adapter: Adapter) -> Iterator[tuple[float, study.Study | None]]:
-    """Studies an adapter, and keeps the study beside it."""
+def studying(adapter: Adapter) -> Iterator[tuple[float, study.Study | None]]:
+    """Studies an adapter, and keeps the study beside it. It is all arithmetic of 64-bit numbers, which a CPU does."""
     if found := study.recorded(adapter):
         yield 1.0, found
         return
-    base = weights.load(resolve(adapter.spec.but(precision="fp32", gpu=None, quantization="none")))
+    base = weights.load(resolve(adapter.spec.but(precision="fp32", gpu=None, quantization="none")), "cpu")
     for share, found in with_result(study.study(base, adapter, study.names(adapter), KEEP)):
         if found:
             (adapter.folder / study.FILE).write_text(found.to_json())
@@ -125,7 +124,7 @@ def adding(asked: Asked) -> Iterator[Values]:
     key = asked.kept.get("studied")
     if not key:
         raise PeftlabError("no adapter is chosen; choose one to add it to these")
-    for share, found in work(of(asked, key)):
+    for share, found in studying(of(asked, key)):
         if found is None:
             yield {"add": gr.update(value=f"Studying, {units.score(share)}", interactive=False)}
     yield {"kept": {"studied": key}}

@@ -12,19 +12,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 from demos.live_finetune import own
 from demos.page import choice, controls, served, store
 from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
-from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, on_gpu
+from demos.page.gpu import cost, costs, on_gpu, on_job
+from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values
 from peftlab import compare, units
 from peftlab.adapters import Adapter
 from peftlab.compare import Reply
 from peftlab.data.tasks import Task
-from peftlab.room import jobs, rooms
+from peftlab.room import jobs, quota, rooms
 from peftlab.run.generate import Decoding
 from peftlab.show import comparisons
 
-jobs.WORK["score"] = on_gpu(jobs.WORK["score"])
+on_job("score")
 
 
-@on_gpu
 def generate(adapter: Adapter, prompt: str, decoding: Decoding) -> Iterator[tuple[Reply, Reply]]:
     """The texts of the base and of the adapter so far, after each token of both."""
     base, models = compare.models_of([adapter])
@@ -33,6 +33,9 @@ def generate(adapter: Adapter, prompt: str, decoding: Decoding) -> Iterator[tupl
     for said in compare.side_by_side(base, models, ids, decoding):
         plain, adapted = said.values()
         yield plain, adapted
+
+
+GENERATE = on_gpu(generate, lambda adapter, prompt, decoding: quota.of_answering(adapter.spec, decoding.max_new_tokens))
 
 
 def chosen(asked: Asked) -> str:
@@ -75,6 +78,7 @@ class Compare(Tab):
         with gr.Row(elem_classes="run-row"):
             ask = self.panel("ask", gr.Button("Ask both", variant="primary", scale=0, min_width=160))
             self.panel("asking", controls.note())
+        cost(self)
         with gr.Row(elem_classes="panes"):
             self.panel("left", _pane("Base model", "base"))
             self.panel("right", _pane("With the adapter", "adapted"))
@@ -89,7 +93,7 @@ class Compare(Tab):
         free = {"ask": gr.update(interactive=True), "asking": ""}
         self.press([ask.click, prompt.submit], self.ask, ["left", "right", "said"], busy, free, **ONE_AT_A_TIME)
         off, on = gr.update(interactive=False), gr.update(interactive=True)
-        self.press([measure.click], self.score, ["kept"], busy={"measure": off}, free={"measure": on})
+        self.press([measure.click], self.score, ["kept"], busy={"measure": off}, free={"measure": on}, begins=True)
         self.press([halt.click], self.halt, ["kept"], busy={"halt": off}, free={"halt": on})
 
     def ask(self, asked: Asked) -> Iterator[Values]:
@@ -100,7 +104,7 @@ class Compare(Tab):
         decoding = Decoding(asked["tokens"], asked["temperature"], seed=asked["decoding_seed"])
         yield {"left": "", "right": ""}
         source = ""
-        for base, adapted in generate(adapter, prompt, decoding):
+        for base, adapted in GENERATE(adapter, prompt, decoding):
             source = f"Base {units.seconds(base.seconds)}, adapter {units.seconds(adapted.seconds)}, just now"
             yield {"left": base.text.strip(), "right": adapted.text.strip(), "asking": ""}
         yield {"said": comparisons.reference(task, prompt, source)}
@@ -172,6 +176,10 @@ class Compare(Tab):
             "said": lambda: comparisons.reference(task, prompt, source),
             "measure": gr.update(value=f"Score all {len(rows)} held-out items here", interactive=not under_way),
             "halt": gr.update(visible=under_way),
+            **costs(
+                Ask=lambda: quota.of_answering(adapter.spec, asked["tokens"]),
+                Score=lambda: quota.of_job("score", {"spec": adapter.spec.but(task=task.key).to_dict()}),
+            ),
         }
 
 

@@ -45,6 +45,10 @@ class RunError(PeftlabError):
     """A run that failed after it started."""
 
 
+class Interrupted(RunError):
+    """A run that the machine has ended or has not begun, and that can go on."""
+
+
 class Diverged(Curable, RunError):
     """A run whose loss or gradient is no use any more."""
 

@@ -31,6 +31,13 @@ class Machine:
     """Size of the main memory, or what a container may take of it; None where the system does not say."""
     bf16: bool = False
     """True for a CPU with instructions that multiply bf16 numbers."""
+    gpu_share: float = 1.0
+    """How much of the GPU's memory there is to be had."""
+
+
+def is_shared() -> bool:
+    """Whether this is a ZeroGPU Space: a call that asks for the GPU has it for a while, in a process forked for it."""
+    return bool(os.environ.get("SPACES_ZERO_GPU"))
 
 
 @lru_cache(maxsize=1)
@@ -41,8 +48,8 @@ def here() -> Machine:
     with suppress(AttributeError, ValueError, OSError):  # not every system says
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = min([memory, *(limit for limit, _ in _limits())])
-    if os.environ.get("SPACES_ZERO_GPU"):
-        return Machine("cuda", "NVIDIA RTX PRO 6000 (ZeroGPU)", "rtx-pro-6000", cores, memory)
+    if is_shared():
+        return Machine("cuda", "NVIDIA RTX PRO 6000 (ZeroGPU)", "rtx-pro-6000", cores, memory, gpu_share=0.5)
     if gpu := _nvidia():
         return Machine("cuda", *gpu, cores, memory)
     processor = _cpuinfo("model name") or platform.processor() or platform.machine()

@@ -33,10 +33,14 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peftlab import hardware
+
 PAGES, FILES = 16, 256
 """So many answers are kept: of pages, one for each address that they are reached by; and of files."""
 LARGEST = 2**24
 """Bytes of a file that is kept."""
+PRESSES = 256
+"""So many presses are answered at once on a shared GPU."""
 SESSIONS = 1000
 """So many sessions Gradio keeps, the latest: what its components show, which an event of a press reads."""
 QUESTION = 2**20
@@ -300,4 +304,5 @@ def options(routes: Sequence[Route] = ()) -> dict[str, Any]:
     return {
         "app_kwargs": {"middleware": [Middleware(Front)], "lifespan": lifespan, "routes": [*routes]},
         "state_session_capacity": SESSIONS,
+        "max_threads": PRESSES if hardware.is_shared() else 40,  # there a run takes a thread to its end
     }

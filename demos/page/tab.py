@@ -3,14 +3,13 @@
 import hmac
 import json
 import logging
-import os
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import gradio as gr
 from gradio.blocks import Block
@@ -21,9 +20,9 @@ from starlette.routing import Route
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank, shown_model
 from demos.page.question import sound
-from peftlab import PeftlabError, RunSpec, resolve
+from peftlab import PeftlabError, RunSpec, hardware, resolve
 from peftlab.errors import Curable
-from peftlab.room import jobs, rooms, worker
+from peftlab.room import jobs, quota, rooms, worker
 from peftlab.run import events
 from peftlab.show.refusals import refusal
 from peftlab.spec import Resolved
@@ -31,13 +30,11 @@ from peftlab.spec import Resolved
 log = logging.getLogger(__name__)
 AnyControl = TypeVar("AnyControl", bound=Component)
 AnyPanel = TypeVar("AnyPanel", bound=Block)
-P = ParamSpec("P")
 T = TypeVar("T")
 Values: TypeAlias = Mapping[str, object]
 """What controls and panels show, by their names: each a value, or an update as `gr.update` makes it."""
 On: TypeAlias = Sequence[Callable[..., Dependency]]  # the events that start a press
 DRAWER = "element.querySelector('button').onclick = () => element.closest('.controls').classList.toggle('open')"
-SECONDS = 120  # longest that one press may hold a shared GPU
 POLL = 0.5  # seconds between two looks at a job
 
 
@@ -114,17 +111,12 @@ def said(error: Exception) -> str:
 
 Work: TypeAlias = Callable[[Asked], Iterator[Values]]  # what a press does: it yields what controls and panels show
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-ONE_AT_A_TIME: dict[str, Any] = QUIET | {"concurrency_id": "generate", "concurrency_limit": 1}
-"""Options for presses that compute with a model: two at once would only be slower."""
-
-
-def on_gpu(work: Callable[P, T]) -> Callable[P, T]:
-    """`work`, which a ZeroGPU Space runs where the GPU is. Call this at import, when a Space looks for it."""
-    if not os.environ.get("SPACES_ZERO_GPU"):
-        return work
-    import spaces
-
-    return spaces.GPU(work, duration=SECONDS)
+ONE_AT_A_TIME: dict[str, Any] = QUIET | (
+    {} if hardware.is_shared() else {"concurrency_id": "generate", "concurrency_limit": 1}
+)
+"""Options for presses that compute with a model: two at once would only be slower, but where each gets a GPU of its own."""
+ENDING = 3
+"""Seconds of a shared GPU that are kept for the end of a run whose time is over."""
 
 
 def with_result(work: Generator[float, None, T]) -> Iterator[tuple[float, T | None]]:
@@ -264,9 +256,10 @@ class Tab:
 
     def press(
         self, on: On, work: Work, shows: Sequence[str],
-        busy: Values | None = None, free: Values | None = None, problem: str = "problem", **options: Any,
+        busy: Values | None = None, free: Values | None = None, problem: str = "problem", begins: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
-        """`on` starts `work`.
+        """`on` starts `work`, which `begins` a job or lets it go on.
 
         `shows` names what it may yield. `busy` is shown before it begins and `free` once it is over, however it ends; what
         goes wrong is said in the panel `problem`, with a button where other settings cure it. A value named `kept` is a dict
@@ -295,7 +288,16 @@ class Tab:
             except Exception as error:
                 yield shown({**after, problem: refused(error)})
 
-        gr.on(
+        over = gr.on(
             on, pressed, self.question, [named[n] for n in names],
             js="() => [peftlab.question()]", **(QUIET | {"trigger_mode": "multiple"} | options),
         ).then(None, self.keeper, None, js=f"(text) => peftlab.pressed({json.dumps(changed)}, text)", **QUIET)  # fmt: skip
+        if begins and hardware.is_shared():
+            over.then(self.carry_out, self.question, None, js="() => [peftlab.question()]", **QUIET)
+
+    def carry_out(self, question: object) -> None:
+        """Does the visitor's job within this request, which a shared GPU's quota hangs on."""
+        asks = sound(question)
+        if job := rooms.here().running(self.read(asks.state, asks.kept).visitor):
+            seconds = quota.asked(quota.of_job(job.kind, job.arguments))
+            rooms.here().carry_out(job, seconds - ENDING)

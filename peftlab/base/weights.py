@@ -59,8 +59,9 @@ _changing = threading.Lock()
 _locks: dict[tuple[object, ...], threading.Lock] = {}
 
 
-def load(spec: Resolved) -> Base:
-    """The base model of a resolved spec, in its precision or quantized, on this machine's device; loaded once and kept.
+def load(spec: Resolved, device: str | None = None) -> Base:
+    """The base model of a resolved spec, in its precision or quantized, on this machine's device or the one named; loaded
+    once and kept.
 
     While all that stay take more than their SHARE, the ones used longest ago go, once nobody uses them any more.
     Raises SpecError for a model that does not write text, and WeightsError where its weights cannot be had.
@@ -68,8 +69,8 @@ def load(spec: Resolved) -> Base:
     entry = models.find(spec.model)
     if not entry.is_causal:
         raise SpecError(f"model={entry.said}: it is no causal language model, and only counted; try {models.DEFAULT}")
-    device = hardware.here().device
-    key = _key(spec)
+    device = device or hardware.here().device
+    key = _key(spec, device)
     with _locks.setdefault(key, threading.Lock()):  # a second caller waits here, and then finds the first one's
         if (base := _alive.get(key)) is None:
             base = _load(entry, spec, device)
@@ -77,9 +78,9 @@ def load(spec: Resolved) -> Base:
         return base
 
 
-def _key(spec: Resolved) -> tuple[object, ...]:
+def _key(spec: Resolved, device: str = "") -> tuple[object, ...]:
     """What a base in memory is known by."""
-    folder, device = folder_of(models.find(spec.model)), hardware.here().device
+    folder, device = folder_of(models.find(spec.model)), device or hardware.here().device
     return (folder, spec.precision, spec.attention, spec.quantization, spec.double_quantization, device)
 
 

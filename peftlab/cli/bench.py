@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
         "serve",
         "reliability",
         "room",
+        "fresh",
     )
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -53,7 +54,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, memory, record, reliability, room, seconds, serve, speed, survey
+    from ..bench import calculators, fresh, memory, record, reliability, room, seconds, serve, speed, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -67,6 +68,7 @@ def run(args: Namespace) -> Output:
         "families": lambda: survey.record_families(out, note, args.family, args.jobs, args.again),
         "page": lambda: record.record_page(out, note),
         "reliability": lambda: reliability.record_reliability(spec_of(args), out, note, args.seeds, args.beside),
+        "fresh": lambda: fresh.record_fresh(spec_of(args), out, note),
         "room": lambda: room.record_room(out, note, args.only, (args.visitors or [50])[0], args.kills, args.runs),
         "serve": lambda: serve.record_serve(
             out, note, args.visitors or (), args.seconds, args.rounds, args.arriving or ()

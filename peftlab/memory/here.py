@@ -158,7 +158,7 @@ def _whole() -> int | None:
     machine = hardware.here()
     if machine.device == "cpu":
         return machine.memory_bytes
-    return GPUS[machine.gpu].memory_bytes if machine.gpu else None
+    return int(machine.gpu_share * GPUS[machine.gpu].memory_bytes) if machine.gpu else None
 
 
 def _remedy(spec: Resolved, found: Peak, limit: int, offered: Collection[str] | None) -> Remedy | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import logging
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import cast
 from .. import adapters
 from ..compare import on_task
 from ..data import tasks
-from ..errors import Curable, PeftlabError, RunError, SpecError, plain
+from ..errors import Curable, Interrupted, PeftlabError, RunError, SpecError, plain
 from ..race import Line, Racer, race
 from ..resolve import resolve
 from ..run import STOP, Event, train
@@ -85,8 +84,6 @@ class Job:
         self.events: list[Event] = [event for _, event in told]
         self._next = told[-1][0] + 1 if told else 0
         self._began: float | None = None
-        self.context = contextvars.copy_context()
-        """That of the request which has started it."""
 
     @cached_property
     def spec(self) -> Resolved:
@@ -207,7 +204,9 @@ class Job:
             self._set_aside()
             work = cast("Generator[Event]", WORK[self.kind](self._asked(), self.folder, self.again))
             with contextlib.closing(work):
-                for event in work:
+                for number, event in enumerate(work):
+                    if not number:  # before it, a shared GPU lets it wait
+                        self._began = time.monotonic()
                     if (self.folder / CANCEL).exists():
                         break
                     if not limit and self.seconds > longest:
@@ -269,6 +268,9 @@ class Job:
         """The last event of a job that failed: why, what cures it, what is kept of it, and whether it can go on."""
         if isinstance(error, Curable):
             return {"type": "error", "message": str(error), "settings": dict(error.settings), "change": error.change}
+        if isinstance(error, Interrupted):
+            said = f"{plain(error)[:1].upper()}{plain(error)[1:]}."
+            return {"type": "error", "message": said, "resumable": self.kind in TRAINS}
         if isinstance(error, PeftlabError) or not any(event["type"] == "step" for event in self.events):
             return {"type": "error", "message": plain(error)}  # it says by itself what is kept, or there is nothing
         kept = "The adapter that was last saved is kept" if (self.folder / "adapter").exists() else "No adapter is kept"

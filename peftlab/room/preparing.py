@@ -2,11 +2,11 @@
 
 import contextlib
 import gc
-import os
+import importlib
 import threading
 from collections.abc import Callable
 
-from .. import seam
+from .. import hardware, seam
 from ..base import fetching, weights
 from ..data import tasks
 from ..errors import plain
@@ -61,13 +61,16 @@ class Preparation:
             seam.library()
             gc.collect()
             gc.freeze()  # libraries stay for good: looking through them each time held up everybody for a fifth of a second
+            if hardware.is_shared():  # nothing is computed outside of a visitor's share
+                importlib.import_module("peft")
+                self.ready = True
+                return
             weights.load(self.spec)
             warm_up(self.spec)
             self.ready = True
-            if not os.environ.get("SPACES_ZERO_GPU"):  # there nothing is computed outside of a visitor's share
-                for task in tasks.TASKS.values():
-                    while not (self._stopped.is_set() or self._ask(task)):
-                        self._stopped.wait(PATIENCE)
+            for task in tasks.TASKS.values():
+                while not (self._stopped.is_set() or self._ask(task)):
+                    self._stopped.wait(PATIENCE)
         except Exception as error:
             self.error = plain(error)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import itertools
 import logging
-import os
+import math
 import re
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import TextIO
 
+from .. import hardware
 from ..base import models, weights
 from ..errors import NotHere, RunError, SpecError
 from ..memory import must_fit
@@ -48,7 +48,7 @@ LOOKED_AT = 3600
 
 
 class Room:
-    """The jobs of one data folder. One is done at a time; whoever has the host's key comes first."""
+    """The jobs of one data folder. One is done at a time, whoever has the host's key first; on a shared GPU, all at once."""
 
     def __init__(self, settings: host.Host) -> None:
         """Raises SpecError where no data folder can be made. One process may have it: another keeps its jobs elsewhere."""
@@ -63,6 +63,8 @@ class Room:
             self.folder = Path(tempfile.mkdtemp(prefix="peftlab-"))
             (self.folder / "jobs").mkdir()
             log.warning("%s is in use by another server: the runs of this one are in %s", settings.data, self.folder)
+        self.apart = hardware.is_shared()
+        """Whether each job is done by the request that has asked for it, because its visitor's quota hangs on that."""
         weights.SHARE = settings.memory
         self.signer = Signer(self.folder / "key")
         self.records = Records(self.folder / "jobs.sqlite")
@@ -103,13 +105,15 @@ class Room:
     def ahead(self, job: Job) -> int:
         """How many jobs come before this one, the one under way included."""
         with self._changed:
-            alive = self._alive()
+            alive = [] if self.apart else self._alive()
             return alive.index(job) if job in alive else 0
 
     def wait(self, job: Job) -> float | None:
         """Seconds until a job begins, from what the last ones of each kind took; None where that is not known."""
         with self._changed:
             before = self._alive()[: self.ahead(job)]
+        if self.apart and not job.begun:  # the shared GPU's own queue, of which nothing is told
+            return None
         usual = {kind: self._usual(kind) for kind in {other.kind for other in before}}
         if None in usual.values():
             return None
@@ -179,6 +183,11 @@ class Room:
             job.put(WAITING)
             self._queue(job)
 
+    def carry_out(self, job: Job, longest: float) -> None:
+        """Does a job that waits, for at most so many seconds, where each is done by the request that has asked for it."""
+        if self.apart and job.begin():
+            self._do(job, longest)
+
     def tidy(self) -> None:
         """Removes jobs that are too old or take too much of the disk, but none that was looked at within the hour."""
         with self._changed:
@@ -202,10 +211,7 @@ class Room:
             self._claim.close()
 
     def _queue(self, job: Job) -> None:
-        job.place, job.context = (
-            next(self._places),
-            contextvars.copy_context(),
-        )  # a shared GPU's quota hangs on the request
+        job.place = next(self._places)
         self._looked_at[job.id] = time.monotonic()
         self._keep(job)
         job.add({"type": "queued", "ahead": self.ahead(job)})
@@ -249,7 +255,7 @@ class Room:
         """What a run under way will leave free is not known, nor what is free on a shared GPU: there all memory counts."""
         with self._changed:
             busy = bool(self._alive())
-        must_fit(spec, self.settings.models or None, whole=busy or bool(os.environ.get("SPACES_ZERO_GPU")))
+        must_fit(spec, self.settings.models or None, whole=busy or self.apart)
 
     def _alive(self) -> list[Job]:
         """Jobs that are not over, in the order in which their turns come."""
@@ -258,6 +264,10 @@ class Room:
             return not job.begun, not job.record.first, job.place
 
         return sorted((job for job in self._jobs.values() if not job.over), key=turn)
+
+    def _waiting(self) -> list[Job]:
+        """Jobs to be done by this room's own thread."""
+        return [] if self.apart else [job for job in self._alive() if not job.begun]
 
     def _done(self, kind: str) -> list[tuple[Record, Event]]:
         """The last jobs of a kind that came to their end, with their last events, the newest first."""
@@ -292,6 +302,9 @@ class Room:
             job.place = next(self._places)
             if record.state == RUNNING:
                 job.interrupted()
+            elif self.apart:
+                said = "The server was started anew while this waited for a GPU; press the button again."
+                job.add({"type": "error", "message": said, "resumable": job.again}, over=True)
             else:
                 try:
                     self._allow_all(job)
@@ -303,7 +316,7 @@ class Room:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (waiting := [job for job in self._alive() if not job.begun]) and not self._closed:
+                while not (waiting := self._waiting()) and not self._closed:
                     if not self._changed.wait(TIDY):
                         break
                 if self._closed:
@@ -316,10 +329,10 @@ class Room:
             except Exception:
                 log.exception("job %s", waiting[0].id if waiting else "")
 
-    def _do(self, job: Job) -> None:
-        """Runs a job, and cleans up after it."""
+    def _do(self, job: Job, longest: float = math.inf) -> None:
+        """Runs a job for at most so many seconds, and cleans up after it."""
         try:
-            job.context.run(job.run, self.settings.seconds)
+            job.run(min(longest, self.settings.seconds))
         except Exception as error:  # even its own end failed
             job.broken(error)
             raise

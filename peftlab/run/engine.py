@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -260,7 +259,7 @@ class Evaluation:
 
 def warm_up(spec: Resolved) -> None:
     """On a GPU of our own, runs a spec's kernels once, whose first use takes seconds; nothing is kept."""
-    if hardware.here().device != "cuda" or os.environ.get("SPACES_ZERO_GPU"):
+    if hardware.here().device != "cuda" or hardware.is_shared():
         return
     try:
         make_room(spec)

@@ -94,8 +94,9 @@ def open_page(chromium):
     """
     contexts, errors = [], []
 
-    def go(url: str, size=(1440, 900), theme="light"):
-        context = chromium.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=theme)
+    def go(url: str, size=(1440, 900), theme="light", headers=None):
+        viewport = {"width": size[0], "height": size[1]}
+        context = chromium.new_context(viewport=viewport, color_scheme=theme, extra_http_headers=headers)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
