@@ -12,7 +12,7 @@ from starlette.routing import Route
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.page import address, choice, controls, methods, served, store
-from demos.page.gpu import cost, costs, on_job
+from demos.page.gpu import on_job
 from demos.page.tab import Asked, Tab, Values
 from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import DEFAULT, MODELS
@@ -122,7 +122,7 @@ class Live(Tab):
             resume = self.panel("resume", gr.Button("Resume", visible=False, scale=0, min_width=130))
             self.panel("keep", gr.DownloadButton("Download adapter", visible=False, scale=0, min_width=230))
             self.panel("share", gr.HTML(visible=False, elem_classes="share", js_on_load=None))
-        cost(self)
+        self.cost()
         self.panel("problem", controls.problem())
         self.panel("bar", gr.HTML(elem_classes="run-bar"))
         with gr.Row(elem_classes="panes"):
@@ -219,6 +219,9 @@ class Live(Tab):
             **methods.method_updates(spec, (*OWN, *FOLDED)),
         }
 
+    def costs(self, asked: Asked) -> dict[str, quota.Asks]:
+        return {"Train": quota.of_job("train", {"spec": here(asked.spec).to_dict()})}
+
     def draw(self, asked: Asked) -> Values:
         spec, job = here(asked.spec), self.job(asked)
         mine = own(job, asked)
@@ -234,7 +237,6 @@ class Live(Tab):
             "about": lambda: method_card(run.method, run.model),
             "how": lambda: method_panel(run.method),
             "note": lambda: note(asked.spec),
-            **costs(Train=lambda: quota.of_job("train", {"spec": run.to_dict()})),
         }
 
 

@@ -17,6 +17,7 @@ from peftlab import RunSpec, SpecError, count, resolve
 from peftlab.base.models import MODELS, find
 from peftlab.catalog import PRESETS
 from peftlab.methods import METHODS
+from peftlab.room import quota
 from peftlab.show import lora, settings, shapes, statements
 from peftlab.show.methods import PUBLISHED, preset_says
 
@@ -124,6 +125,9 @@ class Lora(Tab):
             "code": lambda: lora.code(spec),
             "tables": lambda: statements.tab_table("lora").html + lora.notes(),
         }
+
+    def costs(self, asked: Asked) -> dict[str, quota.Asks]:
+        return proving.costs(asked)
 
     def slow(self, asked: Asked) -> list[Slow]:
         return real_weights.slow(asked)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 
 from demos.live_finetune import buttons, here, note, own, runnable
 from demos.page import choice, controls, methods, store
-from demos.page.gpu import cost, costs, on_job
+from demos.page.gpu import on_job
 from demos.page.tab import QUIET, Asked, Tab, Values
 from peftlab import RunSpec, SpecError, race, resolve
 from peftlab.count import why_not
@@ -101,6 +101,7 @@ class Race(Tab):
             self.stop = self.panel("stop", gr.Button("Stop", scale=0, min_width=110, interactive=False))
             self.cancel = self.panel("cancel", gr.Button("Cancel", visible=False, scale=0, min_width=110))
             self.resume = self.panel("resume", gr.Button("Resume", visible=False, scale=0, min_width=110))
+        self.cost()
         self.control("task", gr.Radio(controls.choices_of(TASKS), value=DEFAULT, label="Task"))
         info = asked_for(LESSONS[FIRST])
         values = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Racers", info=info)
@@ -114,7 +115,6 @@ class Race(Tab):
         self.panel("settings", controls.note())
 
     def pictures(self) -> None:
-        cost(self)
         self.panel("problem", controls.problem())
         self.panel("sentence", controls.sentence())
         self.control("guess", gr.Radio([], label=LESSONS[FIRST].question, elem_classes="guess"))
@@ -161,6 +161,9 @@ class Race(Tab):
             **{name: controls.blank(asked[name]) for name in ("seconds", "seeds")},
         }
 
+    def costs(self, asked: Asked) -> dict[str, quota.Asks]:
+        return {"Race here": quota.of_job("race", self.arguments(asked))}
+
     def draw(self, asked: Asked) -> Values:
         lesson, job = LESSONS[asked["lesson"]], self.job(asked)
         standing = job if job and job.arguments["lesson"] == lesson.key else None
@@ -169,7 +172,6 @@ class Race(Tab):
             "settings": note(asked.spec),
             "back": gr.update(visible=bool(standing and standing.over)),
             **self._shown(asked, lesson, standing),
-            **costs(Race=lambda: quota.of_job("race", self.arguments(asked))),
         }
 
     def _shown(self, asked: Asked, lesson: Lesson, job: jobs.Job | None) -> Values:

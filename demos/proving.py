@@ -7,7 +7,7 @@ import gradio as gr
 
 from demos.page import choice, controls
 from demos.page.adapter_choice import bundled, chooser, of, offered, task_of
-from demos.page.gpu import cost, costs, on_gpu
+from demos.page.gpu import on_gpu
 from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, with_result
 from peftlab import PeftlabError, units
 from peftlab.adapters import Adapter
@@ -24,11 +24,11 @@ def latency(adapter: Adapter, prompt: str) -> Iterator[tuple[float, proofs.Laten
     yield from with_result(proofs.latency(adapter, prompt))
 
 
-def lasts(adapter: Adapter, prompt: str) -> float:
+def asks(adapter: Adapter, prompt: str) -> quota.Asks:
     return quota.of_proof(adapter.spec)
 
 
-MERGE, DIAL, LATENCY = on_gpu(merge, lasts), on_gpu(proofs.dial, lasts), on_gpu(latency, lasts)
+MERGE, DIAL, LATENCY = on_gpu(merge, asks), on_gpu(proofs.dial, asks), on_gpu(latency, asks)
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
 IDLE = (
@@ -44,7 +44,7 @@ def build(tab: Tab) -> None:
     tab.panel("proof_problem", controls.problem())
     with gr.Row(elem_classes="lessons"):
         buttons = {name: tab.panel(name, gr.Button(label, size="sm")) for name, (label, *_) in PROOFS.items()}
-    cost(tab)
+    tab.cost()
     tab.panel("proved", gr.HTML(f'<p class="note">{IDLE}</p>'))
     busy, free = ({name: gr.update(interactive=is_free) for name in PROOFS} for is_free in (False, True))
     for name, button in buttons.items():
@@ -52,8 +52,11 @@ def build(tab: Tab) -> None:
 
 
 def draw(asked: Asked) -> Values:
-    proof = costs(**{"Each proof": lambda: quota.of_proof(of(asked, chosen(asked)).spec)})
-    return {"proof_adapter": lambda: offered(asked, chosen(asked)), **proof}
+    return {"proof_adapter": lambda: offered(asked, chosen(asked))}
+
+
+def costs(asked: Asked) -> dict[str, quota.Asks]:
+    return {"Each proof": quota.of_proof(of(asked, chosen(asked)).spec)}
 
 
 def chosen(asked: Asked) -> str:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a dem
 from demos.live_finetune import own
 from demos.page import choice, controls, served, store
 from demos.page.adapter_choice import bundled, choices, chooser, of, offered, task_of
-from demos.page.gpu import cost, costs, on_gpu, on_job
+from demos.page.gpu import on_gpu, on_job
 from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values
 from peftlab import compare, units
 from peftlab.adapters import Adapter
@@ -35,7 +35,7 @@ def generate(adapter: Adapter, prompt: str, decoding: Decoding) -> Iterator[tupl
         yield plain, adapted
 
 
-GENERATE = on_gpu(generate, lambda adapter, prompt, decoding: quota.of_answering(adapter.spec, decoding.max_new_tokens))
+GENERATE = on_gpu(generate, lambda adapter, prompt, decoding: quota.of_answers(adapter.spec, decoding.max_new_tokens))
 
 
 def chosen(asked: Asked) -> str:
@@ -78,7 +78,7 @@ class Compare(Tab):
         with gr.Row(elem_classes="run-row"):
             ask = self.panel("ask", gr.Button("Ask both", variant="primary", scale=0, min_width=160))
             self.panel("asking", controls.note())
-        cost(self)
+        self.cost()
         with gr.Row(elem_classes="panes"):
             self.panel("left", _pane("Base model", "base"))
             self.panel("right", _pane("With the adapter", "adapted"))
@@ -153,6 +153,12 @@ class Compare(Tab):
         prompt = prompt_of(asked, task_of(of(asked, key)))
         return {**super().fill(asked), "adapter": offered(asked, key), "prompt": prompt}
 
+    def costs(self, asked: Asked) -> dict[str, quota.Asks]:
+        adapter = of(asked, chosen(asked))
+        spec = adapter.spec.but(task=task_of(adapter).key)
+        score = quota.of_job("score", {"spec": spec.to_dict()})
+        return {"Ask both": quota.of_answers(spec, asked["tokens"]), "Score": score}
+
     def draw(self, asked: Asked) -> Values:
         adapter = of(asked, chosen(asked))
         task, report = task_of(adapter), compare.recorded(adapter)
@@ -176,10 +182,6 @@ class Compare(Tab):
             "said": lambda: comparisons.reference(task, prompt, source),
             "measure": gr.update(value=f"Score all {len(rows)} held-out items here", interactive=not under_way),
             "halt": gr.update(visible=under_way),
-            **costs(
-                Ask=lambda: quota.of_answering(adapter.spec, asked["tokens"]),
-                Score=lambda: quota.of_job("score", {"spec": adapter.spec.but(task=task.key).to_dict()}),
-            ),
         }
 
 

@@ -14,9 +14,10 @@ from dataclasses import replace
 import pytest
 from tiny import ROOT, wait_for
 
-from peftlab import SpecError, WeightsError
+from peftlab import SpecError, WeightsError, hardware
 from peftlab.base import fetching, weights
 from peftlab.data.tasks import TASKS
+from peftlab.errors import Interrupted
 from peftlab.room import host, jobs, keeping, records, rooms
 from peftlab.room.preparing import Preparation
 from peftlab.room.visitors import DAY, Signer
@@ -199,6 +200,52 @@ def test_an_error_becomes_the_last_event(error, said, opened, monkeypatch):
     last = ends(start(room))[-1]
     assert last["type"] == "error" and last["message"].startswith(said)
     assert room.running("ann") is None
+
+
+def test_on_a_shared_gpu_each_request_does_its_own_job_and_a_restart_ends_those_that_wait(opened, trainer, monkeypatch):
+    monkeypatch.setattr(hardware, "is_shared", lambda: True)
+    room = opened()
+    first, second = start(room, "ann", 1), start(room, "bob", 2)
+    requests = [threading.Thread(target=room.carry_out, args=(job, 60.0)) for job in (first, second)]
+    for request in requests:
+        request.start()
+    wait_for(lambda: len(trainer.order) == 2)  # both at once
+    assert room.ahead(second) == 0 and not first.over
+    room.carry_out(first, 60.0)  # by a second press: it is under way already
+    trainer.go.set()
+    for request in requests:
+        request.join()
+    assert [ends(job)[-1]["type"] for job in (first, second)] == ["done", "done"] and len(trainer.order) == 2
+    left = start(room, "cem", 3)
+    killed(room)
+    again = opened().find(left.id)
+    assert again.over and "press the button again" in again.events[-1]["message"]
+
+
+def test_a_run_on_a_shared_gpu_ends_with_what_it_learned_before_its_time_is_over(opened, trainer, monkeypatch):
+    monkeypatch.setattr(hardware, "is_shared", lambda: True)
+
+    def endless(arguments, folder, again):
+        yield {"type": "start"}
+        while not (folder / STOP).exists():
+            time.sleep(0.01)
+            yield {"type": "step", "step": 1, "eta_seconds": 1.0}
+        yield {"type": "done", "steps": 1, "stopped": True}
+
+    monkeypatch.setitem(jobs.WORK, "train", endless)
+    room = opened()
+    room.carry_out(job := start(room), 0.2)
+    assert job.events[-1]["message"] == "It ended after 0.2 seconds, which is the most that a run may take here."
+
+
+def test_a_run_that_got_no_gpu_can_go_on(opened, monkeypatch):
+    def refused(arguments, folder, again):
+        raise Interrupted("no GPU was free within a minute")
+        yield
+
+    monkeypatch.setitem(jobs.WORK, "train", refused)
+    job = start(opened())
+    assert ends(job)[-1]["message"] == "No GPU was free within a minute." and job.resumable
 
 
 def test_a_host_bounds_what_is_trained(opened, trainer):

@@ -276,7 +276,7 @@ def test_the_prediction_of_a_recording_is_still_made():
     from peftlab.data import tasks
     from peftlab.run.batches import Batches, encode
 
-    document = json.loads((MEASURED / "train-intent-h100.json").read_text())  # of rows that are the same today
+    document = json.loads((MEASURED / "train-intent-h200.json").read_text())
     spec = RunSpec.from_dict(document["spec"])
     base, task = weights.load(resolve(RunSpec())), tasks.find(spec.task)
     batches = Batches(encode(base.tokenizer, task, task.train), spec.batch_size, 1, 0, 0)

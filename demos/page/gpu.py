@@ -8,9 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import gradio as gr
 
-from demos.page import controls
-from demos.page.tab import Tab, Values
-from peftlab import hardware, units
+from peftlab import hardware
 from peftlab.errors import Interrupted, PeftlabError, RunError, plain
 from peftlab.room import jobs, quota
 
@@ -33,8 +31,8 @@ SAID = {
 """What spaces says when there is no GPU, as patterns, and what the page says of it."""
 
 
-def on_gpu(work: Callable[P, Iterator[T]], seconds: Callable[P, float]) -> Callable[P, Iterator[T]]:
-    """`work`, which a ZeroGPU Space does in a process of its own that has a GPU; `seconds` says how long it takes.
+def on_gpu(work: Callable[P, Iterator[T]], asks: Callable[P, quota.Asks]) -> Callable[P, Iterator[T]]:
+    """`work`, which a ZeroGPU Space does in a process of its own that has a GPU; `asks` says how much of it.
 
     Arguments, and what it yields, are pickled. What it raises there is raised here; Interrupted, where it got no GPU. Call
     this at import, when a Space looks for it.
@@ -56,13 +54,13 @@ def on_gpu(work: Callable[P, Iterator[T]], seconds: Callable[P, float]) -> Calla
             yield None, RunError(plain(error))
 
     def duration(*arguments: P.args, **named: P.kwargs) -> int:
-        return math.ceil(quota.asked(seconds(*arguments, **named)) / _stretched())
+        return math.ceil(quota.asked(quota.predicted(asks(*arguments, **named))) / _stretched())
 
-    asks = spaces.GPU(there, duration=duration)
+    lent = spaces.GPU(there, duration=duration)
 
     def here(*arguments: P.args, **named: P.kwargs) -> Iterator[T]:
         try:
-            for value, error in asks(*arguments, **named):
+            for value, error in lent(*arguments, **named):
                 if error is not None:
                     raise error
                 yield value
@@ -84,28 +82,6 @@ def _stretched() -> float:
 def on_job(kind: str) -> None:
     """Has jobs of a kind done where the GPU is."""
     jobs.WORK[kind] = on_gpu(jobs.WORK[kind], lambda arguments, *_: quota.of_job(kind, arguments))
-
-
-def cost(tab: Tab) -> None:
-    """A place for what a press costs, where it costs something."""
-    if hardware.is_shared():
-        tab.panel("cost", controls.note())
-
-
-def costs(**presses: Callable[[], float]) -> Values:
-    """What the `cost` panel says of presses that take so many seconds, by the names of what they do."""
-    if not hardware.is_shared():
-        return {}
-
-    def said() -> str:
-        return " ".join(f"{name}: {in_seconds(seconds())}" for name, seconds in presses.items())
-
-    return {"cost": said}
-
-
-def in_seconds(seconds: float) -> str:
-    """What a press costs, as a sentence's end."""
-    return f"about {units.seconds(seconds)} of your GPU time; {quota.asked(seconds)} s are asked for."
 
 
 def in_words(error: Exception) -> str:

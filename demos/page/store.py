@@ -22,7 +22,7 @@ from demos.page.serving import InBytes
 from demos.page.tab import QUIET, Asked, Slow, Tab, said
 from peftlab import PeftlabError, SpecError
 from peftlab.resolve import METHOD_SETTINGS
-from peftlab.room import rooms, worker
+from peftlab.room import quota, rooms, worker
 from peftlab.show.marks import term
 from peftlab.spec import SETTINGS
 
@@ -139,6 +139,8 @@ class Store:
         seen = {None, *question.open}
         drawn = {name: draw for name, draw in tab.draw(asked).items() if tab.folded.get(name) in seen}
         panels = {name: draw() if callable(draw) else draw for name, draw in drawn.items()}
+        if "cost" in tab.panels and tab.folded.get("cost") in seen:
+            panels["cost"] = tab.cost_said(asked)
         shown = {name: controls.as_update(value) for name, value in {**tab.fill(asked), **panels}.items()}
         for name in asked.refused.keys() & tab.controls.keys():
             update = {k: v for k, v in shown.get(name, gr.skip()).items() if k != "value"}
@@ -152,7 +154,9 @@ class Store:
 
     def wanted(self, tab: Tab, asked: Asked, question: Question) -> list[Slow]:
         """Slow work whose result is in sight."""
-        return [slow for slow in tab.slow(asked) if tab.folded.get(slow.panel) in {None, *question.open}]
+        costs = tab.costs(asked).values() if "cost" in tab.panels else ()
+        every = [*tab.slow(asked), *(Slow(quota.seconds, (asks,), "cost") for asks in costs)]
+        return [slow for slow in every if tab.folded.get(slow.panel) in {None, *question.open}]
 
     def prepare(self, pause: float = 0.005) -> None:
         """Makes what the first visitors would wait for. After each little it lets those go ahead who are here already."""

@@ -17,10 +17,11 @@ from gradio.components import Component
 from gradio.events import Dependency
 from starlette.routing import Route
 
+from demos.page import controls
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank, shown_model
 from demos.page.question import sound
-from peftlab import PeftlabError, RunSpec, hardware, resolve
+from peftlab import PeftlabError, RunSpec, hardware, resolve, units
 from peftlab.errors import Curable
 from peftlab.room import jobs, quota, rooms, worker
 from peftlab.run import events
@@ -250,6 +251,24 @@ class Tab:
         """Makes what the first visitors would wait for, a little before each `yield`."""
         yield from ()
 
+    def costs(self, asked: Asked) -> Mapping[str, quota.Asks]:
+        """What presses ask a shared GPU for, by what they are called."""
+        return {}
+
+    def cost(self) -> None:
+        """A place where it is said what presses cost, where they cost something."""
+        if hardware.is_shared():
+            self.panel("cost", controls.note())
+
+    def cost_said(self, asked: Asked) -> str:
+        """What presses cost, as far as it is known by now."""
+        known = {name: worker.known(quota.seconds, asks) for name, asks in self.costs(asked).items()}
+        return " ".join(
+            f"{name}: about {units.seconds(seconds)} of your GPU time; {quota.asked(seconds)} s are asked for."
+            for name, seconds in known.items()
+            if seconds is not None
+        )
+
     def slow(self, asked: Asked) -> list[Slow]:
         """Work whose result `draw` shows once it is known."""
         return []
@@ -299,5 +318,5 @@ class Tab:
         """Does the visitor's job within this request, which a shared GPU's quota hangs on."""
         asks = sound(question)
         if job := rooms.here().running(self.read(asks.state, asks.kept).visitor):
-            seconds = quota.asked(quota.of_job(job.kind, job.arguments))
-            rooms.here().carry_out(job, seconds - ENDING)
+            seconds = quota.predicted(quota.of_job(job.kind, job.arguments))
+            rooms.here().carry_out(job, quota.asked(seconds) - ENDING)

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import logging
 import math
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -57,6 +58,9 @@ _alive: weakref.WeakValueDictionary[tuple[object, ...], Base] = weakref.WeakValu
 """Those too that somebody still uses though they do not stay."""
 _changing = threading.Lock()
 _locks: dict[tuple[object, ...], threading.Lock] = {}
+if hasattr(os, "register_at_fork"):  # a forked process has no thread that would ever let go of them
+    os.register_at_fork(after_in_child=_changing._at_fork_reinit)  # type: ignore[attr-defined]  # as logging has it
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def load(spec: Resolved, device: str | None = None) -> Base:

@@ -1,4 +1,4 @@
-"""What work takes in a process that is new to the GPU, as on a shared one, beside what `room.quota` says of it."""
+"""What work takes in a process that is new to the GPU, as on a shared one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..errors import RunError
 from ..measured import provenance
 from ..places import ASSETS
 from ..resolve import resolve_here
-from ..room import jobs, quota
+from ..room import jobs
 from ..run.events import Work
 from ..run.generate import Decoding
 from ..spec import Json, RunSpec
 from . import Say, write
 
-TIMES = 3
+TIMES = 2
 PROMPT = "My lamp arrived in two pieces. Noor Haddad"
 ANSWER = Decoding(64)
 
@@ -46,20 +46,21 @@ def record_fresh(spec: RunSpec, out: Path, say: Say) -> Json:
         ids = compare.prompt_tokens(base, compare.instruction_of(adapter), PROMPT, ANSWER)
         return compare.side_by_side(base, models, ids, ANSWER)
 
-    works: dict[str, tuple[float, Callable[[Path], Iterable[object]]]] = {
-        "train": (quota.of_job("train", train), lambda folder: jobs.WORK["train"](train, folder, False)),
-        "score": (quota.of_job("score", score), lambda folder: jobs.WORK["score"](score, folder, False)),
-        "ask": (quota.of_answering(adapter.spec, ANSWER.max_new_tokens), lambda _: answers()),
-        "merge": (quota.of_proof(adapter.spec), lambda _: [proofs.merge_check(adapter, PROMPT)]),
-        "dial": (quota.of_proof(adapter.spec), lambda _: proofs.dial(adapter, PROMPT)),
-        "latency": (quota.of_proof(adapter.spec), lambda _: Work(proofs.latency(adapter, PROMPT))),
+    works: dict[str, Callable[[Path], Iterable[object]]] = {
+        "train": lambda folder: jobs.WORK["train"](train, folder, False),
+        "score": lambda folder: jobs.WORK["score"](score, folder, False),
+        "ask": lambda _: answers(),
+        "merge": lambda _: [proofs.merge_check(adapter, PROMPT)],
+        "dial": lambda _: proofs.dial(adapter, PROMPT),
+        "latency": lambda _: Work(proofs.latency(adapter, PROMPT)),
     }
-    rows = []
-    for name, (predicted, work) in works.items():
+    document = provenance() | {"kind": "fresh", "spec": used.to_dict(), "rows": []}
+    for name, work in works.items():
         took = [_forked(work) for _ in range(TIMES)]
-        rows.append({"what": name, "predicted": predicted, "seconds": took, "asked": quota.asked(predicted)})
-        say(f"{name}: {statistics.median(took):.1f} s, said to take {predicted:.1f} s")
-    return write(provenance() | {"kind": "fresh", "spec": used.to_dict(), "rows": rows}, out)
+        document["rows"].append({"what": name, "seconds": took})
+        say(f"{name}: {statistics.median(took):.1f} s")
+        write(document, out)
+    return document
 
 
 def _forked(work: Callable[[Path], Iterable[object]]) -> float:

@@ -16,9 +16,11 @@ def run(args: Namespace) -> Output:
     entry, terminal = models.find(args.model), sys.stderr.isatty()
     if fetching.source_of(entry) is None and entry.licence:
         note(f"{entry.name} is under: {entry.licence}")
+    last = None
     for told in fetching.fetch(args.model):
         bar = f" {units.size(told.done)} of {units.size(told.total)}" if told.total else ""
-        if terminal or told.stage != "downloading":
+        if terminal or (told.stage != "downloading" and told != last):
+            last = told
             end = "\r" if terminal else "\n"
             print(f"{told.stage}: {told.detail}{bar}", end=end, file=sys.stderr, flush=True)
     folder = str(fetching.folder_of(entry))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,8 @@ class Trace:
 
 
 _one_at_a_time = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a forked process has no thread that would ever let go of it
+    os.register_at_fork(after_in_child=_one_at_a_time._at_fork_reinit)  # type: ignore[attr-defined]  # as logging has it
 _known: dict[tuple[Resolved, int, int | None, bool, str], Trace] = {}
 KNOWN = 512
 """Traces kept; the oldest goes first."""
