@@ -1,10 +1,10 @@
 """peftlab: assembles the tabs and launches. `python app.py`, or the entry point of a Hugging Face Space."""
 
-import logging
 import os
 import signal
 import sys
 import threading
+import time
 
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # noqa: F401  it must claim the shared GPU before anything touches CUDA
@@ -22,17 +22,19 @@ from demos.lora_visualizer import Lora
 from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.method_race import Race
-from demos.page import look
+from demos.page import logs, look
 from demos.page.store import blocks
 from demos.side_by_side import Compare
 from peftlab import seam, units
 from peftlab.base import fetching
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.errors import PeftlabError, SpecError
-from peftlab.room import rooms, worker
+from peftlab.room import host, rooms, worker
 from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
 
+LEAVING = 9.0
+"""Seconds in which a server that is told to end does so, with a run under way kept; many a host kills it after ten."""
 FOLLOW = """
 const look = async (method) => {
   const told = await fetch('peftlab/base', {method}).then((answer) => answer.json()).catch(() => ({again: true}));
@@ -71,6 +73,12 @@ def told(request: Request) -> Response:
     return JSONResponse({"chip": chip(), "again": again})
 
 
+def healthy(_: Request) -> Response:
+    """For whoever watches the server: that it answers, how far the base model is, and whether somebody has a run."""
+    model = "ready" if preparation.ready else "failed" if preparation.error else preparation.progress.stage
+    return JSONResponse({"status": "ok", "model": model, "busy": rooms.here().busy()})
+
+
 def head() -> None:
     about = "<h1>peftlab</h1><p>Fine-tune a fraction of a model, and check every number.</p>"
     gr.HTML(f'<header class="brand">{about}</header>', js_on_load=None)
@@ -82,22 +90,14 @@ def foot() -> None:
 
 demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head, foot=foot)
 demo.routes.append(Route("/peftlab/base", told, methods=["GET", "POST"]))
-
-
-def log_to_stderr() -> None:
-    """Writes the server's own warnings and errors to stderr; what libraries log stays unheard."""
-    handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("peftlab", "demos"):
-        logging.getLogger(name).addHandler(handler)
+demo.routes.append(Route("/healthz", healthy))
 
 
 def main() -> None:
     """Serves until it is told to end. Raises PeftlabError where it cannot begin."""
     seam.quiet()
-    log_to_stderr()
-    rooms.here()  # a setting that cannot be is said before anything is served
+    logs.to_stderr(host.settings().log)  # a setting that cannot be is said before anything is served
+    rooms.here()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and a host: an exception could come where it is lost
         signal.signal(number, lambda *_: ended.set())
@@ -108,9 +108,11 @@ def main() -> None:
     preparation.begin()  # only now, because loading a model library would hold up the page's first answer
     threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
     ended.wait()
+    begun = time.monotonic()
     preparation.stop()
+    rooms.here().leave(LEAVING - (time.monotonic() - begun))
     sys.stdout.flush()
-    os._exit(0)  # ends a run that is under way, too: whoever ends the server does not wait for it
+    os._exit(0)  # whatever is still under way
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tiny import ROOT, small
 from peftlab import RunSpec, SpecError, adapters, hardware, resolve
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.run import STOP, checkpoint, loop, must_go_on, train
+from peftlab.run import LEAVE, STOP, checkpoint, loop, must_go_on, train
 from peftlab.run.checkpoint import FILE, Checkpoint
 from peftlab.run.loop import Run
 
@@ -161,6 +161,22 @@ def test_a_run_broken_off_again_and_again(spec, tmp_path):
     assert [e["when"] for e in events if e["type"] == "eval"] == ["after"]
     check_same(whole, events, tmp_path / "run", tmp_path / "whole")
     assert events[-1]["seconds"] > events[-1]["training_seconds"] > 0
+
+
+@CPU
+@pytest.mark.parametrize("step", [3, STEPS // 2, STEPS])
+def test_a_run_that_leaves_says_nothing_more_and_goes_on_from_that_very_step(step, spec, tmp_path, monkeypatch):
+    """Also in the midst of an evaluation."""
+    monkeypatch.setattr(checkpoint, "SOONEST", 1e9)
+    whole, out = list(train(spec, tmp_path / "whole")), tmp_path / "run"
+    for last in train(spec, out):
+        if last["type"] == "step" and last["step"] == step:
+            (out / LEAVE).touch()
+    assert last["type"] in ("step", "progress") and left(out) == ["adapter", FILE, LEAVE]
+    (out / LEAVE).unlink()
+    events = list(train(spec, out, resume=True))
+    assert resumed_at(events) == step
+    check_same(whole, events, out, tmp_path / "whole")
 
 
 @CPU

@@ -21,7 +21,7 @@ from peftlab.errors import Interrupted
 from peftlab.room import host, jobs, keeping, records, rooms
 from peftlab.room.preparing import Preparation
 from peftlab.room.visitors import DAY, Signer
-from peftlab.run import STOP
+from peftlab.run import LEAVE, STOP
 
 
 class Trainer:
@@ -236,6 +236,21 @@ def test_a_run_on_a_shared_gpu_ends_with_what_it_learned_before_its_time_is_over
     room = opened()
     room.carry_out(job := start(room), 0.2)
     assert job.events[-1]["message"] == "It ended after 0.2 seconds, which is the most that a run may take here."
+
+
+def test_a_server_that_ends_has_runs_leave_and_begins_no_other(opened, monkeypatch):
+    def leaves(arguments, folder, again):
+        yield {"type": "step", "step": 7, "eta_seconds": 1.0}
+        wait_for((folder / LEAVE).exists)
+
+    monkeypatch.setitem(jobs.WORK, "train", leaves)
+    room = opened()
+    job, waits = start(room), start(room, "bob")
+    wait_for(lambda: job.events[-1]["type"] == "step")
+    room.leave(20.0)
+    said = "The server ended while this ran, after step 7. Resume goes on from there."
+    assert job.over and job.resumable and job.events[-1]["message"] == said and not (job.folder / LEAVE).exists()
+    assert not waits.begun
 
 
 def test_a_run_that_got_no_gpu_can_go_on(opened, monkeypatch):

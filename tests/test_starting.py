@@ -1,5 +1,6 @@
 """The server's own process: how it says that it cannot begin, and what its log hears."""
 
+import json
 import os
 import re
 import subprocess
@@ -31,11 +32,11 @@ def test_the_command_passes_the_line_and_the_status_on_and_warnings_stand_before
 
 
 LOGGED = """
-import logging
+import logging, sys
 import app
 
 app.seam.quiet()
-app.log_to_stderr()
+app.logs.to_stderr(sys.argv[1])
 for name in ("peftlab.room.rooms", "demos.page.store", "httpx"):
     logging.getLogger(name).info("looked")
     logging.getLogger(name).warning("warned")
@@ -47,7 +48,7 @@ except ZeroDivisionError:
 
 
 def test_a_log_hears_of_the_servers_own_warnings_and_of_nobody_elses():
-    status, lines = served("-c", LOGGED)
+    status, lines = served("-c", LOGGED, "text")
     assert status == 0 and all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in lines[:3])
     told = [line.split(" ", 2)[2] for line in lines[:3]]
     assert told == [
@@ -56,3 +57,14 @@ def test_a_log_hears_of_the_servers_own_warnings_and_of_nobody_elses():
         "ERROR demos.page.tab: failed",
     ]
     assert lines[3].startswith("Traceback") and lines[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_log_of_json_has_an_object_a_line():
+    status, lines = served("-c", LOGGED, "json")
+    told = [json.loads(line) for line in lines]
+    assert status == 0 and [(one["level"], one["logger"], one["message"]) for one in told] == [
+        ("WARNING", "peftlab.room.rooms", "warned"),
+        ("WARNING", "demos.page.store", "warned"),
+        ("ERROR", "demos.page.tab", "failed"),
+    ]
+    assert "ZeroDivisionError" in told[-1]["traceback"] and told[0]["time"].endswith("Z")

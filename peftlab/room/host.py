@@ -47,6 +47,13 @@ def _switch(text: str) -> bool:
     return said[text.lower()]
 
 
+def _form(text: str) -> str:
+    """Raises ValueError."""
+    if text not in ("text", "json"):
+        raise ValueError("neither text nor json; write one of the two")
+    return text
+
+
 def _about(default: str, meaning: str, read: Callable[[str], Any] = str) -> dict[str, Any]:
     return {"default": default, "meaning": meaning, "read": read}
 
@@ -124,6 +131,12 @@ class Host:
             ": of the GPU's, or on a CPU of the machine's main memory; the model that was used last stays in any case",
             least=0,
             most=1,
+        )
+    )
+
+    log: str = field(
+        metadata=_about(
+            "text", "form of the server's own warnings on stderr: text, or json with an object a line", _form
         )
     )
 

@@ -20,7 +20,7 @@ from ..data import tasks
 from ..errors import Curable, Interrupted, PeftlabError, RunError, SpecError, plain
 from ..race import Line, Racer, race
 from ..resolve import resolve
-from ..run import STOP, Event, train
+from ..run import LEAVE, STOP, Event, train
 from ..run.checkpoint import FILE as CHECKPOINT
 from ..run.events import progress
 from ..spec import Json, Resolved, RunSpec
@@ -184,23 +184,33 @@ class Job:
         """For how long it has been under way."""
         return time.monotonic() - self._began if self._began is not None and not self.over else 0.0
 
+    def leave(self) -> None:
+        """Asks a run to end at once, as the server does, and to go on another time."""
+        with self._changing:
+            if self._state == RUNNING and self.kind == "train":
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / LEAVE).touch()
+
     def interrupted(self) -> None:
         """The server that did it is no more."""
+        self.add(self._interruption(), over=True)
+
+    def _interruption(self) -> Event:
+        """The last event of a job whose server has ended."""
         steps = [event["step"] for event in self.events if event["type"] == "step"]
         far = f"after step {steps[-1]}" if steps else "before the first step"
         said = f"The server ended while this ran, {far}. Resume goes on from there."
         last: Event = {"type": "error", "message": said, "resumable": True}
         if self.kind not in TRAINS:
             last = {"type": "error", "message": "The server ended while this ran; start it again."}
-        if (self.folder / CANCEL).exists():
-            last = self._dropped()
-        self.add(last, over=True)
+        return self._dropped() if (self.folder / CANCEL).exists() else last
 
     def run(self, longest: float) -> None:
         """Does the job, in at most so many seconds: then it is stopped, and keeps what it has learned."""
         last: Event = {"type": "error", "message": "the run ended without a word"}
         self._began, limit = time.monotonic(), ""
         try:
+            (self.folder / LEAVE).unlink(missing_ok=True)
             self._set_aside()
             work = cast("Generator[Event]", WORK[self.kind](self._asked(), self.folder, self.again))
             with contextlib.closing(work):
@@ -218,6 +228,8 @@ class Job:
                             last["message"] = limit
                     else:
                         self.add(event)
+            if last["type"] == "error" and (self.folder / LEAVE).exists():
+                last = self._interruption()
         except Exception as error:
             log.info("job %s: %s", self.id, error)
             last = self._failed(error)
@@ -226,6 +238,7 @@ class Job:
                 if (self.folder / CANCEL).exists():
                     last = self._dropped()
                 shutil.rmtree(self.folder / BEFORE, ignore_errors=True)
+                (self.folder / LEAVE).unlink(missing_ok=True)
             except OSError as error:
                 last = self._failed(error)
             self.add(last, over=True)  # once the trainer has cleaned up

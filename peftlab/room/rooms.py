@@ -200,6 +200,20 @@ class Room:
                 self.records.forget(record.id)
                 shutil.rmtree(self.folder / "jobs" / record.id, ignore_errors=True)
 
+    def leave(self, patience: float) -> None:
+        """Has runs under way keep what they have learned, to go on another time; waits no longer than so many seconds.
+
+        Nothing begins any more.
+        """
+        until = time.monotonic() + patience
+        with self._changed:
+            self._closed = True
+            under_way = [job for job in self._alive() if job.begun]
+        for job in under_way:
+            job.leave()
+        while time.monotonic() < until and not all(job.over for job in under_way if job.kind == "train"):
+            time.sleep(0.05)
+
     def close(self) -> None:
         """Ends the thread once the job under way is over."""
         with self._changed:

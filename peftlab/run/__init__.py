@@ -3,6 +3,6 @@
 from .checkpoint import must_go_on
 from .engine import pace, train, warm_up
 from .events import Event
-from .loop import STOP
+from .loop import LEAVE, STOP
 
-__all__ = ["STOP", "Event", "must_go_on", "pace", "train", "warm_up"]
+__all__ = ["LEAVE", "STOP", "Event", "must_go_on", "pace", "train", "warm_up"]

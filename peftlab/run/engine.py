@@ -47,8 +47,9 @@ def train(spec: Resolved, out: Path, eager: bool = False, plain: bool = False, r
     then `eval` (the held-out metric, before, midway and after), `step`, `gear` (where it changes), `note` (no checkpoints are
     kept any more) and `progress` (of an evaluation), and at last `done`.
 
-    With `resume` the run goes on from the checkpoint that it left in `out` when it was killed or stopped. `resumed` follows
-    `start` and says at which step: 0, with a message, where there is no checkpoint of this spec to be used.
+    A file LEAVE in `out` ends it at once, with a checkpoint and without `done`. With `resume` the run goes on from the
+    checkpoint that it left in `out` when it was killed or stopped. `resumed` follows `start` and says at which step: 0, with a
+    message, where there is no checkpoint of this spec to be used.
     """
     _check(spec)
     report = count(spec)
@@ -90,7 +91,7 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
             "try another model, or report this one"
         ) from error
     middle, stream = round(steps / 2), run.batches.after(run.steps_done)
-    while run.steps_done < steps and not run.stopped():
+    while run.steps_done < steps and not run.ending():
         if run.steps_done == middle > 0 and len(evaluation.answers) == 1:
             yield from evaluation.at("during")
             continue
@@ -105,6 +106,9 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
             raise
         if checkpoint.due():
             yield from _noted(checkpoint.keep(evaluation.state()))
+    if run.leaving():
+        yield from _left(run, checkpoint, evaluation)
+        return
     if not run.steps_done:
         yield _unlearned(time.perf_counter() - run.began)
         return
@@ -113,10 +117,19 @@ def _events(run: Run, resume: bool) -> Iterator[Event]:
         yield from _noted(checkpoint.keep(evaluation.state()))
     (run.out / STOP).unlink(missing_ok=True)  # a second stop ends the last evaluation
     yield from evaluation.at("after")
+    if run.leaving():
+        yield from _left(run, checkpoint, evaluation)
+        return
     done = _ended(run, evaluation, stopped)
     if not stopped:
         checkpoint.remove()
     yield done
+
+
+def _left(run: Run, checkpoint: Checkpoint, evaluation: Evaluation) -> Iterator[Event]:
+    """Keeps a run that leaves, as far as it has come."""
+    if run.steps_done:
+        yield from _noted(checkpoint.keep(evaluation.state()))
 
 
 def _ended(run: Run, evaluation: Evaluation, stopped: bool) -> Event:
@@ -174,7 +187,7 @@ class Evaluation:
         if when != "before":
             self._see_peak()
             self.run.save()
-        if self.run.stopped():
+        if self.run.ending():
             return
         begun, rows = time.perf_counter(), self.task.heldout
         if when == "during" and self.base.device == "cpu":
@@ -183,7 +196,7 @@ class Evaluation:
             work = base_answers(self.base, self.task)
         else:
             work = answer(self.run.model.eval(), self.base.tokenizer, self.task, rows)
-        answers = yield from progress(work, "measuring the held-out score", self.run.stopped)
+        answers = yield from progress(work, "measuring the held-out score", self.run.ending)
         if answers is None:
             return
         self.answers.append(answers)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 STOP = "stop"
 """A file of this name in a run's folder ends the run after the step in progress. It is a file because the worker process
 that trains on a shared GPU has nothing else in common with the page."""
+LEAVE = "leave"
+"""A file of this name ends the run after the step in progress with a checkpoint alone, to go on another time."""
 PAUSE = 0.15
 """Seconds of steps between two looks at their losses: the page is told at least five times a second."""
 DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
@@ -169,6 +171,12 @@ class Run:
 
     def stopped(self) -> bool:
         return (self.out / STOP).exists()
+
+    def leaving(self) -> bool:
+        return (self.out / LEAVE).exists()
+
+    def ending(self) -> bool:
+        return self.stopped() or self.leaving()
 
     def save(self, result: Json | None = None) -> None:
         """Writes the adapter as it is now, with the run's last event where it has come to its end."""
