@@ -101,7 +101,7 @@ def test_an_adapter_is_studied_once_and_drawn_from_then_on(monkeypatch, trained_
         (folder / study.FILE).write_bytes((mine.folder / study.FILE).read_bytes())
         yield 1.0, study.recorded(adapters.read(folder))
 
-    monkeypatch.setattr(real_weights, "work", studying)
+    monkeypatch.setattr(real_weights, "studying", studying)
     with pytest.raises(PeftlabError, match="no adapter is chosen"):
         list(real_weights.adding(read()))
     told = list(real_weights.adding(read(kept)))

