@@ -22,7 +22,7 @@ from ._shared import Parser, spec_of
 
 __all__ = ["console", "main", "parser", "spec_of"]
 
-ORDER = ("catalogues", "app", "fetch", "params", "memory", "train", "race", "compare", "study", "bench")
+ORDER = ("catalogues", "app", "fetch", "params", "memory", "train", "race", "compare", "study", "deploy", "bench")
 """The files in the order in which --help lists their verbs. A file that is not named here comes after these."""
 
 
