@@ -58,8 +58,10 @@ def here(spec: RunSpec) -> RunSpec:
 
 
 def note(spec: RunSpec) -> str:
-    """What a live run with the settings of `spec` uses, and which of them are set aside."""
+    """What a live run with the settings of `spec` uses, and which of those that somebody chose are set aside."""
     _, reasons = set_aside(spec, [key for _, key in runnable()])
+    if spec.model in (None, address.MODEL):  # which the page opens with
+        reasons.pop("model", None)
     return settings.aside_said(spec, reasons) + settings.settings_line(here(spec))
 
 

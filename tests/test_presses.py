@@ -435,3 +435,11 @@ def test_a_question_that_cannot_be_repeated_is_answered(trainer):
     page.state = {"learning_rate": "\ud800"}
     seen = page.sees()
     assert "learning-rate=?" in str(seen["problems"]) and json.dumps(seen).encode()
+
+
+def test_only_a_model_that_somebody_chose_is_said_to_be_set_aside():
+    said = Visit(Live()).sees()["note"]["value"]
+    assert said.startswith("Runs with ") and "set aside" not in said.lower()
+    ann = Visit(Live())
+    ann.state = {"model": "llama-2-7b"}
+    assert ann.sees()["note"]["value"].startswith("Set aside here: <b>Llama 2 7B</b>")
