@@ -38,13 +38,13 @@ def test_two_visitors_of_a_small_page_and_of_the_bare_app(tmp_path, monkeypatch)
     monkeypatch.setattr(serve, "APPS", serve.APPS | {"peftlab": tmp_path / "page.py"})
     monkeypatch.setattr(clicks, "PAUSE", 0.2)
     said = []
-    monkeypatch.setattr(serve, "CLICKS_ALONE", 8)
-    monkeypatch.setattr(serve, "ARRIVALS_ALONE", 2)
+    monkeypatch.setattr(serve, "CLICKS_ALONE", 24)
+    monkeypatch.setattr(serve, "ARRIVALS_ALONE", 6)
     document = serve.record_serve(tmp_path / "serve.json", said.append, [2], 1.0, 1, ["spread"])
     assert json.loads((tmp_path / "serve.json").read_text()) == document
     assert document["kind"] == "serve" and document["command"] and document["date"]
     rows = {(row["app"], row["arriving"]): row for row in document["rows"]}
-    assert all(0 < of["click"] < 1 and of["arrival"] > of["click"] for of in document["alone"].values())
+    assert all(0 < of["click"] < 1 and of["arrival"] > 0 for of in document["alone"].values())
     assert set(rows) == {("bare", "spread"), ("peftlab", "spread")} and len(said) == 4
     for row in rows.values():
         assert row["visitors"] == row["arrivals"]["count"] == 2 and row["clicks"]["count"] >= 4
