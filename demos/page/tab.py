@@ -4,7 +4,7 @@ import hmac
 import json
 import logging
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -264,7 +264,7 @@ class Tab:
         """What presses cost, as far as it is known by now."""
         known = {name: worker.known(quota.seconds, asks) for name, asks in self.costs(asked).items()}
         return " ".join(
-            f"{name}: about {units.seconds(seconds)} of your GPU time; {quota.asked(seconds)} s are asked for."
+            f"{name}: about {units.seconds(seconds)} of your GPU time; {units.seconds(quota.asked(seconds))} are asked for."
             for name, seconds in known.items()
             if seconds is not None
         )
@@ -318,5 +318,7 @@ class Tab:
         """Does the visitor's job within this request, which a shared GPU's quota hangs on."""
         asks = sound(question)
         if job := rooms.here().running(self.read(asks.state, asks.kept).visitor):
-            seconds = quota.predicted(quota.of_job(job.kind, job.arguments))
-            rooms.here().carry_out(job, quota.asked(seconds) - ENDING)
+            longest = quota.LONGEST
+            with suppress(PeftlabError):  # then the job itself ends with the reason
+                longest = quota.asked(quota.predicted(quota.of_job(job.kind, job.arguments)))
+            rooms.here().carry_out(job, longest - ENDING)

@@ -63,7 +63,7 @@ def until(page: Page, holds: Callable[[], object]) -> None:
 def test_every_tab_asks_for_its_own_seconds_and_finds_what_was_learned_before(space, device, visit):
     page = visit("ann")
     expect(page.locator("#live-cost")).to_have_text(
-        re.compile(r"Train: about .* of your GPU time; \d+ s are asked for")
+        re.compile(r"Train: about .* of your GPU time; \d+(\.\d)?\ss are asked for")
     )
     for _ in range(3):
         press(page, device, "ann", "^Train( again)?$")
