@@ -25,7 +25,7 @@ from demos.method_race import Race
 from demos.page import logs, look
 from demos.page.store import blocks
 from demos.side_by_side import Compare
-from peftlab import seam, units
+from peftlab import hardware, seam, units
 from peftlab.base import fetching
 from peftlab.base.models import DEFAULT, MODELS
 from peftlab.errors import PeftlabError, SpecError
@@ -93,18 +93,25 @@ demo.routes.append(Route("/peftlab/base", told, methods=["GET", "POST"]))
 demo.routes.append(Route("/healthz", healthy))
 
 
+def end_by_signal(ended: threading.Event) -> None:
+    """Has Ctrl-C and a host's SIGTERM set the event: an exception could come where it is lost."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+
+
 def main() -> None:
     """Serves until it is told to end. Raises PeftlabError where it cannot begin."""
     seam.quiet()
+    hardware.hold_little()
     logs.to_stderr(host.settings().log)  # a setting that cannot be is said before anything is served
     rooms.here()
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and a host: an exception could come where it is lost
-        signal.signal(number, lambda *_: ended.set())
+    end_by_signal(ended)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log shows the address at once
     demo.queue(default_concurrency_limit=8, max_size=256)
     demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True)
+    end_by_signal(ended)  # once more, because Gradio sets its own where a page is rendered on the server
     preparation.begin()  # only now, because loading a model library would hold up the page's first answer
     threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
     ended.wait()
@@ -112,6 +119,8 @@ def main() -> None:
     preparation.stop()
     rooms.here().leave(LEAVING - (time.monotonic() - begun))
     sys.stdout.flush()
+    if node := getattr(demo, "node_process", None):  # it renders pages on the server, and would go on alone
+        node.kill()
     os._exit(0)  # whatever is still under way
 
 

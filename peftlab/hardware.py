@@ -108,6 +108,21 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def hold_little() -> None:
+    """Has this process, which serves for weeks, keep little that it does not use. To be called before it computes anything.
+
+    What oneDNN has compiled for a batch's shape takes megabytes, and it would keep a thousand of them. glibc would give each
+    thread a heap of its own, of whose end nothing goes back to the system, and take ever larger blocks from there.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as malloc.h numbers them
+        mallopt(mmap_threshold, 2**22)
+        mallopt(trim_threshold, 2**26)
+        mallopt(arena_max, 1)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that a measurement depends on."""
     from importlib.metadata import PackageNotFoundError, version

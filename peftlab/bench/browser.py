@@ -24,12 +24,15 @@ class Browser:
         self.kept: dict[str, str] = {}
         """What the browser keeps: the visitor's token, and the run."""
         self.connection = Connection(port)
+        self.session = ""
+        """The name that each page which is loaded gives itself."""
         self.asked = 0
         self.heard: set[str] = set()
         """Ids of all runs that any answer to this browser has named."""
 
     async def open(self) -> Json:
         """Loads the page, as for the first time or once more, and returns what the Live tab shows."""
+        self.session = secrets.token_hex(6)
         status, body = await self.connection.ask("GET", "/")
         if status != 200 or not body:
             raise ValueError(f"status {status} of the page")
@@ -51,10 +54,9 @@ class Browser:
     async def press(self, button: str) -> str:
         """Presses a button of the Live tab. Returns the run that the browser then keeps."""
         function, component = self.page.presses[f"live-{button}"]
-        session = secrets.token_hex(6)
         event = {"data": [self._question("live")], "event_data": None, "fn_index": function, "trigger_id": component}
-        await self._post("/gradio_api/queue/join?", event | {"session_hash": session})
-        _, told = await self.connection.ask("GET", f"/gradio_api/queue/data?session_hash={session}")
+        await self._post("/gradio_api/queue/join?", event | {"session_hash": self.session})
+        _, told = await self.connection.ask("GET", f"/gradio_api/queue/data?session_hash={self.session}")
         found = set(RUN.findall(told.decode()))
         self.heard |= found
         if len(found) != 1:

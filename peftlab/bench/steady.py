@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..count import BYTES
 from ..errors import PeftlabError
-from ..spec import Json
+from ..resolve import resolve
+from ..spec import Json, RunSpec
 from . import Say, small
 from .browser import Browser
 from .server import Server
@@ -40,10 +42,9 @@ def usual(rows: Sequence[Json]) -> float:
     return statistics.median(row["rss"] for row in rows[-BASES:])
 
 
-async def _trained(folder: Path, keys: list[str], runs: int, say: Say) -> list[Json]:
-    """The memory after each run."""
-    loaded = sum(file.stat().st_size for file in (folder / "bases" / "small-0").glob("*.safetensors"))
-    share = 2.5 * loaded / _memory()  # of two bases; the others are let go of and loaded again
+async def _trained(folder: Path, keys: list[str], size: int, runs: int, say: Say) -> list[Json]:
+    """The memory after each run on bases that take `size` bytes each."""
+    share = 2.5 * size / _memory()  # of two bases; the others are let go of and loaded again
     server = Server(
         small.APP, folder / "app.log", str(folder / "bases"),
         PEFTLAB_DATA=str(folder / "data"), PEFTLAB_MEMORY=f"{share:.6f}",
@@ -84,10 +85,12 @@ def memory(runs: int, say: Say) -> Json:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         small.make(folder / "bases", BASES, small.HEAVY)
-        size = sum(file.stat().st_size for file in (folder / "bases" / "small-0").glob("*.safetensors"))
         keys = small.register(folder / "bases")
+        files = (folder / "bases" / "small-0").glob("*.safetensors")
+        precision = resolve(RunSpec(model=keys[0])).precision  # which the machine decides; the files are in fp32
+        size = sum(file.stat().st_size for file in files) * BYTES[precision] // BYTES["fp32"]
         began = time.perf_counter()
-        rows = asyncio.run(_trained(folder, keys, runs, say))
+        rows = asyncio.run(_trained(folder, keys, size, runs, say))
         spent = time.perf_counter() - began
     early, late = usual(rows[:FIRST]), usual(rows)
     growth = late / early - 1

@@ -339,9 +339,22 @@ class Room:
                 if not waiting:
                     self.tidy()
                 elif waiting[0].begin():
-                    self._do(waiting[0])
+                    self._do_apart(waiting[0])
             except Exception:
                 log.exception("job %s", waiting[0].id if waiting else "")
+
+    def _do_apart(self, job: Job) -> None:
+        """Runs a job in a thread of its own. What oneDNN keeps for a thread, as much as its largest batch took, ends with it."""
+
+        def do() -> None:
+            try:
+                self._do(job)
+            except Exception:
+                log.exception("job %s", job.id)
+
+        thread = threading.Thread(target=do, daemon=True, name="job")
+        thread.start()
+        thread.join()
 
     def _do(self, job: Job, longest: float = math.inf) -> None:
         """Runs a job for at most so many seconds, and cleans up after it."""

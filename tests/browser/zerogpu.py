@@ -1,7 +1,8 @@
 """ZeroGPU as a Space meets it: the device server that the package `spaces` asks for a GPU, with a quota for each visitor.
 
 `spaces` itself forks the processes, pickles what goes in and out, and says what is wrong, so that this is its own behaviour.
-Only what it does to torch is left out, for want of a GPU. `python zerogpu.py FOLDER` is the app on such a Space.
+Only what it does to torch is left out, for want of a GPU. `python zerogpu.py FOLDER` is the app on such a Space: the one in
+FOLDER, else this one over a tiny model that is made there.
 """
 
 import base64
@@ -114,9 +115,15 @@ def _without_torch() -> None:
 
 if __name__ == "__main__":
     _without_torch()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    written = (Path(sys.argv[1]) / "app.py").exists()
+    sys.path.insert(0, sys.argv[1] if written else str(Path(__file__).resolve().parents[2]))
     from peftlab import hardware
 
     cpu = hardware.Machine("cpu", "here", None, 2, 10**12)
     hardware.here = lambda: cpu
-    import tiny_app  # noqa: F401  it serves
+    if written:
+        import app
+
+        app.main()
+    else:
+        import tiny_app  # noqa: F401  it serves
