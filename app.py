@@ -22,7 +22,7 @@ from demos.lora_visualizer import Lora
 from demos.memory_calculator import Memory
 from demos.method_map import Methods
 from demos.method_race import Race
-from demos.page import logs, look
+from demos.page import logs, look, served
 from demos.page.store import blocks
 from demos.side_by_side import Compare
 from peftlab import hardware, seam, units
@@ -37,7 +37,7 @@ LEAVING = 9.0
 """Seconds in which a server that is told to end does so, with a run under way kept; many a host kills it after ten."""
 FOLLOW = """
 const look = async (method) => {
-  const told = await fetch('peftlab/base', {method}).then((answer) => answer.json()).catch(() => ({again: true}));
+  const told = await fetch('gradio_api/peftlab/base', {method}).then((answer) => answer.json()).catch(() => ({again: true}));
   if (told.chip) props.value = told.chip;
   if (told.again) setTimeout(look, 1000, 'GET');
 };
@@ -89,8 +89,8 @@ def foot() -> None:
 
 
 demo = blocks(Memory(), Lora(), Live(), Compare(), Methods(), Race(), head=head, foot=foot)
-demo.routes.append(Route("/peftlab/base", told, methods=["GET", "POST"]))
-demo.routes.append(Route("/healthz", healthy))
+demo.routes.append(Route(f"{served.API}/base", told, methods=["GET", "POST"]))
+demo.routes += [Route(path, healthy) for path in ("/healthz", f"{served.API}/healthz")]
 
 
 def end_by_signal(ended: threading.Event) -> None:

@@ -94,7 +94,11 @@ def test_no_file_of_this_machine_is_served(page, room, tmp_path):
     "name", ["../key", "..%2fkey", "%2e%2e/key", "a" * 5000, "0" * 64, "x.y.z", "%00", MARKUP.replace(" ", "%20")]
 )
 def test_no_adapter_and_no_run_is_had_by_a_made_up_name(name, page):
-    for route in ("/peftlab/adapter/", "/peftlab/follow/live/", "/peftlab/follow/compare/"):
+    for route in (
+        "/gradio_api/peftlab/adapter/",
+        "/gradio_api/peftlab/follow/live/",
+        "/gradio_api/peftlab/follow/compare/",
+    ):
         status, body = get(page + route + name)
         assert status in (400, 404) and b"onerror" not in body and b"Traceback" not in body
 
@@ -102,16 +106,16 @@ def test_no_adapter_and_no_run_is_had_by_a_made_up_name(name, page):
 def test_a_run_is_watched_by_its_link_and_its_adapter_is_its_owners_alone(page, room):
     job = room.start("train", {"spec": {}}, "ann")
     wait_for(lambda: job.over)
-    assert get(f"{page}/peftlab/follow/live/{job.id}")[0] == 200
+    assert get(f"{page}/gradio_api/peftlab/follow/live/{job.id}")[0] == 200
     signed = room.signer.opens(job.id)
-    assert get(f"{page}/peftlab/adapter/{signed}")[0] == 200
+    assert get(f"{page}/gradio_api/peftlab/adapter/{signed}")[0] == 200
     for forged in (
         job.id,
         signed[:-1] + ("0" if signed[-1] != "0" else "1"),
         room.signer.sign("ann"),
         room.signer.sign(job.id),
     ):
-        assert get(f"{page}/peftlab/adapter/{forged}")[0] == 404
+        assert get(f"{page}/gradio_api/peftlab/adapter/{forged}")[0] == 404
     for visitor in (room.signer.sign("bob"), signed, "ann", "", None, 3, {"ann": 1}):
         shown = answer(page, "live", {"visitor": visitor, "run": job.id})[1]
         assert signed not in shown and "peftlab/adapter/" not in shown

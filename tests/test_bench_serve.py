@@ -104,8 +104,8 @@ def test_a_visitor_keeps_its_token_and_fetches_what_the_pages_scripts_do(monkeyp
     with pytest.raises(ValueError, match="not an answer to question 3"):
         asyncio.run(visitor.ask("answer"))
     assert sent == [{}, {"visitor": "token"}, {"visitor": "token"}]
-    assert visitors._fetched({"js_on_load": "await fetch('peftlab/base', {method}); prefetch('no')"}) == [
-        "peftlab/base"
+    assert visitors._fetched({"js_on_load": "await fetch('gradio_api/peftlab/base', {method}); prefetch('no')"}) == [
+        "gradio_api/peftlab/base"
     ]
     assert visitors._fetched({"js_on_load": None}) == []
 

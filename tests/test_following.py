@@ -78,12 +78,12 @@ def test_who_follows_gets_what_changes_and_hears_when_it_is_over(job, client, mo
     first, *rest = messages("".join(got[:-1]))
     assert set(first) == {"live.bar", "live.sentence"} and all(set(one) == {"live.bar"} for one in rest)
     assert rest[-1]["live.bar"]["value"] == "3 events" and not served._followed
-    again = client.get(f"/peftlab/follow/live/{job.id}")  # a page that comes back later sees all of it
+    again = client.get(f"/gradio_api/peftlab/follow/live/{job.id}")  # a page that comes back later sees all of it
     assert messages(again.text)[0]["live.bar"]["value"] == "3 events" and "event: over" in again.text
     assert again.headers["content-type"].startswith("text/event-stream")
-    assert client.get("/peftlab/follow/live/ticket-lora-0").status_code == 404
+    assert client.get("/gradio_api/peftlab/follow/live/ticket-lora-0").status_code == 404
     job.kind = "score"
-    assert client.get(f"/peftlab/follow/live/{job.id}").status_code == 404
+    assert client.get(f"/gradio_api/peftlab/follow/live/{job.id}").status_code == 404
 
 
 def test_two_tabs_that_follow_one_job_each_get_their_own_picture(job, monkeypatch):
@@ -132,14 +132,14 @@ def test_an_adapter_is_fetched_by_a_signed_link_alone(trained_here, client):
     assert fetched.status_code == 200 and "attachment" in fetched.headers["content-disposition"]
     assert adapters.TENSORS in zipfile.ZipFile(io.BytesIO(fetched.content)).namelist()
     for other in (job.id, f"{job.id}.{'0' * 32}", link.url.split("/")[-1][:-1], "..%2Fkey"):
-        assert client.get(f"/peftlab/adapter/{other}").status_code == 404
+        assert client.get(f"/gradio_api/peftlab/adapter/{other}").status_code == 404
 
 
 def test_the_live_tabs_picture_can_be_sent(job):
     job.put_in({"type": "loading", "model": "Tiny"})
     wait_for(lambda: len(job.events) == 2)
     (route, *_) = Live().routes()
-    assert route.path == "/peftlab/follow/live/{job}"
+    assert route.path == "/gradio_api/peftlab/follow/live/{job}"
     shown = served.Followed(job, lambda one: runs.shown(one, one.spec), "live")._drawn()
     assert {"live.sentence", "live.bar", "live.loss", "live.metric", "live.said"} <= set(shown)
     assert "loading" in json.loads(shown["live.bar"])["value"]

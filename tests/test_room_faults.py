@@ -342,10 +342,12 @@ def test_a_browser_that_never_reads_its_stream_is_not_written_to_for_ever(room, 
     with socket.socket() as sleeper:
         sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sleeper.connect(("127.0.0.1", port))
-        sleeper.sendall(f"GET /peftlab/follow/live/{job.id} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+        sleeper.sendall(f"GET /gradio_api/peftlab/follow/live/{job.id} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
         wait_for(lambda: made)
         read = (
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/peftlab/follow/live/{job.id}", timeout=30).read().decode()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/peftlab/follow/live/{job.id}", timeout=30)
+            .read()
+            .decode()
         )
         assert read.endswith("event: over\ndata: {}\n\n") and made[1] == read.count("\n\n") > 20
         assert 1 <= made[0] < 12  # of 1 MB each

@@ -19,6 +19,7 @@ from peftlab.room import rooms
 from peftlab.room.jobs import Job
 
 AGAIN = 5.0  # seconds after which a run that waits is drawn anew, since the wait gets shorter
+API = "/gradio_api/peftlab"  # beside Gradio's own: what lies elsewhere is no address where a page is rendered on the server
 LOOK = 0.25  # seconds between two looks at a run that somebody follows
 ALIVE = 5.0  # seconds after which a page hears that the stream lives, when nothing happens
 Picture: TypeAlias = dict[str, str]  # what each component shows, as JSON
@@ -88,7 +89,7 @@ def follow_route(tab: str, kind: str, draw: Callable[[Job], Values]) -> Route:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(follow(job, draw, tab), media_type="text/event-stream", headers=headers)
 
-    return Route(f"/peftlab/follow/{tab}/{{job}}", followed)
+    return Route(f"{API}/follow/{tab}/{{job}}", followed)
 
 
 def adapters_route() -> Route:
@@ -101,11 +102,11 @@ def adapters_route() -> Route:
         name = f"{job.spec.task}-{job.spec.method}-{job.id[-6:]}.zip"
         return FileResponse(adapters.pack(job.folder / "adapter"), filename=name, headers={"Cache-Control": "no-store"})
 
-    return Route("/peftlab/adapter/{name}", adapter)
+    return Route(f"{API}/adapter/{{name}}", adapter)
 
 
 def download(job: Job) -> FileData | None:
     """The adapter of a run that is over, as a file that its owner's page can fetch for a day; None where there is none."""
     if not job.over or not (job.folder / "adapter").exists():
         return None
-    return FileData(path=f"{job.id}.zip", url=f"peftlab/adapter/{rooms.here().signer.opens(job.id)}")
+    return FileData(path=f"{job.id}.zip", url=f"{API[1:]}/adapter/{rooms.here().signer.opens(job.id)}")

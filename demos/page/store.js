@@ -102,7 +102,7 @@ const follow = (run) => {
   followed = run ?? '';
   heardOf = 0;
   if (!run) return;
-  stream = new EventSource(`peftlab/follow/${run}`); // it begins again by itself, after a sleep too
+  stream = new EventSource(`gradio_api/peftlab/follow/${run}`); // it begins again by itself, after a sleep too
   stream.onmessage = ({data}) => {
     heardOf = Date.now();
     if (followed === run) show(JSON.parse(data));

@@ -69,7 +69,7 @@ class Browser:
         connection = Connection(self.port)
         rest = b""
         try:
-            async for piece in connection.pieces(f"/peftlab/follow/live/{self.kept['run']}"):
+            async for piece in connection.pieces(f"/gradio_api/peftlab/follow/live/{self.kept['run']}"):
                 *messages, rest = (rest + piece).split(b"\n\n")
                 for message in messages:
                     if message.startswith(b"event: over"):

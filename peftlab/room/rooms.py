@@ -344,7 +344,7 @@ class Room:
                 log.exception("job %s", waiting[0].id if waiting else "")
 
     def _do_apart(self, job: Job) -> None:
-        """Runs a job in a thread of its own. What oneDNN keeps for a thread, as much as its largest batch took, ends with it."""
+        """Runs a job in a thread of its own: what oneDNN keeps for it, as much as its largest batch took, ends with it."""
 
         def do() -> None:
             try:

@@ -71,13 +71,14 @@ class Space:
                 command, env=path | ENVIRONMENT | environment, stdout=said, stderr=said, start_new_session=True
             )
 
-    def answers(self, path: str = "healthz", patience: float = 120) -> bytes:
+    def answers(self, path: str = "gradio_api/peftlab/healthz", patience: float = 120) -> bytes:
         """What it answers, once it does."""
         begun = time.monotonic()
         while True:
             try:
                 with urllib.request.urlopen(self.url + path, timeout=10) as answer:
-                    return bytes(answer.read())
+                    if "Running on" in self.log.read_text():  # it may answer a little before it has begun
+                        return bytes(answer.read())
             except OSError:
                 assert self.process.poll() is None and time.monotonic() - begun < patience, self.log.read_text()
                 time.sleep(0.1)
@@ -132,7 +133,11 @@ class Around:
         headers = {name: value for name, value in request.headers.items() if name not in own}
         headers |= {"x-forwarded-host": request.headers["host"], "x-forwarded-proto": "http"}
         client = httpx.AsyncClient(timeout=None)
-        url = self.app + request.url.path.removeprefix(f"{self.PREFIX}/") + (f"?{request.url.query}" if request.url.query else "")
+        url = (
+            self.app
+            + request.url.path.removeprefix(f"{self.PREFIX}/")
+            + (f"?{request.url.query}" if request.url.query else "")
+        )
         asked = client.build_request(request.method, url, headers=headers, content=await request.body())
         answer = await client.send(asked, stream=True)
 

@@ -56,7 +56,7 @@ def environment(written, tmp_path_factory):
     lines.append("spaces")  # which the Hub adds on ZeroGPU
     listed = folder.parent / "requirements.txt"
     listed.write_text("\n".join(lines))
-    subprocess.run([folder / "bin" / "pip", "install", "-q", "--no-compile", "-r", listed], check=True)
+    subprocess.run([folder / "bin" / "pip", "install", "-q", "-r", listed], check=True)
     yield folder
     shutil.rmtree(folder)
 
@@ -155,7 +155,7 @@ def test_on_a_shared_gpu(start, open_page):
         expect(page.locator("#live-cost")).to_contain_text("of your GPU time")
         trained(page)
         (call,) = device.calls
-        assert call["visitor"] == "ann" and not call["killed"] and 0 < call["used"]
+        assert call["visitor"] == "ann" and not call["killed"] and call["used"] > 0
 
 
 def steps_of(dockerfile: Path) -> list[tuple[str, str]]:
