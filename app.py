@@ -13,6 +13,7 @@ from html import escape
 from io import TextIOWrapper
 
 import gradio as gr
+import psutil
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -33,6 +34,8 @@ from peftlab.room import host, rooms, worker
 from peftlab.room.preparing import Preparation
 from peftlab.show.marks import how
 
+BEGUN = psutil.Process().create_time()
+"""When this process began, in seconds since 1970."""
 LEAVING = 9.0
 """Seconds in which a server that is told to end does so, with a run under way kept; many a host kills it after ten."""
 FOLLOW = """
@@ -46,21 +49,25 @@ look('GET');
 """
 """Shows how far the base model is, until it is ready or has failed: one small request, where a timer of Gradio's takes two."""
 
+FORGETS = " · This Space forgets runs and adapters when it sleeps or restarts: download what you want to keep."
+
 preparation = Preparation(DEFAULT, lambda: rooms.here().busy() or worker.busy())
 
 
 def chip() -> str:
     """The state of the base model, in a line."""
     name, p = MODELS[DEFAULT].name, preparation.progress
-    if preparation.ready:
+    if preparation.ready_at is not None:
         source = fetching.source_of(MODELS[DEFAULT])
-        tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}" if source else ""
-        return f"{escape(name)} is ready {how('verified', tip)}"
+        took = f"ready {units.seconds(preparation.ready_at - BEGUN)} after the server began"
+        tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}; {took}" if source else took
+        return f"{escape(name)} is ready {how('verified', tip)}{FORGETS if host.forgets() else ''}"
     if preparation.error:
         again = '<button type="button" class="small-button">Try again</button>'
         return f'<span class="bad">{escape(preparation.error)}</span> {again}'
     amount = f": {units.size(p.done)} of {units.size(p.total)}" if p.total and p.stage == "downloading" else ""
-    return f"{escape(name)}: {p.stage} {escape(p.detail)}{amount}"
+    since = units.seconds(time.time() - BEGUN)
+    return f"{escape(name)}: {p.stage} {escape(p.detail)}{amount}, {since} after the server began"
 
 
 def told(request: Request) -> Response:

@@ -194,7 +194,7 @@ class Live(Tab):
             return remarks(
                 f"{whose} was made by another version of peftlab, with settings that this one does not have."
             )
-        return remarks(f"{whose} is not here any more.")
+        return served.gone(whose)
 
     def mine(self, asked: Asked) -> jobs.Job | None:
         return own(self.job(asked), asked)

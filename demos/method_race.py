@@ -9,7 +9,7 @@ import gradio as gr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run alone, a demo finds the backend beside it
 
 from demos.live_finetune import buttons, here, note, own, runnable
-from demos.page import choice, controls, methods, store
+from demos.page import choice, controls, methods, served, store
 from demos.page.gpu import on_job
 from demos.page.tab import QUIET, Asked, Tab, Values
 from peftlab import RunSpec, SpecError, race, resolve
@@ -179,7 +179,7 @@ class Race(Tab):
         record, guess = races.recorded(lesson.key, asked["device"]), asked["guess"]
         told = "" if guess == NONE else races.revealed(lesson, record.lines, None if guess == SHOW else guess)
         parts = {"told": told, "result": gr.update(visible=guess != NONE)}
-        bar, events = "", list(job.events) if job else []
+        bar, events = self.lost(asked), list(job.events) if job else []
         if job:
             lines = races.so_far(events)
             bar = refusals.failure(events) or races.status(events, lines, rooms.here().ahead(job))
@@ -197,6 +197,11 @@ class Race(Tab):
         running = rooms.here().running(asked.visitor)
         job = running if running and running.kind == "race" else own(rooms.here().find(asked.kept.get("race")), asked)
         return job if job and job.kind == "race" else None
+
+    def lost(self, asked: Asked) -> str:
+        """What is said where the race of this browser is not here any more."""
+        had = asked.kept.get("race")
+        return served.gone("Your last race") if had and not rooms.here().find(had) else ""
 
     def begin(self, asked: Asked) -> Iterator[Values]:
         """Starts a race; a second press finds the one that is under way."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 BUNDLED = ASSETS / "adapters"
 MANIFEST = "peftlab.json"
+VERSION = 1
+"""Of the manifest. One without a version is of before versions were written: it has the same parts."""
 TENSORS, CONFIG = loading.TENSORS, loading.CONFIG
 """peft's names. Without a CONFIG, the manifest's spec says how to attach the model's own parameters, by name."""
 
@@ -94,7 +96,7 @@ def _write(model: Module, spec: RunSpec, part: Path, result: Json) -> None:
         trained = {n: p.detach().contiguous().cpu() for n, p in model.named_parameters() if p.requires_grad}
         save_file(trained, part / TENSORS)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    manifest = {"spec": spec.to_dict(), "result": result, "saved": now}
+    manifest = {"version": VERSION, "spec": spec.to_dict(), "result": result, "saved": now}
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
@@ -111,6 +113,9 @@ def read(folder: Path | str) -> Adapter:
     try:
         if (folder / MANIFEST).exists():
             found = json.loads((folder / MANIFEST).read_text())
+            if found.get("version", VERSION) > VERSION:
+                said = f"{folder}: a manifest of version {found['version']}, and this peftlab reads up to {VERSION}"
+                raise AdapterError(f"{said}; install a newer peftlab")
             return Adapter(folder, RunSpec.from_dict(found["spec"]), found["result"], found.get("saved", ""))
         if (folder / CONFIG).exists():
             base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]

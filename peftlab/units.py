@@ -48,4 +48,6 @@ def score(value: float) -> str:
 
 
 def seconds(s: float) -> str:
-    return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 120 else f"{s // 60:.0f} min {s % 60:.0f} s"
+    if s < 120:
+        return f"{s:.1f} s" if s < 10 else f"{s:.0f} s"
+    return f"{s // 60:.0f} min {s % 60:.0f} s" if s < 7200 else f"{s // 3600:.0f} h {s % 3600 // 60:.0f} min"

@@ -146,6 +146,7 @@ def test_the_wrong_base_is_refused(method, name, said, others, tiny_model, tmp_p
             for text in ("", "[]", "{}", '{"spec": {"rank": 0}, "result": {}}')
         ),
         (MANIFEST, '{"spec": 3, "result": {}}', "manifest cannot be read"),
+        (MANIFEST, '{"version": 2, "spec": {}, "result": {}}', "of version 2, .* reads up to 1; install a newer"),
         (MANIFEST, "[" * 20_000, "manifest cannot be read .*recursion"),
         (adapters.CONFIG, '{"base_model_name_or_path": null}', "manifest cannot be read .*names no base"),
     ],

@@ -15,6 +15,7 @@ from tiny import wait_for
 
 from demos import live_finetune, side_by_side
 from demos.live_finetune import Live
+from demos.method_race import Race
 from demos.page import address
 from demos.page.store import blocks
 from demos.side_by_side import Compare
@@ -343,6 +344,26 @@ def test_an_adapter_trained_here_is_chosen_where_nothing_else_was_and_is_nobody_
     assert "not here, or not yours" in seen["problems"]["adapter"] and first not in str(seen["adapter"]["choices"])
     ann.state = {"adapter": "ticket-lora"}
     assert ann.sees()["adapter"]["value"] == "ticket-lora"
+
+
+def test_a_space_without_storage_says_why_a_run_is_gone_and_one_with_storage_does_not(monkeypatch):
+    live, race = Visit(Live()), Visit(Race())
+    live.kept["run"] = race.kept["race"] = "ticket-lora-" + "0" * 32
+    monkeypatch.setenv("SPACE_ID", "ann/peftlab")
+    monkeypatch.delenv("PEFTLAB_DATA", raising=False)
+    why = r" is not here any more: this Space forgets its runs when it sleeps or restarts, and it began .* s ago\."
+    assert re.search(f"Your last run{why}", live.sees()["bar"]["value"])
+    assert re.search(f"Your last race{why}", race.sees()["bar"]["value"])
+    monkeypatch.setenv("PEFTLAB_DATA", "/data/peftlab")
+    assert "Your last run is not here any more." in live.sees()["bar"]["value"]
+
+
+def test_an_adapter_that_another_version_saved_hides_no_other(trained_here):
+    ann = Visit(Compare())
+    odd, good = (trained_here(adapters.bundled()[-1].folder, "ann") for _ in range(2))
+    (odd.folder / "adapter" / adapters.MANIFEST).write_text('{"version": 2}')
+    keys = [key for _, key in ann.sees()["adapter"]["choices"]]
+    assert good.id in keys and odd.id not in keys and "ticket-lora" in keys
 
 
 def test_a_link_to_a_run_that_is_gone_or_is_none_says_so(trainer):

@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 
 from peftlab import SpecError
-from peftlab.room.records import OVER, Records
+from peftlab.room.records import OVER, VERSION, Records
 
 
 def cannot_be_opened(file):
@@ -44,4 +44,29 @@ def test_a_table_of_runs_that_is_damaged_further_on_is_said_too(tmp_path):
     file.write_bytes(sound)
     table = Records(file)
     assert len([*table.where("state = ?", OVER)]) == 300
+    table.close()
+
+
+def test_a_table_of_a_later_version_says_what_it_needs_and_stays_as_it_is(tmp_path):
+    file = tmp_path / "jobs.sqlite"
+    Records(file).close()
+    later = sqlite3.connect(file)
+    later.execute(f"PRAGMA user_version={VERSION + 1}")
+    later.close()
+    whole = file.read_bytes()
+    with pytest.raises(
+        SpecError, match=r"has version 2, and this peftlab reads up to 1; install a newer peftlab, or give"
+    ):
+        Records(file)
+    assert file.read_bytes() == whole
+
+
+def test_a_table_of_before_versions_were_kept_goes_on(tmp_path):
+    file = tmp_path / "jobs.sqlite"
+    table = Records(file)
+    table.add("run", "train", {"spec": {}}, "ann", False)
+    table._do("PRAGMA user_version=0", ())
+    table.close()
+    table = Records(file)
+    assert table.find("run") and table._do("PRAGMA user_version", ()) == [(VERSION,)]
     table.close()

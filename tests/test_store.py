@@ -59,6 +59,14 @@ def test_a_link_says_what_is_not_as_usual_and_what_is_refused(said, kept):
     assert answered["show"]["memory.rank"]["visible"] is (said.get("method") != "prompt")
 
 
+def test_a_link_of_another_version_says_so_and_shows_what_this_one_makes_of_it():
+    assert answer("memory", v="1", rank="16")["state"] == {"rank": "16"}
+    answered = answer("memory", v="2", rank="16")
+    assert answered["state"] == {"v": "2", "rank": "16"} and set(answered["problems"]) == {"v"}
+    assert "another version of peftlab, and this one reads version 1" in answered["problems"]["v"]
+    assert answered["show"]["memory.rank"]["value"] == 16
+
+
 def test_what_is_refused_stays_in_its_box():
     box = answer("memory", rank="100000")["show"]["memory.rank"]
     assert (box["value"], box["minimum"], box["maximum"]) == (100000, 1, 100000)

@@ -1,5 +1,6 @@
 """The adapters a visitor can choose from: bundled with the app, or trained here by themselves."""
 
+from contextlib import suppress
 from functools import lru_cache
 
 import gradio as gr
@@ -42,7 +43,11 @@ def offered(asked: Asked, chosen: str | None) -> Update:
 
 def choices(asked: Asked | None) -> list[tuple[str, str | int | float]]:
     """Names and keys: the visitor's own, the newest first; then the bundled ones."""
-    own = [(f"yours: {of(asked, key).label}", key) for key in asked.adapters] if asked else []
+    own = list[tuple[str, str | int | float]]()
+    if asked:
+        for key in asked.adapters:
+            with suppress(PeftlabError):  # another version saved it, or it is damaged
+                own.append((f"yours: {of(asked, key).label}", key))
     return [*own, *((f"bundled: {adapter.label}", key) for key, adapter in bundled().items())]
 
 

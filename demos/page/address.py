@@ -16,6 +16,20 @@ NAMED = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}|\d{1,20}(\.\d{1,20})?\s?[KMBT
 """What a visitor may name besides the catalogue: a Hub id, a count, or a config that the link itself carries."""
 
 
+VERSION = 1
+"""Of what an address means. One that says nothing of it, as a parameter `v`, is of this first version."""
+
+
+def check_version(said: str) -> None:
+    """Raises SpecError for the address of a later version, whose settings may mean something else here."""
+    if said != str(VERSION):
+        shown = said if said.isdecimal() else repr(said)
+        raise SpecError(
+            f"v={shown[:20]}: this link is of another version of peftlab, and this one reads version {VERSION}; "
+            "look at each setting before you rely on what it shows"
+        )
+
+
 def link(spec: RunSpec, **choices: str) -> dict[str, str]:
     """A run's settings as the address says them: nothing for those that the page opens with."""
     usual = dict(parse_qsl(OPENING.to_query()))

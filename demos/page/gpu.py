@@ -1,10 +1,13 @@
 """Work that a ZeroGPU Space does where the GPU is: how long it asks for, and what is said when it gets none."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from html import escape
 from typing import ParamSpec, TypeVar
+from urllib.parse import urlencode
 
 import gradio as gr
 
@@ -77,6 +80,14 @@ def _stretched() -> float:
     from spaces.zero import client
 
     return client.get_duration_seconds(timedelta(seconds=100), None) / 100
+
+
+def sign_in() -> str:
+    """A link for somebody who has no quota of their own yet: it leads back to this Space, as Hugging Face shows it."""
+    if not (space := os.environ.get("SPACE_ID")):
+        return ""
+    address = f"https://huggingface.co/login?{urlencode({'next': f'/spaces/{space}'})}"
+    return f'<a href="{escape(address)}" target="_top">Sign in to Hugging Face</a> for a quota of your own.'
 
 
 def on_job(kind: str) -> None:

@@ -14,9 +14,10 @@ from starlette.routing import Route
 
 from demos.page.controls import as_update
 from demos.page.tab import Values
-from peftlab import adapters
-from peftlab.room import rooms
+from peftlab import adapters, units
+from peftlab.room import host, rooms
 from peftlab.room.jobs import Job
+from peftlab.show.marks import remarks
 
 AGAIN = 5.0  # seconds after which a run that waits is drawn anew, since the wait gets shorter
 API = "/gradio_api/peftlab"  # beside Gradio's own: what lies elsewhere is no address where a page is rendered on the server
@@ -103,6 +104,15 @@ def adapters_route() -> Route:
         return FileResponse(adapters.pack(job.folder / "adapter"), filename=name, headers={"Cache-Control": "no-store"})
 
     return Route(f"{API}/adapter/{{name}}", adapter)
+
+
+def gone(what: str) -> str:
+    """What is said of a run that somebody had here, and why it is not here, where that is known."""
+    why = ""
+    if host.forgets():
+        since = units.seconds(time.monotonic() - rooms.here().began)
+        why = f": this Space forgets its runs when it sleeps or restarts, and it began {since} ago"
+    return remarks(f"{what} is not here any more{why}.")
 
 
 def download(job: Job) -> FileData | None:

@@ -49,6 +49,7 @@ class Store:
         plain = {str(n): str(v) for n, v in state.items() if v not in (None, "")}
         if long := [n for n, v in plain.items() if len(v) > LONGEST]:
             raise SpecError(f"{long[0]}={plain[long[0]][:20]}…: longer than {LONGEST:,} letters; shorten it")
+        address.check_version(plain.pop("v", str(address.VERSION)))
         own = {name: self.choices[name].read(plain[name]) for name in plain if name in self.choices}
         run = {name: value for name, value in plain.items() if name not in self.choices}
         chosen = {name: one.usual for name, one in self.choices.items()} | own

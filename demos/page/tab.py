@@ -17,7 +17,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 from starlette.routing import Route
 
-from demos.page import controls
+from demos.page import controls, gpu
 from demos.page.choice import Choice, Number
 from demos.page.controls import blank, shown_model
 from demos.page.question import sound
@@ -263,11 +263,12 @@ class Tab:
     def cost_said(self, asked: Asked) -> str:
         """What presses cost, as far as it is known by now."""
         known = {name: worker.known(quota.seconds, asks) for name, asks in self.costs(asked).items()}
-        return " ".join(
+        costs = [
             f"{name}: about {units.seconds(seconds)} of your GPU time; {units.seconds(quota.asked(seconds))} are asked for."
             for name, seconds in known.items()
             if seconds is not None
-        )
+        ]
+        return " ".join([*costs, gpu.sign_in()] if costs else [])
 
     def slow(self, asked: Asked) -> list[Slow]:
         """Work whose result `draw` shows once it is known."""

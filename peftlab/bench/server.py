@@ -58,7 +58,7 @@ class Server:
             with contextlib.suppress(*FAILURES), contextlib.closing(Connection(self.port)) as connection:
                 if (await connection.ask("GET", "/"))[0] == 200:
                     return
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.02)
         last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         raise PeftlabError(f"{self.program} did not start: {last}")
 

@@ -24,6 +24,7 @@ def add(commands: Commands) -> None:
         "reliability",
         "room",
         "fresh",
+        "start",
     )
     parser.add_argument("what", choices=what)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -45,7 +46,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--arriving", choices=("at once", "spread"), action="append", help="serve: how; repeatable (default: both)"
     )
-    parser.add_argument("--rounds", type=count, default=2, help="serve: turns of each app")
+    parser.add_argument("--rounds", type=count, default=2, help="serve and start: turns of each app")
     parser.add_argument("--only", action="append", help="room: visitors, kills or memory; repeatable (default: all)")
     parser.add_argument("--kills", type=count, default=20, help="room: how often the server is killed")
     parser.add_argument("--runs", type=count, default=100, help="room: runs over which memory is measured")
@@ -54,7 +55,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> Output:
-    from ..bench import calculators, fresh, memory, record, reliability, room, seconds, serve, speed, survey
+    from ..bench import calculators, fresh, memory, record, reliability, room, seconds, serve, speed, start, survey
 
     out = args.out
     check_writable(out)  # before it measures for minutes
@@ -73,6 +74,7 @@ def run(args: Namespace) -> Output:
         "serve": lambda: serve.record_serve(
             out, note, args.visitors or (), args.seconds, args.rounds, args.arriving or ()
         ),
+        "start": lambda: start.record_start(out, note, args.rounds),
         "seconds": lambda: seconds.record_seconds(out, note),
     }
     document = recorders[args.what]()

@@ -154,6 +154,11 @@ class Host:
         return Host(**values)
 
 
+def forgets() -> bool:
+    """Whether runs are gone once this server sleeps or restarts: on a Space whose host has attached no storage for them."""
+    return bool(os.environ.get("SPACE_ID")) and not os.environ.get(variable("data"), "").strip()
+
+
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return f"PEFTLAB_{name.upper()}"

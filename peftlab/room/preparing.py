@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib
 import threading
+import time
 from collections.abc import Callable
 
 from .. import hardware, seam
@@ -31,9 +32,14 @@ class Preparation:
         self.spec = resolve_here(RunSpec(model=model))
         self.progress = fetching.Progress("looking", "")
         self.error: str | None = None
-        self.ready = False
+        self.ready_at: float | None = None
+        """When that was, in seconds since 1970."""
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
+
+    @property
+    def ready(self) -> bool:
+        return self.ready_at is not None
 
     def begin(self) -> None:
         """Starts, or starts again after an error; does nothing while under way or done."""
@@ -63,11 +69,11 @@ class Preparation:
             gc.freeze()  # libraries stay for good: looking through them each time held up everybody for a fifth of a second
             if hardware.is_shared():  # nothing is computed outside of a visitor's share
                 importlib.import_module("peft")
-                self.ready = True
+                self.ready_at = time.time()
                 return
             weights.load(self.spec)
             warm_up(self.spec)
-            self.ready = True
+            self.ready_at = time.time()
             for task in tasks.TASKS.values():
                 while not (self._stopped.is_set() or self._ask(task)):
                     self._stopped.wait(PATIENCE)

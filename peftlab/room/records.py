@@ -27,6 +27,8 @@ CREATE TABLE IF NOT EXISTS events (
   job TEXT NOT NULL, number INTEGER NOT NULL, event TEXT NOT NULL, PRIMARY KEY (job, number)
 ) WITHOUT ROWID;
 """
+VERSION = 1
+"""Of the tables above, kept in the file. A file of 0 is one that was made before versions were kept: it has the same tables."""
 COLUMNS = "number, id, kind, arguments, owner, first, state, made, last"
 
 
@@ -50,17 +52,22 @@ class Records:
     """Jobs and events in one file. Raises sqlite3.Error where the disk is full or the file is damaged."""
 
     def __init__(self, file: Path) -> None:
-        """Raises SpecError where the file cannot be opened, or is no such table; it stays as it is then."""
+        """Raises SpecError where the file cannot be opened, or is none of this version's; it stays as it is then."""
         self._lock = threading.Lock()
         try:
             self._base = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
             try:
+                (made_by,) = self._base.execute("PRAGMA user_version").fetchone()
+                if made_by > VERSION:
+                    said = f"{file}: this table of runs has version {made_by}, and this peftlab reads up to {VERSION}"
+                    raise SpecError(f"{said}; install a newer peftlab, or give PEFTLAB_DATA another folder")
                 self._base.execute("PRAGMA journal_mode=WAL")
                 # A power cut may take the last events; a kill takes none.
                 self._base.execute("PRAGMA synchronous=NORMAL")
                 self._base.executescript(TABLES)
                 self._base.execute("SELECT count(last) FROM jobs").fetchone()  # reads all rows: damage shows now
-            except sqlite3.Error:
+                self._base.execute(f"PRAGMA user_version={VERSION}")
+            except (sqlite3.Error, SpecError):
                 self._base.close()
                 raise
         except sqlite3.Error as error:

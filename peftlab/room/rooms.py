@@ -53,6 +53,7 @@ class Room:
     def __init__(self, settings: host.Host) -> None:
         """Raises SpecError where no data folder can be made. One process may have it: another keeps its jobs elsewhere."""
         self.settings, self.folder = settings, settings.data
+        self.began = time.monotonic()
         try:
             (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
             self._claim = _claimed(self.folder / "lock")
