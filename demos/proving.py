@@ -1,7 +1,10 @@
 """The LoRA tab's proofs by doing: merging, the dial on the update, and what each way to serve an adapter costs."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -11,24 +14,36 @@ from demos.page.gpu import on_gpu
 from demos.page.tab import ONE_AT_A_TIME, QUIET, Asked, Tab, Values, with_result
 from peftlab import PeftlabError, units
 from peftlab.adapters import Adapter
-from peftlab.compare import proofs
 from peftlab.room import quota
 from peftlab.show.comparisons import dialled, merged_said, timed
 
+if TYPE_CHECKING:
+    from peftlab.compare import proofs
+
 
 def merge(adapter: Adapter, prompt: str) -> Iterator[proofs.MergeReport]:
+    from peftlab.compare import proofs
+
     yield proofs.merge_check(adapter, prompt)
 
 
 def latency(adapter: Adapter, prompt: str) -> Iterator[tuple[float, proofs.LatencyReport | None]]:
+    from peftlab.compare import proofs
+
     yield from with_result(proofs.latency(adapter, prompt))
+
+
+def dial(adapter: Adapter, prompt: str) -> Iterator[tuple[float, str]]:
+    from peftlab.compare import proofs
+
+    yield from proofs.dial(adapter, prompt)
 
 
 def asks(adapter: Adapter, prompt: str) -> quota.Asks:
     return quota.of_proof(adapter.spec)
 
 
-MERGE, DIAL, LATENCY = on_gpu(merge, asks), on_gpu(proofs.dial, asks), on_gpu(latency, asks)
+MERGE, DIAL, LATENCY = on_gpu(merge, asks), on_gpu(dial, asks), on_gpu(latency, asks)
 CHOICES = {"proof_prompt": choice.words("proof_prompt")}
 ANOTHER = "(proof_adapter) => { peftlab.keep({proof_adapter}); peftlab.write({proof_prompt: ''}); }"
 IDLE = (

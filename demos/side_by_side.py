@@ -1,8 +1,11 @@
 """Tab 4, did it work? The same prompt to the base and to the adapter, and the score of both."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 from starlette.routing import Route
@@ -19,8 +22,10 @@ from peftlab.adapters import Adapter
 from peftlab.compare import Reply
 from peftlab.data.tasks import Task
 from peftlab.room import jobs, quota, rooms
-from peftlab.run.generate import Decoding
 from peftlab.show import comparisons
+
+if TYPE_CHECKING:
+    from peftlab.run.generate import Decoding
 
 on_job("score")
 
@@ -101,6 +106,8 @@ class Compare(Tab):
         adapter = of(asked, chosen(asked))
         task = task_of(adapter)
         prompt = prompt_of(asked, task)
+        from peftlab.run.generate import Decoding
+
         decoding = Decoding(asked["tokens"], asked["temperature"], seed=asked["decoding_seed"])
         yield {"left": "", "right": ""}
         source = ""

@@ -19,8 +19,8 @@ from tiny import ROOT, small
 from peftlab import RunSpec, SpecError, adapters, hardware, resolve
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.run import LEAVE, STOP, checkpoint, loop, must_go_on, train
-from peftlab.run.checkpoint import FILE, Checkpoint
+from peftlab.run import CHECKPOINT, LEAVE, STOP, checkpoint, loop, must_go_on, train
+from peftlab.run.checkpoint import Checkpoint
 from peftlab.run.loop import Run
 
 STEPS = 8
@@ -76,7 +76,7 @@ def check_same(whole, events, out, other):
 def check_resumed(spec, tmp_path, step):
     whole = list(train(spec, tmp_path / "whole"))
     before = losses(until(spec, tmp_path / "run", step))
-    assert before.items() <= losses(whole).items() and FILE in left(tmp_path / "run")
+    assert before.items() <= losses(whole).items() and CHECKPOINT in left(tmp_path / "run")
     events = list(train(spec, tmp_path / "run", resume=True))
     assert resumed_at(events) == step - 1
     check_same(whole, events, tmp_path / "run", tmp_path / "whole")
@@ -172,7 +172,7 @@ def test_a_run_that_leaves_says_nothing_more_and_goes_on_from_that_very_step(ste
     for last in train(spec, out):
         if last["type"] == "step" and last["step"] == step:
             (out / LEAVE).touch()
-    assert last["type"] in ("step", "progress") and left(out) == ["adapter", FILE, LEAVE]
+    assert last["type"] in ("step", "progress") and left(out) == ["adapter", CHECKPOINT, LEAVE]
     (out / LEAVE).unlink()
     events = list(train(spec, out, resume=True))
     assert resumed_at(events) == step
@@ -188,7 +188,7 @@ def test_a_stopped_run_goes_on_from_that_very_step(step, spec, tmp_path, monkeyp
     for done in train(spec, out):
         if done["type"] == "step" and done["step"] == step:
             (out / STOP).touch()
-    assert done["stopped"] and left(out) == ["adapter", FILE]
+    assert done["stopped"] and left(out) == ["adapter", CHECKPOINT]
     events = list(train(spec, out, resume=True))
     assert resumed_at(events) == done["steps"] == step
     assert [e["when"] for e in events if e["type"] == "eval"] == ["during", "after"]
@@ -200,7 +200,7 @@ def test_a_stop_that_came_with_the_end_is_heeded(spec, tmp_path):
     until(spec, tmp_path, 5)
     (tmp_path / STOP).touch()
     *_, done = train(spec, tmp_path, resume=True)
-    assert done["stopped"] and done["steps"] == 4 and left(tmp_path) == ["adapter", FILE]
+    assert done["stopped"] and done["steps"] == 4 and left(tmp_path) == ["adapter", CHECKPOINT]
     *_, done = train(spec, tmp_path, resume=True)
     assert not done["stopped"] and done["steps"] == STEPS
 
@@ -286,7 +286,7 @@ def test_a_checkpoint_that_cannot_be_used_is_left_alone(spoil, spec, tmp_path):
     with closing(Run(spec, tmp_path)) as run:
         whole = taken(run, 3)
         assert not Checkpoint(run).keep({})
-    spoil(tmp_path / FILE)
+    spoil(tmp_path / CHECKPOINT)
     with closing(Run(spec, tmp_path)) as run:
         state, why = Checkpoint(run).resume()
         assert state == {} and why.startswith("the checkpoint cannot be used (") and run.steps_done == 0
@@ -304,7 +304,7 @@ def test_another_spec_starts_from_the_beginning(spec, tmp_path):
 
 def test_a_new_run_leaves_no_checkpoint_of_an_older_one(spec, tmp_path):
     until(spec, tmp_path, 5)
-    assert len(losses(until(spec, tmp_path, 1))) == 1 and FILE not in left(tmp_path)
+    assert len(losses(until(spec, tmp_path, 1))) == 1 and CHECKPOINT not in left(tmp_path)
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -321,7 +321,7 @@ def test_a_full_disk_ends_the_checkpoints_and_not_the_run(at, spec, tmp_path, mo
     events = list(train(spec, out, resume=True))
     (note,) = [e for e in events if e["type"] == "note"]
     assert note["message"].startswith("No more checkpoints are kept (No space left on device): ")
-    assert f"{FILE}.part" in writes[-1] and (FILE in writes[-1]) == (at > 1) and len(writes) == 2 * at - 1
+    assert f"{CHECKPOINT}.part" in writes[-1] and (CHECKPOINT in writes[-1]) == (at > 1) and len(writes) == 2 * at - 1
     check_same(whole, events, out, tmp_path / "whole")
 
 

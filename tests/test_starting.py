@@ -68,3 +68,7 @@ def test_a_log_of_json_has_an_object_a_line():
         ("ERROR", "demos.page.tab", "failed"),
     ]
     assert "ZeroDivisionError" in told[-1]["traceback"] and told[0]["time"].endswith("Z")
+
+
+def test_the_page_is_made_before_torch_is_loaded():
+    assert served("-c", "import app, sys; sys.exit('torch' in sys.modules)") == (0, [])

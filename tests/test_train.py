@@ -16,8 +16,7 @@ from peftlab.base import weights
 from peftlab.data import tasks
 from peftlab.methods import METHODS
 from peftlab.optimizers import OPTIMIZERS
-from peftlab.run import STOP, batches, engine, gears, loop, scoring, train
-from peftlab.run.checkpoint import FILE
+from peftlab.run import CHECKPOINT, STOP, batches, engine, gears, loop, scoring, train
 from peftlab.run.generate import Decoding, decode
 from peftlab.run.scoring import answer, nats_per_token
 
@@ -211,7 +210,7 @@ def test_a_stop_midway_keeps_what_was_learned_and_a_second_ends_the_evaluation(t
     (*_, done) = under_way
     assert done["stopped"] and 1 <= done["steps"] < 50 and adapters.read(done["adapter"]).result["stopped"]
     assert (done["eval"]["after"] is None) == (done["forgetting"] is None) == twice
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", FILE]  # to go on from
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", CHECKPOINT]  # to go on from
 
 
 def test_a_closed_page_keeps_what_was_learned(toy_spec, tmp_path, under_way):

@@ -4,15 +4,18 @@ The functions take 2-D tensors of any type and compute in fp32; or `Factors`, so
 SpecError for a rank or a size that the matrix does not have, and for numbers that are not finite.
 """
 
+from __future__ import annotations
+
 import base64
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Factors:
     @property
     def rank(self) -> int:
         """Singular values above 100 roundings of the largest, 1.2e-5 of it in fp32."""
+        import torch
+
         return int((self.s > 100 * torch.finfo(self.s.dtype).eps * self.s[0]).sum())
 
 
@@ -112,6 +117,8 @@ class Directions:
 
     def vectors(self, side: str) -> Tensor:
         """n × count, unit columns: the `left` singular vectors (n = d_out), or the `right` ones (n = d_in)."""
+        import torch
+
         data = bytearray(base64.b64decode(self.left if side == "left" else self.right))
         rows = torch.frombuffer(data, dtype=torch.int8).reshape(self.count, -1).float()
         return torch.nn.functional.normalize(rows, dim=1).T
@@ -138,6 +145,8 @@ class Overlap:
 
 def factors(matrix: Tensor | Factors) -> Factors:
     """The singular value decomposition of a matrix. Factors are returned as they are."""
+    import torch
+
     if isinstance(matrix, Factors):
         return matrix
     m = matrix.detach().float()
@@ -203,6 +212,8 @@ def intruders(weight: Tensor | Factors, tuned: Tensor | Factors, k: int = 10, th
 
 def directions(delta: Tensor | Factors, k: int = 16) -> Directions:
     """The top `k` ≥ 1 singular vectors of an update on both sides; all of them where it has fewer."""
+    import torch
+
     if k < 1:
         raise SpecError(f"k={k}: there is no direction to keep; try 16")
     d = factors(delta)

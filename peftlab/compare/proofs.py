@@ -19,14 +19,12 @@ from ..errors import SpecError
 from ..resolve import resolve
 from ..run.generate import Decoding, decode, stream
 from ..spec import RunSpec
-from . import BASE as BASE
-from . import instruction_of, prompt_tokens
+from .asking import instruction_of, prompt_tokens
+from .reports import APART, BASE, MERGED, SERIAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-APART, MERGED, SERIAL = "apart", "merged", "serial"
-"""The models of `latency` beside the base: the adapter apart from the weights, merged into them, a new Houlsby adapter."""
 ALL = (BASE, APART, MERGED, SERIAL)
 
 

@@ -1,12 +1,11 @@
 """What an adapter did to a model: the update of each linear map it changes, and all that `lowrank` has to say of it."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .. import adapters, methods
 from ..adapters import Adapter
@@ -15,6 +14,9 @@ from ..errors import AdapterError, SpecError
 from ..resolve import resolve
 from . import lowrank
 from .lowrank import Amplification, Directions, Intruders, Spectrum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "study.json"
 """Its name in an adapter's folder."""
@@ -73,7 +75,7 @@ class MatrixStudy:
         return self.delta.norm / self.weight.norm if self.weight.values else None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "MatrixStudy":
+    def from_dict(cls, data: Mapping[str, Any]) -> MatrixStudy:
         parts = {
             "shape": tuple(data["shape"]),
             "weight": Spectrum(tuple(data["weight"]["values"])),
@@ -106,7 +108,7 @@ class Study:
         return f'{compact(data)[:-1]},"matrices":[\n{matrices}\n]}}\n'
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Study":
+    def from_dict(cls, data: Mapping[str, Any]) -> Study:
         return cls(**{**data, "matrices": tuple(MatrixStudy.from_dict(m) for m in data["matrices"])})
 
 
@@ -165,6 +167,8 @@ def updates(base: weights.Base, adapter: Adapter, names: Collection[str] | None 
     would round a ΔW of rank 8 to full rank. This takes 16 bytes of main memory for each number of the named maps. Raises
     what `adapters.merge` does, and SpecError for a name that is no linear map.
     """
+    import torch
+
     kinds = [m for m in architecture.describe(base.model).modules if m.is_linear]
     places = {name: (layer, kind) for kind in kinds for layer, name in kind.names()}
     for name in sorted(set(names or ()) - set(places)):

@@ -4,68 +4,24 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from .. import adapters, methods
-from ..base import models, weights
-from ..compare import proofs
+from ..base import weights
+from ..compare import APART, BASE, MERGED, proofs
 from ..count import count
 from ..data import tasks
 from ..errors import PeftlabError, SpecError, plain
 from ..memory import predict
-from ..methods.selection import where
-from ..resolve import resolve_here
 from ..run import STOP, Event, pace, train
 from ..run.events import progress
 from ..run.scoring import answer_loss
-from ..spec import SETTINGS, Resolved, RunSpec, closest
+from ..spec import Resolved
+from .racers import Racer
 from .recordings import Line
-
-
-@dataclass(frozen=True)
-class Racer:
-    name: str
-    spec: Resolved
-
-
-def along(spec: RunSpec, axes: Mapping[str, Sequence[str]]) -> list[Racer]:
-    """A racer for each combination of values; for `method` without any, all that suit. Raises SpecError for fewer than two."""
-    values: dict[str, Sequence[str]] = {}
-    for setting, given in axes.items():
-        name = setting.replace("-", "_")
-        if name not in SETTINGS:
-            raise SpecError(f"vary={setting}: no such setting; {closest(name, SETTINGS)}")
-        suiting = not given and name == "method"
-        values[name] = [key for key in methods.METHODS if _suits(spec.but(method=key))] if suiting else given
-    racers = [_racer(spec, dict(zip(values, chosen, strict=True))) for chosen in product(*values.values())]
-    different = {racer.spec: racer for racer in racers}
-    if len(different) < 2:
-        asked = "; ".join(" ".join([setting, *given]) for setting, given in axes.items())
-        raise SpecError(f"vary={asked}: a race takes at least 2 different racers; name more values")
-    return list(different.values())
-
-
-def _racer(spec: RunSpec, chosen: Mapping[str, str]) -> Racer:
-    resolved = resolve_here(RunSpec.from_dict({**spec.to_dict(), **chosen}))
-    named = {
-        "method": methods.find(resolved.method).name,
-        "model": models.find(resolved.model).name,
-        "target_modules": where(resolved),
-    }
-    parts = [named.get(name, f"{name.replace('_', ' ')} {value}") for name, value in chosen.items()]
-    return Racer(", ".join(parts), resolved)
-
-
-def _suits(spec: RunSpec) -> bool:
-    try:
-        count(resolve_here(spec))
-    except SpecError:
-        return False
-    return True
 
 
 def race(
@@ -151,8 +107,8 @@ def _run(spec: Resolved, line: Line, out: Path, folder: Path, latency: bool) -> 
     line.loss.append(answer_loss(adapters.apply(base, adapter), base.tokenizer, task))
     if latency and line.apart is None:
         merges = methods.find(spec.method).merge is not None
-        what = (proofs.BASE, proofs.APART, proofs.MERGED) if merges else (proofs.BASE, proofs.APART)
+        what = (BASE, APART, MERGED) if merges else (BASE, APART)
         timed = proofs.latency(adapter, task.heldout[0].prompt, 8, 3, what)  # enough to tell 1.0× from 1.5×
         report = yield from progress(timed, "timing its tokens")
         ratios = {speed.what: speed.ratio for speed in report.speeds} if report else {}
-        line.apart, line.merged = ratios.get(proofs.APART), ratios.get(proofs.MERGED)
+        line.apart, line.merged = ratios.get(APART), ratios.get(MERGED)

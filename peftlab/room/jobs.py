@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import cast
 
 from .. import adapters
-from ..compare import on_task
 from ..data import tasks
 from ..errors import Curable, Interrupted, PeftlabError, RunError, SpecError, plain
-from ..race import Line, Racer, race
 from ..resolve import resolve
-from ..run import LEAVE, STOP, Event, train
-from ..run.checkpoint import FILE as CHECKPOINT
+from ..run import CHECKPOINT, LEAVE, STOP, Event
 from ..run.events import progress
 from ..spec import Json, Resolved, RunSpec
 from .records import OVER, RUNNING, WAITING, Record, Records
@@ -39,16 +36,22 @@ TRAINS = ("train", "race")
 
 
 def _train(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
+    from ..run import train
+
     return train(resolved(arguments["spec"]), folder, resume=again)
 
 
 def _race(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
+    from ..race import Line, Racer, race
+
     racers = [Racer(name, resolved(spec)) for name, spec in arguments["racers"]]
     known = [Line(**line) for line in arguments.get("known", ())]
     return race(racers, folder, arguments["seeds"], arguments["seconds"], known=known)
 
 
 def _score(arguments: Json, folder: Path, again: bool) -> Iterator[Event]:
+    from ..compare import on_task
+
     adapter = adapters.read(arguments["folder"])
     work = on_task([adapter], tasks.find(arguments["spec"]["task"]))
     report = yield from progress(work, "scoring", (folder / STOP).exists)

@@ -12,8 +12,6 @@ from ..base import fetching, weights
 from ..data import tasks
 from ..errors import plain
 from ..resolve import resolve_here
-from ..run import warm_up
-from ..run.scoring import base_answers
 from ..spec import RunSpec
 
 PATIENCE = 1.0
@@ -71,6 +69,8 @@ class Preparation:
                 importlib.import_module("peft")
                 self.ready_at = time.time()
                 return
+            from ..run import warm_up
+
             weights.load(self.spec)
             warm_up(self.spec)
             self.ready_at = time.time()
@@ -82,6 +82,8 @@ class Preparation:
 
     def _ask(self, task: tasks.Task) -> bool:
         """Has the base answer a task's rows, unless somebody waits for the machine; whether it has."""
+        from ..run.scoring import base_answers
+
         with contextlib.closing(base_answers(weights.load(self.spec), task)) as work:
             while not (self._stopped.is_set() or self.busy()):
                 if next(work, None) is None:

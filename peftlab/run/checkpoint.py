@@ -25,11 +25,11 @@ from torch import Tensor
 from .. import adapters
 from ..errors import AdapterError, SpecError
 from ..spec import Json, Resolved
+from .files import CHECKPOINT, STOP
 
 if TYPE_CHECKING:
     from .loop import Run
 
-FILE = "checkpoint.safetensors"
 FORMAT = 1
 """Goes up with each change of the file that an older version cannot read."""
 SHARE = 0.05
@@ -52,7 +52,7 @@ class Checkpoint:
     """The checkpoint of one run: when it is due, how it is written, and how the run is put back to it."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.file = run, run.out / FILE
+        self.run, self.file = run, run.out / CHECKPOINT
         self.trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
         self.allocator = getattr(run.model.base_model, "rankallocator", None)
         """AdaLoRA's, which keeps scores of parameters and their ranks outside the model."""
@@ -78,7 +78,7 @@ class Checkpoint:
             self._write(evaluation)
         except OSError as error:  # training is worth more than its checkpoint
             self.given_up = True
-            self.file.with_name(FILE + ".part").unlink(missing_ok=True)
+            self.file.with_name(CHECKPOINT + ".part").unlink(missing_ok=True)
             why = error.strerror or type(error).__name__
             after = "if this run is interrupted, it goes on from an earlier step, or from the beginning"
             return f"No more checkpoints are kept ({why}): {after}."
@@ -87,7 +87,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Leaves none: the run has come to its end, or begins anew."""
-        for file in (self.file, self.file.with_name(FILE + ".part")):
+        for file in (self.file, self.file.with_name(CHECKPOINT + ".part")):
             file.unlink(missing_ok=True)
 
     def resume(self) -> tuple[Json, str]:
@@ -117,7 +117,7 @@ class Checkpoint:
         text += b" " * (-len(text) % 8)
         if shutil.disk_usage(self.run.out).free < 2 * end:  # the adapter is to have room, too
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        part = self.file.with_name(FILE + ".part")
+        part = self.file.with_name(CHECKPOINT + ".part")
         with part.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor in tensors.values():
@@ -252,12 +252,12 @@ def must_go_on(spec: Resolved, out: Path) -> None:
     anew = "give its own folder and settings, or leave resume out to start anew"
     if not out.is_dir():
         raise SpecError(f"out={out}: there is no run to resume; {anew}")
-    ours = {FILE, f"{FILE}.part", "stop", *(f"adapter{end}" for end in ("", ".part", ".old"))}
+    ours = {CHECKPOINT, f"{CHECKPOINT}.part", STOP, *(f"adapter{end}" for end in ("", ".part", ".old"))}
     if (names := {file.name for file in out.iterdir()}) and not names & ours:
         raise SpecError(f"out={out}: there is no run in this folder; {anew}")
     found: Json | None = None
     with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # then training says so
-        found = _state_of(safe_open(out / FILE, "pt"))["spec"]
+        found = _state_of(safe_open(out / CHECKPOINT, "pt"))["spec"]
     if found is None:
         with suppress(AdapterError):
             kept = adapters.read(out / "adapter")

@@ -23,7 +23,8 @@ from ..resolve import cannot_run
 from ..spec import SETTINGS, Json, Resolved
 from .checkpoint import Checkpoint
 from .events import Event, Work, progress
-from .loop import STOP, Run
+from .files import STOP
+from .loop import Run
 from .scoring import Answer, answer, base_answers, mean_score, nats_per_token
 
 WARM_STEPS = 6

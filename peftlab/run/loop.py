@@ -30,16 +30,12 @@ from ..seeded import seeded
 from ..spec import Json, Resolved
 from .batches import Batch, Batches, pairs_of, why_not_packed
 from .events import Event
+from .files import LEAVE, STOP
 from .gears import CaptureError, Eager, Graph, Step, schedule, why_eager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STOP = "stop"
-"""A file of this name in a run's folder ends the run after the step in progress. It is a file because the worker process
-that trains on a shared GPU has nothing else in common with the page."""
-LEAVE = "leave"
-"""A file of this name ends the run after the step in progress with a checkpoint alone, to go on another time."""
 PAUSE = 0.15
 """Seconds of steps between two looks at their losses: the page is told at least five times a second."""
 DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")

@@ -1,12 +1,15 @@
 """Base and adapter side by side: their answers and scores, and proofs by doing: merged against apart, the dial, the time."""
 
+from __future__ import annotations
+
 import json
 from html import escape
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
 from .. import adapters, hardware, units
-from ..compare import BASE, ComparisonReport, Reply, proofs
+from ..compare import APART, BASE, MERGED, SERIAL, ComparisonReport, Reply
 from ..data import tasks
 from ..data.tasks import METRICS, Task
 from ..race import scores
@@ -15,11 +18,14 @@ from .figures import PALETTE, QUARTERS, blank, themed
 from .marks import bold, explained, forgot, graded, how, libraries, table
 from .refusals import failure
 
+if TYPE_CHECKING:
+    from ..compare import proofs
+
 NAMES = {
-    proofs.BASE: "base",
-    proofs.APART: "adapter beside its weights",
-    proofs.MERGED: "adapter merged into them",
-    proofs.SERIAL: "serial adapter (Houlsby)",
+    BASE: "base",
+    APART: "adapter beside its weights",
+    MERGED: "adapter merged into them",
+    SERIAL: "serial adapter (Houlsby)",
 }
 """What each way to serve an adapter is called on the page."""
 

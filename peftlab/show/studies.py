@@ -1,17 +1,18 @@
 """What adapters did to the weights of the bundled model: one matrix, its updates, what these share, by layer."""
 
+from __future__ import annotations
+
 import base64
 import io
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from html import escape
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
-import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
 
 from .. import adapters, units
 from ..base import architecture, fetching
@@ -23,6 +24,9 @@ from ..errors import PeftlabError, SpecError
 from .figures import DASHES, PALETTE, Chart, blank, themed
 from .marks import bold, how, table
 from .methods import paper_link
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Spectra = Mapping[str, lowrank.Spectrum]
 SHOWN = ("ticket-lora-r8", "ticket-lora-r64", "ticket-full")
@@ -303,6 +307,8 @@ def images(role: str, layer: int, rank: int) -> str:
 
 def picture(matrix: Tensor, limit: float, colour: str) -> str:
     """A matrix as a PNG in a data URI, a pixel a number: clear at 0, the palette's `colour` at ±`limit` and beyond."""
+    import torch
+
     strength = (matrix.float().abs() / limit).clamp(max=1) * 255
     image = torch.empty((*matrix.shape, 4), dtype=torch.uint8)
     image[..., :3] = torch.tensor(list(bytes.fromhex(colour[1:])), dtype=torch.uint8)
