@@ -17,11 +17,15 @@ let resting = 0, looking = 0, refusing = 0; // timers
 let pending = {}, shown = {}, held = {}; // updates that Gradio is to take; what each output shows, as JSON; updates of a box in use
 
 const STORAGE = 'peftlab'; // under which the browser keeps ids of runs and adapters, which no link carries
-const remembered = () => { try { return JSON.parse(localStorage.getItem(STORAGE)) ?? {}; } catch { return {}; } };
+const DAYS = 30 * 86_400; // seconds for which a cookie keeps the same, in a frame that has no storage
+const cookie = () => document.cookie.match(/(?:^|; )peftlab=([^;]+)/)?.[1] ?? '{}';
+const tried = (first, second) => { try { return first(); } catch { try { return second(); } catch { return null; } } };
+const remembered = () => tried(() => JSON.parse(localStorage.getItem(STORAGE)), () => JSON.parse(decodeURIComponent(cookie()))) ?? {};
 const memory = remembered(); // the visitor's token comes with the first answer
 const keep = (more) => {
   Object.assign(memory, remembered(), more); // another window may have kept something since
-  try { localStorage.setItem(STORAGE, JSON.stringify(memory)); } catch { /* a frame without storage keeps it for this visit */ }
+  const text = JSON.stringify(memory), partitioned = `max-age=${DAYS}; path=${location.pathname}; secure; samesite=none; partitioned`;
+  tried(() => localStorage.setItem(STORAGE, text), () => { document.cookie = `${STORAGE}=${encodeURIComponent(text)}; ${partitioned}`; });
 };
 
 /** The address leaves out long texts and ids of runs; the browser's history holds those. */

@@ -239,6 +239,7 @@ def blocks(*tabs: Tab, head: Callable[[], None] | None = None, foot: Callable[[]
     """A page of these tabs, with what stands above and below them."""
     store = Store(tabs)
     with Page(title="peftlab", fill_width=True) as demo:
+        demo.space_id = None  # with it, Gradio's page would ask huggingface.co for a header
         if head:
             head()
         question, keeper = gr.HTML("", visible="hidden"), gr.Textbox("", visible=False)

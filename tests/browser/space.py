@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,7 +13,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx
 import uvicorn
@@ -65,6 +68,9 @@ class Space:
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], port: int = 7860) -> None:
         self.url, self.log = f"http://127.0.0.1:{port}/", log
+        with socket.socket() as one, contextlib.suppress(ConnectionRefusedError):
+            one.connect(("127.0.0.1", port))
+            raise OSError(f"port {port} is in use by another app, which would answer in this one's place")
         path = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
         with log.open("w") as said:
             self.process = subprocess.Popen(
@@ -94,20 +100,22 @@ class Space:
 
 
 class Around:
-    """A proxy that has an app under a prefix of its address, and on another site a page that has the app in a frame."""
+    """A proxy that has an app under a prefix of its address, and on another site a page that has any in a frame."""
 
     PREFIX = "/lab"
 
     def __init__(self, app: str) -> None:
-        self.app, port = app, free_port()
-        self.prefixed = f"http://127.0.0.1:{port}{self.PREFIX}/"
-        self.framed = f"http://localhost:{port}/"
+        self.app, self.port = app, free_port()
+        self.prefixed = f"http://127.0.0.1:{self.port}{self.PREFIX}/"
         routes = [
             Route("/", self._outside),
+            Route("/favicon.ico", lambda _: Response(status_code=204)),
             Route(f"{self.PREFIX}/{{path:path}}", self._inside, methods=["GET", "POST", "HEAD"]),
         ]
         self.server = uvicorn.Server(
-            uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=port, log_level="error")
+            uvicorn.Config(
+                Starlette(routes=routes), host="127.0.0.1", port=self.port, log_level="error", lifespan="off"
+            )
         )
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
@@ -119,12 +127,16 @@ class Around:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(10)
 
+    def framed(self, inside: str) -> str:
+        """The address of a page on another site that has `inside` in a frame."""
+        return f"http://localhost:{self.port}/?{urlencode({'inside': inside})}"
+
     def _outside(self, request: Request) -> Response:
-        inside = f"{self.prefixed}?{request.url.query}"
         return HTMLResponse(
             "<!doctype html><title>Around</title><script>const told = [];"
             "addEventListener('message', ({data}) => told.push(data));</script>"
-            f'<iframe src="{inside}" allow="clipboard-write" style="width: 100%; height: 95vh; border: 0"></iframe>'
+            f'<iframe src="{escape(request.query_params["inside"])}" allow="clipboard-write" '
+            'style="width: 100%; height: 95vh; border: 0"></iframe>'
         )
 
     async def _inside(self, request: Request) -> Response:

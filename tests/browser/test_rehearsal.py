@@ -22,7 +22,7 @@ from peftlab.base.models import DEFAULT, MODELS
 pytestmark = pytest.mark.skipif(not can_be_made(), reason="this machine lets nobody make a user namespace")
 APP, ENV, CACHE = HOME / "app", HOME / "env", HOME / ".cache" / "peftlab"
 TESTS = Path(__file__).resolve().parents[1]
-SHORT = "?tab=live&steps=2&batch_size=1"
+SHORT = "?tab=live&task=intent&steps=2&batch_size=1"  # the task of the shortest answers
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +101,19 @@ def trained(page) -> None:
     expect(page.locator("#live-keep")).to_be_visible()
 
 
-def test_in_a_frame_of_another_site_behind_a_prefix_and_rendered_on_the_server(start, around, chromium):
-    space = start("cpu-basic", GRADIO_SSR_MODE="True", GRADIO_ROOT_PATH=Around.PREFIX)
+def test_in_a_frame_of_another_site_and_rendered_on_the_server(start, around, chromium):
+    space = start("cpu-basic", GRADIO_SSR_MODE="True")
     assert "with SSR" in space.log.read_text()
-    outside = around(space)
+    outside = around(space).framed(space.url + SHORT)
     context = chromium.new_context(viewport={"width": 1440, "height": 1000})
     page, asked, errors = context.new_page(), set(), []
     page.on("request", lambda request: asked.add(request.url.split("/")[2]))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    page.goto(outside.framed + SHORT)
+    page.goto(outside)
     inside = page.frame_locator("iframe")
     trained(inside)
-    inside.get_by_role("radio", name="Intent").click()
-    page.wait_for_function("told.some(({queryString}) => queryString?.includes('task=intent'))")
+    inside.get_by_role("radio", name="The old sea captain").click()
+    page.wait_for_function("told.some(({queryString}) => queryString?.includes('task=voice'))")
     inside.locator("#live-share button").click()
     expect(inside.locator("#live-share button")).to_have_text("Copied")
     page.reload()
@@ -121,9 +121,18 @@ def test_in_a_frame_of_another_site_behind_a_prefix_and_rendered_on_the_server(s
     with page.expect_download() as file:
         inside.locator("#live-keep").click()
     assert file.value.suggested_filename.endswith(".zip") and Path(file.value.path()).stat().st_size > 100_000
-    assert asked == {outside.framed.split("/")[2], outside.prefixed.split("/")[2]}
+    assert asked == {outside.split("/")[2], space.url.split("/")[2]}
     assert not [said for said in errors if "BodyStreamBuffer" not in said]
     context.close()
+
+
+def test_behind_a_prefix_where_gradio_cannot_render_on_the_server(start, around, open_page):
+    space = start("cpu-basic", GRADIO_SSR_MODE="True", GRADIO_ROOT_PATH=Around.PREFIX)
+    page = open_page(around(space).prefixed)
+    expect(page.locator(".sentence:visible")).to_contain_text("GB")
+    expect(page.locator(".chip")).to_contain_text("This Space forgets", timeout=120_000)
+    page.get_by_role("tab", name="Race").click()
+    expect(page.locator(".sentence:visible")).to_contain_text("racers")
 
 
 def test_told_to_end_it_keeps_the_run_and_leaves_no_process(start, open_page):
@@ -135,25 +144,35 @@ def test_told_to_end_it_keeps_the_run_and_leaves_no_process(start, open_page):
     page.goto("about:blank")
     began = time.monotonic()
     assert space.end() == 0 and time.monotonic() - began < 10
-    assert subprocess.run(["pgrep", "-g", str(space.process.pid)], capture_output=True).returncode
+    for _ in range(50):
+        if subprocess.run(["pgrep", "-g", str(space.process.pid)], capture_output=True).returncode:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout)
 
 
 def test_by_itself_and_drawn_in_the_browser(start, open_page):
     space = start("cpu-basic", GRADIO_SSR_MODE="False")
     assert "with SSR" not in space.log.read_text()
     page = open_page(space.url)
-    expect(page.locator("#memory-sentence")).to_contain_text("GB")
+    expect(page.locator(".sentence:visible")).to_contain_text("GB")
     page.get_by_role("tab", name="Race").click()
-    expect(page.locator("#race-sentence")).not_to_be_empty()
-    assert page.evaluate("() => fetch('gradio_api/file=/home/user/app/app.py').then((answer) => answer.status)") == 403
+    expect(page.locator(".sentence:visible")).to_contain_text("racers")
+    assert page.request.get(f"{space.url}gradio_api/file={APP}/app.py").status == 403
 
 
 def test_on_a_shared_gpu(start, open_page):
-    with Device() as device:
+    with Device(slower=30) as device:
         space = start("zero-a10g", str(HOME / "tests" / "browser" / "zerogpu.py"), str(APP), **device.environment)
         page = open_page(space.url + SHORT, headers={"X-IP-Token": token("ann")})
         expect(page.locator("#live-cost")).to_contain_text("of your GPU time")
-        trained(page)
+        expect(page.locator("#live-cost a")).to_have_attribute("href", re.compile("login.*spaces%2Fann%2Fpeftlab"))
+        expect(page.locator(".chip")).to_contain_text("is ready", timeout=60_000)
+        page.get_by_role("button", name="Train", exact=True).click()
+        expect(page.get_by_role("button", name="Train again")).to_be_enabled(timeout=120_000)
+        # Two cores may take longer for it than a GPU is lent, which ends it in words.
+        expect(page.locator("body")).to_contain_text(re.compile(r"in all\.|which is the most that a run may take"))
         (call,) = device.calls
         assert call["visitor"] == "ann" and not call["killed"] and call["used"] > 0
 

@@ -27,8 +27,10 @@ class Device(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, slower: float = 1.0) -> None:
+        """So many seconds of this machine count as one, because it takes that much longer than a GPU."""
         super().__init__(("127.0.0.1", 0), _Answers)
+        self.slower = slower
         self.left: dict[str, float] = {}
         """Seconds that each visitor has left, by name."""
         self.calls: list[dict] = []
@@ -60,7 +62,7 @@ class Device(ThreadingHTTPServer):
     def allow(self, allowToken: str, pid: str, **_: str) -> tuple[int, object]:
         call = self.calls[int(allowToken) - 1]
         call |= {"pid": int(pid), "began": time.monotonic()}
-        timer = threading.Timer(call["asked"], self._over, [call])
+        timer = threading.Timer(call["asked"] * self.slower, self._over, [call])
         timer.daemon = True
         timer.start()
         return 200, {}
@@ -68,7 +70,7 @@ class Device(ThreadingHTTPServer):
     def release(self, allowToken: str, **_: str) -> tuple[int, object]:
         call = self.calls[int(allowToken) - 1]
         if call["used"] is None and call["pid"]:
-            call["used"] = time.monotonic() - call["began"]
+            call["used"] = (time.monotonic() - call["began"]) / self.slower
             self.left[call["visitor"]] -= call["used"]
         return 200, {}
 
