@@ -83,9 +83,9 @@ def test_the_foot_of_the_page_tells_how_far_the_base_model_is_until_that_is_over
     begun = []
     monkeypatch.setattr(about, "begin", lambda: begun.append(1))
     for state, again, said in (
-        ({"ready": False, "error": None}, True, "looking"),
-        ({"ready": False, "error": "no <network>"}, False, "no &lt;network&gt;"),
-        ({"ready": True, "error": None}, False, "is ready"),
+        ({"ready_at": None, "error": None}, True, "looking"),
+        ({"ready_at": None, "error": "no <network>"}, False, "no &lt;network&gt;"),
+        ({"ready_at": app.BEGUN + 9.5, "error": None}, False, "ready 9.5 s after the server began"),
     ):
         for name, value in state.items():
             monkeypatch.setattr(about, name, value)

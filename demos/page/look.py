@@ -1,6 +1,5 @@
 """The look of the page: theme, scripts, and how it is launched."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,5 @@ def launch_options(routes: Sequence[Route] = ()) -> dict[str, Any]:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "max_file_size": "5mb",
         "footer_links": ["settings"],
-        "ssr_mode": False
-        if os.environ.get("GRADIO_ROOT_PATH")
-        else None,  # both at once, Gradio asks itself without end
         **serving.options(routes),
     }

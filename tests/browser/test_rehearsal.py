@@ -15,12 +15,14 @@ from playwright.sync_api import expect
 from space import HOME, Around, Space, apart, can_be_made
 from zerogpu import Device, token
 
+from peftlab import hardware
 from peftlab import space as spaces
 from peftlab.base.fetching import folder_of
 from peftlab.base.models import DEFAULT, MODELS
 
 pytestmark = pytest.mark.skipif(not can_be_made(), reason="this machine lets nobody make a user namespace")
 APP, ENV, CACHE = HOME / "app", HOME / "env", HOME / ".cache" / "peftlab"
+HERE = "l4x1" if hardware.here().device == "cuda" else "cpu-basic"
 TESTS = Path(__file__).resolve().parents[1]
 SHORT = "?tab=live&task=intent&steps=2&batch_size=1"  # the task of the shortest answers
 
@@ -36,9 +38,9 @@ def model(tmp_path_factory):
 def written(tmp_path_factory):
     """A folder for each hardware."""
     made = {}
-    for hardware in ("cpu-basic", "zero-a10g"):
-        made[hardware] = tmp_path_factory.mktemp(hardware) / "space"
-        spaces.write(spaces.Space("ann/peftlab", hardware), made[hardware])
+    for kind in (HERE, "zero-a10g"):
+        made[kind] = tmp_path_factory.mktemp(kind) / "space"
+        spaces.write(spaces.Space("ann/peftlab", kind), made[kind])
     return made
 
 
@@ -47,7 +49,7 @@ def environment(written, tmp_path_factory):
     """A fresh environment with the Space's requirements; with this machine's torch, whose own index is not asked."""
     folder = tmp_path_factory.mktemp("environment") / "env"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    lines = (written["cpu-basic"] / "requirements.txt").read_text().splitlines()
+    lines = (written[HERE] / "requirements.txt").read_text().splitlines()
     torch = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.__version__.split('+')[0])"],
         check=True, capture_output=True, text=True,
@@ -66,8 +68,8 @@ def start(model, written, environment, tmp_path):
     """Starts the Space for a hardware, with more in its environment."""
     running = []
 
-    def go(hardware: str, *command: str, **more: str) -> Space:
-        seen = {APP: written[hardware], ENV: environment, CACHE: model, HOME / "tests": TESTS}
+    def go(kind: str, *command: str, **more: str) -> Space:
+        seen = {APP: written[kind], ENV: environment, CACHE: model, HOME / "tests": TESTS}
         python = str(ENV / "bin" / "python")
         one = Space(apart([python, *(command or ["app.py"])], seen, APP), tmp_path / "log", more)
         running.append(one)
@@ -102,7 +104,7 @@ def trained(page) -> None:
 
 
 def test_in_a_frame_of_another_site_and_rendered_on_the_server(start, around, chromium):
-    space = start("cpu-basic", GRADIO_SSR_MODE="True")
+    space = start(HERE, GRADIO_SSR_MODE="True")
     assert "with SSR" in space.log.read_text()
     outside = around(space).framed(space.url + SHORT)
     context = chromium.new_context(viewport={"width": 1440, "height": 1000})
@@ -127,7 +129,7 @@ def test_in_a_frame_of_another_site_and_rendered_on_the_server(start, around, ch
 
 
 def test_behind_a_prefix_where_gradio_cannot_render_on_the_server(start, around, open_page):
-    space = start("cpu-basic", GRADIO_SSR_MODE="True", GRADIO_ROOT_PATH=Around.PREFIX)
+    space = start(HERE, GRADIO_SSR_MODE="True", GRADIO_ROOT_PATH=Around.PREFIX)
     page = open_page(around(space).prefixed)
     expect(page.locator(".sentence:visible")).to_contain_text("GB")
     expect(page.locator(".chip")).to_contain_text("This Space forgets", timeout=120_000)
@@ -136,7 +138,7 @@ def test_behind_a_prefix_where_gradio_cannot_render_on_the_server(start, around,
 
 
 def test_told_to_end_it_keeps_the_run_and_leaves_no_process(start, open_page):
-    space = start("cpu-basic", GRADIO_SSR_MODE="True")
+    space = start(HERE, GRADIO_SSR_MODE="True")
     page = open_page(space.url + "?tab=live&steps=500")
     expect(page.locator(".chip")).to_contain_text("is ready", timeout=120_000)
     page.get_by_role("button", name="Train", exact=True).click()
@@ -153,7 +155,7 @@ def test_told_to_end_it_keeps_the_run_and_leaves_no_process(start, open_page):
 
 
 def test_by_itself_and_drawn_in_the_browser(start, open_page):
-    space = start("cpu-basic", GRADIO_SSR_MODE="False")
+    space = start(HERE, GRADIO_SSR_MODE="False")
     assert "with SSR" not in space.log.read_text()
     page = open_page(space.url)
     expect(page.locator(".sentence:visible")).to_contain_text("GB")
