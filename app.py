@@ -38,6 +38,8 @@ BEGUN = psutil.Process().create_time()
 """When this process began, in seconds since 1970."""
 LEAVING = 9.0
 """Seconds in which a server that is told to end does so, with a run under way kept; many a host kills it after ten."""
+WAKING = 0.5
+"""Seconds after which the main thread wakes: a signal that another thread gets, as with a GPU, is handled only then."""
 FOLLOW = """
 const look = async (method) => {
   const told = await fetch('gradio_api/peftlab/base', {method}).then((answer) => answer.json()).catch(() => ({again: true}));
@@ -124,7 +126,8 @@ def main() -> None:
     end_by_signal(ended)  # once more, because Gradio sets its own where a page is rendered on the server
     preparation.begin()  # only now, because loading a model library would hold up the page's first answer
     threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
-    ended.wait()
+    while not ended.wait(WAKING):
+        pass
     begun = time.monotonic()
     preparation.stop()
     rooms.here().leave(LEAVING - (time.monotonic() - begun))
