@@ -1,5 +1,7 @@
 # The page in a container that needs no rights and writes to its volume and to /tmp alone:
 #   docker build -t peftlab . && docker run --read-only --tmpfs /tmp -v peftlab:/home/user/data -p 7860:7860 peftlab
+# The network reaches it then; -p 127.0.0.1:7860:7860 is for this machine alone. -e PEFTLAB_KEY=a-word and the like set what a host
+# may set (README.md). The model is downloaded into the volume at the first start.
 # For an NVIDIA GPU, build with --build-arg TORCH=https://download.pytorch.org/whl/cu128 and run with --gpus all.
 FROM python:3.12-slim
 ARG TORCH=https://download.pytorch.org/whl/cpu

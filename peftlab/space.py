@@ -133,15 +133,26 @@ def readme(space: Space) -> str:
 
 
 def upload(space: Space, folder: Path, private: bool = False) -> None:
-    """Makes the Space, or makes it anew, and uploads the folder. Raises PeftlabError where the Hub refuses."""
+    """Makes the Space, or sets the hardware and the settings of one that is there, and uploads the folder.
+
+    What was set before and is not named now stays. Raises PeftlabError where the Hub refuses.
+    """
     from huggingface_hub import HfApi, SpaceHardware, errors
 
     api = HfApi()
     try:
-        api.create_repo(
-            space.name, repo_type="space", space_sdk="gradio", space_hardware=SpaceHardware(space.hardware),
-            private=private, exist_ok=True, space_secrets=_pairs(space.secrets), space_variables=_pairs(space.variables),
-        )  # fmt: skip
+        if api.repo_exists(space.name, repo_type="space"):
+            for name, value in space.variables.items():
+                api.add_space_variable(space.name, name, value)
+            for name, value in space.secrets.items():
+                api.add_space_secret(space.name, name, value)
+            if api.get_space_runtime(space.name).requested_hardware != space.hardware:
+                api.request_space_hardware(space.name, SpaceHardware(space.hardware))
+        else:
+            api.create_repo(
+                space.name, repo_type="space", space_sdk="gradio", space_hardware=SpaceHardware(space.hardware),
+                private=private, space_secrets=_pairs(space.secrets), space_variables=_pairs(space.variables),
+            )  # fmt: skip
         api.upload_folder(repo_id=space.name, repo_type="space", folder_path=folder, commit_message="peftlab deploy")
     except errors.LocalTokenNotFoundError:
         raise PeftlabError("nobody is logged in here: run hf auth login, with a token that may write") from None

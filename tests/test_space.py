@@ -105,6 +105,8 @@ class Hub(BaseHTTPRequestHandler):
     """Takes a Space as the Hub does, every file as a regular one."""
 
     created: dict = {}  # noqa: RUF012
+    is_there = False
+    set: list = []  # noqa: RUF012
     files: dict = {}  # noqa: RUF012
     status = 200
 
@@ -114,7 +116,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.status != 200:
             said = {"error": "no"}
         elif self.path == "/api/repos/create":
-            Hub.created = json.loads(body)
+            Hub.created, Hub.is_there = json.loads(body), True
             said = {"url": "https://huggingface.co/spaces/ann/peftlab", "name": "ann/peftlab", "id": "1"}
         elif "/preupload/" in self.path:
             asked = json.loads(body)["files"]
@@ -129,17 +131,26 @@ class Hub(BaseHTTPRequestHandler):
                 "commitUrl": "https://huggingface.co/spaces/ann/peftlab/commit/5",
                 "hookOutput": "",
             }
+        elif re.fullmatch("/api/spaces/ann/peftlab/(variables|secrets|hardware)", self.path):
+            Hub.set.append((self.path.rpartition("/")[2], json.loads(body)))
+            said = {"stage": "BUILDING"} if self.path.endswith("hardware") else {}
         elif self.path == "/api/validate-yaml":
             said = {"errors": [], "warnings": []}
         self._say(self.status, said)
 
     def do_GET(self) -> None:
-        self._say(200, {"id": "ann/peftlab", "sha": "5" * 40, "siblings": []})
+        if self.path.endswith("/runtime"):
+            self._say(200, {"stage": "RUNNING", "hardware": {"current": "cpu-basic", "requested": "cpu-basic"}})
+        elif self.is_there:
+            self._say(200, {"id": "ann/peftlab", "sha": "5" * 40, "siblings": []})
+        else:
+            self._say(404, {"error": "Repository not found"}, "RepoNotFound")
 
-    def _say(self, status: int, said: object) -> None:
+    def _say(self, status: int, said: object, error: str = "") -> None:
         body = json.dumps(said).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("X-Error-Code", error)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -156,7 +167,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
         monkeypatch.delenv("HF_HUB_OFFLINE")
-        for name, value in {"status": 200, "files": {}, "created": {}}.items():
+        for name, value in {"status": 200, "files": {}, "created": {}, "is_there": False, "set": []}.items():
             monkeypatch.setattr(Hub, name, value)
         yield Hub
         server.shutdown()
@@ -174,6 +185,21 @@ def test_a_space_is_made_with_its_hardware_and_secrets_and_gets_the_whole_folder
     assert {"app.py", "requirements.txt", "README.md", "peftlab/__init__.py", "assets/style.css"} <= hub.files.keys()
     assert not any(re.search("__pycache__|of the presenter", name) for name in hub.files)
     assert not any(b"of the presenter" in content for content in hub.files.values())
+
+
+def test_a_space_that_is_there_gets_what_it_is_given_now(hub, monkeypatch, capsys):
+    monkeypatch.setenv("PEFTLAB_KEY", "another word")
+    hub.is_there = True
+    given = ["--hardware", "l4x1", "--secret", "PEFTLAB_KEY", "--set", "PEFTLAB_QUEUE=30"]
+    assert cli.main(["deploy", "ann/peftlab", *given]) == 0 and not hub.created and hub.files
+    about = [
+        (what, {name: one.get(name) for name in ("key", "value", "flavor") if one.get(name)}) for what, one in hub.set
+    ]
+    assert about == [
+        ("variables", {"key": "PEFTLAB_QUEUE", "value": "30"}),
+        ("secrets", {"key": "PEFTLAB_KEY", "value": "another word"}),
+        ("hardware", {"flavor": "l4x1"}),
+    ]
 
 
 def test_a_hub_that_refuses_is_told_of_in_a_line(hub, tmp_path):

@@ -15,7 +15,7 @@ from ._shared import Commands, Output, note, verb
 
 def add(commands: Commands) -> None:
     parser = verb(commands, "deploy", run, "make the page a Hugging Face Space")
-    parser.add_argument("name", metavar="OWNER/NAME")
+    parser.add_argument("name", metavar="OWNER/NAME", help="on the Hub, where hf auth login has logged you in")
     parser.add_argument(
         "--hardware", default="cpu-basic", help="the Hub's name of it, such as zero-a10g or l4x1 (default: cpu-basic)"
     )
