@@ -51,7 +51,7 @@ look('GET');
 """
 """Shows how far the base model is, until it is ready or has failed: one small request, where a timer of Gradio's takes two."""
 
-FORGETS = " · This Space forgets runs and adapters when it sleeps or restarts: download what you want to keep."
+FORGETS = " · Runs and adapters are forgotten when this server sleeps or restarts: download what you want to keep."
 
 preparation = Preparation(DEFAULT, lambda: rooms.here().busy() or worker.busy())
 
@@ -63,7 +63,7 @@ def chip() -> str:
         source = fetching.source_of(MODELS[DEFAULT])
         took = f"ready {units.seconds(preparation.ready_at - BEGUN)} after the server began"
         tip = f"{source.where}; {source.precision}; sha256 {source.sha256[:16]}; {took}" if source else took
-        return f"{escape(name)} is ready {how('verified', tip)}{FORGETS if host.forgets() else ''}"
+        return f"{escape(name)} is ready {how('verified', tip)}{FORGETS if rooms.here().forgets else ''}"
     if preparation.error:
         again = '<button type="button" class="small-button">Try again</button>'
         return f'<span class="bad">{escape(preparation.error)}</span> {again}'

@@ -26,7 +26,7 @@ from peftlab.measured import runs as recorded_runs
 from peftlab.memory import here
 from peftlab.race import scores
 from peftlab.resolve import resolve_here
-from peftlab.room import jobs, rooms
+from peftlab.room import host, jobs, rooms
 from peftlab.run import STOP
 from peftlab.show import comparisons, runs
 from peftlab.spec import SETTINGS
@@ -351,11 +351,16 @@ def test_a_space_without_storage_says_why_a_run_is_gone_and_one_with_storage_doe
     live.kept["run"] = race.kept["race"] = "ticket-lora-" + "0" * 32
     monkeypatch.setenv("SPACE_ID", "ann/peftlab")
     monkeypatch.delenv("PEFTLAB_DATA", raising=False)
-    why = r" is not here any more: this Space forgets its runs when it sleeps or restarts, and it began .* s ago\."
+    monkeypatch.setattr(rooms.here(), "forgets", host.forgets())
+    why = r" is not here any more\. This server began .* ago, and forgets runs when it sleeps or restarts\."
     assert re.search(f"Your last run{why}", live.sees()["bar"]["value"])
     assert re.search(f"Your last race{why}", race.sees()["bar"]["value"])
     monkeypatch.setenv("PEFTLAB_DATA", "/data/peftlab")
-    assert "Your last run is not here any more." in live.sees()["bar"]["value"]
+    monkeypatch.setattr(rooms.here(), "forgets", host.forgets())
+    assert (
+        live.sees()["bar"]["value"].count("forgets") == 0
+        and "Your last run is not here any more." in live.sees()["bar"]["value"]
+    )
 
 
 def test_an_adapter_that_another_version_saved_hides_no_other(trained_here):

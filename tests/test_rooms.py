@@ -301,7 +301,7 @@ def test_a_run_past_its_time_is_stopped_and_says_so(opened, monkeypatch):
 
 def test_a_data_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SpecError, match="PEFTLAB_DATA=.*: no folder can be made there"):
+    with pytest.raises(SpecError, match="PEFTLAB_DATA=.*: no folder that can be locked is to be had there"):
         rooms.Room(host.Host.read({"PEFTLAB_DATA": str(tmp_path / "file")}))
 
 

@@ -65,6 +65,7 @@ def test_a_link_of_another_version_says_so_and_shows_what_this_one_makes_of_it()
     assert answered["state"] == {"v": "2", "rank": "16"} and set(answered["problems"]) == {"v"}
     assert "another version of peftlab, and this one reads version 1" in answered["problems"]["v"]
     assert answered["show"]["memory.rank"]["value"] == 16
+    assert STORE.read({"v": "2", "rank": "16"}).spec.rank == 16  # for a press
 
 
 def test_what_is_refused_stays_in_its_box():

@@ -87,7 +87,8 @@ def sign_in() -> str:
     if not (space := os.environ.get("SPACE_ID")):
         return ""
     address = f"https://huggingface.co/login?{urlencode({'next': f'/spaces/{space}'})}"
-    return f'<a href="{escape(address)}" target="_top">Sign in to Hugging Face</a> for a quota of your own.'
+    link = f'<a href="{escape(address)}" target="_blank" rel="noopener">Sign in to Hugging Face</a>'
+    return f"Not signed in? {link} for a quota of your own."
 
 
 def on_job(kind: str) -> None:

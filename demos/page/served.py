@@ -15,7 +15,7 @@ from starlette.routing import Route
 from demos.page.controls import as_update
 from demos.page.tab import Values
 from peftlab import adapters, units
-from peftlab.room import host, rooms
+from peftlab.room import rooms
 from peftlab.room.jobs import Job
 from peftlab.show.marks import remarks
 
@@ -108,11 +108,11 @@ def adapters_route() -> Route:
 
 def gone(what: str) -> str:
     """What is said of a run that somebody had here, and why it is not here, where that is known."""
-    why = ""
-    if host.forgets():
-        since = units.seconds(time.monotonic() - rooms.here().began)
-        why = f": this Space forgets its runs when it sleeps or restarts, and it began {since} ago"
-    return remarks(f"{what} is not here any more{why}.")
+    since = units.seconds(time.monotonic() - rooms.here().began)
+    why = (
+        f" This server began {since} ago, and forgets runs when it sleeps or restarts." if rooms.here().forgets else ""
+    )
+    return remarks(f"{what} is not here any more.{why}")
 
 
 def download(job: Job) -> FileData | None:

@@ -20,7 +20,7 @@ const STORAGE = 'peftlab'; // under which the browser keeps ids of runs and adap
 const DAYS = 30 * 86_400; // seconds for which a cookie keeps the same, in a frame that has no storage
 const cookie = () => document.cookie.match(/(?:^|; )peftlab=([^;]+)/)?.[1] ?? '{}';
 const tried = (first, second) => { try { return first(); } catch { try { return second(); } catch { return null; } } };
-const remembered = () => tried(() => JSON.parse(localStorage.getItem(STORAGE)), () => JSON.parse(decodeURIComponent(cookie()))) ?? {};
+const remembered = () => tried(() => JSON.parse(localStorage.getItem(STORAGE)), () => null) ?? tried(() => JSON.parse(decodeURIComponent(cookie())), () => null) ?? {};
 const memory = remembered(); // the visitor's token comes with the first answer
 const keep = (more) => {
   Object.assign(memory, remembered(), more); // another window may have kept something since
@@ -124,6 +124,7 @@ const settled = () => { stopResting(); record('pushState'); look(); };
 const write = (patch, atRest = false) => {
   if (resting && !atRest) settled();
   const next = {...state};
+  delete next.v; // the version of the link that was opened: from now on these are this page's own settings
   for (const name in patch) if (patch[name] !== '') for (const cleared of GIVEN.clears[name] ?? []) delete next[cleared];
   for (const [name, value] of Object.entries(patch)) {
     const text = Array.isArray(value) ? value.join(';') || 'none' : String(value ?? '');

@@ -49,7 +49,7 @@ class Store:
         plain = {str(n): str(v) for n, v in state.items() if v not in (None, "")}
         if long := [n for n, v in plain.items() if len(v) > LONGEST]:
             raise SpecError(f"{long[0]}={plain[long[0]][:20]}…: longer than {LONGEST:,} letters; shorten it")
-        address.check_version(plain.pop("v", str(address.VERSION)))
+        plain.pop("v", None)  # an address says it to whoever looks; a press does what it says all the same
         own = {name: self.choices[name].read(plain[name]) for name in plain if name in self.choices}
         run = {name: value for name, value in plain.items() if name not in self.choices}
         chosen = {name: one.usual for name, one in self.choices.items()} | own
@@ -70,6 +70,7 @@ class Store:
         state, problems = dict(question.state), dict[str, str]()
         while True:
             try:
+                address.check_version(str(state.get("v") or address.VERSION))
                 asked = self.read(state, question.kept)
                 tab.check(asked)
                 refused = {name: str(question.state[name]) for name in problems}

@@ -104,7 +104,10 @@ async def _record(
     document = provenance() | {"kind": "serve", **about, "rows": [], "followed": []}
     gc.freeze()
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        servers = {name: Server(path, Path(scratch) / f"{name}.log") for name, path in APPS.items()}
+        servers = {
+            name: Server(path, Path(scratch) / f"{name}.log", PEFTLAB_DATA=f"{scratch}/data")
+            for name, path in APPS.items()
+        }
         for server in servers.values():
             stack.callback(server.end)
         ready = await asyncio.gather(*(server.ready() for server in servers.values()))

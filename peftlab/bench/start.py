@@ -43,14 +43,15 @@ def record_start(out: Path, say: Say, rounds: int) -> Json:
 
 async def _start(program: Path, log: Path, has_model: bool) -> tuple[float, float | None]:
     """Seconds to the first answer, and to the model where the app has one."""
-    server, begun = Server(program, log), time.monotonic()
+    server, begun = Server(program, log, PEFTLAB_DATA=str(log.with_suffix(".data"))), time.monotonic()
     try:
         await server.answers()
         first = time.monotonic() - begun
         while has_model and time.monotonic() - begun < STARTING:
             with contextlib.suppress(*FAILURES), contextlib.closing(Connection(server.port)) as connection:
-                if json.loads((await connection.ask("GET", "/healthz"))[1])["model"] == "ready":
-                    return first, time.monotonic() - begun
+                state = json.loads((await connection.ask("GET", "/healthz"))[1])["model"]
+                if state in ("ready", "failed"):
+                    return first, time.monotonic() - begun if state == "ready" else None
             await asyncio.sleep(0.1)
         return first, None
     finally:

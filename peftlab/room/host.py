@@ -155,8 +155,9 @@ class Host:
 
 
 def forgets() -> bool:
-    """Whether runs are gone once this server sleeps or restarts: on a Space whose host has attached no storage for them."""
-    return bool(os.environ.get("SPACE_ID")) and not os.environ.get(variable("data"), "").strip()
+    """Whether runs are gone once this server sleeps or restarts: on a Space whose host has given no place for them."""
+    given = any(os.environ.get(variable(name), "").strip() for name in ("data", "copies"))
+    return bool(os.environ.get("SPACE_ID")) and not given
 
 
 def variable(name: str) -> str:

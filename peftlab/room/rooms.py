@@ -53,15 +53,15 @@ class Room:
     def __init__(self, settings: host.Host) -> None:
         """Raises SpecError where no data folder can be made. One process may have it: another keeps its jobs elsewhere."""
         self.settings, self.folder = settings, settings.data
-        self.began = time.monotonic()
+        self.began, self.forgets = time.monotonic(), host.forgets()
         try:
             (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
             self._claim = _claimed(self.folder / "lock")
         except OSError as error:
-            said = f"{host.variable('data')}={self.folder}: no folder can be made there ({error.strerror})"
+            said = f"{host.variable('data')}={self.folder}: no folder that can be locked is to be had there ({error.strerror})"
             raise SpecError(f"{said}; give another one") from None
         if self._claim is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="peftlab-"))
+            self.folder, self.forgets = Path(tempfile.mkdtemp(prefix="peftlab-")), True
             (self.folder / "jobs").mkdir()
             log.warning("%s is in use by another server: the runs of this one are in %s", settings.data, self.folder)
         self.apart = hardware.is_shared()
@@ -384,9 +384,11 @@ def _claimed(file: Path) -> TextIO | None:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows has no such locks: there a data folder is not shared
         pass
-    except OSError:
+    except OSError as error:
         claim.close()
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        raise  # a file system without locks
     return claim
 
 

@@ -132,7 +132,7 @@ def test_behind_a_prefix_where_gradio_cannot_render_on_the_server(start, around,
     space = start(HERE, GRADIO_SSR_MODE="True", GRADIO_ROOT_PATH=Around.PREFIX)
     page = open_page(around(space).prefixed)
     expect(page.locator(".sentence:visible")).to_contain_text("GB")
-    expect(page.locator(".chip")).to_contain_text("This Space forgets", timeout=120_000)
+    expect(page.locator(".chip")).to_contain_text("are forgotten when", timeout=120_000)
     page.get_by_role("tab", name="Race").click()
     expect(page.locator(".sentence:visible")).to_contain_text("racers")
 
