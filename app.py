@@ -119,10 +119,9 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log shows the address at once
     demo.queue(default_concurrency_limit=8, max_size=256)
-    whole = (
-        False if os.environ.get("GRADIO_ROOT_PATH") else None
-    )  # rendered behind a prefix, Gradio asks itself without end
-    demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True, ssr_mode=whole)
+    # Where it renders on the server behind a prefix, Gradio 6.31 asks itself without end.
+    rendering = False if os.environ.get("GRADIO_ROOT_PATH") else None
+    demo.launch(**look.launch_options(demo.routes), prevent_thread_lock=True, ssr_mode=rendering)
     end_by_signal(ended)  # once more, because Gradio sets its own where a page is rendered on the server
     preparation.begin()  # only now, because loading a model library would hold up the page's first answer
     threading.Thread(target=demo.store.prepare, daemon=True, name="beforehand").start()
